@@ -1,0 +1,40 @@
+# make serve   a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml)
+# make test    lint, types, import contract and all tests
+
+PYTHON ?= python3
+CONFIG ?= configs/demo.yaml
+BIN := .venv/bin
+
+.PHONY: install serve test lint types imports tests clean
+
+install: .venv/installed
+
+# Made again when what it was made from has changed.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# The check answers a wrong configuration at once, before Ray is started.
+serve: install
+	$(BIN)/diffusion-serve check $(CONFIG)
+	$(BIN)/serve run $(CONFIG)
+
+test: lint types imports tests
+
+lint: install
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: install
+	$(BIN)/mypy
+
+imports: install
+	$(BIN)/lint-imports
+
+tests: install
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
