@@ -1,0 +1,194 @@
+"""What an operator can set. Frozen, typed, units in the names, unknown keys refused.
+
+The only module that reads the environment. Knows no torch and no Ray, so that a wrong
+configuration is found before either is started.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic_core import ErrorDetails
+
+from serve_app.errors import ConfigError, ModelLoadError
+
+DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
+"""The weights that ship with the package."""
+
+Side = Annotated[int, Field(ge=8, le=16_384)]
+
+
+class _Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Config):
+    """Which model, from where, and how it is held in memory."""
+
+    id: str = Field("demo", min_length=1, description="Name in the API.")
+    path: str | None = Field(
+        None,
+        description="Folder in the diffusers format (starts with '/', '.' or '~'), or a Hugging "
+        "Face repository. Default: the bundled model for 'demo', else the id.",
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of the repository.")
+    variant: str | None = Field(None, description="Weight variant, such as 'fp16'.")
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        "auto", description="'auto': bfloat16 on a GPU, float32 on a CPU."
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    default_size_px: tuple[Side, Side] | None = Field(
+        None, description="(width, height) when a request names none. Default: the model's own."
+    )
+    default_steps: int | None = Field(
+        None, ge=1, description="Denoising steps when a request names none. Default: the model's."
+    )
+    default_guidance_scale: float | None = Field(None, ge=0)
+    call_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Further arguments for every call of the pipeline, such as "
+        "max_sequence_length.",
+    )
+
+    @property
+    def source(self) -> str:
+        """What ``from_pretrained`` is given: an absolute folder or a repository's name."""
+        if self.path is None:
+            return str(DEMO_MODEL_DIR) if self.id == "demo" else self.id
+        return str(Path(self.path).expanduser().resolve()) if self.is_folder else self.path
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the model lies in a folder rather than in a repository of the hub."""
+        return self.id == "demo" if self.path is None else self.path.startswith(("/", ".", "~"))
+
+
+class LimitsConfig(_Config):
+    """The most that one request may ask for."""
+
+    max_pixels: int = Field(2048 * 2048, ge=64, description="Width times height of one picture.")
+    max_steps: int = Field(100, ge=1)
+    max_images: int = Field(10, ge=1, description="Pictures per HTTP request (n).")
+    max_prompt_chars: int = Field(4_000, ge=1)
+    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+
+
+class EngineConfig(_Config):
+    """How requests share the device."""
+
+    max_batch_size: int = Field(16, ge=1, description="Requests merged into one denoiser call.")
+    max_running: int = Field(
+        32, ge=1, description="Requests being painted at once; the others wait their turn."
+    )
+    limits: LimitsConfig = LimitsConfig()
+
+
+class AppConfig(_Config):
+    """The arguments of `serve_app.app.build`, under ``args`` in a Serve config file."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+
+
+def read_serve_config(path: Path) -> list[AppConfig]:
+    """The configuration of each application of ours in a Serve config file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or an application's ``args`` are wrong.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    applications = content.get("applications") if isinstance(content, dict) else None
+    ours = [
+        application
+        for application in (applications if isinstance(applications, list) else [])
+        if isinstance(application, dict) and application.get("import_path") == "serve_app.app:build"
+    ]
+    if not ours:
+        raise ConfigError(
+            f"{path} has no application with import_path 'serve_app.app:build'; see configs/ for "
+            "examples."
+        )
+    return [parse_app_config(application.get("args", {})) for application in ours]
+
+
+def parse_app_config(value: object) -> AppConfig:
+    """Validate ``value``; raises `ConfigError` naming each wrong key, its value and the rule."""
+    try:
+        return AppConfig.model_validate(value)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ConfigError(
+            "the application's configuration is wrong:\n" + "\n".join(lines)
+        ) from None
+
+
+def _explain(problem: ErrorDetails) -> str:
+    *parents, key = [str(part) for part in problem["loc"]] or ["args"]
+    where = ".".join([*parents, key])
+    if problem["type"] != "extra_forbidden":
+        return f"  {where}: {problem['msg']} (given: {problem['input']!r})"
+    known: type[BaseModel] = AppConfig
+    for parent in parents:
+        known = cast(type[BaseModel], known.model_fields[parent].annotation)
+    return f"  {where}: unknown key; known are {', '.join(known.model_fields)}"
+
+
+_WEIGHTS = (".safetensors",)
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def check_model_folder(model: ModelConfig) -> None:
+    """Find what would stop a local model from loading, in milliseconds.
+
+    Raises `ModelLoadError` if the folder is missing, is not in the diffusers format, asks for code
+    of its own, or holds a component whose weights are pickles only. A repository of the hub is
+    checked when it is loaded.
+    """
+    if not model.is_folder:
+        return
+    folder = Path(model.source)
+    if not folder.is_dir():
+        raise ModelLoadError(
+            f"model {model.id!r}: the folder {folder} does not exist. Set model.path to a folder "
+            "in the diffusers format, or to the name of a Hugging Face repository."
+        )
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelLoadError(
+            f"model {model.id!r}: {folder} has no model_index.json, so it is not in the diffusers "
+            "format. Convert a single-file checkpoint with diffusers' from_single_file and "
+            "save_pretrained."
+        )
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"model {model.id!r}: {index_file} is not JSON: {error}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ModelLoadError(
+            f"model {model.id!r}: {index_file} names no stock pipeline in _class_name; models that "
+            "bring code of their own are not loaded."
+        )
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list) or value[0] is None:
+            continue
+        component = folder / name
+        if not component.is_dir():
+            raise ModelLoadError(
+                f"model {model.id!r}: {index_file} names the component {name!r}, but {component} "
+                "does not exist. Copy the whole model folder."
+            )
+        files = [file.name for file in component.iterdir()]
+        pickles = sorted(file for file in files if file.endswith(_PICKLES))
+        if pickles and not any(file.endswith(_WEIGHTS) for file in files):
+            raise ModelLoadError(
+                f"model {model.id!r}: {component} has only pickled weights ({', '.join(pickles)}), "
+                "which can run code when they are loaded. Convert them to safetensors: load them "
+                "where you trust them and call save_pretrained(..., safe_serialization=True)."
+            )

@@ -1,0 +1,88 @@
+"""Every error that a user can meet, with its HTTP status and its code.
+
+::
+
+    DiffusionServeError                 500  internal_error
+    ├── InvalidRequest                  400  invalid_value       names the field
+    │   ├── ModelNotFound               404  model_not_found
+    │   └── BodyTooLarge                413  body_too_large
+    ├── Unavailable                     503  unavailable         try again later
+    ├── Cancelled                       499  cancelled           the client went away
+    ├── GenerationFailed                500  generation_failed   this request, and no other
+    └── ConfigError                     500  config_error        raised at start, never by a request
+        └── ModelLoadError              500  model_load_error
+
+The gateway maps these to responses at one place; the command line prints them and exits with 2.
+"""
+
+from typing import ClassVar
+
+
+class DiffusionServeError(Exception):
+    """Root of the tree. ``param`` names the field of the request that is to blame, if one is."""
+
+    status: ClassVar[int] = 500
+    code: ClassVar[str] = "internal_error"
+    type: ClassVar[str] = "server_error"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message, param)  # both in ``args``, so that the error survives pickling
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidRequest(DiffusionServeError):
+    """The request asks for something that is not on offer."""
+
+    status = 400
+    code = "invalid_value"
+    type = "invalid_request_error"
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that this server does not have."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body is longer than the configured limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class Unavailable(DiffusionServeError):
+    """No replica can take the request now: none is ready, or the engine is closing."""
+
+    status = 503
+    code = "unavailable"
+
+
+class Cancelled(DiffusionServeError):
+    """The request was cancelled before its picture was done."""
+
+    status = 499
+    code = "cancelled"
+
+
+class GenerationFailed(DiffusionServeError):
+    """The pipeline raised while it painted this request."""
+
+    code = "generation_failed"
+
+
+class ConfigError(DiffusionServeError):
+    """The configuration cannot work on this machine."""
+
+    code = "config_error"
+
+
+class ModelLoadError(ConfigError):
+    """The model named in the configuration cannot be loaded."""
+
+    code = "model_load_error"

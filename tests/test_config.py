@@ -1,0 +1,80 @@
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from serve_app.config import (
+    DEMO_MODEL_DIR,
+    AppConfig,
+    ModelConfig,
+    check_model_folder,
+    parse_app_config,
+    read_serve_config,
+)
+from serve_app.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_the_shipped_configs_are_right(path: Path) -> None:
+    [config] = read_serve_config(path)
+    check_model_folder(config.model)
+
+
+def test_nothing_need_be_said() -> None:
+    config = parse_app_config({})
+    assert config == AppConfig()
+    assert config.model.source == str(DEMO_MODEL_DIR)
+    check_model_folder(config.model)
+
+
+def test_configs_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        AppConfig().model.id = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"modle": {}}, ["modle: unknown key", "model, engine"]),
+        ({"engine": {"limits": {"max_stepz": 3}}}, ["engine.limits.max_stepz", "max_steps"]),
+        ({"engine": {"max_batch_size": 0}}, ["engine.max_batch_size", "greater", "given: 0"]),
+        ({"model": {"dtype": "int8"}}, ["model.dtype", "'float32'", "given: 'int8'"]),
+        ({"model": {"default_size_px": [64]}}, ["model.default_size_px"]),
+        ([], ["args"]),
+        (None, ["args"]),
+    ],
+)
+def test_what_is_wrong_is_named(args: object, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_app_config(args)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_where_a_model_comes_from(tmp_path: Path) -> None:
+    assert ModelConfig(id="org/name").source == "org/name"
+    assert not ModelConfig(id="org/name").is_folder
+    assert ModelConfig(id="m", path="org/name").source == "org/name"
+    assert ModelConfig(id="m", path=str(tmp_path)).source == str(tmp_path)
+    assert ModelConfig(id="m", path="./x").source == str(Path("x").resolve())
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: [", "not YAML"),
+        ("- 1", "no application"),
+        ("applications: 3", "no application"),
+        ("applications: [{import_path: other:app}]", "no application"),
+        ("applications: [{import_path: 'serve_app.app:build', args: {x: 1}}]", "x: unknown key"),
+    ],
+)
+def test_a_wrong_serve_config_is_explained(tmp_path: Path, content: str, words: str) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        read_serve_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_serve_config(tmp_path / "none.yaml")
