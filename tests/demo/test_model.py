@@ -1,0 +1,86 @@
+"""The shipped weights: do they paint what the prompt says?"""
+
+from random import Random
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+
+from serve_app.config import DEMO_MODEL_DIR
+from serve_app.demo.judge import judge, read
+from serve_app.demo.scenes import caption, sample_scene
+from serve_app.engine.engine import Engine
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+
+PAIRS = 128
+
+
+def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
+    pipeline = DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR)
+    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert pipeline.unet.dtype == torch.float32
+    assert sum(file.stat().st_size for file in DEMO_MODEL_DIR.rglob("*")) <= 16 * 1024 * 1024
+    assert not [
+        file for file in DEMO_MODEL_DIR.rglob("*") if file.suffix in {".bin", ".pt", ".ckpt"}
+    ]
+
+
+def test_it_paints_what_held_out_prompts_say(demo_engine: Engine) -> None:
+    rng = Random(2024)
+    scenes = [sample_scene(rng, held_out=True, pairs=0.25) for _ in range(PAIRS)]
+    streams = [
+        demo_engine.stream(
+            GenerationParams(
+                caption(scene, rng, name_background=True), seed, num_inference_steps=20
+            )
+        )
+        for seed, scene in enumerate(scenes)
+    ]
+    images = [np.asarray(list(stream)[-1].result.image) for stream in streams]  # type: ignore[union-attr]
+    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
+    share = {
+        part: sum(getattr(verdict, part) for verdict in verdicts) / PAIRS
+        for part in ("color", "background", "shape")
+    }
+    print("demo model, held-out prompts:", {part: f"{value:.1%}" for part, value in share.items()})
+    assert share["color"] >= 0.95
+    assert share["background"] >= 0.95
+    assert share["shape"] >= 0.90
+
+
+def _paint(pipeline: LoadedPipeline, **options: object) -> NDArray[np.uint8]:
+    defaults: dict[str, object] = {
+        "prompt": "a red circle on a blue background",
+        "seed": 1,
+        "width": 64,
+        "height": 64,
+        "num_inference_steps": 12,
+    }
+    pixels = pipeline.paint(GenerationParams(**(defaults | options)))[0]  # type: ignore[arg-type]
+    return (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+
+
+def _difference(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> float:
+    return float(np.abs(one.astype(float) - two).mean())
+
+
+def test_every_knob_has_a_visible_effect(demo_pipeline: LoadedPipeline) -> None:
+    plain = _paint(demo_pipeline)
+    assert _difference(plain, _paint(demo_pipeline)) == 0
+    assert _difference(plain, _paint(demo_pipeline, seed=2)) > 2
+    assert _difference(plain, _paint(demo_pipeline, guidance_scale=1.0)) > 0.5
+    assert _difference(plain, _paint(demo_pipeline, num_inference_steps=3)) > 0.5
+    assert _difference(plain, _paint(demo_pipeline, negative_prompt="a blue background")) > 2
+
+
+def test_all_sizes_from_32_to_128_run(demo_pipeline: LoadedPipeline) -> None:
+    sides = list(range(32, 129, 8))
+    for width, height in zip(sides, reversed(sides), strict=True):
+        image = _paint(demo_pipeline, width=width, height=height, num_inference_steps=2)
+        assert image.shape == (height, width, 3)
+    for side in (48, 96):
+        seen = read(_paint(demo_pipeline, width=side, height=side, num_inference_steps=20))
+        assert seen.background == "blue"
+        assert [item.color for item in seen.objects] == ["red"]
