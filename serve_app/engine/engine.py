@@ -1,0 +1,430 @@
+"""The engine: one thread that owns the pipeline, the greenlets and the device.
+
+Everybody else talks to it through a queue of commands and hears from it through events.
+"""
+
+import functools
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.batch import MergeableCall, NotMergeable
+from serve_app.engine.certification import Certificate, certify
+from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
+from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.rendezvous import Job, Rendezvous
+from serve_app.engine.scheduler import Candidate, Fifo, Policy
+from serve_app.errors import Cancelled, GenerationFailed, ModelLoadError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+EventCallback = Callable[[Event], None]
+"""Called on the engine's thread: must be quick and must not raise."""
+
+
+@dataclass(frozen=True)
+class LogEntry:
+    """One line of the engine's own diary, for tests and for people who look into a replica."""
+
+    tick: int
+    """Denoiser calls made before it."""
+    request: int
+    what: Literal["queued", "started", "cancel_requested", "completed", "failed", "cancelled"]
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine is doing, and has done since it started."""
+
+    waiting: int
+    running: int
+    ticks: int
+    """Denoiser calls."""
+    steps: int
+    """Requests served by those that succeeded; over ``ticks`` it is the mean batch size."""
+    log: tuple[LogEntry, ...]
+    """The last few hundred, oldest first."""
+
+    @property
+    def mean_batch_size(self) -> float:
+        return self.steps / self.ticks if self.ticks else 0.0
+
+
+@dataclass(eq=False)
+class _Request:
+    """One request inside the engine. Only the engine's thread touches it after submission."""
+
+    number: int
+    params: GenerationParams
+    on_event: EventCallback
+    submitted_at: float
+    started_at: float = 0.0
+    job: Job[Tensor] | None = None
+    parked_at: int = 0
+    mergeable: MergeableCall | None = None
+    """The parked call, if it may share a forward with others."""
+
+
+class Engine:
+    """Paints many requests together, step by step, with one stock pipeline.
+
+    Thread-safe: `submit`, `cancel`, `stats`, `generate`, `stream` and `close` may be called from
+    anywhere. A context manager: leaving it drains, or cancels if an exception is on its way.
+    """
+
+    info: ModelInfo
+
+    def __init__(
+        self,
+        pipeline: LoadedPipeline,
+        model: ModelConfig,
+        config: EngineConfig | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        """Start the engine's thread and wait until the pipeline is certified.
+
+        Raises:
+            ModelLoadError: if the pipeline cannot paint.
+        """
+        self._pipeline = pipeline
+        self._config = config or EngineConfig()
+        self._policy = policy or Fifo()
+        self._rendezvous = Rendezvous(pipeline.denoisers)
+        self._certificate = Certificate({}, None, "")
+
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # orders submissions against closing
+        self._closing = False
+        self._numbers = itertools.count(1)
+
+        # Written by the engine's thread alone.
+        self._waiting: deque[_Request] = deque()
+        self._running: list[_Request] = []
+        self._ticks = 0
+        self._steps = 0
+        self._log: deque[LogEntry] = deque(maxlen=512)
+        self._crash: BaseException | None = None
+
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._crash is not None:
+            self._thread.join()
+            raise ModelLoadError(
+                f"model {model.id!r}: {pipeline.class_name} cannot paint: "
+                f"{type(self._crash).__name__}: {self._crash}"
+            ) from self._crash
+        width, height = pipeline.default_size_px
+        self.info = ModelInfo(
+            id=model.id,
+            pipeline=pipeline.class_name,
+            dtype=str(pipeline.dtype).removeprefix("torch."),
+            device=str(pipeline.device),
+            default_width=width,
+            default_height=height,
+            size_multiple=pipeline.size_multiple,
+            default_steps=pipeline.default_steps,
+            takes_negative_prompt=pipeline.takes_negative_prompt,
+            batching=self._certificate.batching,
+            batching_difference=self._certificate.difference,
+            batching_note=self._certificate.note,
+            limits=self._config.limits,
+        )
+        if self._certificate.batching:
+            logger.info(
+                "model %s (%s): batching=on, largest difference %.2g",
+                model.id,
+                pipeline.class_name,
+                self._certificate.difference,
+            )
+        else:
+            logger.warning(
+                "model %s (%s): batching=off, requests run one at a time: %s",
+                model.id,
+                pipeline.class_name,
+                self._certificate.note,
+            )
+
+    @classmethod
+    def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
+        """Load the model and start an engine on it.
+
+        Raises:
+            ConfigError: if the model or the device cannot be used.
+        """
+        return cls(LoadedPipeline.load(model), model, config)
+
+    # ---- for everybody -------------------------------------------------------------------------
+
+    def submit(self, params: GenerationParams, on_event: EventCallback) -> int:
+        """Queue a request; its number, for `cancel`. The last event is `Completed` or `Failed`.
+
+        Raises:
+            InvalidRequest: if this model cannot do what is asked.
+            Unavailable: if the engine is closing or has crashed.
+        """
+        resolved = params.resolved(self.info)
+        with self._gate:
+            if self._closing:
+                raise Unavailable("the engine is closing; send the request to another replica.")
+            request = _Request(next(self._numbers), resolved, on_event, time.perf_counter())
+            self._commands.put(lambda: self._accept(request))
+        return request.number
+
+    def cancel(self, number: int) -> None:
+        """Drop a request before its next step. Does nothing if it has already ended."""
+        self._note(number, "cancel_requested")
+        self._commands.put(lambda: self._cancel(number))
+
+    def generate(
+        self, params: GenerationParams, on_event: EventCallback | None = None
+    ) -> GenerationResult:
+        """Paint one picture and wait for it. Raises what `submit` raises, and what went wrong."""
+        for event in self.stream(params):
+            if on_event is not None:
+                on_event(event)
+            match event:
+                case Completed(result):
+                    return result
+                case Failed(error):
+                    raise error
+        raise AssertionError("a request ended without a last event")
+
+    def stream(self, params: GenerationParams) -> Iterator[Event]:
+        """Submit now; iterate over the events. Closing the iterator cancels the request."""
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        number = self.submit(params, events.put)
+
+        def iterate() -> Iterator[Event]:
+            ended = False
+            try:
+                while not ended:
+                    event = events.get()
+                    ended = isinstance(event, Completed | Failed)
+                    yield event
+            finally:
+                if not ended:
+                    self.cancel(number)
+
+        return iterate()
+
+    def stats(self) -> EngineStats:
+        """A snapshot. Counts may be one step apart from each other."""
+        return EngineStats(
+            waiting=len(self._waiting),
+            running=len(self._running),
+            ticks=self._ticks,
+            steps=self._steps,
+            log=tuple(self._log),
+        )
+
+    def check(self) -> None:
+        """Raise `Unavailable` if the engine no longer works."""
+        if not self._thread.is_alive():
+            raise Unavailable(f"the engine has stopped: {self._crash!r}")
+
+    def close(self, drain: bool = True) -> None:
+        """Refuse new requests, finish (or cancel) those accepted, and end the thread."""
+        with self._gate:
+            self._closing = True
+            if not drain:
+                self._commands.put(self._cancel_all)
+            self._commands.put(lambda: None)  # wakes an idle thread
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close(drain=error is None)
+
+    # ---- for the engine's thread ---------------------------------------------------------------
+
+    def _run(self) -> None:
+        # Grad mode belongs to the thread, and the pipelines' own no_grad interleave: without this
+        # one around them all, the last request to finish would turn gradients on for the others.
+        try:
+            with torch.no_grad():
+                self._certificate = certify(self._pipeline, self._rendezvous)
+                self._ready.set()
+                self._loop()
+        except BaseException as error:
+            self._crash = error
+            if self._ready.is_set():
+                logger.exception("the engine has stopped")
+        finally:
+            with self._gate:
+                self._closing = True
+            self._drop_everything()
+            self._rendezvous.close()
+            self._ready.set()
+
+    def _loop(self) -> None:
+        while self._obey():
+            self._start_waiting()
+            if parked := [request for request in self._running if request.job]:
+                self._step(parked)
+
+    def _obey(self) -> bool:
+        """Carry out the commands that came in; wait for one if idle. False when all is done."""
+        while True:
+            idle = not self._waiting and not self._running
+            if idle and self._closing and self._commands.empty():
+                return False
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            command()
+
+    def _accept(self, request: _Request) -> None:
+        self._note(request.number, "queued")
+        self._tell(request, Queued(len(self._waiting)))
+        self._waiting.append(request)
+
+    def _cancel(self, number: int) -> None:
+        for request in [*self._waiting, *self._running]:
+            if request.number == number:
+                if request.job is not None:
+                    request.job.kill()
+                self._end(request, "cancelled", Failed(Cancelled("the request was cancelled.")))
+
+    def _cancel_all(self) -> None:
+        for request in [*self._waiting, *self._running]:
+            self._cancel(request.number)
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._config.max_running:
+            request = self._waiting.popleft()
+            self._running.append(request)
+            self._note(request.number, "started")
+            request.started_at = time.perf_counter()
+            request.job = Job(functools.partial(self._paint, request))
+            request.job.start()
+            self._settle(request)
+
+    def _paint(self, request: _Request) -> Tensor:
+        def on_step(done: int, total: int) -> None:
+            self._tell(request, Progress(done, total))
+
+        return self._pipeline.paint(request.params, on_step)[0]
+
+    def _step(self, parked: Sequence[_Request]) -> None:
+        """One denoiser call, for as many requests as fit together."""
+        by_number = {request.number: request for request in parked}
+        candidates = [
+            Candidate(
+                request.number,
+                request.mergeable.key if request.mergeable else None,
+                request.parked_at,
+            )
+            for request in parked
+        ]
+        chosen = self._policy.choose(candidates, self._config.max_batch_size)
+        batch = [by_number[candidate.request] for candidate in chosen]
+        for request, outcome in zip(batch, self._denoise(batch), strict=True):
+            assert request.job is not None
+            if isinstance(outcome, Exception):
+                request.job.fail(outcome)
+            else:
+                request.job.resume(outcome)
+            self._settle(request)
+
+    def _denoise(self, batch: Sequence[_Request]) -> list[Any]:
+        """Each request's share of the output, or the exception that its own call raised."""
+        self._ticks += 1
+        calls = [request.mergeable for request in batch if request.mergeable]
+        try:
+            if not calls:
+                [request] = batch
+                assert request.job is not None
+                assert request.job.call is not None
+                outputs = [self._rendezvous.forward(request.job.call)]
+            else:
+                spec = self._certificate.specs[calls[0].call.site]
+                outputs = spec.split(self._rendezvous.forward(spec.merge(calls)), calls)
+            self._steps += len(batch)
+            return outputs
+        except Exception as error:
+            if len(batch) == 1:
+                return [error]
+            logger.warning(
+                "a denoiser call for %d requests failed, trying each alone: %r", len(batch), error
+            )
+            return [self._denoise([request])[0] for request in batch]
+
+    def _settle(self, request: _Request) -> None:
+        """After a job has run: note where it parked, or report how it ended."""
+        job = request.job
+        assert job is not None
+        if job.call is not None:
+            request.parked_at = self._ticks
+            spec = self._certificate.specs.get(job.call.site)
+            try:
+                request.mergeable = spec.prepare(job.call) if spec else None
+            except NotMergeable:
+                request.mergeable = None
+        elif job.error is not None:
+            logger.error("request %d failed", request.number, exc_info=job.error)
+            error = GenerationFailed(
+                f"the pipeline failed: {type(job.error).__name__}: {job.error}"
+            )
+            self._end(request, "failed", Failed(error))
+        else:
+            result = GenerationResult(
+                params=request.params,
+                pixels=job.result,
+                queue_s=request.started_at - request.submitted_at,
+                denoise_s=time.perf_counter() - request.started_at,
+            )
+            self._end(request, "completed", Completed(result))
+
+    def _end(
+        self,
+        request: _Request,
+        what: Literal["completed", "failed", "cancelled"],
+        event: Completed | Failed,
+    ) -> None:
+        if request in self._running:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        self._note(request.number, what)
+        self._tell(request, event)
+
+    def _drop_everything(self) -> None:
+        """Leave nobody waiting for a thread that is gone."""
+        while not self._commands.empty():
+            self._commands.get()()
+        for request in [*self._waiting, *self._running]:
+            if request.job is not None:
+                request.job.kill()
+            error = Unavailable("the engine has stopped; send the request to another replica.")
+            self._end(request, "failed", Failed(error))
+
+    def _note(self, number: int, what: Any) -> None:
+        self._log.append(LogEntry(self._ticks, number, what))
+
+    def _tell(self, request: _Request, event: Event) -> None:
+        try:
+            request.on_event(event)
+        except Exception:
+            logger.exception("request %d: the receiver of its events failed", request.number)

@@ -1,0 +1,102 @@
+"""What one request asks for."""
+
+import math
+from dataclasses import dataclass
+
+from serve_app.config import LimitsConfig
+from serve_app.errors import InvalidRequest
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a request may ask of the loaded model. Set once, by the engine, when it is ready."""
+
+    id: str
+    pipeline: str
+    """Class name of the diffusers pipeline."""
+    dtype: str
+    device: str
+    default_width: int
+    default_height: int
+    size_multiple: int
+    """Both sides must be multiples of this many pixels."""
+    default_steps: int
+    takes_negative_prompt: bool
+    batching: bool
+    """Whether requests share denoiser calls; off if a batched picture came out different."""
+    batching_difference: float | None
+    """Largest difference between batched and alone at start-up, in [0, 1] pixels."""
+    batching_note: str
+    """Why batching is off; empty when it is on."""
+    limits: LimitsConfig
+
+
+@dataclass(frozen=True)
+class GenerationParams:
+    """One picture. ``None`` means the model's default."""
+
+    prompt: str
+    seed: int
+    negative_prompt: str | None = None
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+
+    def resolved(self, model: ModelInfo) -> "GenerationParams":
+        """The same with sizes and steps filled in.
+
+        Raises:
+            InvalidRequest: naming the field and what is allowed.
+        """
+        limits = model.limits
+        if not self.prompt.strip():
+            raise InvalidRequest("prompt must not be empty.", "prompt")
+        for name in ("prompt", "negative_prompt"):
+            text = getattr(self, name)
+            if text is not None and len(text) > limits.max_prompt_chars:
+                raise InvalidRequest(
+                    f"{name} has {len(text)} characters; at most {limits.max_prompt_chars} are "
+                    "allowed.",
+                    name,
+                )
+        if self.negative_prompt and not model.takes_negative_prompt:
+            raise InvalidRequest(
+                f"{model.pipeline} takes no negative_prompt; leave it out.", "negative_prompt"
+            )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", "seed")
+        steps = self.num_inference_steps or model.default_steps
+        if not 1 <= steps <= limits.max_steps or self.num_inference_steps == 0:
+            raise InvalidRequest(
+                f"num_inference_steps must be from 1 to {limits.max_steps}.", "num_inference_steps"
+            )
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
+            raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
+        width = model.default_width if self.width is None else self.width
+        height = model.default_height if self.height is None else self.height
+        step = model.size_multiple
+        if width <= 0 or height <= 0 or width % step or height % step:
+            raise InvalidRequest(
+                f"size must be WIDTHxHEIGHT with both sides positive multiples of {step}, such as "
+                f"{model.default_width}x{model.default_height}; got {width}x{height}.",
+                "size",
+            )
+        if width * height > limits.max_pixels:
+            side = math.isqrt(limits.max_pixels)
+            raise InvalidRequest(
+                f"size {width}x{height} has {width * height} pixels; at most {limits.max_pixels} "
+                f"are allowed, such as {side}x{side}.",
+                "size",
+            )
+        return GenerationParams(
+            prompt=self.prompt,
+            seed=self.seed,
+            negative_prompt=self.negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=self.guidance_scale,
+        )

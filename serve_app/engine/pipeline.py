@@ -1,0 +1,263 @@
+"""The one importer of diffusers: loads a stock pipeline and paints one request with it.
+
+Pipelines are used as they are. Each request calls ``__call__`` on a shallow copy that shares the
+networks and has its own noise scheduler, guiders and call state. What differs between families is
+read off the loaded objects (signatures and configs), never off their names.
+"""
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from serve_app.config import ModelConfig, check_model_folder
+from serve_app.engine.params import GenerationParams
+from serve_app.errors import ConfigError, ModelLoadError
+
+StepCallback = Callable[[int, int], None]
+"""Called with (steps done, steps in all) after each denoising step."""
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+"""Component names under which diffusers keeps the network of the denoising loop."""
+
+
+def resolve_device(wanted: str) -> torch.device:
+    """The device to run on. Raises `ConfigError` if a GPU is wanted and torch cannot use one."""
+    usable = torch.cuda.is_available()
+    if wanted == "cuda" and not usable:
+        built_for = torch.version.cuda
+        raise ConfigError(
+            "a GPU is asked for, but torch cannot use one. "
+            + (
+                f"This torch {torch.__version__} has no CUDA in it: install a CUDA build."
+                if built_for is None
+                else f"This torch {torch.__version__} needs CUDA {built_for}: look at nvidia-smi "
+                "for the driver, and start a container with --gpus all."
+            )
+        )
+    return torch.device("cuda" if wanted != "cpu" and usable else "cpu")
+
+
+def _resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
+
+
+def _quiet_libraries() -> None:
+    """No bars on stderr for each file, and no advice to install what is not needed."""
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+class _StepBar:
+    """Stands in for a pipeline's progress bar: every family advances one, once per step."""
+
+    def __init__(self, on_step: StepCallback, iterable: Iterable[Any] | None, total: int) -> None:
+        self._on_step = on_step
+        self._iterable = iterable
+        self._total = total
+        self._done = 0
+
+    def __enter__(self) -> "_StepBar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._iterable or ():
+            yield item
+            self.update()
+
+    def update(self, n: int = 1) -> None:
+        self._done += n
+        self._on_step(self._done, self._total)
+
+
+class LoadedPipeline:
+    """A stock pipeline on its device, with what the engine needs to know of it."""
+
+    def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig) -> None:
+        """Take over a pipeline that is already on its device.
+
+        Raises:
+            ModelLoadError: if it has no denoiser to meet at, or does not know an argument of
+                ``config.call_kwargs``.
+        """
+        self._pipeline = pipeline
+        self._config = config
+        self._parameters = inspect.signature(type(pipeline).__call__).parameters
+        self.class_name = type(pipeline).__name__
+        self.device = torch.device(pipeline.device)
+        self.dtype: torch.dtype = pipeline.dtype
+        components = pipeline.components
+        self.denoisers: dict[str, nn.Module] = {
+            name: components[name]
+            for name in DENOISERS
+            if isinstance(components.get(name), nn.Module)
+        }
+        if not self.denoisers or "prompt" not in self._parameters:
+            raise ModelLoadError(
+                f"{self.class_name} is not a text-to-image pipeline that can be served: it needs a "
+                f"prompt and one of the components {', '.join(DENOISERS)}."
+            )
+        if unknown := sorted(config.call_kwargs.keys() - self._parameters.keys()):
+            raise ModelLoadError(
+                f"model.call_kwargs: {self.class_name} takes no argument {', '.join(unknown)}. It "
+                f"takes {', '.join(name for name in self._parameters if name != 'self')}."
+            )
+        # Tokenizers and the like hold no state of a call; everything else but networks may.
+        self._stateful = [
+            name
+            for name, component in components.items()
+            if component is not None
+            and not isinstance(component, nn.Module)
+            and not type(component).__module__.startswith("transformers.")
+        ]
+        self.size_multiple = self._find_size_multiple()
+        self.default_size_px = config.default_size_px or self._find_default_size()
+        steps = config.default_steps or self._default("num_inference_steps")
+        self.default_steps: int = steps if isinstance(steps, int) else 50
+        self.takes_negative_prompt = self._heeds_negative_prompt()
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> "LoadedPipeline":
+        """Load weights (safetensors only, no code of the model's own) and move them to the device.
+
+        Raises:
+            ModelLoadError: saying what is wrong with the model.
+            ConfigError: if the device cannot be used.
+        """
+        check_model_folder(config)
+        device = resolve_device(config.device)
+        _quiet_libraries()
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                config.source,
+                revision=config.revision,
+                variant=config.variant,
+                dtype=_resolve_dtype(config.dtype, device),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=Path(config.source).is_dir(),
+            )
+        except Exception as error:
+            raise ModelLoadError(
+                f"model {config.id!r} cannot be loaded from {config.source}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return cls(pipeline.to(device), config)
+
+    def _default(self, name: str) -> object:
+        parameter = self._parameters.get(name)
+        return None if parameter is None else parameter.default
+
+    def _find_size_multiple(self) -> int:
+        """The step in pixels that every stock check accepts: a latent cell times the patch."""
+        pipeline = self._pipeline
+        cell = int(getattr(pipeline, "vae_scale_factor", 8))
+        factors = [8, cell]  # the checks of the oldest families know nothing but 8
+        for denoiser in self.denoisers.values():
+            patch = getattr(denoiser.config, "patch_size", None)
+            patch = patch[-1] if isinstance(patch, list | tuple) else patch
+            factors.append(cell * (patch or 1))
+        image_processor = getattr(pipeline, "image_processor", None)
+        if image_processor is not None:
+            factors.append(image_processor.config.vae_scale_factor)
+        return math.lcm(*factors)
+
+    def _find_default_size(self) -> tuple[int, int]:
+        """(width, height) in pixels that the pipeline itself would take."""
+        named = self._default("width"), self._default("height")
+        if isinstance(named[0], int) and isinstance(named[1], int):
+            return named[0], named[1]
+        denoiser = next(iter(self.denoisers.values()))
+        cells = getattr(self._pipeline, "default_sample_size", None) or getattr(
+            denoiser.config, "sample_size", None
+        )
+        cell = int(getattr(self._pipeline, "vae_scale_factor", 8))
+        if isinstance(cells, list | tuple):
+            return int(cells[-1]) * cell, int(cells[-2]) * cell
+        side = int(cells) * cell if cells else 1024
+        return side, side
+
+    def _has_true_guidance(self) -> bool:
+        """Whether classifier-free guidance is set by ``true_cfg_scale``.
+
+        Families that name it so use it together with a negative prompt only, and keep
+        ``guidance_scale`` for a guidance that was distilled into the denoiser, if it was.
+        """
+        return "true_cfg_scale" in self._parameters and not any(
+            getattr(denoiser.config, "guidance_embeds", False)
+            for denoiser in self.denoisers.values()
+        )
+
+    def _heeds_negative_prompt(self) -> bool:
+        if "negative_prompt" not in self._parameters:
+            return False
+        if "true_cfg_scale" not in self._parameters or self._has_true_guidance():
+            return True
+        scale = self._config.call_kwargs.get("true_cfg_scale", self._default("true_cfg_scale"))
+        return isinstance(scale, int | float) and scale > 1
+
+    def paint(
+        self, params: GenerationParams, on_step: StepCallback | None = None, images: int = 1
+    ) -> Tensor:
+        """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
+
+        ``params`` must be resolved. Draws the first latents on the CPU, so that a seed paints the
+        same picture on every device. Mutates nothing that another request can see.
+        """
+        pipeline = copy.copy(self._pipeline)
+        for name in self._stateful:
+            # Not through setattr, which writes to the config that all copies share. Not through
+            # from_config either: pipelines mend old configs when they are built.
+            vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
+
+        def progress_bar(iterable: Any = None, total: int | None = None) -> _StepBar:
+            length = len(iterable) if total is None else total
+            return _StepBar(on_step or (lambda done, total: None), iterable, length)
+
+        vars(pipeline)["progress_bar"] = progress_bar
+        guidance = params.guidance_scale
+        if guidance is None:
+            guidance = self._config.default_guidance_scale
+        negative_prompt = params.negative_prompt
+        if self._has_true_guidance() and guidance is not None and negative_prompt is None:
+            negative_prompt = " "  # without one, these families ignore the scale
+        wanted: dict[str, Any] = {
+            "negative_prompt": negative_prompt,
+            "width": params.width,
+            "height": params.height,
+            "num_inference_steps": params.num_inference_steps,
+            "true_cfg_scale" if self._has_true_guidance() else "guidance_scale": guidance,
+        }
+        if "num_images_per_prompt" in self._parameters:
+            wanted["num_images_per_prompt"] = images
+            prompt: str | list[str] = params.prompt
+        else:
+            prompt = [params.prompt] * images
+        arguments = {
+            name: value
+            for name, value in wanted.items()
+            if value is not None and name in self._parameters
+        }
+        output = pipeline(
+            prompt=prompt,
+            generator=torch.Generator("cpu").manual_seed(params.seed),
+            output_type="pt",
+            **(self._config.call_kwargs | arguments),
+        )
+        pixels: Tensor = output.images
+        return pixels

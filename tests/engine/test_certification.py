@@ -1,0 +1,105 @@
+"""A pipeline whose pictures change when they are batched is served one call at a time."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from serve_app.config import ModelConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.errors import ModelLoadError
+from tests.conftest import DEMO
+from tests.tiny_pipelines import FAMILIES
+
+
+@pytest.fixture
+def pipeline() -> LoadedPipeline:
+    """A pipeline of this test's own, to be tampered with."""
+    return LoadedPipeline(
+        FAMILIES["stable-diffusion"](), DEMO.model_copy(update={"default_size_px": (32, 32)})
+    )
+
+
+@pytest.fixture
+def mixing(pipeline: LoadedPipeline) -> Iterator[LoadedPipeline]:
+    """Its first layer shifts every row by the mean over the batch beyond two rows: rows mix."""
+
+    def mix(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (args[0] + args[0].mean(),) if args[0].shape[0] > 2 else None
+
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(mix)
+    yield pipeline
+    handle.remove()
+
+
+def _requests() -> list[GenerationParams]:
+    return [
+        GenerationParams(f"a {color} circle", seed, width=32, height=32, num_inference_steps=4)
+        for seed, color in enumerate(("red", "green", "blue"))
+    ]
+
+
+def _together(pipeline: LoadedPipeline, model: ModelConfig) -> tuple[Engine, list[Tensor]]:
+    with Engine(pipeline, model) as engine:
+        ends = [list(stream)[-1] for stream in [engine.stream(r) for r in _requests()]]
+    assert all(isinstance(end, Completed) for end in ends)
+    return engine, [end.result.pixels for end in ends if isinstance(end, Completed)]
+
+
+def test_a_sound_pipeline_is_certified(pipeline: LoadedPipeline) -> None:
+    engine, _ = _together(pipeline, DEMO)
+    assert engine.info.batching
+    assert engine.info.batching_difference is not None
+    assert engine.info.batching_difference < 1e-4
+    assert engine.stats().mean_batch_size > 1
+
+
+def test_a_pipeline_that_mixes_rows_is_served_alone_and_right(
+    mixing: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = [mixing.paint(request)[0] for request in _requests()]
+    with caplog.at_level(logging.WARNING):
+        engine, together = _together(mixing, DEMO)
+    assert not engine.info.batching
+    assert engine.info.batching_difference is not None
+    assert engine.info.batching_difference > 1e-4
+    assert "differ" in engine.info.batching_note
+    assert "batching=off" in caplog.text
+    assert engine.stats().mean_batch_size == 1
+    for one, two in zip(alone, together, strict=True):
+        assert float((one - two).abs().max()) <= 1e-5
+
+
+def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPipeline) -> None:
+    def one_prompt_only(_: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+        embeds = kwargs["encoder_hidden_states"]
+        if embeds.shape[0] == 4 and not torch.equal(embeds[2], embeds[3]):
+            raise RuntimeError("one prompt at a time")
+
+    handle = pipeline.denoisers["unet"].mid_block.register_forward_pre_hook(
+        one_prompt_only, with_kwargs=True
+    )
+    try:
+        engine, _ = _together(pipeline, DEMO)
+    finally:
+        handle.remove()
+    assert not engine.info.batching
+    assert "one prompt at a time" in engine.info.batching_note
+
+
+def test_a_pipeline_that_cannot_paint_is_refused_at_start(pipeline: LoadedPipeline) -> None:
+    def broken(_: nn.Module, args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(broken)
+    try:
+        with pytest.raises(ModelLoadError, match="no such kernel"):
+            Engine(pipeline, DEMO)
+    finally:
+        handle.remove()
+    assert "forward" not in vars(pipeline.denoisers["unet"])

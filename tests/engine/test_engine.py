@@ -1,0 +1,327 @@
+"""The engine on the shipped model: together is alone, nobody hurts anybody, nothing is lost."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler
+
+from serve_app.config import EngineConfig, LimitsConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.errors import Cancelled, GenerationFailed, InvalidRequest, Unavailable
+from tests.conftest import DEMO
+from tests.waiting import wait_until
+
+TOLERANCE = 1e-5
+"""Largest difference of a pixel in [0, 1] between batched and alone, in float32 on a CPU."""
+
+
+def params(prompt: str = "a red circle on blue", seed: int = 1, **options: Any) -> GenerationParams:
+    return GenerationParams(
+        **(
+            {"prompt": prompt, "seed": seed, "width": 64, "height": 64, "num_inference_steps": 6}
+            | options
+        )
+    )
+
+
+def result_of(events: list[Event]) -> GenerationResult:
+    last = events[-1]
+    assert isinstance(last, Completed), last
+    return last.result
+
+
+def largest_difference(result: GenerationResult, alone: torch.Tensor) -> float:
+    return float((result.pixels - alone[0]).abs().max())
+
+
+def sixteen() -> list[GenerationParams]:
+    """Each its own prompt, seed, steps (5 to 30) and guidance; most are of one size."""
+    colors = ["red", "green", "blue", "yellow", "orange", "purple", "cyan", "pink"]
+    sides = [32] * 3 + [48] * 3 + [64] * 10
+    return [
+        GenerationParams(
+            prompt=f"a {colors[index % 8]} {('circle', 'star')[index // 8]} on white",
+            seed=1_000 + index,
+            negative_prompt="a black background" if index % 3 == 0 else None,
+            width=side,
+            height=side,
+            num_inference_steps=5 + round(index * 25 / 15),
+            guidance_scale=1.0 if index % 5 == 4 else 2.0 + index / 4,
+        )
+        for index, side in enumerate(sides)
+    ]
+
+
+def test_sixteen_requests_together_are_what_each_is_alone(demo_pipeline: LoadedPipeline) -> None:
+    requests = sixteen()
+    alone = [demo_pipeline.paint(request) for request in requests]
+    with Engine(demo_pipeline, DEMO, EngineConfig()) as engine:
+        streams = [engine.stream(request) for request in requests]
+        results = [result_of(list(stream)) for stream in streams]
+        stats = engine.stats()
+    worst = max(map(largest_difference, results, alone))
+    print(
+        f"16 requests: mean batch size {stats.mean_batch_size:.2f}, {stats.steps} steps in "
+        f"{stats.ticks} denoiser calls, largest difference from alone {worst:.1e}"
+    )
+    assert worst <= TOLERANCE
+    assert stats.mean_batch_size > 4
+    assert stats.steps == sum(request.num_inference_steps or 0 for request in requests)
+
+
+def test_events_tell_the_whole_way(demo_engine: Engine) -> None:
+    events = list(demo_engine.stream(params(num_inference_steps=4)))
+    assert isinstance(events[0], Queued)
+    assert events[1:-1] == [Progress(step, 4) for step in (1, 2, 3, 4)]
+    result = result_of(events)
+    assert result.pixels.shape == (3, 64, 64)
+    assert result.image.size == (64, 64)
+    assert result.params == params(num_inference_steps=4)
+    assert result.queue_s >= 0
+    assert result.denoise_s > 0
+
+
+def test_defaults_are_the_models_own(demo_engine: Engine) -> None:
+    result = demo_engine.generate(GenerationParams("a green ring on white", 7))
+    assert (result.params.width, result.params.height) == (64, 64)
+    assert result.params.num_inference_steps == 20
+
+
+def test_a_request_joins_and_leaves_at_any_step(demo_pipeline: LoadedPipeline) -> None:
+    long, short = (
+        params(num_inference_steps=25),
+        params("a blue star on pink", 5, num_inference_steps=5),
+    )
+    alone = [demo_pipeline.paint(request) for request in (long, short)]
+    joined: list[GenerationResult] = []
+    steps_of_long_when_short_ended: list[int] = []
+    with Engine(demo_pipeline, DEMO) as engine:
+        done = threading.Event()
+        step = 0
+
+        def on_short(event: Event) -> None:
+            if isinstance(event, Completed):
+                joined.append(event.result)
+                steps_of_long_when_short_ended.append(step)
+                done.set()
+
+        def on_long(event: Event) -> None:
+            nonlocal step
+            if isinstance(event, Progress):
+                step = event.step
+                if event.step == 8:
+                    engine.submit(short, on_short)
+
+        result = engine.generate(long, on_long)
+        assert done.wait(30)
+        assert engine.stats().mean_batch_size > 1
+    assert largest_difference(result, alone[0]) <= TOLERANCE
+    assert largest_difference(joined[0], alone[1]) <= TOLERANCE
+    assert 8 < steps_of_long_when_short_ended[0] < 25
+
+
+def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline) -> None:
+    """Their timesteps are integers in one and reals in the other."""
+    stock = demo_pipeline._pipeline.scheduler
+    request = params(num_inference_steps=8)
+    schedulers = [
+        stock,
+        EulerDiscreteScheduler.from_config(stock.config),
+        DPMSolverMultistepScheduler.from_config(stock.config),
+    ]
+    alone = []
+    try:
+        for scheduler in schedulers:
+            vars(demo_pipeline._pipeline)["scheduler"] = scheduler
+            alone.append(demo_pipeline.paint(request))
+        vars(demo_pipeline._pipeline)["scheduler"] = stock
+        with Engine(demo_pipeline, DEMO) as engine:
+            # Each request copies the scheduler that is there when it starts.
+            chosen = iter(schedulers)
+            paint = demo_pipeline.paint
+
+            def paint_with_next(*args: Any, **kwargs: Any) -> torch.Tensor:
+                vars(demo_pipeline._pipeline)["scheduler"] = next(chosen)
+                return paint(*args, **kwargs)
+
+            vars(demo_pipeline)["paint"] = paint_with_next
+            streams = [engine.stream(request) for _ in schedulers]
+            results = [result_of(list(stream)) for stream in streams]
+            assert engine.stats().mean_batch_size > 2
+    finally:
+        vars(demo_pipeline).pop("paint", None)
+        vars(demo_pipeline._pipeline)["scheduler"] = stock
+    assert max(map(largest_difference, results, alone)) <= TOLERANCE
+    assert float((alone[0] - alone[2]).abs().max()) > 1e-3  # they do paint differently
+
+
+def hold(engine: Engine, request: GenerationParams) -> tuple[int, list[Event], threading.Event]:
+    """Submit; the number, the events so far, and an event that is set after the third step."""
+    events: list[Event] = []
+    moving = threading.Event()
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progress) and event.step == 3:
+            moving.set()
+
+    return engine.submit(request, on_event), events, moving
+
+
+def test_a_cancelled_request_is_gone_within_one_step(demo_pipeline: LoadedPipeline) -> None:
+    mate = params("a yellow ring on black", 9, num_inference_steps=40)
+    alone = demo_pipeline.paint(mate)
+    with Engine(demo_pipeline, DEMO, EngineConfig()) as engine:
+        stream = engine.stream(mate)
+        number, events, moving = hold(engine, params(num_inference_steps=90))
+        assert moving.wait(30)
+        engine.cancel(number)
+        wait_until(lambda: isinstance(events[-1], Failed))
+        ticks = {entry.what: entry.tick for entry in engine.stats().log if entry.request == number}
+        assert ticks["cancelled"] - ticks["cancel_requested"] <= 1
+        assert isinstance(events[-1], Failed)
+        assert isinstance(events[-1].error, Cancelled)
+        result = result_of(list(stream))
+        engine.cancel(number)  # long gone: nothing happens
+    assert largest_difference(result, alone) <= TOLERANCE
+
+
+def test_a_waiting_request_can_be_cancelled(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO, EngineConfig(max_running=1)) as engine:
+        first, _, moving = hold(engine, params(num_inference_steps=90))
+        assert moving.wait(30)
+        second, events, _ = hold(engine, params())
+        wait_until(lambda: engine.stats().waiting == 1)
+        engine.cancel(second)
+        wait_until(lambda: isinstance(events[-1], Failed))
+        assert [type(event) for event in events] == [Queued, Failed]
+        engine.cancel(first)
+
+
+def test_closing_the_iterator_cancels(demo_engine: Engine) -> None:
+    stream = demo_engine.stream(params(num_inference_steps=90))
+    for event in stream:
+        if isinstance(event, Progress):
+            break
+    stream.close()  # type: ignore[attr-defined]
+    wait_until(lambda: demo_engine.stats().running == 0)
+    assert demo_engine.stats().log[-1].what == "cancelled"
+
+
+def break_rows_of(
+    pipeline: LoadedPipeline, is_bad: Callable[[torch.Tensor], bool]
+) -> Callable[[], None]:
+    """Make the network raise whenever a batch holds a bad row; returns what mends it."""
+    first = pipeline.denoisers["unet"].conv_in
+
+    def check(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if is_bad(args[0]):
+            raise RuntimeError("a bad row")
+
+    return first.register_forward_pre_hook(check).remove
+
+
+def test_an_error_in_one_request_hurts_no_other(demo_pipeline: LoadedPipeline) -> None:
+    good = [params("a red star on white", seed, num_inference_steps=8) for seed in range(4)]
+    alone = [demo_pipeline.paint(request) for request in good]
+    bad = params("a blue ring on white", 666, num_inference_steps=8)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(666))
+    with Engine(demo_pipeline, DEMO) as engine:
+        mend = break_rows_of(
+            demo_pipeline, lambda rows: any(torch.equal(row, latents[0]) for row in rows)
+        )
+        try:
+            streams = [engine.stream(request) for request in [*good[:2], bad, *good[2:]]]
+            ends = [list(stream)[-1] for stream in streams]
+        finally:
+            mend()
+    failed = ends.pop(2)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, GenerationFailed)
+    assert "a bad row" in str(failed.error)
+    worst = max(
+        largest_difference(result_of([end]), picture)
+        for end, picture in zip(ends, alone, strict=True)
+    )
+    assert worst <= TOLERANCE
+
+
+def test_a_receiver_that_raises_hurts_nobody(
+    demo_engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(event: Event) -> None:
+        raise RuntimeError("receiver")
+
+    demo_engine.submit(params(), broken)
+    assert demo_engine.generate(params()).image.size == (64, 64)
+    assert "the receiver of its events failed" in caplog.text
+
+
+def test_batches_keep_to_the_cap(demo_pipeline: LoadedPipeline) -> None:
+    sizes: list[int] = []
+    unet = demo_pipeline.denoisers["unet"]
+    handle = unet.conv_in.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))
+    try:
+        with Engine(demo_pipeline, DEMO, EngineConfig(max_batch_size=3, max_running=5)) as engine:
+            streams = [engine.stream(params(seed=seed)) for seed in range(7)]
+            sizes.clear()
+            assert all(isinstance(list(stream)[-1], Completed) for stream in streams)
+    finally:
+        handle.remove()
+    assert max(sizes) == 2 * 3  # rows: with guidance, two a request
+
+
+def test_wrong_requests_are_refused_before_they_queue(demo_engine: Engine) -> None:
+    with pytest.raises(InvalidRequest, match="multiples of 8"):
+        demo_engine.submit(params(width=60), lambda event: None)
+    assert demo_engine.stats().log == ()
+
+
+def test_closing_drains_or_cancels_and_refuses_the_rest(demo_pipeline: LoadedPipeline) -> None:
+    engine = Engine(demo_pipeline, DEMO)
+    _, events, _ = hold(engine, params())
+    engine.close()
+    assert isinstance(events[-1], Completed)
+    with pytest.raises(Unavailable):
+        engine.submit(params(), lambda event: None)
+    with pytest.raises(Unavailable):
+        engine.check()
+
+    engine = Engine(demo_pipeline, DEMO, EngineConfig(max_running=1))
+    held = [hold(engine, params(num_inference_steps=90))[1] for _ in range(3)]
+    engine.close(drain=False)
+    for events in held:
+        assert isinstance(events[-1], Failed)
+        assert isinstance(events[-1].error, Cancelled)
+    assert "forward" not in vars(demo_pipeline.denoisers["unet"])
+
+
+def test_when_its_thread_dies_nobody_waits_for_ever(
+    demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        def choose(self, parked: Any, max_batch_size: int) -> Any:
+            raise KeyError("policy")
+
+    engine = Engine(demo_pipeline, DEMO, policy=Broken())
+    event = list(engine.stream(params()))[-1]
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, Unavailable)
+    wait_until(lambda: not engine._thread.is_alive())
+    with pytest.raises(Unavailable, match="policy"):
+        engine.check()
+
+
+def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
+    config = EngineConfig(limits=LimitsConfig(max_steps=5, max_pixels=32 * 32))
+    with Engine(demo_pipeline, DEMO, config) as engine:
+        with pytest.raises(InvalidRequest, match="from 1 to 5"):
+            engine.generate(params(num_inference_steps=6))
+        with pytest.raises(InvalidRequest, match="such as 32x32"):
+            engine.generate(params(num_inference_steps=5))

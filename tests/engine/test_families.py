@@ -1,0 +1,144 @@
+"""Stock pipelines of seven families paint the same pictures together as alone.
+
+Unmodified diffusers code on tiny random networks, saved and loaded the way a real model is.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+
+from serve_app.config import ModelConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.errors import InvalidRequest
+from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
+
+CALL_KWARGS: dict[str, dict[str, JsonValue]] = {
+    "sd3": {"max_sequence_length": 16},
+    "flux": {"max_sequence_length": 16},
+    "pixart-sigma": {
+        "max_sequence_length": 16,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    "sana": {
+        "max_sequence_length": 48,
+        "use_resolution_binning": False,
+        "complex_human_instruction": None,
+    },
+}
+"""By family; the others need none. Few tokens keep the tests fast; binning wants real sizes."""
+
+GUIDANCE_DISTILLED = {"flux"}
+"""Families without a second, negative call of the denoiser: a negative prompt is refused."""
+
+ROUNDING = 1e-5
+VISIBLE = 5 / 255
+"""Largest difference of a pixel in [0, 1] that rounding explains, and the least that people see."""
+
+
+def _request(
+    prompt: str, seed: int, steps: int, guidance: float, negative: str | None
+) -> GenerationParams:
+    return GenerationParams(
+        prompt=prompt,
+        seed=seed,
+        negative_prompt=negative,
+        width=WIDTH_PX,
+        height=HEIGHT_PX,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+    )
+
+
+# All texts have seven words, each a single token, as some families do not pad. The first request
+# is without guidance: its calls have half the rows of the others'.
+REQUESTS = (
+    _request("a red circle on a blue background", 1, 3, 1.0, None),
+    _request("a green star on a white background", 2, 6, 2.0, "a black square at the top left"),
+    _request("a pink cross on a black background", 3, 4, 3.5, "a small cyan ring on the right"),
+    _request("two yellow rings on a purple background", 4, 5, 5.0, "a large red star on the left"),
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A family's pipeline, saved to a folder."""
+    family: str = request.param
+    folder = tmp_path_factory.mktemp(family)
+    FAMILIES[family]().save_pretrained(folder, safe_serialization=True)
+    return ModelConfig(
+        id=family,
+        path=str(folder),
+        device="cpu",
+        default_size_px=(WIDTH_PX, HEIGHT_PX),
+        call_kwargs=CALL_KWARGS.get(family, {}),
+    )
+
+
+@pytest.fixture(scope="module")
+def pipeline(config: ModelConfig) -> LoadedPipeline:
+    return LoadedPipeline.load(config)
+
+
+def _difference(one: Tensor, two: Tensor) -> float:
+    return float((one - two).abs().max())
+
+
+def test_together_as_alone(
+    config: ModelConfig, pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = REQUESTS
+    if config.id in GUIDANCE_DISTILLED:
+        with Engine(pipeline, config) as engine, pytest.raises(InvalidRequest, match="negative"):
+            engine.generate(REQUESTS[1])
+        requests = tuple(replace(params, negative_prompt=None) for params in REQUESTS)
+    alone = [pipeline.paint(params)[0] for params in requests]
+    together = []
+    with Engine(pipeline, config) as engine:
+        assert engine.info.batching, engine.info.batching_note
+        for stream in [engine.stream(params) for params in requests]:
+            *_, last = stream
+            assert isinstance(last, Completed), last
+            together.append(last.result.pixels)
+        stats = engine.stats()
+    assert [_difference(a, b) for a, b in zip(alone, together, strict=True)] == pytest.approx(
+        [0.0] * len(REQUESTS), abs=ROUNDING
+    )
+    assert stats.mean_batch_size > 1.5
+    # A merged call that fails is repeated one by one, with the same pictures and a warning.
+    assert not [record for record in caplog.records if record.name.startswith("serve_app")]
+    for picture in together:
+        assert picture.shape == (3, HEIGHT_PX, WIDTH_PX)
+        assert torch.isfinite(picture).all()
+    for one, two in combinations(together, 2):
+        assert _difference(one, two) > VISIBLE
+
+
+CHANGES: dict[str, str | int | float] = {
+    "prompt": "a white square on a green background",
+    "seed": 5,
+    "num_inference_steps": 4,
+    "guidance_scale": 4.0,
+    "negative_prompt": "a cyan ring on the top right",
+}
+
+
+def test_all_that_a_request_asks_for_shows_in_the_picture(
+    config: ModelConfig, pipeline: LoadedPipeline
+) -> None:
+    params = replace(REQUESTS[1], num_inference_steps=3)
+    picture = pipeline.paint(params)[0]
+    ignored = {"negative_prompt"} if config.id in GUIDANCE_DISTILLED else set()
+    shows = {
+        name
+        for name, value in CHANGES.items()
+        if _difference(picture, pipeline.paint(replace(params, **{name: value}))[0]) > VISIBLE
+    }
+    assert shows == CHANGES.keys() - ignored

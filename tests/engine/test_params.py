@@ -1,0 +1,69 @@
+import dataclasses
+import pickle
+
+import pytest
+
+from serve_app.config import LimitsConfig
+from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
+from serve_app.errors import InvalidRequest
+
+MODEL = ModelInfo(
+    id="m",
+    pipeline="SomePipeline",
+    dtype="float32",
+    device="cpu",
+    default_width=64,
+    default_height=32,
+    size_multiple=16,
+    default_steps=20,
+    takes_negative_prompt=True,
+    batching=True,
+    batching_difference=0.0,
+    batching_note="",
+    limits=LimitsConfig(max_pixels=128 * 128, max_steps=50, max_prompt_chars=20),
+)
+
+
+def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
+    resolved = GenerationParams("a cat", 3, guidance_scale=2.5).resolved(MODEL)
+    assert resolved == GenerationParams(
+        "a cat", 3, None, width=64, height=32, num_inference_steps=20, guidance_scale=2.5
+    )
+    assert resolved.resolved(MODEL) == resolved
+    assert pickle.loads(pickle.dumps(resolved)) == resolved
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "allowed"),
+    [
+        ({"prompt": "  \n"}, "prompt", "empty"),
+        ({"prompt": "x" * 21}, "prompt", "at most 20"),
+        ({"negative_prompt": "x" * 21}, "negative_prompt", "at most 20"),
+        ({"seed": -1}, "seed", f"0 to {MAX_SEED}"),
+        ({"seed": MAX_SEED + 1}, "seed", f"0 to {MAX_SEED}"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "1 to 50"),
+        ({"num_inference_steps": -3}, "num_inference_steps", "1 to 50"),
+        ({"num_inference_steps": 51}, "num_inference_steps", "1 to 50"),
+        ({"guidance_scale": -0.1}, "guidance_scale", "0 to 100"),
+        ({"guidance_scale": float("nan")}, "guidance_scale", "0 to 100"),
+        ({"guidance_scale": float("inf")}, "guidance_scale", "0 to 100"),
+        ({"width": 0}, "size", "multiples of 16"),
+        ({"width": -16}, "size", "multiples of 16"),
+        ({"height": 40}, "size", "multiples of 16"),
+        ({"width": 144, "height": 128}, "size", "at most 16384"),
+    ],
+)
+def test_what_is_not_on_offer_is_refused_by_name(
+    change: dict[str, object], param: str, allowed: str
+) -> None:
+    params = dataclasses.replace(GenerationParams("a cat", 1), **change)  # type: ignore[arg-type]
+    with pytest.raises(InvalidRequest, match=allowed) as caught:
+        params.resolved(MODEL)
+    assert caught.value.param == param
+
+
+def test_a_negative_prompt_is_refused_where_it_would_be_ignored() -> None:
+    model = dataclasses.replace(MODEL, takes_negative_prompt=False)
+    with pytest.raises(InvalidRequest, match="takes no negative_prompt"):
+        GenerationParams("a cat", 1, negative_prompt="dog").resolved(model)
+    GenerationParams("a cat", 1, negative_prompt="").resolved(model)

@@ -1,0 +1,125 @@
+"""Loading: real folders in the diffusers format, and everything that can be wrong with one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from serve_app.config import ModelConfig, parse_app_config
+from serve_app.engine.engine import Engine
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline, resolve_device
+from serve_app.errors import ConfigError, ModelLoadError
+from tests.tiny_pipelines import FAMILIES
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    FAMILIES["stable-diffusion"]().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _load(folder: Path) -> LoadedPipeline:
+    return LoadedPipeline.load(ModelConfig(id="m", path=str(folder), device="cpu"))
+
+
+def test_the_sdxl_config_loads_and_paints_an_sdxl(tmp_path: Path) -> None:
+    """As configs/sdxl.yaml says, half-precision variant included; only the weights are small."""
+    FAMILIES["sdxl"]().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    assert list((tmp_path / "unet").glob("*.fp16.safetensors"))
+    [application] = yaml.safe_load((CONFIGS / "sdxl.yaml").read_text())["applications"]
+    model = parse_app_config(application["args"]).model
+    assert model.path == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert not model.is_folder
+    # A CPU has no half-precision kernels for all of it; everything else stays as configured.
+    local = model.model_copy(update={"path": str(tmp_path), "dtype": "float32", "device": "cpu"})
+    pipeline = LoadedPipeline.load(local)
+    assert pipeline.class_name == "StableDiffusionXLPipeline"
+    with Engine(pipeline, local) as engine:
+        assert engine.info.default_steps == 30
+        result = engine.generate(GenerationParams("a cat", 1, num_inference_steps=2))
+    assert torch.isfinite(result.pixels).all()
+
+
+def test_a_seed_paints_the_same_picture_after_loading_again(folder: Path) -> None:
+    params = GenerationParams("a cat", 5, width=32, height=32, num_inference_steps=2)
+    assert torch.equal(_load(folder).paint(params), _load(folder).paint(params))
+
+
+def test_requests_do_not_share_the_noise_scheduler(folder: Path) -> None:
+    pipeline = _load(folder)
+    before = dict(vars(pipeline._pipeline.scheduler))
+    config = dict(pipeline._pipeline.config)
+    pipeline.paint(GenerationParams("a", 1, width=32, height=32, num_inference_steps=3))
+    after = vars(pipeline._pipeline.scheduler)
+    assert after["num_inference_steps"] == before["num_inference_steps"]
+    assert dict(pipeline._pipeline.config) == config
+
+
+def test_a_missing_folder_is_named() -> None:
+    with pytest.raises(ModelLoadError, match="/no/such/folder does not exist"):
+        _load(Path("/no/such/folder"))
+
+
+def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelLoadError, match="no model_index"):
+        _load(tmp_path)
+
+
+def test_pickled_weights_are_never_opened(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"not even a pickle")
+    with pytest.raises(ModelLoadError, match=r"only pickled weights.*safetensors"):
+        _load(folder)
+
+
+def test_a_missing_component_is_named(folder: Path) -> None:
+    for file in (folder / "vae").iterdir():
+        file.unlink()
+    (folder / "vae").rmdir()
+    with pytest.raises(ModelLoadError, match="'vae'"):
+        _load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not JSON"),
+        ('{"_class_name": ["mine", "P"]}', "code of their own"),
+        ("[]", "no stock"),
+    ],
+)
+def test_a_wrong_index_is_refused(folder: Path, content: str, reason: str) -> None:
+    (folder / "model_index.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=reason):
+        _load(folder)
+
+
+def test_an_unknown_pipeline_and_broken_weights_are_reported(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "NoSuchPipeline"}))
+    with pytest.raises(ModelLoadError, match="NoSuchPipeline"):
+        _load(folder)
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ModelLoadError, match="cannot be loaded"):
+        _load(folder)
+
+
+def test_unknown_call_arguments_are_refused_at_start(folder: Path) -> None:
+    model = ModelConfig(id="m", path=str(folder), device="cpu", call_kwargs={"clip_skp": 1})
+    with pytest.raises(ModelLoadError, match=r"clip_skp.*clip_skip"):
+        LoadedPipeline.load(model)
+
+
+def test_a_gpu_that_torch_cannot_use_is_explained() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU that torch can use")
+    with pytest.raises(ConfigError, match=r"install a CUDA build|nvidia-smi"):
+        resolve_device("cuda")
+    assert resolve_device("auto").type == "cpu"
