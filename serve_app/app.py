@@ -1,0 +1,23 @@
+"""The Serve application: the gateway in front of the generator."""
+
+from typing import Any, cast
+
+from ray.serve import Application, Deployment
+
+from serve_app.config import check_model_folder, parse_app_config
+from serve_app.gateway.deployment import Gateway
+from serve_app.generator import Generator
+
+
+def build(args: dict[str, Any]) -> Application:
+    """Called by Serve with ``args`` of the config file.
+
+    Raises:
+        ConfigError: for an unknown key, a wrong value, or a model folder that cannot be served,
+            before any replica is started.
+    """
+    config = parse_app_config(args)
+    check_model_folder(config.model)
+    # The decorator makes deployments of the classes, which type checkers do not see.
+    generator, gateway = cast(Deployment, Generator), cast(Deployment, Gateway)
+    return gateway.bind(config, generator.bind(config))
