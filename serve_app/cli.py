@@ -1,0 +1,130 @@
+"""The command line: ``diffusion-serve``."""
+
+import re
+import secrets
+import time
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from tqdm import tqdm
+
+from serve_app import __version__
+from serve_app.config import ModelConfig, check_model_folder, read_serve_config
+from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
+    ".png": "png",
+    ".jpg": "jpeg",
+    ".jpeg": "jpeg",
+    ".webp": "webp",
+}
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"diffusion-serve {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Text-to-image models in production, batched step by step."""
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    if text is None:
+        return None, None
+    if match := re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text):
+        return int(match[1]), int(match[2])
+    raise InvalidRequest(f"--size must be WIDTHxHEIGHT in pixels, such as 512x512; got {text!r}.")
+
+
+def _model(name: str) -> ModelConfig:
+    """``demo``, a folder, or a repository of the hub."""
+    if name != "demo" and Path(name).expanduser().is_dir():
+        return ModelConfig(
+            id=Path(name).name or "model", path=str(Path(name).expanduser().resolve())
+        )
+    is_path = name.startswith(("/", ".", "~"))
+    return ModelConfig(id=name, path=name if is_path else None)
+
+
+@cli.command()
+def check(
+    config: Annotated[Path, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")],
+) -> None:
+    """Look for mistakes in a config file, in a second, before Ray is started with it."""
+    try:
+        for application in read_serve_config(config):
+            check_model_folder(application.model)
+    except ConfigError as error:
+        typer.echo(f"error: {config}: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"{config}: ok")
+
+
+@cli.command()
+def infer(
+    prompt: Annotated[str, typer.Option(help="What the picture shows.")],
+    output: Annotated[Path, typer.Option(help="A .png, .jpg or .webp file.")] = Path("image.png"),
+    model: Annotated[
+        str, typer.Option(help="'demo', a folder, or a Hugging Face repository.")
+    ] = "demo",
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same picture.")] = None,
+    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What it must not show.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="How closely it follows.")] = None,
+) -> None:
+    """Paint one picture, without a server and without Ray."""
+    try:
+        image_format = FORMATS.get(output.suffix.lower())
+        if image_format is None:
+            raise InvalidRequest(f"--output must end in {', '.join(FORMATS)}; got {output}.")
+        if not output.absolute().parent.is_dir():
+            raise InvalidRequest(f"--output: the folder {output.absolute().parent} does not exist.")
+        width, height = _size(size)
+        config = _model(model)
+        check_model_folder(config)
+        # Late, so that --help and mistakes are answered without waiting for torch.
+        from serve_app.engine.encoding import encode
+        from serve_app.engine.engine import Engine
+        from serve_app.engine.events import Event, Progress
+        from serve_app.engine.params import GenerationParams
+
+        params = GenerationParams(
+            prompt=prompt,
+            seed=secrets.randbelow(2**32) if seed is None else seed,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        )
+        with Engine.load(config) as engine, tqdm(unit="step", desc="painting") as bar:
+
+            def on_event(event: Event) -> None:
+                if isinstance(event, Progress):
+                    bar.total = event.total_steps
+                    bar.update(event.step - bar.n)
+
+            started_at = time.perf_counter()
+            result = engine.generate(params, on_event)
+            took_s = time.perf_counter() - started_at
+        output.write_bytes(encode(result.image, image_format))
+    except DiffusionServeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"error: {output} cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(
+        f"{output}: {result.image.width}x{result.image.height}, seed {params.seed}, {took_s:.1f} s"
+    )
