@@ -13,6 +13,7 @@ Four stages, each kept in the work folder so that an interrupted run goes on whe
 The result is an ordinary `StableDiffusionPipeline` folder.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,18 +65,18 @@ class Bucket:
 
 
 BUCKETS = [
-    Bucket(64, 64, 20_000, early_share=0.20, late_share=0.51),
-    Bucket(48, 48, 4_000, early_share=0.35, late_share=0.12),
-    Bucket(32, 32, 4_000, early_share=0.35, late_share=0.08),
-    Bucket(40, 56, 1_500, early_share=0.05, late_share=0.03),
-    Bucket(56, 40, 1_500, early_share=0.05, late_share=0.03),
-    Bucket(64, 48, 1_500, early_share=0.0, late_share=0.03),
-    Bucket(48, 64, 1_500, early_share=0.0, late_share=0.03),
-    Bucket(96, 64, 1_000, early_share=0.0, late_share=0.03),
-    Bucket(64, 96, 1_000, early_share=0.0, late_share=0.03),
-    Bucket(80, 80, 1_000, early_share=0.0, late_share=0.04),
-    Bucket(96, 96, 1_000, early_share=0.0, late_share=0.04),
-    Bucket(128, 128, 600, early_share=0.0, late_share=0.03),
+    Bucket(64, 64, 20_000, early_share=0.20, late_share=0.54),
+    Bucket(48, 48, 4_000, early_share=0.35, late_share=0.25),
+    Bucket(32, 32, 4_000, early_share=0.35, late_share=0.04),
+    Bucket(40, 56, 1_500, early_share=0.05, late_share=0.025),
+    Bucket(56, 40, 1_500, early_share=0.05, late_share=0.025),
+    Bucket(64, 48, 1_500, early_share=0.0, late_share=0.025),
+    Bucket(48, 64, 1_500, early_share=0.0, late_share=0.025),
+    Bucket(96, 64, 1_000, early_share=0.0, late_share=0.01),
+    Bucket(64, 96, 1_000, early_share=0.0, late_share=0.01),
+    Bucket(80, 80, 1_000, early_share=0.0, late_share=0.03),
+    Bucket(96, 96, 1_000, early_share=0.0, late_share=0.01),
+    Bucket(128, 128, 600, early_share=0.0, late_share=0.01),
 ]
 
 
@@ -84,13 +85,15 @@ class Recipe:
     """What fixes the result, apart from the hardware's rounding."""
 
     seed: int = 0
+    scene_share: float = 1.0
+    """Of the scenes that each bucket asks for; less for a quick look."""
     vae_steps: int = 3_000
     vae_batch: int = 32
     vae_learning_rate: float = 2e-3
     text_steps: int = 600
     text_batch: int = 128
     text_learning_rate: float = 1e-3
-    denoiser_steps: int = 4_500
+    denoiser_steps: int = 8_500
     early_steps: int = 1_800
     denoiser_batch: int = 48
     denoiser_learning_rate: float = 8e-4
@@ -210,8 +213,11 @@ def _learning_rate(step: int, steps: int, peak: float) -> float:
 class Trainer:
     """Runs the stages; owns the device, the work folder and the checkpoints in it."""
 
-    def __init__(self, recipe: Recipe, work_dir: Path, device: torch.device) -> None:
+    def __init__(
+        self, recipe: Recipe, work_dir: Path, device: torch.device, checkpoint_every: int = 250
+    ) -> None:
         self.recipe = recipe
+        self.checkpoint_every = checkpoint_every
         self.work_dir = work_dir
         self.device = device
         work_dir.mkdir(parents=True, exist_ok=True)
@@ -240,7 +246,7 @@ class Trainer:
         steps: int,
         peak: float,
     ) -> Iterator[tuple[int, "tqdm[int]"]]:
-        """Yield each step still to be run; restore before the first, checkpoint every 250."""
+        """Yield each step still to be run; restore before the first, checkpoint now and then."""
         done = 0
         if state := self._load(checkpoint):
             done = state["done"]
@@ -254,7 +260,7 @@ class Trainer:
             # Seeded by the step, so that an interrupted run draws what an unbroken one would.
             torch.manual_seed(self.recipe.seed * 1_000_003 + step)
             yield step, bar
-            if (step + 1) % 250 == 0 or step + 1 == steps:
+            if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
                 states = {name: module.state_dict() for name, module in modules.items()}
                 self._save(
                     checkpoint, {"done": step + 1, "optimizer": optimizer.state_dict(), **states}
@@ -306,7 +312,10 @@ class Trainer:
     def encode_scenes(self, vae: AutoencoderKL) -> tuple[list[list[Scene]], list[Tensor], float]:
         """Scenes and latents per bucket, and the factor that gives the latents unit variance."""
         rng = Random(f"scenes {self.recipe.seed}")
-        scenes = [[sample_scene(rng) for _ in range(bucket.scenes)] for bucket in BUCKETS]
+        scenes = [
+            [sample_scene(rng) for _ in range(math.ceil(bucket.scenes * self.recipe.scene_share))]
+            for bucket in BUCKETS
+        ]
         state = self._load("latents.pt")
         if state is None:
             latents = []
@@ -411,8 +420,10 @@ class Trainer:
                 prompt_embeds = text_encoder(_tokens(tokenizer, captions).to(self.device))[0]
             clean = latents[bucket][picks].contiguous(memory_format=torch.channels_last)
             noise = torch.randn_like(clean)
-            # Stratified over the batch: every step sees the whole range of noise levels.
-            spread = (torch.arange(len(picks)) + torch.rand(len(picks))) / len(picks)
+            # Stratified over the batch, so that every step sees all noise levels, but the middle
+            # ones, where shapes are decided, more often.
+            even = (torch.arange(len(picks)) + torch.rand(len(picks))) / len(picks)
+            spread = even + 0.6 * torch.sin(2 * torch.pi * even) / (2 * torch.pi)
             timesteps = (spread * 1000).long().to(self.device)
             noisy = noise_scheduler.add_noise(clean, noise, timesteps)
             velocity = noise_scheduler.get_velocity(clean, noise, timesteps)

@@ -38,7 +38,7 @@ class HandlePainter:
         try:
             info: ModelInfo = await asyncio.wait_for(self._call("describe"), timeout_s)
             return info
-        except (asyncio.TimeoutError, RayActorError):
+        except (TimeoutError, RayActorError):
             raise Unavailable("no replica is ready yet; try again in a few seconds.") from None
 
     async def _call(self, method: str, *args: Any) -> Any:

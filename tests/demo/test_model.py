@@ -1,20 +1,15 @@
 """The shipped weights: do they paint what the prompt says?"""
 
-from random import Random
-
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from serve_app.config import DEMO_MODEL_DIR
-from serve_app.demo.judge import judge, read
-from serve_app.demo.scenes import caption, sample_scene
-from serve_app.engine.engine import Engine
+from serve_app.demo.evaluate import accuracy, paint_held_out
+from serve_app.demo.judge import read
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
-
-PAIRS = 128
 
 
 def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
@@ -27,23 +22,9 @@ def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
     ]
 
 
-def test_it_paints_what_held_out_prompts_say(demo_engine: Engine) -> None:
-    rng = Random(2024)
-    scenes = [sample_scene(rng, held_out=True, pairs=0.25) for _ in range(PAIRS)]
-    streams = [
-        demo_engine.stream(
-            GenerationParams(
-                caption(scene, rng, name_background=True), seed, num_inference_steps=20
-            )
-        )
-        for seed, scene in enumerate(scenes)
-    ]
-    images = [np.asarray(list(stream)[-1].result.image) for stream in streams]  # type: ignore[union-attr]
-    verdicts = [judge(image, scene) for image, scene in zip(images, scenes, strict=True)]
-    share = {
-        part: sum(getattr(verdict, part) for verdict in verdicts) / PAIRS
-        for part in ("color", "background", "shape")
-    }
+def test_it_paints_what_held_out_prompts_say() -> None:
+    painted = paint_held_out(DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR), pairs=128, steps=20)
+    share = accuracy(painted)
     print("demo model, held-out prompts:", {part: f"{value:.1%}" for part, value in share.items()})
     assert share["color"] >= 0.95
     assert share["background"] >= 0.95

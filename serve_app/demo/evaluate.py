@@ -1,0 +1,112 @@
+"""Measure the demo model on prompts that it never saw: ``python -m serve_app.demo.evaluate``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from diffusers import DiffusionPipeline
+from numpy.typing import NDArray
+from PIL import Image
+
+from serve_app.config import DEMO_MODEL_DIR
+from serve_app.demo.judge import Verdict, judge
+from serve_app.demo.scenes import Scene, caption, sample_scene
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A held-out scene, its caption, what the model made of it, and what the judge says."""
+
+    scene: Scene
+    prompt: str
+    image: NDArray[np.uint8]
+    verdict: Verdict
+
+
+def paint_held_out(
+    pipeline: DiffusionPipeline,
+    pairs: int = 256,
+    steps: int = 20,
+    guidance_scale: float = 5.0,
+    size_px: int = 64,
+    seed: int = 0,
+) -> list[Painted]:
+    """Paint ``pairs`` pairs of a prompt and a seed; a quarter of the prompts name two objects.
+
+    Every combination of shape, colour and background in them was kept out of training.
+    """
+    rng = Random(f"held out {seed}")
+    scenes = [sample_scene(rng, held_out=True, pairs=0.25) for _ in range(pairs)]
+    prompts = [caption(scene, rng, name_background=True) for scene in scenes]
+    pipeline.set_progress_bar_config(disable=True)
+    painted = []
+    for start in range(0, pairs, BATCH):
+        end = min(start + BATCH, pairs)
+        images = pipeline(
+            prompts[start:end],
+            width=size_px,
+            height=size_px,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(start, end)],
+            output_type="np",
+        ).images
+        for scene, prompt, pixels in zip(
+            scenes[start:end], prompts[start:end], images, strict=True
+        ):
+            image = (pixels * 255).round().astype(np.uint8)
+            painted.append(Painted(scene, prompt, image, judge(image, scene)))
+    return painted
+
+
+def accuracy(painted: list[Painted]) -> dict[str, float]:
+    """Share of the pictures with every object's colour, the background, and every shape right."""
+    return {
+        part: sum(getattr(item.verdict, part) for item in painted) / len(painted)
+        for part in ("color", "background", "shape")
+    }
+
+
+def contact_sheet(images: list[NDArray[np.uint8]], columns: int = 8, zoom: int = 2) -> Image.Image:
+    """Pictures of one size side by side, row by row."""
+    framed = [
+        np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255)
+        for image in images[: len(images) // columns * columns]
+    ]
+    rows = [
+        np.concatenate(framed[start : start + columns], axis=1)
+        for start in range(0, len(framed), columns)
+    ]
+    sheet = Image.fromarray(np.concatenate(rows))
+    return sheet.resize((sheet.width * zoom, sheet.height * zoom), Image.Resampling.NEAREST)
+
+
+def main(
+    model: Annotated[Path, typer.Option(help="Folder of the model.")] = DEMO_MODEL_DIR,
+    pairs: Annotated[int, typer.Option(help="How many prompts and seeds.")] = 256,
+    steps: int = 20,
+    guidance_scale: float = 5.0,
+    size_px: int = 64,
+    seed: int = 0,
+    sheet: Annotated[Path | None, typer.Option(help="Write the first 32 pictures here.")] = None,
+) -> None:
+    """Print how often colours, backgrounds and shapes come out as the prompt says."""
+    pipeline = DiffusionPipeline.from_pretrained(model)
+    painted = paint_held_out(pipeline, pairs, steps, guidance_scale, size_px, seed)
+    for part, share in accuracy(painted).items():
+        typer.echo(f"{part:<10} {share:.1%} of {pairs}")
+    for item in painted:
+        if not (item.verdict.color and item.verdict.background and item.verdict.shape):
+            typer.echo(f"  wrong: {item.prompt}")
+    if sheet is not None:
+        contact_sheet([item.image for item in painted[:32]]).save(sheet)
+
+
+if __name__ == "__main__":
+    typer.run(main)

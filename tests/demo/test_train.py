@@ -1,0 +1,55 @@
+"""The trainer, for a few steps: every stage runs, and an interruption changes nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.config import ModelConfig
+from serve_app.demo.train import Recipe, Trainer
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+
+QUICK = Recipe(
+    scene_share=0.0005,
+    vae_steps=3,
+    vae_batch=4,
+    text_steps=3,
+    text_batch=4,
+    denoiser_steps=4,
+    early_steps=2,
+    denoiser_batch=2,
+)
+CPU = torch.device("cpu")
+
+
+def _paint(folder: Path) -> torch.Tensor:
+    pipeline = LoadedPipeline.load(ModelConfig(id="quick", path=str(folder), device="cpu"))
+    params = GenerationParams("a red circle", 1, width=64, height=64, num_inference_steps=2)
+    return pipeline.paint(params)
+
+
+def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(QUICK, tmp_path / "unbroken", CPU, checkpoint_every=2).run(tmp_path / "model")
+    assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
+    whole = _paint(tmp_path / "model")
+
+    save = Trainer._save
+    for stage in ("vae.pt", "text_encoder.pt", "denoiser.pt"):
+
+        def save_and_stop(
+            self: Trainer, name: str, state: dict[str, Any], stage: str = stage
+        ) -> None:
+            save(self, name, state)
+            if name == stage and state["done"] == 2:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Trainer, "_save", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
+    monkeypatch.setattr(Trainer, "_save", save)
+    Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
+    assert torch.equal(_paint(tmp_path / "again"), whole)

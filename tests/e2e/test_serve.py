@@ -1,0 +1,199 @@
+"""From HTTP to picture and back, through Ray Serve as it is deployed."""
+
+import asyncio
+import base64
+import io
+import json
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import openai
+import pytest
+import ray
+from PIL import Image
+from ray import serve
+
+from serve_app.demo.judge import read
+from serve_app.engine.engine import EngineStats
+from tests.e2e.conftest import Server, demo_config, free_port, start_serve
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.serve
+
+
+def _decode(b64_json: str | None) -> Image.Image:
+    assert b64_json is not None
+    return Image.open(io.BytesIO(base64.b64decode(b64_json)))
+
+
+def _post(server: Server, **body: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def generator(server: Server) -> Iterator[Any]:
+    """A handle to the running generator, to look into its engine."""
+    ray.init(address=server.ray_address, namespace="serve", log_to_driver=False)
+    yield serve.get_deployment_handle("Generator", "diffusion-serve")
+    ray.shutdown()
+
+
+def _stats(generator: Any) -> EngineStats:
+    stats: EngineStats = generator.stats.remote().result(timeout_s=20)
+    return stats
+
+
+def test_a_picture_shows_what_the_prompt_said(server: Server) -> None:
+    response = _post(server, prompt="a red circle on a blue background", seed=1)
+    assert response.status_code == 200, response.text
+    image = _decode(response.json()["data"][0]["b64_json"])
+    assert (image.format, image.size) == ("PNG", (64, 64))
+    seen = read(np.asarray(image))
+    assert seen.background == "blue"
+    assert [(item.color, item.shape) for item in seen.objects] == [("red", "circle")]
+
+
+def test_the_openai_client_works(server: Server) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        answer = client.images.generate(
+            model="demo",
+            prompt="two small yellow squares on black",
+            size="64x64",
+            n=2,
+            extra_body={"seed": 3, "num_inference_steps": 8},
+        )
+        assert answer.data is not None
+        images = [_decode(data.b64_json) for data in answer.data]
+        assert [image.size for image in images] == [(64, 64)] * 2
+        assert images[0].tobytes() != images[1].tobytes()
+        assert [model.id for model in client.models.list()] == ["demo"]
+        with pytest.raises(openai.BadRequestError, match="multiples of 8") as caught:
+            client.images.generate(model="demo", prompt="x", size="63x64")  # type: ignore[call-overload]
+        assert caught.value.param == "size"
+        with pytest.raises(openai.NotFoundError, match="demo"):
+            client.images.generate(model="dall-e-3", prompt="x")
+
+
+def test_a_seed_paints_the_same_picture_whoever_else_paints(server: Server) -> None:
+    body = {"prompt": "a green ring on white", "seed": 7, "num_inference_steps": 6}
+    alone = _decode(_post(server, **body).json()["data"][0]["b64_json"])
+    with ThreadPoolExecutor(8) as pool:
+        crowd = list(pool.map(lambda seed: _post(server, **(body | {"seed": seed})), range(8)))
+    assert {response.status_code for response in crowd} == {200}
+    together = _decode(crowd[7].json()["data"][0]["b64_json"])
+    difference = np.abs(np.asarray(alone).astype(int) - np.asarray(together))
+    assert difference.max() <= 1  # one rounding of 255
+
+
+def test_errors_come_back_in_openais_shape(server: Server) -> None:
+    for body, status, param in (
+        ({"prompt": "x", "foo": 1}, 400, "foo"),
+        ({"prompt": "x", "num_inference_steps": 201}, 400, "num_inference_steps"),
+        ({"prompt": "x", "size": "1024x1024"}, 400, "size"),
+        ({"prompt": "x", "model": "other"}, 404, "model"),
+    ):
+        response = _post(server, **body)
+        assert response.status_code == status
+        assert response.json()["error"]["param"] == param
+    big = httpx.post(f"{server.url}/v1/images/generations", content=b"x" * 2_000_000, timeout=30)
+    assert (big.status_code, big.json()["error"]["code"]) == (413, "body_too_large")
+    assert httpx.get(f"{server.url}/health", timeout=20).json() == {"status": "ok"}
+
+
+def test_hanging_up_frees_the_place_within_one_step(server: Server, generator: Any) -> None:
+    before = {entry.request for entry in _stats(generator).log}
+    body = json.dumps(
+        {"prompt": "a blue star on pink", "seed": 5, "num_inference_steps": 200, "size": "128x128"}
+    )
+    address = urlsplit(server.url)
+    assert address.hostname is not None
+    assert address.port is not None
+    with socket.create_connection((address.hostname, address.port)) as client:
+        request = (
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: {address.netloc}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        )
+        client.sendall(request.encode())
+        # In the middle of it: some steps done, many to go.
+        start = wait_until(
+            lambda: next(
+                (
+                    entry
+                    for entry in _stats(generator).log
+                    if entry.what == "started" and entry.request not in before
+                ),
+                None,
+            ),
+            what="the request to start",
+        )
+        wait_until(lambda: _stats(generator).ticks >= start.tick + 3, what="some steps")
+        assert _stats(generator).running == 1
+    # Left the block: the connection is closed.
+    wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
+    ticks = {
+        entry.what: entry.tick for entry in _stats(generator).log if entry.request == start.request
+    }
+    print(
+        f"hung up: cancel asked for at denoiser call {ticks['cancel_requested']}, place free at "
+        f"{ticks['cancelled']}, of {start.tick + 200} it would have taken"
+    )
+    assert ticks["cancelled"] - ticks["cancel_requested"] <= 1
+    assert ticks["cancelled"] < start.tick + 150
+    assert "completed" not in ticks
+
+
+def test_one_hang_up_leaves_the_others_alone(server: Server, generator: Any) -> None:
+    async def run() -> list[int]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+
+            async def post(seed: int, steps: int) -> int:
+                body = {"prompt": "a red star on white", "seed": seed, "num_inference_steps": steps}
+                return (await client.post("/v1/images/generations", json=body)).status_code
+
+            quitter = asyncio.create_task(post(99, 200))
+            others = [asyncio.create_task(post(seed, 30)) for seed in range(4)]
+            while (await asyncio.to_thread(_stats, generator)).running < 2:
+                await asyncio.sleep(0.02)
+            quitter.cancel()
+            return await asyncio.gather(*others)
+
+    assert asyncio.run(run()) == [200] * 4
+    wait_until(lambda: _stats(generator).running == 0)
+
+
+def test_a_lost_replica_loses_no_request(server: Server, generator: Any) -> None:
+    body = {"prompt": "a red cross on cyan", "seed": 8, "num_inference_steps": 60, "size": "96x96"}
+    undisturbed = _post(server, **body).json()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(_post, server, **body)
+        wait_until(lambda: _stats(generator).running == 1, what="the request to start")
+        [name] = [
+            actor["name"]
+            for actor in ray.util.list_named_actors(all_namespaces=True)
+            if "#Generator#" in actor["name"]
+        ]
+        ray.kill(ray.get_actor(name, namespace="serve"))
+        response = answer.result(timeout=120)
+    assert response.status_code == 200, response.text
+    assert response.json()["data"] == undisturbed["data"]
+
+
+def test_a_wrong_config_is_named_and_serves_nothing() -> None:
+    port = free_port()
+    config = demo_config(port)
+    config["applications"][0]["args"]["model"]["path"] = "/no/such/model"  # type: ignore[index]
+    running = start_serve(config)
+    try:
+        wait_until(
+            lambda: "the folder /no/such/model does not exist" in running.log.read_text(),
+            deadline_s=60,
+            what="the error",
+        )
+        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=20).status_code == 404
+    finally:
+        running.stop()

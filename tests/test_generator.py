@@ -1,0 +1,16 @@
+import pytest
+import torch
+
+from serve_app.errors import ConfigError
+from serve_app.generator import check_assigned_gpus
+
+
+def test_an_assigned_gpu_that_torch_cannot_use_is_explained() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU that torch can use")
+    with pytest.raises(ConfigError, match=r"GPU 0, 3 .*num_gpus of the deployment Generator to 0"):
+        check_assigned_gpus(["0", "3"])
+
+
+def test_without_an_assigned_gpu_nothing_is_asked_of_torch() -> None:
+    check_assigned_gpus([])
