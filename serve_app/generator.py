@@ -42,6 +42,7 @@ def check_assigned_gpus(gpu_ids: list[str]) -> None:
 @serve.deployment(
     ray_actor_options={"num_gpus": 1, "num_cpus": 1},
     max_ongoing_requests=256,
+    max_queued_requests=1_024,
     max_constructor_retry_count=2,
     graceful_shutdown_timeout_s=120,
 )

@@ -21,6 +21,8 @@ class BodyLimit:
         size = 0
         while not messages or messages[-1].get("more_body", False):
             message = await receive()
+            if message["type"] == "http.disconnect":
+                return  # nobody is there to answer
             messages.append(message)
             size += len(message.get("body", b""))
             if size > self._max_bytes:

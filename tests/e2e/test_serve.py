@@ -20,6 +20,9 @@ from ray import serve
 
 from serve_app.demo.judge import read
 from serve_app.engine.engine import EngineStats
+from serve_app.engine.params import GenerationParams
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.deployment import HandlePainter
 from tests.e2e.conftest import Server, demo_config, free_port, start_serve
 from tests.waiting import wait_until
 
@@ -103,6 +106,14 @@ def test_errors_come_back_in_openais_shape(server: Server) -> None:
     big = httpx.post(f"{server.url}/v1/images/generations", content=b"x" * 2_000_000, timeout=30)
     assert (big.status_code, big.json()["error"]["code"]) == (413, "body_too_large")
     assert httpx.get(f"{server.url}/health", timeout=20).json() == {"status": "ok"}
+
+
+def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> None:
+    params = GenerationParams("x", 1, width=60, height=64)
+    with pytest.raises(InvalidRequest, match="multiples of 8") as caught:
+        asyncio.run(HandlePainter(generator).paint(params, "png"))
+    assert type(caught.value) is InvalidRequest
+    assert caught.value.param == "size"
 
 
 def test_hanging_up_frees_the_place_within_one_step(server: Server, generator: Any) -> None:
