@@ -10,7 +10,7 @@ import typer
 from tqdm import tqdm
 
 from serve_app import __version__
-from serve_app.config import ModelConfig, check_model_folder, read_serve_config
+from serve_app.config import EngineConfig, ModelConfig, check_model_folder, read_serve_config
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -108,7 +108,9 @@ def infer(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
         )
-        with Engine.load(config) as engine, tqdm(unit="step", desc="painting") as bar:
+        # One picture has nobody to share a batch with, so there is nothing to certify either.
+        alone = EngineConfig(max_batch_size=1)
+        with Engine.load(config, alone) as engine, tqdm(unit="step", desc="painting") as bar:
 
             def on_event(event: Event) -> None:
                 if isinstance(event, Progress):
@@ -118,10 +120,12 @@ def infer(
             started_at = time.perf_counter()
             result = engine.generate(params, on_event)
             took_s = time.perf_counter() - started_at
-        output.write_bytes(encode(result.image, image_format))
+        data = encode(result.image, image_format)
     except DiffusionServeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
+    try:
+        output.write_bytes(data)
     except OSError as error:
         typer.echo(f"error: {output} cannot be written: {error.strerror}", err=True)
         raise typer.Exit(2) from None

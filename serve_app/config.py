@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from serve_app.errors import ConfigError, ModelLoadError
@@ -69,6 +69,9 @@ class LimitsConfig(_Config):
     """The most that one request may ask for."""
 
     max_pixels: int = Field(2048 * 2048, ge=64, description="Width times height of one picture.")
+    max_side_px: int = Field(
+        4096, ge=8, description="Longer side; the position embeddings of a model end somewhere."
+    )
     max_steps: int = Field(100, ge=1)
     max_images: int = Field(10, ge=1, description="Pictures per HTTP request (n).")
     max_prompt_chars: int = Field(4_000, ge=1)
@@ -90,6 +93,16 @@ class AppConfig(_Config):
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _defaults_keep_to_the_limits(self) -> "AppConfig":
+        # Only what is written here; what the model brings is checked when it is loaded.
+        steps, limits = self.model.default_steps, self.engine.limits
+        if steps is not None and steps > limits.max_steps:
+            raise ValueError(
+                f"model.default_steps is {steps}, over engine.limits.max_steps, {limits.max_steps}"
+            )
+        return self
 
 
 def read_serve_config(path: Path) -> list[AppConfig]:
@@ -132,6 +145,8 @@ def parse_app_config(value: object) -> AppConfig:
 def _explain(problem: ErrorDetails) -> str:
     *parents, key = [str(part) for part in problem["loc"]] or ["args"]
     where = ".".join([*parents, key])
+    if problem["type"] == "value_error":
+        return f"  {problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] != "extra_forbidden":
         return f"  {where}: {problem['msg']} (given: {problem['input']!r})"
     known: type[BaseModel] = AppConfig
@@ -176,7 +191,7 @@ def check_model_folder(model: ModelConfig) -> None:
             "bring code of their own are not loaded."
         )
     for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list) or value[0] is None:
+        if name.startswith("_") or not isinstance(value, list) or value[:1] in ([], [None]):
             continue
         component = folder / name
         if not component.is_dir():

@@ -85,7 +85,12 @@ class Generator:
         return EncodedImage(data, params.seed, result.image.width, result.image.height)
 
     async def describe(self) -> ModelInfo:
-        """What the loaded model can do; answering it means that the replica is ready."""
+        """What the loaded model can do; answering it means that the replica can paint now.
+
+        Raises:
+            Unavailable: if its engine has stopped.
+        """
+        self._engine.check()
         return self._engine.info
 
     async def stats(self) -> EngineStats:

@@ -8,12 +8,22 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.pipeline import LoadedPipeline
 
+settings.register_profile("serve", deadline=None)  # a busy machine is no failure
+settings.load_profile("serve")
+
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Where ``async`` tests run."""
+    return "asyncio"
 
 
 @pytest.fixture(scope="session")

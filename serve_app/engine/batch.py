@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -104,23 +104,26 @@ def _compare(name: Hashable, one: Any, two: Any) -> Axis:
     return Branch(tuple((key, _compare(key, a, b)) for (key, a), (_, b) in pairs))
 
 
-_digests: WeakIdKeyDictionary = WeakIdKeyDictionary()
+class _Digests:
+    """Digests of the contents of tensors, each made once per tensor and version."""
+
+    def __init__(self) -> None:
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    def of(self, tensor: Tensor) -> bytes:
+        """Equal for equal contents. Costs a copy off the device when it is new."""
+        known = self._known.get(tensor)
+        if known is None or known[0] != tensor._version:
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            known = (tensor._version, hashlib.blake2b(content.data, digest_size=16).digest())
+            self._known[tensor] = known
+        digest: bytes = known[1]
+        return digest
 
 
-def _digest(tensor: Tensor) -> bytes:
-    """Equal for equal contents. Costs a copy off the device, once per tensor and version."""
-    known = _digests.get(tensor)
-    if known is None or known[0] != tensor._version:
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        known = (tensor._version, hashlib.blake2b(content.data, digest_size=16).digest())
-        _digests[tensor] = known
-    digest: bytes = known[1]
-    return digest
-
-
-def _shared_key(value: Any) -> Hashable:
+def _shared_key(value: Any, digests: _Digests) -> Hashable:
     if isinstance(value, Tensor):
-        return (tuple(value.shape), value.dtype, value.device, _digest(value))
+        return (tuple(value.shape), value.dtype, value.device, digests.of(value))
     try:
         hash(value)
     except TypeError:
@@ -128,7 +131,21 @@ def _shared_key(value: Any) -> Hashable:
     return (type(value), value)
 
 
-def _key(axis: Axis, value: Any, lengths: list[Fraction]) -> Hashable:
+def _item_key(value: Any, digests: _Digests) -> Hashable:
+    """One picture's item of a list: the shape of a tensor, and the value of anything else.
+
+    A value stands for a shape there, as Qwen-Image's ``img_shapes`` do: pictures of 64x32 and of
+    32x64 have as many tokens, and a network may well read the shape of the first alone.
+    """
+    if isinstance(value, Tensor):
+        return (tuple(value.shape), value.dtype, value.device)
+    if isinstance(value, dict | list | tuple):
+        items = tuple((key, _item_key(item, digests)) for key, item in _items(value))
+        return (type(value), items)
+    return _shared_key(value, digests)
+
+
+def _key(axis: Axis, value: Any, lengths: list[Fraction], digests: _Digests) -> Hashable:
     """What must be equal among merged calls; notes each length relative to one picture's."""
     match axis:
         case Rows(per_image):
@@ -137,12 +154,13 @@ def _key(axis: Axis, value: Any, lengths: list[Fraction]) -> Hashable:
                 return (value.shape[1:], value.dtype, value.device)
             if isinstance(value, list | tuple):
                 lengths.append(Fraction(len(value), per_image))
-                return type(value)
+                distinct = dict.fromkeys(_item_key(item, digests) for item in value)
+                return (type(value), tuple(distinct))
             raise NotMergeable("an argument lost its batch axis")
         case Shared(kind):
             if not isinstance(value, kind):
                 raise NotMergeable("an argument changed its type")
-            return _shared_key(value)
+            return _shared_key(value, digests)
         case PerRow():
             if isinstance(value, Tensor) and value.ndim:
                 raise NotMergeable("the timestep is no longer a scalar")
@@ -154,7 +172,7 @@ def _key(axis: Axis, value: Any, lengths: list[Fraction]) -> Hashable:
             if [key for key, _ in items] != [key for key, _ in children]:
                 raise NotMergeable("an argument changed its structure")
             return tuple(
-                (key, _key(child, item, lengths))
+                (key, _key(child, item, lengths, digests))
                 for (key, child), (_, item) in zip(children, items, strict=True)
             )
 
@@ -269,6 +287,7 @@ class BatchSpec:
     signature: inspect.Signature
     arguments: Branch
     output: Axis
+    _digests: _Digests = field(default_factory=_Digests, repr=False, compare=False)
 
     @classmethod
     def learn(
@@ -291,7 +310,7 @@ class BatchSpec:
         """Find out with which other calls this one may be merged. Raises `NotMergeable`."""
         lengths: list[Fraction] = []
         values = _parameters(self.signature, call)
-        key = _key(self.arguments, values, lengths)
+        key = _key(self.arguments, values, lengths, self._digests)
         if len(set(lengths)) != 1:
             raise NotMergeable("the arguments disagree about the number of rows")
         return MergeableCall(call, (call.site, key), values, lengths[0])

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,9 +25,17 @@ from serve_app.engine.certification import Certificate, certify
 from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
 from serve_app.engine.params import GenerationParams, ModelInfo
 from serve_app.engine.pipeline import LoadedPipeline
-from serve_app.engine.rendezvous import Job, Rendezvous
+from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.scheduler import Candidate, Fifo, Policy
-from serve_app.errors import Cancelled, GenerationFailed, ModelLoadError, Unavailable
+from serve_app.errors import (
+    Cancelled,
+    ConfigError,
+    DiffusionServeError,
+    GenerationFailed,
+    InvalidRequest,
+    ModelLoadError,
+    Unavailable,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +86,21 @@ class _Request:
     """The parked call, if it may share a forward with others."""
 
 
+def _check_device(error: BaseException) -> None:
+    """Raise ``error`` if it means that this process can use its device no more.
+
+    After such an error of CUDA every later call fails as well; the engine stops, its health check
+    says so, and Serve puts another process in its place. Running out of memory is not one.
+    """
+    if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
+        raise error
+
+
 class Engine:
     """Paints many requests together, step by step, with one stock pipeline.
 
     Thread-safe: `submit`, `cancel`, `stats`, `generate`, `stream` and `close` may be called from
-    anywhere. A context manager: leaving it drains, or cancels if an exception is on its way.
+    anywhere. A context manager: leaving it drains, or drops all if an exception is on its way.
     """
 
     info: ModelInfo
@@ -97,19 +116,20 @@ class Engine:
 
         Raises:
             ModelLoadError: if the pipeline cannot paint.
+            ConfigError: if the model's defaults break the configured limits.
         """
         self._pipeline = pipeline
         self._config = config or EngineConfig()
         self._policy = policy or Fifo()
         self._rendezvous = Rendezvous(pipeline.denoisers)
-        self._certificate = Certificate({}, None, "")
+        self._certificate = Certificate({}, None, "max_batch_size is 1")
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
         self._closing = False
         self._numbers = itertools.count(1)
 
-        # Written by the engine's thread alone.
+        # Written by the engine's thread alone, but for the log, which any thread appends to.
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._ticks = 0
@@ -143,20 +163,15 @@ class Engine:
             batching_note=self._certificate.note,
             limits=self._config.limits,
         )
-        if self._certificate.batching:
-            logger.info(
-                "model %s (%s): batching=on, largest difference %.2g",
-                model.id,
-                pipeline.class_name,
-                self._certificate.difference,
-            )
-        else:
-            logger.warning(
-                "model %s (%s): batching=off, requests run one at a time: %s",
-                model.id,
-                pipeline.class_name,
-                self._certificate.note,
-            )
+        self._log_certificate()
+        try:
+            GenerationParams("defaults", 0).resolved(self.info)
+        except InvalidRequest as error:
+            self.close()
+            raise ConfigError(
+                f"model {model.id!r}: what a request that names nothing gets breaks the engine's "
+                f"limits: {error} Set model.default_steps, model.default_size_px or engine.limits."
+            ) from None
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
@@ -237,11 +252,11 @@ class Engine:
             raise Unavailable(f"the engine has stopped: {self._crash!r}")
 
     def close(self, drain: bool = True) -> None:
-        """Refuse new requests, finish (or cancel) those accepted, and end the thread."""
+        """Refuse new requests, finish those accepted (or fail them), and end the thread."""
         with self._gate:
             self._closing = True
             if not drain:
-                self._commands.put(self._cancel_all)
+                self._commands.put(self._drop_all)
             self._commands.put(lambda: None)  # wakes an idle thread
         self._thread.join()
 
@@ -256,6 +271,21 @@ class Engine:
     ) -> None:
         self.close(drain=error is None)
 
+    def _log_certificate(self) -> None:
+        certificate, name = self._certificate, f"{self.info.id} ({self.info.pipeline})"
+        if certificate.batching:
+            logger.info(
+                "model %s: batching=on, largest difference %.2g", name, certificate.difference
+            )
+            return
+        wanted = self._config.max_batch_size == 1
+        logger.log(
+            logging.INFO if wanted else logging.WARNING,
+            "model %s: batching=off, requests run one at a time: %s",
+            name,
+            certificate.note,
+        )
+
     # ---- for the engine's thread ---------------------------------------------------------------
 
     def _run(self) -> None:
@@ -263,7 +293,8 @@ class Engine:
         # one around them all, the last request to finish would turn gradients on for the others.
         try:
             with torch.no_grad():
-                self._certificate = certify(self._pipeline, self._rendezvous)
+                if self._config.max_batch_size > 1:
+                    self._certificate = certify(self._pipeline, self._rendezvous)
                 self._ready.set()
                 self._loop()
         except BaseException as error:
@@ -273,7 +304,10 @@ class Engine:
         finally:
             with self._gate:
                 self._closing = True
-            self._drop_everything()
+            # Leave nobody waiting for a thread that is gone.
+            while not self._commands.empty():
+                self._commands.get()()
+            self._drop_all()
             self._rendezvous.close()
             self._ready.set()
 
@@ -303,13 +337,20 @@ class Engine:
     def _cancel(self, number: int) -> None:
         for request in [*self._waiting, *self._running]:
             if request.number == number:
-                if request.job is not None:
-                    request.job.kill()
-                self._end(request, "cancelled", Failed(Cancelled("the request was cancelled.")))
+                self._drop(request, "cancelled", Cancelled("the request was cancelled."))
 
-    def _cancel_all(self) -> None:
+    def _drop(
+        self, request: _Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
+    ) -> None:
+        if request.job is not None:
+            request.job.kill()
+        self._end(request, what, Failed(error))
+
+    def _drop_all(self) -> None:
+        """Nobody asked for this end, so nobody is told that he cancelled."""
         for request in [*self._waiting, *self._running]:
-            self._cancel(request.number)
+            error = Unavailable("the engine has stopped; send the request to another replica.")
+            self._drop(request, "failed", error)
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._config.max_running:
@@ -350,26 +391,35 @@ class Engine:
 
     def _denoise(self, batch: Sequence[_Request]) -> list[Any]:
         """Each request's share of the output, or the exception that its own call raised."""
-        self._ticks += 1
-        calls = [request.mergeable for request in batch if request.mergeable]
         try:
-            if not calls:
-                [request] = batch
-                assert request.job is not None
-                assert request.job.call is not None
-                outputs = [self._rendezvous.forward(request.job.call)]
-            else:
-                spec = self._certificate.specs[calls[0].call.site]
-                outputs = spec.split(self._rendezvous.forward(spec.merge(calls)), calls)
-            self._steps += len(batch)
-            return outputs
+            return self._forward(batch)
         except Exception as error:
+            _check_device(error)
+            # What the failed call holds goes first, or a retry after running out of memory would
+            # find as little as the call did.
+            traceback.clear_frames(error.__traceback__)
             if len(batch) == 1:
                 return [error]
-            logger.warning(
-                "a denoiser call for %d requests failed, trying each alone: %r", len(batch), error
-            )
-            return [self._denoise([request])[0] for request in batch]
+            failure = repr(error)
+        logger.warning(
+            "a denoiser call for %d requests failed, trying each alone: %s", len(batch), failure
+        )
+        return [self._denoise([request])[0] for request in batch]
+
+    def _forward(self, batch: Sequence[_Request]) -> list[Any]:
+        """One denoiser call and each request's share of what it returns."""
+        self._ticks += 1
+        calls = [request.mergeable for request in batch if request.mergeable]
+        if calls:
+            spec = self._certificate.specs[calls[0].call.site]
+            outputs = spec.split(self._rendezvous.forward(spec.merge(calls)), calls)
+        else:
+            [request] = batch
+            assert request.job is not None
+            assert request.job.call is not None
+            outputs = [self._rendezvous.forward(request.job.call)]
+        self._steps += len(batch)
+        return outputs
 
     def _settle(self, request: _Request) -> None:
         """After a job has run: note where it parked, or report how it ended."""
@@ -377,16 +427,14 @@ class Engine:
         assert job is not None
         if job.call is not None:
             request.parked_at = self._ticks
-            spec = self._certificate.specs.get(job.call.site)
-            try:
-                request.mergeable = spec.prepare(job.call) if spec else None
-            except NotMergeable:
-                request.mergeable = None
+            request.mergeable = self._prepared(job.call)
         elif job.error is not None:
+            _check_device(job.error)
             logger.error("request %d failed", request.number, exc_info=job.error)
             error = GenerationFailed(
                 f"the pipeline failed: {type(job.error).__name__}: {job.error}"
             )
+            traceback.clear_frames(job.error.__traceback__)
             self._end(request, "failed", Failed(error))
         else:
             result = GenerationResult(
@@ -396,6 +444,18 @@ class Engine:
                 denoise_s=time.perf_counter() - request.started_at,
             )
             self._end(request, "completed", Completed(result))
+
+    def _prepared(self, call: Call) -> MergeableCall | None:
+        spec = self._certificate.specs.get(call.site)
+        try:
+            return spec.prepare(call) if spec else None
+        except NotMergeable:
+            return None
+        except Exception:
+            logger.exception(
+                "a call of %s cannot be compared with others: it runs alone", call.site
+            )
+            return None
 
     def _end(
         self,
@@ -407,18 +467,11 @@ class Engine:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
+        # Whoever submitted it may keep its callback for long, and with it all that hangs here.
+        request.job = None
+        request.mergeable = None
         self._note(request.number, what)
         self._tell(request, event)
-
-    def _drop_everything(self) -> None:
-        """Leave nobody waiting for a thread that is gone."""
-        while not self._commands.empty():
-            self._commands.get()()
-        for request in [*self._waiting, *self._running]:
-            if request.job is not None:
-                request.job.kill()
-            error = Unavailable("the engine has stopped; send the request to another replica.")
-            self._end(request, "failed", Failed(error))
 
     def _note(self, number: int, what: Any) -> None:
         self._log.append(LogEntry(self._ticks, number, what))

@@ -84,6 +84,10 @@ class GenerationParams:
                 f"{model.default_width}x{model.default_height}; got {width}x{height}.",
                 "size",
             )
+        if max(width, height) > limits.max_side_px:
+            raise InvalidRequest(
+                f"size {width}x{height} has a side over {limits.max_side_px} pixels.", "size"
+            )
         if width * height > limits.max_pixels:
             side = math.isqrt(limits.max_pixels)
             raise InvalidRequest(

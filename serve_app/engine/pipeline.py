@@ -102,6 +102,10 @@ class LoadedPipeline:
         self.device = torch.device(pipeline.device)
         self.dtype: torch.dtype = pipeline.dtype
         components = pipeline.components
+        dtypes = {name: getattr(network, "dtype", None) for name, network in components.items()}
+        self._dtypes = {
+            name: dtype for name, dtype in dtypes.items() if isinstance(dtype, torch.dtype)
+        }
         self.denoisers: dict[str, nn.Module] = {
             name: components[name]
             for name in DENOISERS
@@ -253,11 +257,25 @@ class LoadedPipeline:
             for name, value in wanted.items()
             if value is not None and name in self._parameters
         }
-        output = pipeline(
-            prompt=prompt,
-            generator=torch.Generator("cpu").manual_seed(params.seed),
-            output_type="pt",
-            **(self._config.call_kwargs | arguments),
-        )
+        try:
+            output = pipeline(
+                prompt=prompt,
+                generator=torch.Generator("cpu").manual_seed(params.seed),
+                output_type="pt",
+                **(self._config.call_kwargs | arguments),
+            )
+        except BaseException:
+            self._restore_dtypes()
+            raise
         pixels: Tensor = output.images
         return pixels
+
+    def _restore_dtypes(self) -> None:
+        """Undo what a call that was cut short left behind.
+
+        Some families widen the shared VAE to float32 while they decode, and narrow it after.
+        """
+        for name, dtype in self._dtypes.items():
+            network = self._pipeline.components[name]
+            if network.dtype != dtype:
+                network.to(dtype)

@@ -37,14 +37,13 @@ class Painter(Protocol):
         """One picture. Raises `DiffusionServeError`."""
         ...
 
-    async def describe(self, timeout_s: float) -> ModelInfo:
-        """What the model can do. Raises `Unavailable` if no replica answers in time."""
+    async def describe(self) -> ModelInfo:
+        """What the model can do. Raises `Unavailable` if the first replica is not ready in time."""
         ...
 
-
-HEALTH_TIMEOUT_S = 2.0
-START_TIMEOUT_S = 30.0
-"""How long a request waits for the first replica to become ready."""
+    async def check_ready(self) -> None:
+        """Raise `Unavailable` unless a replica can paint now."""
+        ...
 
 
 async def _parse_body(request: Request) -> ImageGenerationRequest:
@@ -133,7 +132,7 @@ def create_api(config: AppConfig, painter: Painter) -> FastAPI:
             )
         if not 1 <= body.n <= limits.max_images:
             raise InvalidRequest(f"n must be from 1 to {limits.max_images}.", "n")
-        info = await painter.describe(START_TIMEOUT_S)
+        info = await painter.describe()
         requests = [params.resolved(info) for params in _params(body)]
         images = await _paint_all(painter, requests, body.output_format)
         return ImagesResponse(
@@ -149,13 +148,13 @@ def create_api(config: AppConfig, painter: Painter) -> FastAPI:
     @api.get("/v1/models", responses=documented([503]))
     async def list_models() -> ModelList:
         """The model that is served, and what it takes."""
-        info = await painter.describe(START_TIMEOUT_S)
+        info = await painter.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
     @api.get("/health", responses=documented([503]))
     async def health() -> Health:
         """200 if a replica can paint now, else 503."""
-        await painter.describe(HEALTH_TIMEOUT_S)
+        await painter.check_ready()
         return Health()
 
     return api

@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from serve_app.config import ModelConfig
+from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.events import Completed
 from serve_app.engine.params import GenerationParams
@@ -90,6 +91,48 @@ def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPip
         handle.remove()
     assert not engine.info.batching
     assert "one prompt at a time" in engine.info.batching_note
+
+
+def test_a_picture_that_is_not_a_number_is_no_match(
+    pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second picture alone goes wrong: a maximum over pictures must not lose it."""
+    vae = pipeline._pipeline.vae
+    decode, decoded = vae.decode, 0
+
+    def spoil(*args: Any, **kwargs: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        output = decode(*args, **kwargs)
+        # Alone, alone, two at once, then the two together, the one with fewer steps first.
+        return (output[0] * float("nan"),) if decoded == 5 else output
+
+    monkeypatch.setattr(vae, "decode", spoil)
+    engine, _ = _together(pipeline, DEMO)
+    assert not engine.info.batching
+    assert "nan" in engine.info.batching_note
+
+
+def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
+    def one_picture_only(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[0] > 2:
+            raise RuntimeError("one picture at a time")
+
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(one_picture_only)
+    try:
+        engine, _ = _together(pipeline, DEMO)
+    finally:
+        handle.remove()
+    assert "two pictures at once fail: RuntimeError: one picture" in engine.info.batching_note
+
+
+def test_without_batches_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
+    engine = Engine(pipeline, DEMO, EngineConfig(max_batch_size=1))
+    with engine:
+        assert engine.stats().ticks == 0
+        engine.generate(_requests()[0])
+    assert not engine.info.batching
+    assert engine.info.batching_note == "max_batch_size is 1"
 
 
 def test_a_pipeline_that_cannot_paint_is_refused_at_start(pipeline: LoadedPipeline) -> None:

@@ -1,6 +1,8 @@
 """The engine on the shipped model: together is alone, nobody hurts anybody, nothing is lost."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
-from serve_app.errors import Cancelled, GenerationFailed, InvalidRequest, Unavailable
+from serve_app.errors import Cancelled, ConfigError, GenerationFailed, InvalidRequest, Unavailable
 from tests.conftest import DEMO
 from tests.waiting import wait_until
 
@@ -252,6 +254,48 @@ def test_an_error_in_one_request_hurts_no_other(demo_pipeline: LoadedPipeline) -
     assert worst <= TOLERANCE
 
 
+def test_a_device_that_is_lost_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
+    """Every later call on it would fail as well: another process must take over."""
+
+    def lost(_: torch.nn.Module, args: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    engine = Engine(demo_pipeline, DEMO)
+    handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(lost)
+    try:
+        event = list(engine.stream(params()))[-1]
+        wait_until(lambda: not engine._thread.is_alive())
+    finally:
+        handle.remove()
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, Unavailable)
+    with pytest.raises(Unavailable, match="illegal memory access"):
+        engine.check()
+
+
+def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline) -> None:
+    """A request that ran out of memory must not keep what made it run out."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        held.append(weakref.ref(args[0]))
+        raise torch.OutOfMemoryError("out of memory")
+
+    with Engine(demo_pipeline, DEMO) as engine:
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(fail)
+        gc.disable()  # it must not take a collection to let go
+        try:
+            streams = [engine.stream(params(seed=seed)) for seed in range(3)]
+            events = [list(stream)[-1] for stream in streams]
+            wait_until(lambda: not any(ref() is not None for ref in held), what="release")
+        finally:
+            gc.enable()
+            handle.remove()
+        assert all(isinstance(event, Failed) for event in events)
+        assert len(held) >= 3
+        assert engine.generate(params(num_inference_steps=2)).image.size == (64, 64)
+
+
 def test_a_receiver_that_raises_hurts_nobody(
     demo_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -283,7 +327,7 @@ def test_wrong_requests_are_refused_before_they_queue(demo_engine: Engine) -> No
     assert demo_engine.stats().log == ()
 
 
-def test_closing_drains_or_cancels_and_refuses_the_rest(demo_pipeline: LoadedPipeline) -> None:
+def test_closing_drains_or_drops_and_refuses_the_rest(demo_pipeline: LoadedPipeline) -> None:
     engine = Engine(demo_pipeline, DEMO)
     _, events, _ = hold(engine, params())
     engine.close()
@@ -298,7 +342,7 @@ def test_closing_drains_or_cancels_and_refuses_the_rest(demo_pipeline: LoadedPip
     engine.close(drain=False)
     for events in held:
         assert isinstance(events[-1], Failed)
-        assert isinstance(events[-1].error, Cancelled)
+        assert isinstance(events[-1].error, Unavailable)  # nobody cancelled them
     assert "forward" not in vars(demo_pipeline.denoisers["unet"])
 
 
@@ -319,8 +363,13 @@ def test_when_its_thread_dies_nobody_waits_for_ever(
 
 
 def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
-    config = EngineConfig(limits=LimitsConfig(max_steps=5, max_pixels=32 * 32))
-    with Engine(demo_pipeline, DEMO, config) as engine:
+    limits = LimitsConfig(max_steps=5, max_pixels=32 * 32)
+    with pytest.raises(ConfigError, match=r"from 1 to 5\. Set model\.default_steps"):
+        Engine(demo_pipeline, DEMO, EngineConfig(limits=limits))
+    assert "forward" not in vars(demo_pipeline.denoisers["unet"])
+    small = DEMO.model_copy(update={"default_steps": 4, "default_size_px": (32, 32)})
+    pipeline = LoadedPipeline(demo_pipeline._pipeline, small)
+    with Engine(pipeline, small, EngineConfig(limits=limits)) as engine:
         with pytest.raises(InvalidRequest, match="from 1 to 5"):
             engine.generate(params(num_inference_steps=6))
         with pytest.raises(InvalidRequest, match="such as 32x32"):

@@ -64,6 +64,12 @@ REQUESTS = (
     _request("a green star on a white background", 2, 6, 2.0, "a black square at the top left"),
     _request("a pink cross on a black background", 3, 4, 3.5, "a small cyan ring on the right"),
     _request("two yellow rings on a purple background", 4, 5, 5.0, "a large red star on the left"),
+    # As many pixels and tokens as the others, arranged otherwise.
+    replace(
+        _request("a blue ring on a pink background", 5, 4, 3.0, "two large stars at the top left"),
+        width=HEIGHT_PX,
+        height=WIDTH_PX,
+    ),
 )
 
 
@@ -88,7 +94,7 @@ def pipeline(config: ModelConfig) -> LoadedPipeline:
 
 
 def _difference(one: Tensor, two: Tensor) -> float:
-    return float((one - two).abs().max())
+    return float((one - two).abs().max()) if one.shape == two.shape else 1.0
 
 
 def test_together_as_alone(
@@ -114,8 +120,8 @@ def test_together_as_alone(
     assert stats.mean_batch_size > 1.5
     # A merged call that fails is repeated one by one, with the same pictures and a warning.
     assert not [record for record in caplog.records if record.name.startswith("serve_app")]
-    for picture in together:
-        assert picture.shape == (3, HEIGHT_PX, WIDTH_PX)
+    for params, picture in zip(requests, together, strict=True):
+        assert picture.shape == (3, params.height, params.width)
         assert torch.isfinite(picture).all()
     for one, two in combinations(together, 2):
         assert _difference(one, two) > VISIBLE

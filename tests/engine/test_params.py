@@ -20,7 +20,7 @@ MODEL = ModelInfo(
     batching=True,
     batching_difference=0.0,
     batching_note="",
-    limits=LimitsConfig(max_pixels=128 * 128, max_steps=50, max_prompt_chars=20),
+    limits=LimitsConfig(max_pixels=128 * 128, max_side_px=512, max_steps=50, max_prompt_chars=20),
 )
 
 
@@ -51,6 +51,7 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
         ({"width": -16}, "size", "multiples of 16"),
         ({"height": 40}, "size", "multiples of 16"),
         ({"width": 144, "height": 128}, "size", "at most 16384"),
+        ({"width": 528, "height": 16}, "size", "over 512 pixels"),
     ],
 )
 def test_what_is_not_on_offer_is_refused_by_name(

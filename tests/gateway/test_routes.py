@@ -61,10 +61,13 @@ class FakePainter:
         image = Image.new("RGB", (params.width, params.height), "red")
         return EncodedImage(encode(image, image_format), params.seed, *image.size)
 
-    async def describe(self, timeout_s: float) -> ModelInfo:
+    async def describe(self) -> ModelInfo:
+        await self.check_ready()
+        return INFO
+
+    async def check_ready(self) -> None:
         if not self.ready:
             raise Unavailable("no replica is ready yet")
-        return INFO
 
 
 @pytest.fixture
@@ -80,11 +83,6 @@ async def client(painter: FakePainter) -> AsyncIterator[httpx.AsyncClient]:
 
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture
-def anyio_backend() -> str:
-    return "asyncio"
 
 
 async def _post(client: httpx.AsyncClient, body: object) -> httpx.Response:
