@@ -1,7 +1,7 @@
 """Fixtures for all tests. Ray is told to keep to itself before anything imports it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -16,6 +16,28 @@ from serve_app.engine.pipeline import LoadedPipeline
 
 settings.register_profile("serve", deadline=None)  # a busy machine is no failure
 settings.load_profile("serve")
+
+MEASURED = pytest.StashKey[list[str]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[MEASURED] = []
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if lines := config.stash[MEASURED]:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Shows a measured figure at the end of the run, passed tests included."""
+    return pytestconfig.stash[MEASURED].append
+
 
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
 

@@ -2,7 +2,11 @@ import pytest
 import torch
 
 from serve_app.errors import ConfigError
-from serve_app.generator import check_assigned_gpus
+from serve_app.generator import Generator, check_assigned_gpus
+
+
+def test_a_replica_gets_a_gpu_unless_the_config_says_otherwise() -> None:
+    assert Generator.ray_actor_options["num_gpus"] == 1
 
 
 def test_an_assigned_gpu_that_torch_cannot_use_is_explained() -> None:

@@ -18,6 +18,10 @@ PINS = {
 }
 
 
+CUDA_ONLY = ("nvidia-", "cuda-", "triton")
+"""What a CUDA build of torch brings along, at versions that torch itself fixes."""
+
+
 def _needed(names: list[str]) -> set[str]:
     """Everything that the requirements need on this machine, at any depth."""
     seen: set[str] = set()
@@ -33,6 +37,8 @@ def _needed(names: list[str]) -> set[str]:
         for line in distribution(name).requires or []:
             child = Requirement(line)
             environments = [{"extra": extra} for extra in requirement.extras] or [{"extra": ""}]
+            if child.name.startswith(CUDA_ONLY):
+                continue
             if child.marker is None or any(child.marker.evaluate(e) for e in environments):
                 queue.append(child)
     return seen

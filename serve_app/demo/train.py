@@ -13,9 +13,10 @@ Four stages, each kept in the work folder so that an interrupted run goes on whe
 The result is an ordinary `StableDiffusionPipeline` folder.
 """
 
+import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -47,6 +48,7 @@ from serve_app.demo.scenes import (
     vocabulary,
 )
 from serve_app.demo.tokenizer import MAX_TOKENS, build_tokenizer
+from serve_app.errors import ConfigError
 
 LATENT_FACTOR = 4
 """Pixels a latent cell spans in each direction."""
@@ -211,7 +213,11 @@ def _learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 class Trainer:
-    """Runs the stages; owns the device, the work folder and the checkpoints in it."""
+    """Runs the stages; owns the device, the work folder and the checkpoints in it.
+
+    Raises:
+        ConfigError: if the work folder holds checkpoints of another recipe.
+    """
 
     def __init__(
         self, recipe: Recipe, work_dir: Path, device: torch.device, checkpoint_every: int = 250
@@ -221,6 +227,21 @@ class Trainer:
         self.work_dir = work_dir
         self.device = device
         work_dir.mkdir(parents=True, exist_ok=True)
+        self._claim()
+
+    def _claim(self) -> None:
+        """Checkpoints of one recipe are no use to another."""
+        path = self.work_dir / "recipe.json"
+        mine = asdict(self.recipe)
+        if not path.exists():
+            path.write_text(json.dumps(mine, indent=2))
+            return
+        theirs = json.loads(path.read_text())
+        if other := [name for name in mine if theirs.get(name) != mine[name]]:
+            raise ConfigError(
+                f"{self.work_dir} holds checkpoints of another recipe, which differs in "
+                f"{', '.join(other)}. Give another --work-dir, or delete this one."
+            )
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16)
@@ -460,8 +481,11 @@ class Trainer:
             image_encoder=None,
             requires_safety_checker=False,
         )
-        # Half precision halves the download; loading widens it again.
-        pipeline.to(torch.float16).save_pretrained(output, safe_serialization=True)
+        # Half precision halves the two larger networks, and diffusers widens it on loading.
+        # transformers loads in the precision of the file, so the small text encoder stays whole.
+        vae.half()
+        denoiser.half()
+        pipeline.save_pretrained(output, safe_serialization=True)
 
 
 def main(
@@ -479,7 +503,12 @@ def main(
     recipe = Recipe(
         seed=seed, vae_steps=vae_steps, text_steps=text_steps, denoiser_steps=denoiser_steps
     )
-    Trainer(recipe, work_dir, device).run(output)
+    try:
+        trainer = Trainer(recipe, work_dir, device)
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    trainer.run(output)
     typer.echo(f"saved to {output}")
 
 

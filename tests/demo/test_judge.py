@@ -1,16 +1,17 @@
+from collections.abc import Callable
 from random import Random
 
 from serve_app.demo.judge import judge, read
 from serve_app.demo.scenes import Scene, SceneObject, render, sample_scene
 
 
-def test_it_reads_rendered_scenes_almost_without_error() -> None:
+def test_it_reads_rendered_scenes_almost_without_error(report: Callable[[str], None]) -> None:
     rng = Random(11)
     scenes = [sample_scene(rng, held_out=index % 2 == 0) for index in range(600)]
     verdicts = [judge(render(scene), scene) for scene in scenes]
     for part in ("color", "background", "shape"):
         accuracy = sum(getattr(verdict, part) for verdict in verdicts) / len(verdicts)
-        print(f"judge, {part}: {accuracy:.1%} of {len(verdicts)} rendered scenes")
+        report(f"judge, {part}: {accuracy:.2%} of {len(verdicts)} rendered scenes read right")
         assert accuracy > 0.99
 
 

@@ -1,5 +1,7 @@
 """The shipped weights: do they paint what the prompt says?"""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -15,17 +17,19 @@ from serve_app.engine.pipeline import LoadedPipeline
 def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
     pipeline = DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR)
     assert type(pipeline).__name__ == "StableDiffusionPipeline"
-    assert pipeline.unet.dtype == torch.float32
+    for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        assert network.dtype == torch.float32
     assert sum(file.stat().st_size for file in DEMO_MODEL_DIR.rglob("*")) <= 16 * 1024 * 1024
     assert not [
         file for file in DEMO_MODEL_DIR.rglob("*") if file.suffix in {".bin", ".pt", ".ckpt"}
     ]
 
 
-def test_it_paints_what_held_out_prompts_say() -> None:
+def test_it_paints_what_held_out_prompts_say(report: Callable[[str], None]) -> None:
     painted = paint_held_out(DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR), pairs=128, steps=20)
     share = accuracy(painted)
-    print("demo model, held-out prompts:", {part: f"{value:.1%}" for part, value in share.items()})
+    shares = ", ".join(f"{part} {value:.1%}" for part, value in share.items())
+    report(f"demo model, {len(painted)} held-out prompts at 20 steps: {shares}")
     assert share["color"] >= 0.95
     assert share["background"] >= 0.95
     assert share["shape"] >= 0.90

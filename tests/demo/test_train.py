@@ -1,5 +1,6 @@
 """The trainer, for a few steps: every stage runs, and an interruption changes nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from serve_app.config import ModelConfig
 from serve_app.demo.train import Recipe, Trainer
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.errors import ConfigError
 
 QUICK = Recipe(
     scene_share=0.0005,
@@ -53,3 +55,5 @@ def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
     monkeypatch.setattr(Trainer, "_save", save)
     Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
     assert torch.equal(_paint(tmp_path / "again"), whole)
+    with pytest.raises(ConfigError, match="differs in seed"):
+        Trainer(replace(QUICK, seed=1), tmp_path / "broken", CPU)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -100,7 +100,7 @@ def demo_config(port: int) -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
+def server(report: Callable[[str], None]) -> Iterator[Server]:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     started_at = monotonic()
@@ -121,7 +121,7 @@ def server() -> Iterator[Server]:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{running.log.read_text()[-5000:]}") from None
         took_s = monotonic() - started_at
-        print(f"serve run to the first picture: {took_s:.1f} s")
+        report(f"serve run to the first picture: {took_s:.1f} s")
         yield Server(url, running.ray_address, running.log, took_s)
     finally:
         running.stop()

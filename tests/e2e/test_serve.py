@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,6 +36,10 @@ def _decode(b64_json: str | None) -> Image.Image:
 
 def _post(server: Server, **body: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=120)
+
+
+def _health(server: Server) -> int:
+    return httpx.get(f"{server.url}/health", timeout=20).status_code
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +120,9 @@ def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> N
     assert caught.value.param == "size"
 
 
-def test_hanging_up_frees_the_place_within_one_step(server: Server, generator: Any) -> None:
+def test_hanging_up_frees_the_place_within_one_step(
+    server: Server, generator: Any, report: Callable[[str], None]
+) -> None:
     before = {entry.request for entry in _stats(generator).log}
     body = json.dumps(
         {"prompt": "a blue star on pink", "seed": 5, "num_inference_steps": 200, "size": "128x128"}
@@ -149,7 +155,7 @@ def test_hanging_up_frees_the_place_within_one_step(server: Server, generator: A
     ticks = {
         entry.what: entry.tick for entry in _stats(generator).log if entry.request == start.request
     }
-    print(
+    report(
         f"hung up: cancel asked for at denoiser call {ticks['cancel_requested']}, place free at "
         f"{ticks['cancelled']}, of {start.tick + 200} it would have taken"
     )
@@ -159,6 +165,11 @@ def test_hanging_up_frees_the_place_within_one_step(server: Server, generator: A
 
 
 def test_one_hang_up_leaves_the_others_alone(server: Server, generator: Any) -> None:
+    def ended(what: str) -> int:
+        return sum(entry.what == what for entry in _stats(generator).log)
+
+    before = {what: ended(what) for what in ("cancelled", "completed")}
+
     async def run() -> list[int]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
 
@@ -167,14 +178,17 @@ def test_one_hang_up_leaves_the_others_alone(server: Server, generator: Any) -> 
                 return (await client.post("/v1/images/generations", json=body)).status_code
 
             quitter = asyncio.create_task(post(99, 200))
-            others = [asyncio.create_task(post(seed, 30)) for seed in range(4)]
-            while (await asyncio.to_thread(_stats, generator)).running < 2:
-                await asyncio.sleep(0.02)
+            others = [asyncio.create_task(post(seed, 60)) for seed in range(4)]
+            await asyncio.to_thread(
+                wait_until, lambda: _stats(generator).running == 5, what="all five to run"
+            )
             quitter.cancel()
             return await asyncio.gather(*others)
 
     assert asyncio.run(run()) == [200] * 4
     wait_until(lambda: _stats(generator).running == 0)
+    assert ended("cancelled") - before["cancelled"] == 1
+    assert ended("completed") - before["completed"] == 4
 
 
 def test_a_lost_replica_loses_no_request(server: Server, generator: Any) -> None:
@@ -189,9 +203,11 @@ def test_a_lost_replica_loses_no_request(server: Server, generator: Any) -> None
             if "#Generator#" in actor["name"]
         ]
         ray.kill(ray.get_actor(name, namespace="serve"))
+        wait_until(lambda: _health(server) == 503, what="/health to say that none is ready")
         response = answer.result(timeout=120)
     assert response.status_code == 200, response.text
     assert response.json()["data"] == undisturbed["data"]
+    assert _health(server) == 200
 
 
 def test_a_wrong_config_is_named_and_serves_nothing() -> None:

@@ -3,6 +3,7 @@
 Unmodified diffusers code on tiny random networks, saved and loaded the way a real model is.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 
@@ -98,7 +99,10 @@ def _difference(one: Tensor, two: Tensor) -> float:
 
 
 def test_together_as_alone(
-    config: ModelConfig, pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
+    config: ModelConfig,
+    pipeline: LoadedPipeline,
+    caplog: pytest.LogCaptureFixture,
+    report: Callable[[str], None],
 ) -> None:
     requests = REQUESTS
     if config.id in GUIDANCE_DISTILLED:
@@ -114,9 +118,12 @@ def test_together_as_alone(
             assert isinstance(last, Completed), last
             together.append(last.result.pixels)
         stats = engine.stats()
-    assert [_difference(a, b) for a, b in zip(alone, together, strict=True)] == pytest.approx(
-        [0.0] * len(REQUESTS), abs=ROUNDING
+    differences = [_difference(a, b) for a, b in zip(alone, together, strict=True)]
+    report(
+        f"{pipeline.class_name}: largest difference from alone {max(differences):.1e}, "
+        f"mean batch size {stats.mean_batch_size:.2f}"
     )
+    assert differences == pytest.approx([0.0] * len(REQUESTS), abs=ROUNDING)
     assert stats.mean_batch_size > 1.5
     # A merged call that fails is repeated one by one, with the same pictures and a warning.
     assert not [record for record in caplog.records if record.name.startswith("serve_app")]

@@ -60,6 +60,29 @@ def test_requests_do_not_share_the_noise_scheduler(folder: Path) -> None:
     assert dict(pipeline._pipeline.config) == config
 
 
+@pytest.mark.filterwarnings("ignore:.upcast_vae. is deprecated:FutureWarning")
+def test_a_call_that_is_cut_short_leaves_the_networks_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SDXL widens its VAE to decode, and a failure there must not leave it so for the others."""
+    stock = FAMILIES["sdxl"]()
+    stock.vae.to(torch.float16)
+    pipeline = LoadedPipeline(stock, ModelConfig(id="m"))
+    params = GenerationParams("a", 1, width=64, height=32, num_inference_steps=1)
+    widths: list[torch.dtype] = []
+
+    def fail(*args: object, **kwargs: object) -> None:
+        widths.append(stock.vae.dtype)
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stock.vae, "decode", fail)
+        with pytest.raises(RuntimeError, match="no memory"):
+            pipeline.paint(params)
+    assert widths == [torch.float32]
+    assert stock.vae.dtype == torch.float16
+
+
 def test_a_missing_folder_is_named() -> None:
     with pytest.raises(ModelLoadError, match="/no/such/folder does not exist"):
         _load(Path("/no/such/folder"))
