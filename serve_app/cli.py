@@ -108,8 +108,8 @@ def infer(
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
         )
-        # One picture has nobody to share a batch with, so there is nothing to certify either.
-        alone = EngineConfig(max_batch_size=1)
+        # One picture shares nothing with another, so there is nothing to certify.
+        alone = EngineConfig(max_running=1)
         with Engine.load(config, alone) as engine, tqdm(unit="step", desc="painting") as bar:
 
             def on_event(event: Event) -> None:

@@ -10,6 +10,7 @@ from string import ascii_lowercase
 
 import torch
 from diffusers import (
+    AnimateDiffPipeline,
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLQwenImage,
@@ -19,6 +20,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    MotionAdapter,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -28,6 +30,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -162,6 +165,36 @@ def stable_diffusion() -> StableDiffusionPipeline:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    _draw_weights(pipeline)
+    return pipeline
+
+
+def pag() -> StableDiffusionPAGPipeline:
+    """Stable Diffusion with perturbed-attention guidance: its batch is in three parts."""
+    pipeline = StableDiffusionPAGPipeline(
+        **stable_diffusion().components, requires_safety_checker=False, pag_applied_layers="mid"
+    )
+    _draw_weights(pipeline)
+    return pipeline
+
+
+def animatediff() -> AnimateDiffPipeline:
+    """Stable Diffusion with motion between the frames, which it folds into the batch."""
+    parts = stable_diffusion().components
+    channels: tuple[int, ...] = parts["unet"].config.block_out_channels
+    pipeline = AnimateDiffPipeline(
+        vae=parts["vae"],
+        text_encoder=parts["text_encoder"],
+        tokenizer=parts["tokenizer"],
+        unet=parts["unet"],
+        motion_adapter=MotionAdapter(
+            block_out_channels=channels,
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=2,
+        ),
+        scheduler=parts["scheduler"],
     )
     _draw_weights(pipeline)
     return pipeline

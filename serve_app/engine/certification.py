@@ -1,19 +1,20 @@
-"""At start-up: learn where the batch axis is, and prove that batching paints the same pictures.
+"""At start-up: learn where the batch axis is, and prove that sharing paints the same pictures.
 
-A pipeline that fails here is still served, one call at a time. Never a wrong picture, never a
+A pipeline whose calls must not be merged is still served, its requests taking turns at every step;
+one whose requests must not even do that, one request after another. Never a wrong picture, never a
 silent slow path.
 """
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from serve_app.engine.batch import BatchSpec, NotMergeable
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import GenerationParams, Sharing
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 
@@ -26,18 +27,15 @@ On a CPU a few millionths are usual; a GPU's convolutions round float32 to TF32.
 
 @dataclass(frozen=True)
 class Certificate:
-    """Whether calls may be merged and, if so, how."""
+    """How requests may share the pipeline."""
 
+    sharing: Sharing
     specs: dict[str, BatchSpec]
-    """By site; empty if batching is off."""
+    """By site, how calls are merged; empty unless batched."""
     difference: float | None
     """Largest difference between alone and together, in [0, 1] pixels; none if never rendered."""
     note: str
-    """Why batching is off; empty when it is on."""
-
-    @property
-    def batching(self) -> bool:
-        return bool(self.specs)
+    """Why they share no more than that; empty when batched."""
 
 
 def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
@@ -47,39 +45,56 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
     pipeline itself are raised: a model that cannot paint alone cannot be served.
     """
     width, height = pipeline.default_size_px
-    # The same words in another order, so that both take the same number of tokens.
+    # The same words in another order, so that both take the same number of tokens. Not the same
+    # number of steps: what the first to end undoes, the other still needs.
     first = GenerationParams(
         "a cat sees a dog", 1, width=width, height=height, num_inference_steps=2
     )
-    second = GenerationParams(
-        "a dog sees a cat",
-        2,
-        width=width,
-        height=height,
-        num_inference_steps=3,
-        guidance_scale=3.0,
+    second = replace(
+        first, prompt="a dog sees a cat", seed=2, num_inference_steps=3, guidance_scale=3.0
     )
     one, first_alone = _record(pipeline, rendezvous, first, images=1)
     _, second_alone = _record(pipeline, rendezvous, second, images=1)
+
+    def compare(specs: dict[str, BatchSpec]) -> float:
+        try:
+            together = _together(pipeline, rendezvous, specs, (first, second))
+        finally:
+            pipeline.restore_networks()
+        difference = largest_difference((first_alone, second_alone), together)
+        tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
+        if not difference <= tolerance:  # not a number is a failure too
+            raise _Different(difference, f"differ by {difference:.2g}, more than {tolerance:.2g}")
+        return difference
+
+    difference = None
     try:
         two, _ = _record(pipeline, rendezvous, first, images=2)
         specs = _learn(rendezvous, one, two)
+        return Certificate("batched", specs, compare(specs), "")
     except NotMergeable as reason:
-        return Certificate({}, None, f"no common batch axis: {reason}")
+        note = f"calls cannot be merged: {reason}"
+    except _Different as error:
+        difference, note = error.difference, f"batched pictures {error}"
     except Exception as error:
-        return Certificate({}, None, f"two pictures at once fail: {type(error).__name__}: {error}")
+        note = f"a call for two pictures failed: {type(error).__name__}: {error}"
     try:
-        together, merged = _together(pipeline, rendezvous, specs, (first, second))
+        compare({})
+    except _Different as error:
+        note += f"; pictures painted in turns {error}"
     except Exception as error:
-        return Certificate({}, None, f"a merged call failed: {type(error).__name__}: {error}")
-    if not merged:
-        return Certificate({}, None, "no two calls of different requests fit together")
-    difference = largest_difference((first_alone, second_alone), together)
-    tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
-    if not difference <= tolerance:  # not a number is a failure too
-        note = f"batched pictures differ by {difference:.2g}, more than {tolerance:.2g}"
-        return Certificate({}, difference, note)
-    return Certificate(specs, difference, "")
+        note += f"; painting in turns failed: {type(error).__name__}: {error}"
+    else:
+        return Certificate("interleaved", {}, difference, note)
+    return Certificate("alone", {}, difference, note)
+
+
+class _Different(Exception):
+    """The pictures are not those that each request paints alone."""
+
+    def __init__(self, difference: float, message: str) -> None:
+        super().__init__(message)
+        self.difference = difference
 
 
 def largest_difference(alone: Sequence[Tensor], together: Sequence[Tensor]) -> float:
@@ -133,8 +148,12 @@ def _together(
     rendezvous: Rendezvous,
     specs: dict[str, BatchSpec],
     requests: Sequence[GenerationParams],
-) -> tuple[list[Tensor], int]:
-    """Paint side by side, merging wherever two calls fit; the pictures, and how often they did."""
+) -> list[Tensor]:
+    """Paint side by side, merging wherever two calls fit; without ``specs``, in turns.
+
+    Raises:
+        NotMergeable: if there are specs and no two calls fit.
+    """
     jobs = [Job(functools.partial(pipeline.paint, params)) for params in requests]
     merged = 0
     try:
@@ -142,6 +161,10 @@ def _together(
             job.start()
         while parked := [job for job in jobs if job.call is not None]:
             calls = [job.call for job in parked if job.call is not None]
+            if not specs:
+                for job, call in zip(parked, calls, strict=True):
+                    job.resume(rendezvous.forward(call))
+                continue
             prepared = [specs[call.site].prepare(call) for call in calls]
             fitting = [index for index, call in enumerate(prepared) if call.key == prepared[0].key]
             merged += len(fitting) > 1
@@ -150,7 +173,9 @@ def _together(
             outputs = spec.split(rendezvous.forward(spec.merge(batch)), batch)
             for index, output in zip(fitting, outputs, strict=True):
                 parked[index].resume(output)
-        return [_finished(job)[0] for job in jobs], merged
+        if specs and not merged:
+            raise NotMergeable("no two calls of different requests fit together")
+        return [_finished(job)[0] for job in jobs]
     finally:
         for job in jobs:
             job.kill()

@@ -122,7 +122,7 @@ class Engine:
         self._config = config or EngineConfig()
         self._policy = policy or Fifo()
         self._rendezvous = Rendezvous(pipeline.denoisers)
-        self._certificate = Certificate({}, None, "max_batch_size is 1")
+        self._certificate = Certificate("alone", {}, None, "max_running is 1")
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -158,9 +158,9 @@ class Engine:
             size_multiple=pipeline.size_multiple,
             default_steps=pipeline.default_steps,
             takes_negative_prompt=pipeline.takes_negative_prompt,
-            batching=self._certificate.batching,
-            batching_difference=self._certificate.difference,
-            batching_note=self._certificate.note,
+            sharing=self._certificate.sharing,
+            sharing_difference=self._certificate.difference,
+            sharing_note=self._certificate.note,
             limits=self._config.limits,
         )
         self._log_certificate()
@@ -273,16 +273,17 @@ class Engine:
 
     def _log_certificate(self) -> None:
         certificate, name = self._certificate, f"{self.info.id} ({self.info.pipeline})"
-        if certificate.batching:
+        if certificate.sharing == "batched":
             logger.info(
                 "model %s: batching=on, largest difference %.2g", name, certificate.difference
             )
             return
-        wanted = self._config.max_batch_size == 1
+        wanted = self._config.max_running == 1
         logger.log(
             logging.INFO if wanted else logging.WARNING,
-            "model %s: batching=off, requests run one at a time: %s",
+            "model %s: batching=off, requests %s: %s",
             name,
+            "take turns" if certificate.sharing == "interleaved" else "run one after another",
             certificate.note,
         )
 
@@ -293,7 +294,7 @@ class Engine:
         # one around them all, the last request to finish would turn gradients on for the others.
         try:
             with torch.no_grad():
-                if self._config.max_batch_size > 1:
+                if self._config.max_running > 1:
                     self._certificate = certify(self._pipeline, self._rendezvous)
                 self._ready.set()
                 self._loop()
@@ -353,7 +354,8 @@ class Engine:
             self._drop(request, "failed", error)
 
     def _start_waiting(self) -> None:
-        while self._waiting and len(self._running) < self._config.max_running:
+        alone = self._certificate.sharing == "alone"
+        while self._waiting and len(self._running) < (1 if alone else self._config.max_running):
             request = self._waiting.popleft()
             self._running.append(request)
             self._note(request.number, "started")

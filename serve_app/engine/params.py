@@ -2,11 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import InvalidRequest
 
 MAX_SEED = 2**63 - 1
+
+Sharing = Literal["batched", "interleaved", "alone"]
+"""Whether requests share denoiser calls, take turns at them, or run one after another."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +28,12 @@ class ModelInfo:
     """Both sides must be multiples of this many pixels."""
     default_steps: int
     takes_negative_prompt: bool
-    batching: bool
-    """Whether requests share denoiser calls; off if a batched picture came out different."""
-    batching_difference: float | None
+    sharing: Sharing
+    """As far as pictures came out the same at start-up."""
+    sharing_difference: float | None
     """Largest difference between batched and alone at start-up, in [0, 1] pixels."""
-    batching_note: str
-    """Why batching is off; empty when it is on."""
+    sharing_note: str
+    """Why requests share no more than that; empty when batched."""
     limits: LimitsConfig
 
 

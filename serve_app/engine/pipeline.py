@@ -102,9 +102,20 @@ class LoadedPipeline:
         self.device = torch.device(pipeline.device)
         self.dtype: torch.dtype = pipeline.dtype
         components = pipeline.components
-        dtypes = {name: getattr(network, "dtype", None) for name, network in components.items()}
+        networks: dict[str, Any] = {
+            name: component
+            for name, component in components.items()
+            if isinstance(component, nn.Module)
+        }
         self._dtypes = {
-            name: dtype for name, dtype in dtypes.items() if isinstance(dtype, torch.dtype)
+            name: network.dtype
+            for name, network in networks.items()
+            if isinstance(getattr(network, "dtype", None), torch.dtype)
+        }
+        self._attention = {
+            name: dict(network.attn_processors)
+            for name, network in networks.items()
+            if hasattr(network, "attn_processors")
         }
         self.denoisers: dict[str, nn.Module] = {
             name: components[name]
@@ -265,17 +276,23 @@ class LoadedPipeline:
                 **(self._config.call_kwargs | arguments),
             )
         except BaseException:
-            self._restore_dtypes()
+            self.restore_networks()
             raise
-        pixels: Tensor = output.images
+        # Of a video, the first frame.
+        pixels: Tensor = output.frames[:, 0] if hasattr(output, "frames") else output.images
         return pixels
 
-    def _restore_dtypes(self) -> None:
-        """Undo what a call that was cut short left behind.
+    def restore_networks(self) -> None:
+        """Undo what a call that was cut short, or crossed by another, left behind.
 
-        Some families widen the shared VAE to float32 while they decode, and narrow it after.
+        Some families change the shared networks during a call and mend them at its end: the VAE is
+        widened to float32 while it decodes, the attention is another one while PAG denoises.
         """
         for name, dtype in self._dtypes.items():
             network = self._pipeline.components[name]
             if network.dtype != dtype:
                 network.to(dtype)
+        for name, processors in self._attention.items():
+            network = self._pipeline.components[name]
+            if network.attn_processors != processors:
+                network.set_attn_processor(dict(processors))

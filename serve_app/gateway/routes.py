@@ -96,9 +96,9 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         default_steps=info.default_steps,
         max_steps=info.limits.max_steps,
         max_pixels=info.limits.max_pixels,
-        batching="on" if info.batching else "off",
-        batching_difference=info.batching_difference,
-        batching_note=info.batching_note,
+        batching="on" if info.sharing == "batched" else "off",
+        batching_difference=info.sharing_difference,
+        batching_note=info.sharing_note,
     )
 
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.certification import largest_difference
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed
+from serve_app.engine.events import Completed, Progress
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import ModelLoadError
 from tests.conftest import DEMO
-from tests.tiny_pipelines import FAMILIES
+from tests.tiny_pipelines import FAMILIES, animatediff, pag
 
 
 @pytest.fixture
@@ -54,9 +55,9 @@ def _together(pipeline: LoadedPipeline, model: ModelConfig) -> tuple[Engine, lis
 
 def test_a_sound_pipeline_is_certified(pipeline: LoadedPipeline) -> None:
     engine, _ = _together(pipeline, DEMO)
-    assert engine.info.batching
-    assert engine.info.batching_difference is not None
-    assert engine.info.batching_difference < 1e-4
+    assert engine.info.sharing == "batched"
+    assert engine.info.sharing_difference is not None
+    assert engine.info.sharing_difference < 1e-4
     assert engine.stats().mean_batch_size > 1
 
 
@@ -66,14 +67,44 @@ def test_a_pipeline_that_mixes_rows_is_served_alone_and_right(
     alone = [mixing.paint(request)[0] for request in _requests()]
     with caplog.at_level(logging.WARNING):
         engine, together = _together(mixing, DEMO)
-    assert not engine.info.batching
-    assert engine.info.batching_difference is not None
-    assert engine.info.batching_difference > 1e-4
-    assert "differ" in engine.info.batching_note
+    assert engine.info.sharing == "interleaved"
+    assert engine.info.sharing_difference is not None
+    assert engine.info.sharing_difference > 1e-4
+    assert "differ" in engine.info.sharing_note
     assert "batching=off" in caplog.text
     assert engine.stats().mean_batch_size == 1
     for one, two in zip(alone, together, strict=True):
         assert float((one - two).abs().max()) <= 1e-5
+
+
+def test_perturbed_attention_runs_one_request_after_another() -> None:
+    """PAG splits the batch in three, and swaps the shared network's attention during a call."""
+    pipeline = LoadedPipeline(pag(), DEMO.model_copy(update={"default_size_px": (32, 32)}))
+    attention = dict(pipeline.denoisers["unet"].attn_processors)
+    alone = [pipeline.paint(request)[0] for request in _requests()]
+    with Engine(pipeline, DEMO) as engine:
+        assert engine.info.sharing == "alone"
+        assert "batched pictures differ" in engine.info.sharing_note
+        assert "in turns differ" in engine.info.sharing_note
+        assert pipeline.denoisers["unet"].attn_processors == attention
+        cut_short = engine.stream(_requests()[2])
+        assert next(event for event in cut_short if isinstance(event, Progress)).step == 1
+        assert pipeline.denoisers["unet"].attn_processors != attention
+        cut_short.close()  # type: ignore[attr-defined]
+        ends = [list(stream)[-1] for stream in [engine.stream(r) for r in _requests()]]
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(alone, together) <= 1e-5
+
+
+def test_frames_in_the_batch_are_told_from_pictures() -> None:
+    """AnimateDiff repeats the prompt for each frame: its arguments differ in rows per picture."""
+    model = DEMO.model_copy(update={"default_size_px": (32, 32), "call_kwargs": {"num_frames": 3}})
+    pipeline = LoadedPipeline(animatediff(), model)
+    alone = [pipeline.paint(request)[0] for request in _requests()]
+    engine, together = _together(pipeline, model)
+    assert largest_difference(alone, together) <= 1e-5
+    assert engine.info.sharing == "batched"
+    assert engine.stats().mean_batch_size > 1
 
 
 def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPipeline) -> None:
@@ -89,8 +120,8 @@ def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPip
         engine, _ = _together(pipeline, DEMO)
     finally:
         handle.remove()
-    assert not engine.info.batching
-    assert "one prompt at a time" in engine.info.batching_note
+    assert engine.info.sharing == "interleaved"
+    assert "one prompt at a time" in engine.info.sharing_note
 
 
 def test_a_picture_that_is_not_a_number_is_no_match(
@@ -109,8 +140,8 @@ def test_a_picture_that_is_not_a_number_is_no_match(
 
     monkeypatch.setattr(vae, "decode", spoil)
     engine, _ = _together(pipeline, DEMO)
-    assert not engine.info.batching
-    assert "nan" in engine.info.batching_note
+    assert engine.info.sharing == "interleaved"
+    assert "nan" in engine.info.sharing_note
 
 
 def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
@@ -123,16 +154,16 @@ def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
         engine, _ = _together(pipeline, DEMO)
     finally:
         handle.remove()
-    assert "two pictures at once fail: RuntimeError: one picture" in engine.info.batching_note
+    assert "a call for two pictures failed: RuntimeError: one picture" in engine.info.sharing_note
 
 
-def test_without_batches_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
-    engine = Engine(pipeline, DEMO, EngineConfig(max_batch_size=1))
+def test_without_company_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
+    engine = Engine(pipeline, DEMO, EngineConfig(max_running=1))
     with engine:
         assert engine.stats().ticks == 0
         engine.generate(_requests()[0])
-    assert not engine.info.batching
-    assert engine.info.batching_note == "max_batch_size is 1"
+    assert engine.info.sharing == "alone"
+    assert engine.info.sharing_note == "max_running is 1"
 
 
 def test_a_pipeline_that_cannot_paint_is_refused_at_start(pipeline: LoadedPipeline) -> None:

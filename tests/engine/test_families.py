@@ -112,7 +112,7 @@ def test_together_as_alone(
     alone = [pipeline.paint(params)[0] for params in requests]
     together = []
     with Engine(pipeline, config) as engine:
-        assert engine.info.batching, engine.info.batching_note
+        assert engine.info.sharing == "batched", engine.info.sharing_note
         for stream in [engine.stream(params) for params in requests]:
             *_, last = stream
             assert isinstance(last, Completed), last

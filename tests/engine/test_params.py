@@ -17,9 +17,9 @@ MODEL = ModelInfo(
     size_multiple=16,
     default_steps=20,
     takes_negative_prompt=True,
-    batching=True,
-    batching_difference=0.0,
-    batching_note="",
+    sharing="batched",
+    sharing_difference=0.0,
+    sharing_note="",
     limits=LimitsConfig(max_pixels=128 * 128, max_side_px=512, max_steps=50, max_prompt_chars=20),
 )
 

@@ -29,9 +29,9 @@ INFO = ModelInfo(
     size_multiple=8,
     default_steps=20,
     takes_negative_prompt=True,
-    batching=True,
-    batching_difference=1e-6,
-    batching_note="",
+    sharing="batched",
+    sharing_difference=1e-6,
+    sharing_note="",
     limits=LIMITS,
 )
 
