@@ -33,7 +33,7 @@ def paint_held_out(
     pipeline: DiffusionPipeline,
     pairs: int = 256,
     steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = 7.5,
     size_px: int = 64,
     seed: int = 0,
 ) -> list[Painted]:
@@ -91,7 +91,7 @@ def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = DEMO_MODEL_DIR,
     pairs: Annotated[int, typer.Option(help="How many prompts and seeds.")] = 256,
     steps: int = 20,
-    guidance_scale: float = 5.0,
+    guidance_scale: float = 7.5,
     size_px: int = 64,
     seed: int = 0,
     sheet: Annotated[Path | None, typer.Option(help="Write the first 32 pictures here.")] = None,

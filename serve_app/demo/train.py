@@ -95,7 +95,7 @@ class Recipe:
     text_steps: int = 600
     text_batch: int = 128
     text_learning_rate: float = 1e-3
-    denoiser_steps: int = 8_500
+    denoiser_steps: int = 12_000
     early_steps: int = 1_800
     denoiser_batch: int = 48
     denoiser_learning_rate: float = 8e-4
