@@ -85,6 +85,21 @@ class EngineConfig(_Config):
     max_running: int = Field(
         32, ge=1, description="Requests being painted at once; the others wait their turn."
     )
+    scheduling: Literal["on_time", "fifo", "least_slack", "shortest_first"] = Field(
+        "on_time", description="Who runs next; 'on_time' meets the most deadlines."
+    )
+    slo_scale: float = Field(
+        3.0, gt=0, description="The deadline of a request, in multiples of its time alone."
+    )
+    warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
+        (),
+        description="(width, height) to measure at start-up, for predictions and for the largest "
+        "batch that pays. Other sizes are measured as requests come, and capped by analogy; "
+        "without any, max_batch_size is the only cap.",
+    )
+    profile_path: str | None = Field(
+        None, description="File that keeps what was measured, so that the next start is quick."
+    )
     limits: LimitsConfig = LimitsConfig()
 
 

@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,11 +23,13 @@ from torch import Tensor
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate, certify
+from serve_app.engine.cost import CostModel, Size
 from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
 from serve_app.engine.params import GenerationParams, ModelInfo
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
-from serve_app.engine.scheduler import Candidate, Fifo, Policy
+from serve_app.engine.scheduler import POLICIES, Policy, Task
+from serve_app.engine.warmup import measure_calls
 from serve_app.errors import (
     Cancelled,
     ConfigError,
@@ -79,11 +82,31 @@ class _Request:
     params: GenerationParams
     on_event: EventCallback
     submitted_at: float
+    task: Task
     started_at: float = 0.0
+    steps_done: int = 0
+    calls: int = 0
+    edge_s: float = 0.0
+    """Spent on it outside the denoiser: text encoding, noise scheduling, decoding."""
     job: Job[Tensor] | None = None
-    parked_at: int = 0
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
+
+    @property
+    def size(self) -> Size:
+        assert self.params.width is not None
+        assert self.params.height is not None
+        return self.params.width, self.params.height
+
+    @property
+    def steps_left(self) -> int:
+        assert self.params.num_inference_steps is not None
+        return self.params.num_inference_steps - self.steps_done
+
+    @property
+    def rows(self) -> float:
+        """Of the parked call, relative to one picture with guidance."""
+        return float(self.mergeable.length) if self.mergeable else 1.0
 
 
 def _check_device(error: BaseException) -> None:
@@ -116,11 +139,13 @@ class Engine:
 
         Raises:
             ModelLoadError: if the pipeline cannot paint.
-            ConfigError: if the model's defaults break the configured limits.
+            ConfigError: if the model's defaults break the configured limits, or the profile is
+                none.
         """
         self._pipeline = pipeline
         self._config = config or EngineConfig()
-        self._policy = policy or Fifo()
+        self._cost = CostModel(self._config.max_batch_size)
+        self._policy = policy or POLICIES[self._config.scheduling](self._cost.speedup)
         self._rendezvous = Rendezvous(pipeline.denoisers)
         self._certificate = Certificate("alone", {}, None, "max_running is 1")
 
@@ -132,6 +157,7 @@ class Engine:
         # Written by the engine's thread alone, but for the log, which any thread appends to.
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
+        self._by_number: dict[int, _Request] = {}
         self._ticks = 0
         self._steps = 0
         self._log: deque[LogEntry] = deque(maxlen=512)
@@ -143,6 +169,8 @@ class Engine:
         self._ready.wait()
         if self._crash is not None:
             self._thread.join()
+            if isinstance(self._crash, ConfigError):
+                raise self._crash
             raise ModelLoadError(
                 f"model {model.id!r}: {pipeline.class_name} cannot paint: "
                 f"{type(self._crash).__name__}: {self._crash}"
@@ -195,7 +223,9 @@ class Engine:
         with self._gate:
             if self._closing:
                 raise Unavailable("the engine is closing; send the request to another replica.")
-            request = _Request(next(self._numbers), resolved, on_event, time.perf_counter())
+            number = next(self._numbers)
+            now = time.perf_counter()
+            request = _Request(number, resolved, on_event, now, Task(number, now, 0.0))
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -296,6 +326,7 @@ class Engine:
             with torch.no_grad():
                 if self._config.max_running > 1:
                     self._certificate = certify(self._pipeline, self._rendezvous)
+                self._measure()
                 self._ready.set()
                 self._loop()
         except BaseException as error:
@@ -315,8 +346,8 @@ class Engine:
     def _loop(self) -> None:
         while self._obey():
             self._start_waiting()
-            if parked := [request for request in self._running if request.job]:
-                self._step(parked)
+            if self._running:
+                self._step()
 
     def _obey(self) -> bool:
         """Carry out the commands that came in; wait for one if idle. False when all is done."""
@@ -330,15 +361,38 @@ class Engine:
                 return True
             command()
 
+    def _measure(self) -> None:
+        """Learn what calls cost, or take over what an earlier start learned."""
+        path = self._config.profile_path
+        if path is not None:
+            self._cost.load(Path(path).expanduser())
+        measure = functools.partial(
+            measure_calls, self._pipeline, self._rendezvous, self._certificate.specs
+        )
+        missing = [size for size in self._config.warmup_sizes_px if size not in self._cost.caps]
+        for size in missing:
+            self._cost.measured(size, measure(size, self._config.max_batch_size))
+            logger.info("size %dx%d: batches up to %d pay", *size, self._cost.caps[size])
+        if not self._cost.call_s and self._config.max_running > 1:
+            # One call, so that the first requests have a deadline.
+            [call_s] = measure(self._pipeline.default_size_px, 1).values()
+            self._cost.observe_call(self._pipeline.default_size_px, 1.0, 1, call_s)
+        if path is not None and missing:
+            self._cost.save(Path(path).expanduser())
+
     def _accept(self, request: _Request) -> None:
         self._note(request.number, "queued")
         self._tell(request, Queued(len(self._waiting)))
         self._waiting.append(request)
+        self._by_number[request.number] = request
+        alone_s = self._cost.predict_request(request.size, request.steps_left)
+        request.task.remaining_s = alone_s
+        request.task.deadline_at = request.submitted_at + self._config.slo_scale * alone_s
+        self._policy.add(request.task)
 
     def _cancel(self, number: int) -> None:
-        for request in [*self._waiting, *self._running]:
-            if request.number == number:
-                self._drop(request, "cancelled", Cancelled("the request was cancelled."))
+        if request := self._by_number.get(number):
+            self._drop(request, "cancelled", Cancelled("the request was cancelled."))
 
     def _drop(
         self, request: _Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
@@ -356,43 +410,41 @@ class Engine:
     def _start_waiting(self) -> None:
         alone = self._certificate.sharing == "alone"
         while self._waiting and len(self._running) < (1 if alone else self._config.max_running):
-            request = self._waiting.popleft()
+            now = time.perf_counter()
+            by_task = {request.task: request for request in self._waiting}
+            request = by_task[self._policy.next_to_start(list(by_task), now)]
+            self._waiting.remove(request)
             self._running.append(request)
             self._note(request.number, "started")
-            request.started_at = time.perf_counter()
+            request.started_at = now
             request.job = Job(functools.partial(self._paint, request))
-            request.job.start()
-            self._settle(request)
+            self._go_on(request, request.job.start)
 
     def _paint(self, request: _Request) -> Tensor:
         def on_step(done: int, total: int) -> None:
+            request.steps_done = done
             self._tell(request, Progress(done, total))
 
         return self._pipeline.paint(request.params, on_step)[0]
 
-    def _step(self, parked: Sequence[_Request]) -> None:
-        """One denoiser call, for as many requests as fit together."""
-        by_number = {request.number: request for request in parked}
-        candidates = [
-            Candidate(
-                request.number,
-                request.mergeable.key if request.mergeable else None,
-                request.parked_at,
-            )
-            for request in parked
-        ]
-        chosen = self._policy.choose(candidates, self._config.max_batch_size)
-        batch = [by_number[candidate.request] for candidate in chosen]
+    def _step(self) -> None:
+        """One denoiser call, for as many requests as fit together and are worth it."""
+        chosen = self._policy.choose(time.perf_counter(), self._cap)
+        batch = [self._by_number[task.request] for task in chosen]
         for request, outcome in zip(batch, self._denoise(batch), strict=True):
             assert request.job is not None
             if isinstance(outcome, Exception):
-                request.job.fail(outcome)
+                self._go_on(request, functools.partial(request.job.fail, outcome))
             else:
-                request.job.resume(outcome)
-            self._settle(request)
+                request.calls += 1
+                self._go_on(request, functools.partial(request.job.resume, outcome))
+
+    def _cap(self, task: Task) -> int:
+        return self._cost.cap(self._by_number[task.request].size)
 
     def _denoise(self, batch: Sequence[_Request]) -> list[Any]:
         """Each request's share of the output, or the exception that its own call raised."""
+        size = 1  # of the parts to try next
         try:
             return self._forward(batch)
         except Exception as error:
@@ -402,16 +454,25 @@ class Engine:
             traceback.clear_frames(error.__traceback__)
             if len(batch) == 1:
                 return [error]
+            if isinstance(error, torch.OutOfMemoryError):
+                size = self._cost.lower_cap(batch[0].size, len(batch))
             failure = repr(error)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
         logger.warning(
-            "a denoiser call for %d requests failed, trying each alone: %s", len(batch), failure
+            "a denoiser call for %d requests failed, trying %d at a time: %s",
+            len(batch),
+            size,
+            failure,
         )
-        return [self._denoise([request])[0] for request in batch]
+        parts = [batch[start : start + size] for start in range(0, len(batch), size)]
+        return [outcome for part in parts for outcome in self._denoise(part)]
 
     def _forward(self, batch: Sequence[_Request]) -> list[Any]:
         """One denoiser call and each request's share of what it returns."""
         self._ticks += 1
         calls = [request.mergeable for request in batch if request.mergeable]
+        started_at = time.perf_counter()
         if calls:
             spec = self._certificate.specs[calls[0].call.site]
             outputs = spec.split(self._rendezvous.forward(spec.merge(calls)), calls)
@@ -420,16 +481,27 @@ class Engine:
             assert request.job is not None
             assert request.job.call is not None
             outputs = [self._rendezvous.forward(request.job.call)]
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # or the time would be that of asking for it
+        took_s = time.perf_counter() - started_at
+        rows = sum(request.rows for request in batch)
+        self._cost.observe_call(batch[0].size, rows, len(batch), took_s)
         self._steps += len(batch)
         return outputs
+
+    def _go_on(self, request: _Request, switch: Callable[[], None]) -> None:
+        """Run its job up to where it parks or ends, and see to what it did."""
+        started_at = time.perf_counter()
+        switch()
+        request.edge_s += time.perf_counter() - started_at
+        self._settle(request)
 
     def _settle(self, request: _Request) -> None:
         """After a job has run: note where it parked, or report how it ended."""
         job = request.job
         assert job is not None
         if job.call is not None:
-            request.parked_at = self._ticks
-            request.mergeable = self._prepared(job.call)
+            self._park(request, job.call)
         elif job.error is not None:
             _check_device(job.error)
             logger.error("request %d failed", request.number, exc_info=job.error)
@@ -439,6 +511,9 @@ class Engine:
             traceback.clear_frames(job.error.__traceback__)
             self._end(request, "failed", Failed(error))
         else:
+            self._cost.observe_request(
+                request.size, request.steps_done, request.calls, request.edge_s
+            )
             result = GenerationResult(
                 params=request.params,
                 pixels=job.result,
@@ -446,6 +521,14 @@ class Engine:
                 denoise_s=time.perf_counter() - request.started_at,
             )
             self._end(request, "completed", Completed(result))
+
+    def _park(self, request: _Request, call: Call) -> None:
+        request.mergeable = self._prepared(call)
+        task, size, rows = request.task, request.size, request.rows
+        task.key = request.mergeable.key if request.mergeable else None
+        task.step_s = self._cost.predict_call(size, rows)
+        task.remaining_s = self._cost.predict_request(size, request.steps_left, rows)
+        self._policy.park(task)
 
     def _prepared(self, call: Call) -> MergeableCall | None:
         spec = self._certificate.specs.get(call.site)
@@ -472,6 +555,8 @@ class Engine:
         # Whoever submitted it may keep its callback for long, and with it all that hangs here.
         request.job = None
         request.mergeable = None
+        self._policy.drop(request.task)
+        del self._by_number[request.number]
         self._note(request.number, what)
         self._tell(request, event)
 

@@ -1,42 +1,262 @@
-"""Which parked calls run next. Pure Python: no torch, no clock, no engine.
+"""Which parked calls run next. Pure Python: no torch, no clock of its own, no engine.
 
-The engine asks once for every denoiser call. A policy is anything with `choose`.
+The engine tells a policy of every request that comes, parks and goes, and asks it before each
+denoiser call. What a decision needs is kept sorted in between, so that it costs microseconds.
 """
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from bisect import bisect_left, insort
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, Protocol
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A parked call as a policy sees it."""
+@dataclass(eq=False, slots=True)
+class Task:
+    """A request as a policy sees it. Times are in seconds, on any one clock."""
 
     request: int
-    """Number of the request; lower came earlier."""
-    key: Hashable
-    """Candidates with equal keys may run together; ``None`` runs alone."""
-    parked_at: int
-    """The engine's tick at which it parked."""
+    """Its number; lower came earlier."""
+    deadline_at: float
+    remaining_s: float
+    """Predicted work from here to its end, alone on the device."""
+    key: Hashable = None
+    """Of the parked call: equal keys may run together; ``None`` runs alone."""
+    step_s: float = 0.0
+    """Predicted time of the parked call, alone on the device."""
+    turn: int = 0
+    """Counts the calls that parked, over all requests."""
+    late: bool = False
+    """It cannot be done in time any more, or only at the cost of more than one other."""
+    _entry: tuple[Any, int] | None = field(default=None, repr=False)
+    """Where it stands in its group; none while it is not parked."""
+
+
+Cap = Callable[[Task], int]
+"""How many calls may run together with, and including, that of a task."""
 
 
 class Policy(Protocol):
-    """Chooses what runs in the next denoiser call."""
+    """Orders the requests and chooses what runs in the next denoiser call."""
 
-    def choose(self, parked: Sequence[Candidate], max_batch_size: int) -> list[Candidate]:
-        """At least one and at most ``max_batch_size`` of ``parked``, which may run together."""
+    def add(self, task: Task) -> None:
+        """A request was accepted. It is not parked yet."""
+        ...
+
+    def park(self, task: Task) -> None:
+        """Its call waits; ``key``, ``remaining_s`` and ``step_s`` are set."""
+        ...
+
+    def drop(self, task: Task) -> None:
+        """The request has ended, wherever it was."""
+        ...
+
+    def next_to_start(self, waiting: list[Task], now: float) -> Task:
+        """Which of the accepted requests, none of them started, starts first."""
+        ...
+
+    def choose(self, now: float, cap: Cap) -> list[Task]:
+        """Calls that may run together, the leader first; they count as parked no more.
+
+        At least one, if any is parked, and at most the ``cap`` of the leader.
+        """
         ...
 
 
-class Fifo:
-    """The call that has waited longest leads; those that fit with it follow in order.
+class RankedPolicy:
+    """The lowest rank leads; those that fit with it follow in the order of their ranks."""
 
-    Every shape gets its turn, so requests of different sizes advance side by side.
+    def __init__(self) -> None:
+        self._groups: dict[Hashable, list[tuple[Any, int]]] = {}
+        self._tasks: dict[int, Task] = {}
+        self._turns = 0
+
+    def rank(self, task: Task) -> Any:
+        """Lower goes first; ties go to the request that came first."""
+        raise NotImplementedError
+
+    def add(self, task: Task) -> None:
+        self._tasks[task.request] = task
+
+    def park(self, task: Task) -> None:
+        self._turns += 1
+        task.turn = self._turns
+        self._enter(task)
+
+    def drop(self, task: Task) -> None:
+        self._leave(task)
+        del self._tasks[task.request]
+
+    def next_to_start(self, waiting: list[Task], now: float) -> Task:
+        return min(waiting, key=lambda task: (self.rank(task), task.request))
+
+    def choose(self, now: float, cap: Cap) -> list[Task]:
+        if not self._groups:
+            return []
+        return self._take(self._leader()[0], cap)
+
+    def _leader(self) -> tuple[Hashable, Task]:
+        """The first of all, and its group."""
+        group = min(self._groups, key=lambda group: self._groups[group][0])
+        return group, self._tasks[self._groups[group][0][1]]
+
+    def _take(self, group: Hashable, cap: Cap) -> list[Task]:
+        entries = self._groups[group]
+        leader = self._tasks[entries[0][1]]
+        count = 1 if leader.key is None else cap(leader)
+        chosen = [self._tasks[number] for _, number in entries[:count]]
+        if count < len(entries):
+            del entries[:count]
+        else:
+            del self._groups[group]
+        for task in chosen:
+            task._entry = None
+        return chosen
+
+    def _group(self, task: Task) -> Hashable:
+        return ("alone", task.request) if task.key is None else task.key
+
+    def _enter(self, task: Task) -> None:
+        task._entry = (self.rank(task), task.request)
+        insort(self._groups.setdefault(self._group(task), []), task._entry)
+
+    def _leave(self, task: Task) -> None:
+        if task._entry is None:
+            return
+        group = self._group(task)
+        entries = self._groups[group]
+        del entries[bisect_left(entries, task._entry)]
+        if not entries:
+            del self._groups[group]
+        task._entry = None
+
+
+class Fifo(RankedPolicy):
+    """The call that has waited longest leads: every shape gets its turn, whatever it costs."""
+
+    def rank(self, task: Task) -> int:
+        return task.turn
+
+
+class ShortestFirst(RankedPolicy):
+    """The least remaining work leads. Best for the mean, and long requests may starve."""
+
+    def rank(self, task: Task) -> float:
+        return task.remaining_s
+
+
+class LeastSlack(RankedPolicy):
+    """The least time to spare leads, also when there is none left: collapses under load."""
+
+    def rank(self, task: Task) -> float:
+        return task.deadline_at - task.remaining_s
+
+
+class OnTime(RankedPolicy):
+    """The earliest deadline leads among the requests that can still be on time.
+
+    Those are the largest set that one device can finish in time: in the order of their deadlines,
+    the longest is left out whenever the work up to a deadline is more than the time to it (Moore,
+    1968, "An n job, one machine sequencing algorithm for minimizing the number of late jobs").
+    The set is made again when a request comes or goes, or a leader turns out to be too late; in
+    between, the work that is done and the time that passes keep step.
+
+    The others run when none of those waits, and get ``late_share`` of the time, so that none of
+    them starves.
     """
 
-    def choose(self, parked: Sequence[Candidate], max_batch_size: int) -> list[Candidate]:
-        waiting = sorted(parked, key=lambda candidate: (candidate.parked_at, candidate.request))
-        leader = waiting[0]
-        if leader.key is None:
+    def __init__(
+        self, speedup: Callable[[], float] = lambda: 1.0, late_share: float = 0.05
+    ) -> None:
+        """``speedup`` tells how much faster the device works than it would on each alone."""
+        super().__init__()
+        self._speedup = speedup
+        self._late_share = late_share
+        self._owed_s = 0.0
+        self._stale = False
+
+    def rank(self, task: Task) -> tuple[bool, float]:
+        return (task.late, task.deadline_at)
+
+    def add(self, task: Task) -> None:
+        super().add(task)
+        self._stale = True
+
+    def drop(self, task: Task) -> None:
+        super().drop(task)
+        self._stale = True
+
+    def next_to_start(self, waiting: list[Task], now: float) -> Task:
+        self._plan(now)
+        return super().next_to_start(waiting, now)
+
+    def choose(self, now: float, cap: Cap) -> list[Task]:
+        if not self._groups:
+            return []
+        self._plan(now)
+        group, leader = self._leader()
+        if not leader.late and now + leader.remaining_s > leader.deadline_at:
+            self._stale = True
+            self._plan(now)
+            group, leader = self._leader()
+        if not leader.late and (late := self._first_late()) is not None:
+            self._owed_s += self._late_share * leader.step_s
+            if self._owed_s >= late.step_s:
+                self._owed_s -= late.step_s
+                return self._take_late(late, cap)
+        return self._take(group, cap)
+
+    def _plan(self, now: float) -> None:
+        if not self._stale:
+            return
+        self._stale = False
+        speedup = self._speedup()
+        longest: list[tuple[float, int]] = []
+        finished_at = now
+        late: set[int] = set()
+        for task in sorted(self._tasks.values(), key=lambda task: task.deadline_at):
+            # Company makes the device faster, but no single request.
+            if now + task.remaining_s > task.deadline_at:
+                late.add(task.request)
+                continue
+            work = task.remaining_s / speedup
+            finished_at += work
+            heappush(longest, (-work, task.request))
+            if finished_at > task.deadline_at:
+                longest_work, number = heappop(longest)
+                finished_at += longest_work
+                late.add(number)
+        for task in self._tasks.values():
+            if task.late != (task.request in late):
+                parked = task._entry is not None
+                self._leave(task)
+                task.late = not task.late
+                if parked:
+                    self._enter(task)
+
+    def _first_late(self) -> Task | None:
+        """The late call with the earliest deadline."""
+        first: tuple[Any, int] | None = None
+        for entries in self._groups.values():
+            index = bisect_left(entries, ((True,),))
+            if index < len(entries) and (first is None or entries[index] < first):
+                first = entries[index]
+        return None if first is None else self._tasks[first[1]]
+
+    def _take_late(self, leader: Task, cap: Cap) -> list[Task]:
+        """The late leader, and with it the most urgent of its key."""
+        self._leave(leader)
+        group = self._group(leader)
+        fill = 0 if leader.key is None else cap(leader) - 1
+        if not fill or group not in self._groups:
             return [leader]
-        return [candidate for candidate in waiting if candidate.key == leader.key][:max_batch_size]
+        return [leader, *self._take(group, lambda _: fill)]
+
+
+POLICIES: dict[str, Callable[[Callable[[], float]], Policy]] = {
+    "on_time": OnTime,
+    "fifo": lambda _: Fifo(),
+    "least_slack": lambda _: LeastSlack(),
+    "shortest_first": lambda _: ShortestFirst(),
+}
+"""By their names in the config; each is given the device's speed-up."""

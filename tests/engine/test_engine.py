@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.scheduler import Fifo
 from serve_app.errors import Cancelled, ConfigError, GenerationFailed, InvalidRequest, Unavailable
 from tests.conftest import DEMO
 from tests.waiting import wait_until
@@ -147,7 +149,7 @@ def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline)
             vars(demo_pipeline._pipeline)["scheduler"] = scheduler
             alone.append(demo_pipeline.paint(request))
         vars(demo_pipeline._pipeline)["scheduler"] = stock
-        with Engine(demo_pipeline, DEMO) as engine:
+        with Engine(demo_pipeline, DEMO, EngineConfig(scheduling="fifo")) as engine:
             # Each request copies the scheduler that is there when it starts.
             chosen = iter(schedulers)
             paint = demo_pipeline.paint
@@ -296,6 +298,70 @@ def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline
         assert engine.generate(params(num_inference_steps=2)).image.size == (64, 64)
 
 
+def test_out_of_memory_halves_the_batch_and_fails_nobody(demo_pipeline: LoadedPipeline) -> None:
+    requests = [params(seed=seed, num_inference_steps=6) for seed in range(9)]
+    alone = [demo_pipeline.paint(request) for request in requests]
+    sizes: list[int] = []
+
+    def only_three_fit(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(args[0].shape[0] // 2)  # with guidance, two rows a request
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with Engine(demo_pipeline, DEMO) as engine:
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(only_three_fit)
+        try:
+            streams = [engine.stream(request) for request in requests]
+            results = [result_of(list(stream)) for stream in streams]
+        finally:
+            handle.remove()
+    assert largest_difference(results, alone) <= TOLERANCE
+    assert sum(size > 3 for size in sizes) <= 3  # it learns, and does not try again and again
+    assert max(sizes[-6:]) <= 3
+
+
+def test_start_up_measures_what_pays_and_remembers(
+    demo_pipeline: LoadedPipeline, tmp_path: Path
+) -> None:
+    config = EngineConfig(
+        max_batch_size=4,
+        warmup_sizes_px=((32, 32), (64, 64)),
+        profile_path=str(tmp_path / "profile.json"),
+    )
+    rows: list[int] = []
+    handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0].shape[0])
+    )
+    try:
+        with Engine(demo_pipeline, DEMO, config) as engine:
+            caps = dict(engine._cost.caps)
+            measured = len(rows)
+        assert caps.keys() == {(32, 32), (64, 64)}
+        assert all(1 <= cap <= 4 for cap in caps.values())
+        rows.clear()
+        with Engine(demo_pipeline, DEMO, config) as engine:
+            assert engine._cost.caps == caps
+    finally:
+        handle.remove()
+    assert len(rows) <= measured - 2 * 2 * 4  # two sizes, one and two pictures, four calls each
+    (tmp_path / "profile.json").write_text("{")
+    with pytest.raises(ConfigError, match="delete it"):
+        Engine(demo_pipeline, DEMO, config)
+
+
+def test_a_short_urgent_request_overtakes_a_long_one(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO) as engine:
+        engine.generate(params(num_inference_steps=4))  # so that it knows what a step costs
+        long = engine.stream(params(num_inference_steps=90, width=96, height=96))
+        for event in long:
+            if isinstance(event, Progress) and event.step == 3:
+                break
+        engine.generate(params(num_inference_steps=5))
+        done = [entry.request for entry in engine.stats().log if entry.what == "completed"]
+        assert done == [1, 3]  # the long one is still at it
+        long.close()  # type: ignore[attr-defined]
+
+
 def test_a_receiver_that_raises_hurts_nobody(
     demo_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,8 +415,8 @@ def test_closing_drains_or_drops_and_refuses_the_rest(demo_pipeline: LoadedPipel
 def test_when_its_thread_dies_nobody_waits_for_ever(
     demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Broken:
-        def choose(self, parked: Any, max_batch_size: int) -> Any:
+    class Broken(Fifo):
+        def choose(self, now: float, cap: Any) -> Any:
             raise KeyError("policy")
 
     engine = Engine(demo_pipeline, DEMO, policy=Broken())

@@ -1,0 +1,168 @@
+"""What denoiser calls and whole requests cost on this device: measured, never assumed.
+
+Knows sizes, batch sizes and seconds; no torch, no pipeline. The engine measures some sizes when it
+starts, and reports what every later call really took, so that predictions follow the device.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from serve_app.errors import ConfigError
+
+Size = tuple[int, int]
+"""(width, height) in pixels."""
+
+WORTHWHILE_GAIN = 1.05
+"""A larger batch must make at least this many times as many pictures a second."""
+
+_WEIGHT = 0.1
+"""Of a new measurement against what was known."""
+
+
+def worthwhile_batch(call_s: Mapping[int, float]) -> int:
+    """The largest batch that still pays, of those measured: ``{batch size: seconds a call}``.
+
+    From the smallest on, as long as each next one gives over 5 % more pictures a second.
+    """
+    sizes = sorted(call_s)
+    best = sizes[0]
+    for smaller, larger in pairwise(sizes):
+        gain = (larger / call_s[larger]) / (smaller / call_s[smaller])
+        if gain <= WORTHWHILE_GAIN:
+            break
+        best = larger
+    return best
+
+
+@dataclass
+class CostModel:
+    """Predicts seconds from (size, batch size), and batch caps from what was measured."""
+
+    max_batch_size: int
+    call_s: dict[Size, dict[float, float]] = field(default_factory=dict)
+    """By size, then by rows relative to one picture with guidance: seconds of a denoiser call."""
+    caps: dict[Size, int] = field(default_factory=dict)
+    """By measured size."""
+    edge_s: dict[Size, float] = field(default_factory=dict)
+    """By size: what a request costs outside the denoiser, text encoding and decoding together."""
+    calls_per_step: float = 1.0
+    """Denoiser calls that one step of one request makes; two where guidance has its own."""
+    _alone_s: float = 0.0
+    _busy_s: float = 0.0
+
+    def measured(self, size: Size, call_s: Mapping[int, float]) -> None:
+        """Take over what a warm-up found, ``{batch size: seconds a call}``."""
+        self.call_s[size] = {float(batch): seconds for batch, seconds in call_s.items()}
+        self.caps[size] = worthwhile_batch(call_s)
+
+    def observe_call(self, size: Size, rows: float, requests: int, seconds: float) -> None:
+        """A call for ``requests`` requests, of ``rows`` together, took so long."""
+        known = self.call_s.setdefault(size, {})
+        known[rows] = _mixed(known.get(rows), seconds)
+        # How much faster than alone, over the last few hundred calls.
+        self._alone_s = 0.99 * self._alone_s + requests * self.predict_call(size, rows / requests)
+        self._busy_s = 0.99 * self._busy_s + seconds
+
+    def observe_request(self, size: Size, steps: int, calls: int, edge_s: float) -> None:
+        """A request is done; ``edge_s`` was spent on it outside the denoiser."""
+        self.edge_s[size] = _mixed(self.edge_s.get(size), edge_s)
+        self.calls_per_step = _mixed(self.calls_per_step, calls / steps)
+
+    def predict_call(self, size: Size, rows: float = 1.0) -> float:
+        """Seconds of one call; 0 while nothing at all is known."""
+        if not self.call_s:
+            return 0.0
+        nearest = _nearest(size, self.call_s)
+        # Rows of another size count by their pixels.
+        return _interpolated(self.call_s[nearest], rows * _pixels(size) / _pixels(nearest))
+
+    def predict_request(self, size: Size, steps_left: float, rows: float = 1.0) -> float:
+        """Seconds that a request still takes when it runs alone, its decoding included."""
+        steps_s = steps_left * self.calls_per_step * self.predict_call(size, rows)
+        if not self.edge_s:
+            return steps_s
+        nearest = _nearest(size, self.edge_s)
+        return steps_s + self.edge_s[nearest] * _pixels(size) / _pixels(nearest)
+
+    def cap(self, size: Size) -> int:
+        """How many requests of this size are worth one call."""
+        if not self.caps:
+            return self.max_batch_size
+        nearest = _nearest(size, self.caps)
+        scaled = self.caps[nearest] * _pixels(nearest) / _pixels(size)
+        return max(1, min(self.max_batch_size, math.floor(scaled)))
+
+    def lower_cap(self, size: Size, batch: int) -> int:
+        """A batch of this many did not fit into memory: half as many from now on."""
+        self.caps[size] = max(1, batch // 2)
+        return self.caps[size]
+
+    def speedup(self) -> float:
+        """How many times faster than one at a time the device has lately been."""
+        return max(1.0, self._alone_s / self._busy_s) if self._busy_s else 1.0
+
+    def save(self, path: Path) -> None:
+        """Keep what the warm-up measured, for the next start."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sizes = [
+            {"size": size, "cap": cap, "call_s": sorted(self.call_s.get(size, {}).items())}
+            for size, cap in self.caps.items()
+        ]
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"sizes": sizes}, indent=2))
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Take over what `save` kept. Does nothing if there is no such file.
+
+        Raises:
+            ConfigError: if the file is not one of `save`.
+        """
+        if not path.is_file():
+            return
+        try:
+            for entry in json.loads(path.read_text())["sizes"]:
+                width, height = entry["size"]
+                self.call_s[width, height] = {float(rows): float(s) for rows, s in entry["call_s"]}
+                self.caps[width, height] = int(entry["cap"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} is not a profile of this program ({error!r}); delete it."
+            ) from None
+
+
+def _mixed(known: float | None, new: float) -> float:
+    return new if known is None else (1 - _WEIGHT) * known + _WEIGHT * new
+
+
+def _pixels(size: Size) -> int:
+    return size[0] * size[1]
+
+
+def _nearest(size: Size, known: Mapping[Size, object]) -> Size:
+    """The known size with the closest number of pixels, by ratio."""
+    if size in known:
+        return size
+    return min(known, key=lambda other: abs(math.log(_pixels(other) / _pixels(size))))
+
+
+def _interpolated(known: Mapping[float, float], rows: float) -> float:
+    """Linear between what is known, in proportion beyond it; never less for more rows."""
+    if rows in known:
+        return known[rows]
+    points = sorted(known.items())
+    (least, least_s), (most, most_s) = points[0], points[-1]
+    if rows > most:
+        return most_s * rows / most
+    if rows < least:
+        # A call has a fixed part, so fewer rows save less than their share: halfway, for want of
+        # anything better.
+        return least_s * (1 + rows / least) / 2
+    for (low, low_s), (high, high_s) in pairwise(points):
+        if low <= rows <= high:
+            return low_s + (high_s - low_s) * (rows - low) / (high - low)
+    raise AssertionError("rows lie between the ends")

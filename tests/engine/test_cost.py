@@ -1,0 +1,110 @@
+"""Predictions from measurements, and the batches that pay."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.engine.cost import CostModel, worthwhile_batch
+from serve_app.errors import ConfigError
+
+SMALL, LARGE = (512, 512), (1024, 1024)
+
+
+def linear(fixed_s: float, per_row_s: float) -> dict[int, float]:
+    return {batch: fixed_s + per_row_s * batch for batch in (1, 2, 4, 8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("call_s", "batch"),
+    [
+        ({1: 1.0}, 1),
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 1),  # nothing gained
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 4),  # all for free
+        (linear(1.0, 1.0), 16),  # 16 make 6 % more a second than 8
+        (linear(0.5, 1.0), 8),  # 16 would make 3 %
+        ({1: 1.0, 2: 2.0, 4: 1.0}, 1),  # what comes after a step that does not pay is not trusted
+    ],
+)
+def test_the_largest_batch_that_pays(call_s: dict[int, float], batch: int) -> None:
+    assert worthwhile_batch(call_s) == batch
+
+
+def test_caps_of_other_sizes_follow_by_their_pixels() -> None:
+    cost = CostModel(max_batch_size=16)
+    assert cost.cap(SMALL) == 16  # nothing is known
+    cost.measured(SMALL, linear(0.5, 1.0))
+    assert cost.cap(SMALL) == 8
+    assert cost.cap(LARGE) == 2
+    assert cost.cap((2048, 2048)) == 1
+    assert cost.cap((64, 64)) == 16
+    assert cost.lower_cap(SMALL, 7) == 3
+    assert cost.cap(SMALL) == 3
+    assert cost.lower_cap(SMALL, 1) == 1
+
+
+def test_predictions_come_from_what_was_measured() -> None:
+    cost = CostModel(max_batch_size=16)
+    assert cost.predict_request(SMALL, 20) == 0.0
+    cost.measured(SMALL, linear(0.5, 1.0))
+    assert cost.predict_call(SMALL, 2.0) == 2.5
+    assert cost.predict_call(SMALL, 3.0) == pytest.approx(3.5)
+    assert cost.predict_call(SMALL, 32.0) == pytest.approx(33.0)
+    assert 0.75 <= cost.predict_call(SMALL, 0.5) <= 1.5
+    assert cost.predict_call(LARGE, 1.0) == pytest.approx(4.5)  # as four small ones
+    cost.observe_request(SMALL, steps=10, calls=10, edge_s=3.0)
+    assert cost.predict_request(SMALL, 10) == pytest.approx(18.0)
+
+
+def test_predictions_follow_the_device() -> None:
+    cost = CostModel(max_batch_size=16)
+    cost.measured(SMALL, {1: 1.0})
+    for _ in range(60):
+        cost.observe_call(SMALL, 1.0, 1, 2.0)
+        cost.observe_request(SMALL, steps=5, calls=10, edge_s=0.0)
+    assert cost.predict_call(SMALL) == pytest.approx(2.0, rel=0.01)
+    assert cost.predict_request(SMALL, 5) == pytest.approx(20.0, rel=0.01)  # two calls a step
+
+
+def test_the_speedup_is_that_of_the_last_calls() -> None:
+    cost = CostModel(max_batch_size=16)
+    assert cost.speedup() == 1.0
+    cost.measured(SMALL, linear(1.0, 1.0))
+    for _ in range(500):
+        cost.observe_call(SMALL, 4.0, 4, 5.0)
+    assert cost.speedup() == pytest.approx(8 / 5)
+    for _ in range(500):
+        cost.observe_call(SMALL, 1.0, 1, 2.0)
+    assert cost.speedup() == pytest.approx(1.0, rel=0.02)
+
+
+@given(
+    st.dictionaries(st.integers(1, 16), st.floats(0.01, 10), min_size=1),
+    st.floats(0.5, 64),
+    st.sampled_from([(64, 64), SMALL, LARGE]),
+)
+def test_predictions_are_positive(
+    call_s: dict[int, float], rows: float, size: tuple[int, int]
+) -> None:
+    cost = CostModel(max_batch_size=16)
+    cost.measured(SMALL, call_s)
+    assert cost.predict_call(size, rows) > 0
+    assert 1 <= cost.cap(size) <= 16
+
+
+def test_what_was_measured_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "profiles" / "model.json"
+    cost = CostModel(max_batch_size=16)
+    cost.load(path)  # not there yet
+    cost.measured(SMALL, linear(0.5, 1.0))
+    cost.observe_call(LARGE, 1.5, 2, 7.0)
+    cost.save(path)
+    again = CostModel(max_batch_size=16)
+    again.load(path)
+    assert again.caps == cost.caps
+    assert again.call_s == {SMALL: cost.call_s[SMALL]}  # not what passing load coloured
+    for wrong in ("{", "[]", '{"sizes": [{"size": 3}]}'):
+        path.write_text(wrong)
+        with pytest.raises(ConfigError, match="delete it"):
+            again.load(path)
