@@ -88,13 +88,16 @@ class CostModel:
         nearest = _nearest(size, self.edge_s)
         return steps_s + self.edge_s[nearest] * _pixels(size) / _pixels(nearest)
 
-    def cap(self, size: Size) -> int:
-        """How many requests of this size are worth one call."""
-        if not self.caps:
-            return self.max_batch_size
-        nearest = _nearest(size, self.caps)
-        scaled = self.caps[nearest] * _pixels(nearest) / _pixels(size)
-        return max(1, min(self.max_batch_size, math.floor(scaled)))
+    def cap(self, size: Size, rows: float = 1.0, within_s: float = math.inf) -> int:
+        """How many requests of this size and ``rows`` are worth one call of ``within_s``."""
+        most = self.max_batch_size
+        if self.caps:
+            nearest = _nearest(size, self.caps)
+            scaled = self.caps[nearest] * _pixels(nearest) / _pixels(size)
+            most = max(1, min(most, math.floor(scaled)))
+        while most > 1 and self.predict_call(size, most * rows) > within_s:
+            most -= 1
+        return most
 
     def lower_cap(self, size: Size, batch: int) -> int:
         """A batch of this many did not fit into memory: half as many from now on."""

@@ -439,8 +439,9 @@ class Engine:
                 request.calls += 1
                 self._go_on(request, functools.partial(request.job.resume, outcome))
 
-    def _cap(self, task: Task) -> int:
-        return self._cost.cap(self._by_number[task.request].size)
+    def _cap(self, task: Task, within_s: float) -> int:
+        request = self._by_number[task.request]
+        return self._cost.cap(request.size, request.rows, within_s)
 
     def _denoise(self, batch: Sequence[_Request]) -> list[Any]:
         """Each request's share of the output, or the exception that its own call raised."""

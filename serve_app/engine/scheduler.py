@@ -4,6 +4,7 @@ The engine tells a policy of every request that comes, parks and goes, and asks 
 denoiser call. What a decision needs is kept sorted in between, so that it costs microseconds.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ class Task:
     """Where it stands in its group; none while it is not parked."""
 
 
-Cap = Callable[[Task], int]
-"""How many calls may run together with, and including, that of a task."""
+Cap = Callable[[Task, float], int]
+"""How many calls may run together with, and including, that of a task, in so many seconds."""
 
 
 class Policy(Protocol):
@@ -75,6 +76,10 @@ class RankedPolicy:
         """Lower goes first; ties go to the request that came first."""
         raise NotImplementedError
 
+    def call_s(self, leader: Task, now: float) -> float:
+        """How many seconds company may make the leader's call take."""
+        return math.inf
+
     def add(self, task: Task) -> None:
         self._tasks[task.request] = task
 
@@ -93,17 +98,17 @@ class RankedPolicy:
     def choose(self, now: float, cap: Cap) -> list[Task]:
         if not self._groups:
             return []
-        return self._take(self._leader()[0], cap)
+        return self._take(self._leader()[0], now, cap)
 
     def _leader(self) -> tuple[Hashable, Task]:
         """The first of all, and its group."""
         group = min(self._groups, key=lambda group: self._groups[group][0])
         return group, self._tasks[self._groups[group][0][1]]
 
-    def _take(self, group: Hashable, cap: Cap) -> list[Task]:
+    def _take(self, group: Hashable, now: float, cap: Cap) -> list[Task]:
         entries = self._groups[group]
         leader = self._tasks[entries[0][1]]
-        count = 1 if leader.key is None else cap(leader)
+        count = 1 if leader.key is None else cap(leader, self.call_s(leader, now))
         chosen = [self._tasks[number] for _, number in entries[:count]]
         if count < len(entries):
             del entries[:count]
@@ -162,7 +167,7 @@ class OnTime(RankedPolicy):
     between, the work that is done and the time that passes keep step.
 
     The others run when none of those waits, and get ``late_share`` of the time, so that none of
-    them starves.
+    them starves. A leader gets as much company as lets it be on time.
     """
 
     def __init__(
@@ -177,6 +182,12 @@ class OnTime(RankedPolicy):
 
     def rank(self, task: Task) -> tuple[bool, float]:
         return (task.late, task.deadline_at)
+
+    def call_s(self, leader: Task, now: float) -> float:
+        # If all its calls took so long, it would end at its deadline.
+        if leader.late or not leader.remaining_s:
+            return math.inf
+        return leader.step_s * (leader.deadline_at - now) / leader.remaining_s
 
     def add(self, task: Task) -> None:
         super().add(task)
@@ -199,12 +210,17 @@ class OnTime(RankedPolicy):
             self._stale = True
             self._plan(now)
             group, leader = self._leader()
-        if not leader.late and (late := self._first_late()) is not None:
-            self._owed_s += self._late_share * leader.step_s
-            if self._owed_s >= late.step_s:
-                self._owed_s -= late.step_s
-                return self._take_late(late, cap)
-        return self._take(group, cap)
+        late = None if leader.late else self._first_late()
+        if late is None:
+            return self._take(group, now, cap)
+        # Counted as if members ran one after another: company is charged to who brings it.
+        if self._owed_s >= late.step_s:
+            chosen = self._take_late(late, now, cap)
+            self._owed_s -= sum(task.step_s for task in chosen)
+        else:
+            chosen = self._take(group, now, cap)
+            self._owed_s += self._late_share * sum(task.step_s for task in chosen)
+        return chosen
 
     def _plan(self, now: float) -> None:
         if not self._stale:
@@ -243,14 +259,14 @@ class OnTime(RankedPolicy):
                 first = entries[index]
         return None if first is None else self._tasks[first[1]]
 
-    def _take_late(self, leader: Task, cap: Cap) -> list[Task]:
+    def _take_late(self, leader: Task, now: float, cap: Cap) -> list[Task]:
         """The late leader, and with it the most urgent of its key."""
         self._leave(leader)
         group = self._group(leader)
-        fill = 0 if leader.key is None else cap(leader) - 1
+        fill = 0 if leader.key is None else cap(leader, math.inf) - 1
         if not fill or group not in self._groups:
             return [leader]
-        return [leader, *self._take(group, lambda _: fill)]
+        return [leader, *self._take(group, now, lambda *_: fill)]
 
 
 POLICIES: dict[str, Callable[[Callable[[], float]], Policy]] = {

@@ -39,6 +39,9 @@ def test_caps_of_other_sizes_follow_by_their_pixels() -> None:
     assert cost.cap(LARGE) == 2
     assert cost.cap((2048, 2048)) == 1
     assert cost.cap((64, 64)) == 16
+    assert cost.cap(SMALL, within_s=4.6) == 4
+    assert cost.cap(SMALL, rows=0.5, within_s=4.6) == 8  # half the rows without guidance
+    assert cost.cap(SMALL, within_s=0.1) == 1
     assert cost.lower_cap(SMALL, 7) == 3
     assert cost.cap(SMALL) == 3
     assert cost.lower_cap(SMALL, 1) == 1

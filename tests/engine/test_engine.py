@@ -70,7 +70,8 @@ def test_sixteen_requests_together_are_what_each_is_alone(
 ) -> None:
     requests = sixteen()
     alone = [demo_pipeline.paint(request) for request in requests]
-    with Engine(demo_pipeline, DEMO, EngineConfig()) as engine:
+    # Full batches, whatever becomes of deadlines.
+    with Engine(demo_pipeline, DEMO, EngineConfig(scheduling="fifo")) as engine:
         streams = [engine.stream(request) for request in requests]
         results = [result_of(list(stream)) for stream in streams]
         stats = engine.stats()

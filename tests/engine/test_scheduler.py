@@ -74,7 +74,7 @@ def run(policy: Policy, jobs: list[Job], cap: int = 4) -> tuple[list[list[int]],
             tasks[number] = task
             policy.add(task)
             policy.park(task)
-        chosen = policy.choose(now, lambda _: cap)
+        chosen = policy.choose(now, lambda *_: cap)
         batches.append([task.request for task in chosen])
         for task in chosen:
             now += task.step_s
@@ -122,7 +122,7 @@ def test_a_request_that_is_dropped_is_gone(name: str, jobs: list[Job], dropped: 
     gone = tasks[dropped % len(tasks)]
     policy.drop(gone)
     seen: list[Task] = []
-    while chosen := policy.choose(0.0, lambda _: 3):
+    while chosen := policy.choose(0.0, lambda *_: 3):
         seen += chosen
     assert sorted(task.request for task in seen) == [
         task.request for task in tasks if task is not gone
@@ -137,7 +137,7 @@ def test_the_batch_of_the_leader_is_filled(name: str, jobs: list[Job]) -> None:
         task = Task(number, job.deadline_at, job.alone_s, job.key)
         policy.add(task)
         policy.park(task)
-    chosen = policy.choose(0.0, lambda _: 4)
+    chosen = policy.choose(0.0, lambda *_: 4)
     key = chosen[0].key
     assert len(chosen) == (1 if key is None else min(4, sum(job.key == key for job in jobs)))
 
@@ -164,7 +164,7 @@ def test_in_the_on_time_set_deadlines_are_in_order(jobs: list[Job]) -> None:
         policy.add(task)
         policy.park(task)
     leaders = []
-    while chosen := policy.choose(0.0, lambda _: 1):
+    while chosen := policy.choose(0.0, lambda *_: 1):
         leaders += chosen
     deadlines = [task.deadline_at for task in leaders if not task.late]
     assert deadlines == sorted(deadlines)
@@ -184,7 +184,7 @@ def test_no_larger_set_can_be_on_time(work: list[tuple[int, int]]) -> None:
     for task in tasks:
         policy.add(task)
         policy.park(task)
-    policy.choose(0.0, lambda _: 1)
+    policy.choose(0.0, lambda *_: 1)
 
     def feasible(members: list[tuple[int, int]]) -> bool:
         total = 0
@@ -200,6 +200,26 @@ def test_no_larger_set_can_be_on_time(work: list[tuple[int, int]]) -> None:
         if feasible([member for n, member in enumerate(work) if bits >> n & 1])
     )
     assert sum(not task.late for task in tasks) == best
+
+
+def test_a_leader_gets_as_much_company_as_lets_it_be_on_time() -> None:
+    asked: list[float] = []
+
+    def cap(leader: Task, within_s: float) -> int:
+        asked.append(within_s)
+        return 1
+
+    policy = OnTime()
+    for task in (
+        Task(1, deadline_at=30.0, remaining_s=10.0, key="k", step_s=0.5),
+        Task(2, deadline_at=5.0, remaining_s=10.0, key="k", step_s=0.5),
+    ):
+        policy.add(task)
+        policy.park(task)
+    assert [task.request for task in policy.choose(10.0, cap)] == [1]
+    assert asked.pop() == 1.0  # 20 s are left for 10 s of work: each call may take twice its time
+    assert [task.request for task in policy.choose(10.0, cap)] == [2]
+    assert asked.pop() == float("inf")  # late anyway
 
 
 def test_the_late_do_not_starve() -> None:
