@@ -22,6 +22,9 @@ WORTHWHILE_GAIN = 1.05
 _WEIGHT = 0.1
 """Of a new measurement against what was known."""
 
+_RECOVERY_CALLS = 100
+"""Full calls that must fit after memory ran out before one request more is tried."""
+
 
 def worthwhile_batch(call_s: Mapping[int, float]) -> int:
     """The largest batch that still pays, of those measured: ``{batch size: seconds a call}``.
@@ -51,6 +54,8 @@ class CostModel:
     """By size: what a request costs outside the denoiser, text encoding and decoding together."""
     calls_per_step: float = 1.0
     """Denoiser calls that one step of one request makes; two where guidance has its own."""
+    _fitting: dict[Size, tuple[int, int]] = field(default_factory=dict)
+    """By size where memory ran out: how many fit, and how often that many have since."""
     _alone_s: float = 0.0
     _busy_s: float = 0.0
 
@@ -63,6 +68,10 @@ class CostModel:
         """A call for ``requests`` requests, of ``rows`` together, took so long."""
         known = self.call_s.setdefault(size, {})
         known[rows] = _mixed(known.get(rows), seconds)
+        fitting, often = self._fitting.get(size, (requests + 1, 0))
+        if requests == fitting:
+            enough = often + 1 == _RECOVERY_CALLS
+            self._fitting[size] = (fitting + 1, 0) if enough else (fitting, often + 1)
         # How much faster than alone, over the last few hundred calls.
         self._alone_s = 0.99 * self._alone_s + requests * self.predict_call(size, rows / requests)
         self._busy_s = 0.99 * self._busy_s + seconds
@@ -95,14 +104,17 @@ class CostModel:
             nearest = _nearest(size, self.caps)
             scaled = self.caps[nearest] * _pixels(nearest) / _pixels(size)
             most = max(1, min(most, math.floor(scaled)))
+        if size in self._fitting:
+            most = min(most, self._fitting[size][0])
         while most > 1 and self.predict_call(size, most * rows) > within_s:
             most -= 1
         return most
 
     def lower_cap(self, size: Size, batch: int) -> int:
-        """A batch of this many did not fit into memory: half as many from now on."""
-        self.caps[size] = max(1, batch // 2)
-        return self.caps[size]
+        """A batch of this many did not fit into memory: half as many, until that has gone well."""
+        fitting = max(1, batch // 2)
+        self._fitting[size] = (fitting, 0)
+        return fitting
 
     def speedup(self) -> float:
         """How many times faster than one at a time the device has lately been."""

@@ -42,8 +42,24 @@ def test_caps_of_other_sizes_follow_by_their_pixels() -> None:
     assert cost.cap(SMALL, within_s=4.6) == 4
     assert cost.cap(SMALL, rows=0.5, within_s=4.6) == 8  # half the rows without guidance
     assert cost.cap(SMALL, within_s=0.1) == 1
+
+
+def test_a_cap_recovers_from_a_lack_of_memory() -> None:
+    cost = CostModel(max_batch_size=16)
+    cost.measured(SMALL, linear(0.5, 1.0))
     assert cost.lower_cap(SMALL, 7) == 3
     assert cost.cap(SMALL) == 3
+    assert cost.cap(LARGE) == 2  # it was not that size that did not fit
+    for _ in range(99):
+        cost.observe_call(SMALL, 3.0, 3, 3.5)
+        cost.observe_call(SMALL, 2.0, 2, 2.5)  # proves nothing
+    assert cost.cap(SMALL) == 3
+    cost.observe_call(SMALL, 3.0, 3, 3.5)
+    assert cost.cap(SMALL) == 4
+    for requests in range(4, 12):
+        for _ in range(100):
+            cost.observe_call(SMALL, requests, requests, 0.5 + requests)
+    assert cost.cap(SMALL) == 8  # what pays
     assert cost.lower_cap(SMALL, 1) == 1
 
 

@@ -1,0 +1,191 @@
+"""Does it last: ``python -m tests.benchmarks.soak --minutes 10``.
+
+One engine on the demo model, a few callers that never stop, and everything that can go wrong on
+purpose: callers leave at random steps, denoiser calls raise, and large ones run out of memory.
+Exits with 1 unless every request got exactly one last event, every finished picture is the one that
+its request paints alone, nothing hangs, and memory is flat.
+"""
+
+import itertools
+import resource
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Annotated
+
+import torch
+import typer
+
+from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed, Event, Failed, Progress
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.errors import Cancelled
+
+TOLERANCE = 1e-5
+"""Largest difference of a pixel in [0, 1] from the picture painted alone."""
+
+FLAT_MIB = 32
+"""Resident memory may end this much above what it was after a fifth of the time."""
+
+
+def requests() -> list[GenerationParams]:
+    """A few dozen that differ in everything; each will be painted many times."""
+    colors = itertools.cycle(["red", "green", "blue", "yellow", "purple"])
+    sides = itertools.cycle([32, 48, 64, 64, 64])
+    return [
+        GenerationParams(
+            f"a {next(colors)} circle on white",
+            seed,
+            width=next(sides),
+            height=64,
+            num_inference_steps=3 + seed % 9,
+            guidance_scale=(1.0, 3.0, 7.5)[seed % 3],
+            negative_prompt="a star" if seed % 2 else None,
+        )
+        for seed in range(30)
+    ]
+
+
+@dataclass
+class Report:
+    """What happened; written by the callers, under the lock."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    ends: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    worst_difference: float = 0.0
+
+    def end(self, kind: str) -> None:
+        with self.lock:
+            self.ends[kind] += 1
+
+    def problem(self, text: str) -> None:
+        with self.lock:
+            self.problems.append(text)
+
+    def compare(self, difference: float) -> None:
+        with self.lock:
+            self.worst_difference = max(self.worst_difference, difference)
+            if not difference <= TOLERANCE:
+                self.problems.append(f"a picture differs by {difference:.1e}")
+
+
+def resident_mib() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def break_now_and_then(pipeline: LoadedPipeline, rng: Random) -> None:
+    """One denoiser call in 200 raises, and one in ten of over four rows finds no memory."""
+
+    def check(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if rng.random() < 0.005:
+            raise RuntimeError("injected")
+        if args[0].shape[0] > 4 and rng.random() < 0.1:
+            raise torch.OutOfMemoryError("injected")
+
+    pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(check)
+
+
+def call_until(
+    ends_at: float,
+    engine: Engine,
+    known: list[tuple[GenerationParams, torch.Tensor]],
+    report: Report,
+    rng: Random,
+) -> None:
+    """One caller: a request, sometimes given up at a random step; and the next."""
+    while time.monotonic() < ends_at:
+        params, alone = rng.choice(known)
+        leave_at = rng.randrange(12) if rng.random() < 0.3 else None
+        done = threading.Event()
+        ends: list[Event] = []
+        number: list[int] = []
+
+        def on_event(
+            event: Event,
+            leave_at: int | None = leave_at,
+            done: threading.Event = done,
+            ends: list[Event] = ends,
+            number: list[int] = number,
+        ) -> None:
+            if isinstance(event, Progress) and event.step == leave_at and number:
+                engine.cancel(number[0])
+            if isinstance(event, Completed | Failed):
+                ends.append(event)
+                done.set()
+
+        number.append(engine.submit(params, on_event))
+        if leave_at == 0:
+            engine.cancel(number[0])
+        if not done.wait(60):
+            report.problem(f"request {number[0]} hangs")
+            return
+        [end] = ends
+        if isinstance(end, Completed):
+            report.end("completed")
+            report.compare(float((end.result.pixels - alone[0]).abs().max()))
+        elif isinstance(end, Failed):
+            report.end("cancelled" if isinstance(end.error, Cancelled) else "failed")
+
+
+def soak(minutes: float, callers: int, seed: int) -> Report:
+    model = ModelConfig(id="demo", device="cpu")
+    pipeline = LoadedPipeline.load(model)
+    known = [(params, pipeline.paint(params)) for params in requests()]
+    report = Report()
+    with Engine(pipeline, model, EngineConfig(max_running=callers)) as engine:
+        break_now_and_then(pipeline, Random(seed))
+        started_at = time.monotonic()
+        ends_at = started_at + minutes * 60
+        threads = [
+            threading.Thread(
+                target=call_until, args=(ends_at, engine, known, report, Random(f"{seed} {caller}"))
+            )
+            for caller in range(callers)
+        ]
+        for thread in threads:
+            thread.start()
+        pause = threading.Event()
+        pause.wait(minutes * 12)
+        early_mib = resident_mib()
+        for thread in threads:
+            thread.join()
+        late_mib = resident_mib()
+        stats = engine.stats()
+    if stats.running or stats.waiting:
+        report.problem(f"{stats.running} run and {stats.waiting} wait after the last has ended")
+    if late_mib > early_mib + FLAT_MIB:
+        report.problem(f"memory grew from {early_mib:.0f} to {late_mib:.0f} MiB")
+    typer.echo(
+        f"{minutes:g} minutes, {callers} callers: {report.ends.total()} requests, "
+        f"{report.ends['completed']} completed, {report.ends['cancelled']} cancelled, "
+        f"{report.ends['failed']} failed by injected errors; {stats.steps} steps in {stats.ticks} "
+        f"denoiser calls; largest difference from alone {report.worst_difference:.1e}; resident "
+        f"memory {early_mib:.0f} MiB after a fifth, {late_mib:.0f} MiB at the end"
+    )
+    return report
+
+
+def main(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 10.0,
+    callers: Annotated[int, typer.Option(help="Requests at a time.")] = 12,
+    seed: int = 0,
+) -> None:
+    """Run, and say what happened."""
+    torch.set_num_threads(1)  # more gain nothing on so small a model
+    report = soak(minutes, callers, seed)
+    for problem in report.problems[:20]:
+        typer.echo(f"PROBLEM: {problem}")
+    if report.problems:
+        raise typer.Exit(1)
+    typer.echo("nothing lost, nothing hung, every picture right, memory flat")
+
+
+if __name__ == "__main__":
+    typer.run(main)
