@@ -82,6 +82,9 @@ def infer(
     size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What it must not show.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="How closely it follows.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Noise scheduler, such as euler, dpm++ or ddim.")
+    ] = None,
 ) -> None:
     """Paint one picture, without a server and without Ray."""
     try:
@@ -107,6 +110,7 @@ def infer(
             height=height,
             num_inference_steps=steps,
             guidance_scale=guidance_scale,
+            noise_scheduler=scheduler,
         )
         # One picture shares nothing with another, so there is nothing to certify.
         alone = EngineConfig(max_running=1)

@@ -186,6 +186,7 @@ class Engine:
             size_multiple=pipeline.size_multiple,
             default_steps=pipeline.default_steps,
             takes_negative_prompt=pipeline.takes_negative_prompt,
+            noise_schedulers=pipeline.noise_schedulers,
             sharing=self._certificate.sharing,
             sharing_difference=self._certificate.difference,
             sharing_note=self._certificate.note,

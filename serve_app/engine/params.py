@@ -1,7 +1,7 @@
 """What one request asks for."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from serve_app.config import LimitsConfig
@@ -28,6 +28,8 @@ class ModelInfo:
     """Both sides must be multiples of this many pixels."""
     default_steps: int
     takes_negative_prompt: bool
+    noise_schedulers: tuple[str, ...]
+    """Names that a request may give; none for models with a single one of their own."""
     sharing: Sharing
     """As far as pictures came out the same at start-up."""
     sharing_difference: float | None
@@ -48,6 +50,8 @@ class GenerationParams:
     height: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    noise_scheduler: str | None = None
+    """A name from `ModelInfo.noise_schedulers`."""
 
     def resolved(self, model: ModelInfo) -> "GenerationParams":
         """The same with sizes and steps filled in.
@@ -69,6 +73,13 @@ class GenerationParams:
         if self.negative_prompt and not model.takes_negative_prompt:
             raise InvalidRequest(
                 f"{model.pipeline} takes no negative_prompt; leave it out.", "negative_prompt"
+            )
+        if self.noise_scheduler is not None and self.noise_scheduler not in model.noise_schedulers:
+            names = ", ".join(model.noise_schedulers)
+            raise InvalidRequest(
+                f"{model.pipeline} has no scheduler {self.noise_scheduler[:40]!r}; "
+                + (f"it has {names}." if names else "leave it out: it has one of its own."),
+                "scheduler",
             )
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", "seed")
@@ -99,12 +110,4 @@ class GenerationParams:
                 f"are allowed, such as {side}x{side}.",
                 "size",
             )
-        return GenerationParams(
-            prompt=self.prompt,
-            seed=self.seed,
-            negative_prompt=self.negative_prompt,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=self.guidance_scale,
-        )
+        return replace(self, width=width, height=height, num_inference_steps=steps)

@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -58,6 +60,19 @@ def _quiet_libraries() -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+
+
+NOISE_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+"""What a request may ask for, where the model's own noise scheduler can be exchanged for it."""
 
 
 class _StepBar:
@@ -144,6 +159,10 @@ class LoadedPipeline:
         self.default_size_px = config.default_size_px or self._find_default_size()
         steps = config.default_steps or self._default("num_inference_steps")
         self.default_steps: int = steps if isinstance(steps, int) else 50
+        compatible = getattr(pipeline.scheduler, "compatibles", [])
+        self.noise_schedulers = tuple(
+            name for name, kind in NOISE_SCHEDULERS.items() if kind in compatible
+        )
         self.takes_negative_prompt = self._heeds_negative_prompt()
 
     @classmethod
@@ -239,6 +258,9 @@ class LoadedPipeline:
             # Not through setattr, which writes to the config that all copies share. Not through
             # from_config either: pipelines mend old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
+        if params.noise_scheduler is not None:
+            kind = NOISE_SCHEDULERS[params.noise_scheduler]
+            vars(pipeline)["scheduler"] = kind.from_config(pipeline.scheduler.config)
 
         def progress_bar(iterable: Any = None, total: int | None = None) -> _StepBar:
             length = len(iterable) if total is None else total

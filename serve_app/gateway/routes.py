@@ -68,6 +68,7 @@ def _params(body: ImageGenerationRequest) -> list[GenerationParams]:
             height=height,
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
+            noise_scheduler=body.scheduler,
         )
         for index in range(body.n)
     ]
@@ -95,6 +96,7 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         size_multiple=info.size_multiple,
         default_steps=info.default_steps,
         max_steps=info.limits.max_steps,
+        schedulers=list(info.noise_schedulers),
         max_pixels=info.limits.max_pixels,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,

@@ -30,6 +30,9 @@ class ImageGenerationRequest(BaseModel):
     negative_prompt: str | None = Field(None, description="What the picture must not show.")
     num_inference_steps: int | None = Field(None, description="Denoising steps.")
     guidance_scale: float | None = Field(None, description="How closely it follows, 0 to 100.")
+    scheduler: str | None = Field(
+        None, description="Noise scheduler, by a name from /v1/models. Default: the model's own."
+    )
     seed: int | None = Field(None, description="Same seed, same picture. Default: drawn.")
 
     def size_px(self) -> tuple[int | None, int | None]:
@@ -74,6 +77,7 @@ class ModelObject(BaseModel):
     size_multiple: int = Field(description="Width and height must be multiples of it.")
     default_steps: int
     max_steps: int
+    schedulers: list[str] = Field(description="Noise schedulers that a request may name.")
     max_pixels: int
     batching: Literal["on", "off"]
     batching_difference: float | None = Field(
