@@ -133,6 +133,8 @@ def infer(
     except OSError as error:
         typer.echo(f"error: {output} cannot be written: {error.strerror}", err=True)
         raise typer.Exit(2) from None
+    for warning in result.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     typer.echo(
         f"{output}: {result.image.width}x{result.image.height}, seed {params.seed}, {took_s:.1f} s"
     )

@@ -82,7 +82,8 @@ class Generator:
             raise event.error
         result = event.result
         data = await asyncio.to_thread(lambda: encode(result.image, image_format))
-        return EncodedImage(data, params.seed, result.image.width, result.image.height)
+        width, height = result.image.size
+        return EncodedImage(data, params.seed, width, height, result.warnings)
 
     async def describe(self) -> ModelInfo:
         """What the loaded model can do; answering it means that the replica can paint now.

@@ -39,6 +39,9 @@ def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
     return pytestconfig.stash[MEASURED].append
 
 
+FIFO = EngineConfig(scheduling="fifo")
+"""Full batches, whatever becomes of deadlines: what shares a call does not depend on the clock."""
+
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
 
 

@@ -18,6 +18,7 @@ class EncodedImage:
     seed: int
     width: int
     height: int
+    warnings: tuple[str, ...] = ()
 
 
 def encode(image: Image.Image, image_format: ImageFormat) -> bytes:

@@ -519,6 +519,7 @@ class Engine:
             result = GenerationResult(
                 params=request.params,
                 pixels=job.result,
+                warnings=self._pipeline.find_warnings(request.params),
                 queue_s=request.started_at - request.submitted_at,
                 denoise_s=time.perf_counter() - request.started_at,
             )

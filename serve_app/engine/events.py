@@ -37,6 +37,8 @@ class GenerationResult:
     """With every default filled in."""
     pixels: Tensor
     """``[3, height, width]``, sRGB in [0, 1]."""
+    warnings: tuple[str, ...]
+    """What of the request has no effect, such as the end of a prompt that is too long."""
     queue_s: float
     denoise_s: float
     """From the start of the pipeline to its end: encoding, denoising and decoding."""

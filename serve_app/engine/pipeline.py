@@ -163,6 +163,7 @@ class LoadedPipeline:
         self.noise_schedulers = tuple(
             name for name, kind in NOISE_SCHEDULERS.items() if kind in compatible
         )
+        self._tokenizer = self._find_tokenizer()
         self.takes_negative_prompt = self._heeds_negative_prompt()
 
     @classmethod
@@ -244,6 +245,33 @@ class LoadedPipeline:
             return True
         scale = self._config.call_kwargs.get("true_cfg_scale", self._default("true_cfg_scale"))
         return isinstance(scale, int | float) and scale > 1
+
+    def _find_tokenizer(self) -> tuple[Any, int]:
+        """The tokenizer that reads most of a prompt, and how many tokens; (None, 0) if unknown."""
+        sequence = self._config.call_kwargs.get(
+            "max_sequence_length", self._default("max_sequence_length")
+        )
+        longest = sequence if isinstance(sequence, int) else 10_000
+        limits = [
+            (min(component.model_max_length, longest), name)
+            for name, component in self._pipeline.components.items()
+            if hasattr(component, "model_max_length")
+        ]
+        limit, name = max(limits, default=(0, ""))
+        return (self._pipeline.components[name], limit) if 0 < limit < 10_000 else (None, 0)
+
+    def find_warnings(self, params: GenerationParams) -> tuple[str, ...]:
+        """What the pipeline will silently leave out of this request."""
+        tokenizer, limit = self._tokenizer
+        if tokenizer is None:
+            return ()
+        warnings = []
+        for name in ("prompt", "negative_prompt"):
+            # Of a tokenizer that warns, too, on stderr.
+            tokens = len(tokenizer(getattr(params, name) or "", verbose=False).input_ids)
+            if tokens > limit:
+                warnings.append(f"{name} has {tokens} tokens; the model reads {limit} of them.")
+        return tuple(warnings)
 
     def paint(
         self, params: GenerationParams, on_step: StepCallback | None = None, images: int = 1

@@ -145,6 +145,7 @@ def create_api(config: AppConfig, painter: Painter) -> FastAPI:
             ],
             size=f"{images[0].width}x{images[0].height}",
             output_format=body.output_format,
+            warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
         )
 
     @api.get("/v1/models", responses=documented([503]))

@@ -63,6 +63,7 @@ class ImagesResponse(BaseModel):
     data: list[ImageData]
     size: str
     output_format: ImageFormat
+    warnings: list[str] = Field(description="What of the request had no effect.")
 
 
 class ModelObject(BaseModel):

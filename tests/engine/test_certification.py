@@ -15,7 +15,7 @@ from serve_app.engine.events import Completed, Progress
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import ModelLoadError
-from tests.conftest import DEMO
+from tests.conftest import DEMO, FIFO
 from tests.tiny_pipelines import FAMILIES, animatediff, pag
 
 
@@ -47,7 +47,7 @@ def _requests() -> list[GenerationParams]:
 
 
 def _together(pipeline: LoadedPipeline, model: ModelConfig) -> tuple[Engine, list[Tensor]]:
-    with Engine(pipeline, model) as engine:
+    with Engine(pipeline, model, FIFO) as engine:
         ends = [list(stream)[-1] for stream in [engine.stream(r) for r in _requests()]]
     assert all(isinstance(end, Completed) for end in ends)
     return engine, [end.result.pixels for end in ends if isinstance(end, Completed)]

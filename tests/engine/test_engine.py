@@ -18,7 +18,7 @@ from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import NOISE_SCHEDULERS, LoadedPipeline
 from serve_app.engine.scheduler import Fifo
 from serve_app.errors import Cancelled, ConfigError, GenerationFailed, InvalidRequest, Unavailable
-from tests.conftest import DEMO
+from tests.conftest import DEMO, FIFO
 from tests.waiting import wait_until
 
 TOLERANCE = 1e-5
@@ -69,8 +69,7 @@ def test_sixteen_requests_together_are_what_each_is_alone(
 ) -> None:
     requests = sixteen()
     alone = [demo_pipeline.paint(request) for request in requests]
-    # Full batches, whatever becomes of deadlines.
-    with Engine(demo_pipeline, DEMO, EngineConfig(scheduling="fifo")) as engine:
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
         streams = [engine.stream(request) for request in requests]
         results = [result_of(list(stream)) for stream in streams]
         stats = engine.stats()
@@ -96,6 +95,16 @@ def test_events_tell_the_whole_way(demo_engine: Engine) -> None:
     assert result.denoise_s > 0
 
 
+def test_a_prompt_that_is_cut_says_so(demo_engine: Engine) -> None:
+    assert demo_engine.generate(params(num_inference_steps=1)).warnings == ()
+    long = "a red circle on blue " * 20
+    result = demo_engine.generate(params(long, num_inference_steps=1, negative_prompt=long))
+    assert result.warnings == (
+        "prompt has 102 tokens; the model reads 32 of them.",
+        "negative_prompt has 102 tokens; the model reads 32 of them.",
+    )
+
+
 def test_defaults_are_the_models_own(demo_engine: Engine) -> None:
     result = demo_engine.generate(GenerationParams("a green ring on white", 7))
     assert (result.params.width, result.params.height) == (64, 64)
@@ -110,7 +119,7 @@ def test_a_request_joins_and_leaves_at_any_step(demo_pipeline: LoadedPipeline) -
     alone = [demo_pipeline.paint(request) for request in (long, short)]
     joined: list[GenerationResult] = []
     steps_of_long_when_short_ended: list[int] = []
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
         done = threading.Event()
         step = 0
 
@@ -142,7 +151,7 @@ def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline)
         for name in (None, *demo_pipeline.noise_schedulers)
     ]
     alone = [demo_pipeline.paint(request) for request in requests]
-    with Engine(demo_pipeline, DEMO, EngineConfig(scheduling="fifo")) as engine:
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
         streams = [engine.stream(request) for request in requests]
         results = [result_of(list(stream)) for stream in streams]
         assert engine.stats().mean_batch_size > 4
@@ -291,7 +300,7 @@ def test_out_of_memory_halves_the_batch_and_fails_nobody(demo_pipeline: LoadedPi
         if sizes[-1] > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
         handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(only_three_fit)
         try:
             streams = [engine.stream(request) for request in requests]

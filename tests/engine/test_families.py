@@ -18,6 +18,7 @@ from serve_app.engine.events import Completed
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
+from tests.conftest import FIFO
 from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
 
 CALL_KWARGS: dict[str, dict[str, JsonValue]] = {
@@ -111,7 +112,7 @@ def test_together_as_alone(
         requests = tuple(replace(params, negative_prompt=None) for params in REQUESTS)
     alone = [pipeline.paint(params)[0] for params in requests]
     together = []
-    with Engine(pipeline, config) as engine:
+    with Engine(pipeline, config, FIFO) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
         for stream in [engine.stream(params) for params in requests]:
             *_, last = stream
@@ -132,6 +133,14 @@ def test_together_as_alone(
         assert torch.isfinite(picture).all()
     for one, two in combinations(together, 2):
         assert _difference(one, two) > VISIBLE
+
+
+def test_long_prompts_are_cut_with_a_warning(config: ModelConfig, pipeline: LoadedPipeline) -> None:
+    long = replace(REQUESTS[0], prompt="a red circle on a blue background " * 200)
+    assert pipeline.find_warnings(REQUESTS[0]) == ()
+    [warning] = pipeline.find_warnings(long)
+    assert "the model reads" in warning
+    assert torch.isfinite(pipeline.paint(replace(long, num_inference_steps=1))).all()
 
 
 CHANGES: dict[str, str | int | float] = {
