@@ -83,14 +83,14 @@ def _draw_weights(pipeline: DiffusionPipeline) -> None:
                     weights.normal_(0.0, spread, generator=generator)
 
 
-def _autoencoder(**config: object) -> AutoencoderKL:
+def _autoencoder(channels: int = _LATENT_CHANNELS, **config: object) -> AutoencoderKL:
     """Two pixels a side to one latent cell."""
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,
-        latent_channels=_LATENT_CHANNELS,
+        latent_channels=channels,
         norm_num_groups=2,
         **config,
     )
@@ -234,11 +234,12 @@ def sd3() -> StableDiffusion3Pipeline:
     tokenizer, text_encoder = _clip(CLIPTextModelWithProjection)
     tokenizer_2, text_encoder_2 = _clip(CLIPTextModelWithProjection)
     tokenizer_3, text_encoder_3 = _t5()
+    channels = 16  # its inpainting takes no other number
     pipeline = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=WIDTH_PX // 2,
-            in_channels=_LATENT_CHANNELS,
-            out_channels=_LATENT_CHANNELS,
+            in_channels=channels,
+            out_channels=channels,
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=2,
@@ -248,7 +249,9 @@ def sd3() -> StableDiffusion3Pipeline:
             pos_embed_max_size=WIDTH_PX // 4,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        vae=_autoencoder(
+            channels, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06
+        ),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,

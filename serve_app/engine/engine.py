@@ -85,6 +85,7 @@ class _Request:
     task: Task
     started_at: float = 0.0
     steps_done: int = 0
+    steps_total: int = 0
     calls: int = 0
     edge_s: float = 0.0
     """Spent on it outside the denoiser: text encoding, noise scheduling, decoding."""
@@ -101,7 +102,9 @@ class _Request:
     @property
     def steps_left(self) -> int:
         assert self.params.num_inference_steps is not None
-        return self.params.num_inference_steps - self.steps_done
+        # Until the pipeline says how many it really runs.
+        total = self.steps_total or self.params.num_inference_steps * (self.params.strength or 1.0)
+        return max(0, round(total) - self.steps_done)
 
     @property
     def rows(self) -> float:
@@ -186,6 +189,7 @@ class Engine:
             size_multiple=pipeline.size_multiple,
             default_steps=pipeline.default_steps,
             takes_negative_prompt=pipeline.takes_negative_prompt,
+            tasks=pipeline.tasks,
             noise_schedulers=pipeline.noise_schedulers,
             sharing=self._certificate.sharing,
             sharing_difference=self._certificate.difference,
@@ -423,7 +427,7 @@ class Engine:
 
     def _paint(self, request: _Request) -> Tensor:
         def on_step(done: int, total: int) -> None:
-            request.steps_done = done
+            request.steps_done, request.steps_total = done, total
             self._tell(request, Progress(done, total))
 
         return self._pipeline.paint(request.params, on_step)[0]

@@ -4,10 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from PIL.Image import Image
+
 from serve_app.config import LimitsConfig
 from serve_app.errors import InvalidRequest
 
 MAX_SEED = 2**63 - 1
+
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 Sharing = Literal["batched", "interleaved", "alone"]
 """Whether requests share denoiser calls, take turns at them, or run one after another."""
@@ -28,6 +32,7 @@ class ModelInfo:
     """Both sides must be multiples of this many pixels."""
     default_steps: int
     takes_negative_prompt: bool
+    tasks: tuple[Task, ...]
     noise_schedulers: tuple[str, ...]
     """Names that a request may give; none for models with a single one of their own."""
     sharing: Sharing
@@ -52,6 +57,18 @@ class GenerationParams:
     guidance_scale: float | None = None
     noise_scheduler: str | None = None
     """A name from `ModelInfo.noise_schedulers`."""
+    image: Image | None = None
+    """To start from; is brought to ``width`` and ``height``, which default to its own."""
+    mask_image: Image | None = None
+    """What to paint anew of ``image``: white; black stays."""
+    strength: float | None = None
+    """How much of ``image`` may change, over 0 to 1; also the share of the steps that run."""
+
+    @property
+    def task(self) -> Task:
+        if self.image is None:
+            return "text-to-image"
+        return "image-to-image" if self.mask_image is None else "inpainting"
 
     def resolved(self, model: ModelInfo) -> "GenerationParams":
         """The same with sizes and steps filled in.
@@ -90,9 +107,14 @@ class GenerationParams:
             )
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
             raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
-        width = model.default_width if self.width is None else self.width
-        height = model.default_height if self.height is None else self.height
+        self._check_image(model, steps)
         step = model.size_multiple
+        default_size = model.default_width, model.default_height
+        if self.image is not None:
+            near = (max(step, round(side / step) * step) for side in self.image.size)
+            default_size = next(near), next(near)
+        width = default_size[0] if self.width is None else self.width
+        height = default_size[1] if self.height is None else self.height
         if width <= 0 or height <= 0 or width % step or height % step:
             raise InvalidRequest(
                 f"size must be WIDTHxHEIGHT with both sides positive multiples of {step}, such as "
@@ -111,3 +133,23 @@ class GenerationParams:
                 "size",
             )
         return replace(self, width=width, height=height, num_inference_steps=steps)
+
+    def _check_image(self, model: ModelInfo, steps: int) -> None:
+        if self.image is None:
+            for name in ("mask_image", "strength"):
+                if getattr(self, name) is not None:
+                    raise InvalidRequest(f"{name} needs an image.", name)
+            return
+        if self.task not in model.tasks:
+            param = "image" if self.mask_image is None else "mask_image"
+            raise InvalidRequest(
+                f"{model.pipeline} does not do {self.task}; it does {', '.join(model.tasks)}.",
+                param,
+            )
+        if self.strength is not None and not (
+            0 < self.strength <= 1 and int(steps * self.strength) >= 1
+        ):
+            raise InvalidRequest(
+                f"strength must be over 0, at most 1, and leave one of {steps} steps to run.",
+                "strength",
+            )

@@ -5,6 +5,7 @@ networks and has its own noise scheduler, guiders and call state. What differs b
 read off the loaded objects (signatures and configs), never off their names.
 """
 
+import contextlib
 import copy
 import inspect
 import math
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig, check_model_folder
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import GenerationParams, Task
 from serve_app.errors import ConfigError, ModelLoadError
 
 StepCallback = Callable[[int, int], None]
@@ -100,6 +101,19 @@ class _StepBar:
         self._on_step(self._done, self._total)
 
 
+def _pipelines_of(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
+    """The pipeline and those of its family for other tasks, on the same networks."""
+    found: dict[Task, DiffusionPipeline] = {"text-to-image": pipeline}
+    makers: dict[Task, Any] = {
+        "image-to-image": diffusers.AutoPipelineForImage2Image,
+        "inpainting": diffusers.AutoPipelineForInpainting,
+    }
+    for task, maker in makers.items():
+        with contextlib.suppress(ValueError):  # diffusers has none for this family
+            found[task] = maker.from_pipe(pipeline)
+    return found
+
+
 class LoadedPipeline:
     """A stock pipeline on its device, with what the engine needs to know of it."""
 
@@ -114,6 +128,8 @@ class LoadedPipeline:
         self._config = config
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self.class_name = type(pipeline).__name__
+        self._by_task = _pipelines_of(pipeline)
+        self.tasks = tuple(self._by_task)
         self.device = torch.device(pipeline.device)
         self.dtype: torch.dtype = pipeline.dtype
         components = pipeline.components
@@ -281,7 +297,8 @@ class LoadedPipeline:
         ``params`` must be resolved. Draws the first latents on the CPU, so that a seed paints the
         same picture on every device. Mutates nothing that another request can see.
         """
-        pipeline = copy.copy(self._pipeline)
+        pipeline = copy.copy(self._by_task[params.task])
+        parameters = inspect.signature(type(pipeline).__call__).parameters
         for name in self._stateful:
             # Not through setattr, which writes to the config that all copies share. Not through
             # from_config either: pipelines mend old configs when they are built.
@@ -308,7 +325,15 @@ class LoadedPipeline:
             "num_inference_steps": params.num_inference_steps,
             "true_cfg_scale" if self._has_true_guidance() else "guidance_scale": guidance,
         }
-        if "num_images_per_prompt" in self._parameters:
+        if params.image is not None:
+            assert params.width is not None
+            assert params.height is not None
+            size = params.width, params.height
+            wanted["strength"] = params.strength
+            wanted["image"] = params.image.convert("RGB").resize(size)
+            if params.mask_image is not None:
+                wanted["mask_image"] = params.mask_image.convert("L").resize(size)
+        if "num_images_per_prompt" in parameters:
             wanted["num_images_per_prompt"] = images
             prompt: str | list[str] = params.prompt
         else:
@@ -316,7 +341,7 @@ class LoadedPipeline:
         arguments = {
             name: value
             for name, value in wanted.items()
-            if value is not None and name in self._parameters
+            if value is not None and name in parameters
         }
         try:
             output = pipeline(

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import JsonValue
 from torch import Tensor
 
@@ -133,6 +134,47 @@ def test_together_as_alone(
         assert torch.isfinite(picture).all()
     for one, two in combinations(together, 2):
         assert _difference(one, two) > VISIBLE
+
+
+WITHOUT_IMAGES = {"pixart-sigma", "sana"}
+"""Families for which diffusers has no image-to-image pipeline."""
+
+
+def test_images_to_start_from_share_the_batch(
+    config: ModelConfig, pipeline: LoadedPipeline, report: Callable[[str], None]
+) -> None:
+    """Three tasks on one set of networks: text-to-image, image-to-image, inpainting."""
+    image = Image.linear_gradient("L").convert("RGB")
+    text = replace(REQUESTS[0], guidance_scale=3.0, num_inference_steps=4)
+    start = replace(text, image=image, strength=0.6, num_inference_steps=6)
+    half = Image.new("L", image.size)
+    half.paste(255, (0, 0, 128, 256))
+    with Engine(pipeline, config, FIFO) as engine:
+        if config.id in WITHOUT_IMAGES:
+            with pytest.raises(InvalidRequest, match="does not do image-to-image"):
+                engine.generate(start)
+            return
+        requests = [text, start, replace(start, mask_image=half), replace(start, strength=0.9)]
+        streams = [engine.stream(params) for params in requests]
+        together = []
+        for stream in streams:
+            *_, last = stream
+            assert isinstance(last, Completed), last
+            together.append(last.result.pixels)
+        mean = engine.stats().mean_batch_size
+    alone = [pipeline.paint(params)[0] for params in requests]
+    differences = [_difference(a, b) for a, b in zip(alone, together, strict=True)]
+    report(
+        f"{pipeline.class_name} with image-to-image and inpainting: largest difference from alone "
+        f"{max(differences):.1e}, mean batch size {mean:.2f}"
+    )
+    assert differences == pytest.approx([0.0] * len(requests), abs=ROUNDING)
+    assert mean > 1.5
+    for one, two in combinations(together, 2):
+        assert _difference(one, two) > VISIBLE
+    weights = pipeline.denoisers.values()
+    for other in pipeline._by_task.values():
+        assert all(network in other.components.values() for network in weights)
 
 
 def test_long_prompts_are_cut_with_a_warning(config: ModelConfig, pipeline: LoadedPipeline) -> None:

@@ -2,6 +2,7 @@ import dataclasses
 import pickle
 
 import pytest
+from PIL import Image
 
 from serve_app.config import LimitsConfig
 from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
@@ -17,12 +18,16 @@ MODEL = ModelInfo(
     size_multiple=16,
     default_steps=20,
     takes_negative_prompt=True,
+    tasks=("text-to-image", "image-to-image"),
     noise_schedulers=("euler", "ddim"),
     sharing="batched",
     sharing_difference=0.0,
     sharing_note="",
     limits=LimitsConfig(max_pixels=128 * 128, max_side_px=512, max_steps=50, max_prompt_chars=20),
 )
+
+
+IMAGE = Image.new("RGB", (50, 90))
 
 
 def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
@@ -34,6 +39,13 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
     assert pickle.loads(pickle.dumps(resolved)) == resolved
 
 
+def test_the_size_of_an_image_is_the_default() -> None:
+    resolved = GenerationParams("a cat", 1, image=IMAGE).resolved(MODEL)
+    assert (resolved.width, resolved.height) == (48, 96)
+    resolved = GenerationParams("a cat", 1, image=IMAGE, width=32).resolved(MODEL)
+    assert (resolved.width, resolved.height) == (32, 96)
+
+
 @pytest.mark.parametrize(
     ("change", "param", "allowed"),
     [
@@ -41,6 +53,12 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
         ({"prompt": "x" * 21}, "prompt", "at most 20"),
         ({"negative_prompt": "x" * 21}, "negative_prompt", "at most 20"),
         ({"noise_scheduler": "fast"}, "scheduler", "it has euler, ddim"),
+        ({"strength": 0.5}, "strength", "needs an image"),
+        ({"mask_image": IMAGE}, "mask_image", "needs an image"),
+        ({"image": IMAGE, "mask_image": IMAGE}, "mask_image", "does not do inpainting"),
+        ({"image": IMAGE, "strength": 0.0}, "strength", "over 0"),
+        ({"image": IMAGE, "strength": 1.1}, "strength", "at most 1"),
+        ({"image": IMAGE, "strength": 0.04}, "strength", "one of 20 steps"),
         ({"seed": -1}, "seed", f"0 to {MAX_SEED}"),
         ({"seed": MAX_SEED + 1}, "seed", f"0 to {MAX_SEED}"),
         ({"num_inference_steps": 0}, "num_inference_steps", "1 to 50"),

@@ -29,6 +29,7 @@ INFO = ModelInfo(
     size_multiple=8,
     default_steps=20,
     takes_negative_prompt=True,
+    tasks=("text-to-image", "image-to-image"),
     noise_schedulers=("euler", "ddim"),
     sharing="batched",
     sharing_difference=1e-6,
