@@ -24,9 +24,18 @@ from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate, certify
 from serve_app.engine.cost import CostModel, Size
-from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
+from serve_app.engine.events import (
+    Completed,
+    Event,
+    Failed,
+    GenerationResult,
+    Preview,
+    Progress,
+    Queued,
+)
 from serve_app.engine.params import GenerationParams, ModelInfo
 from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.preview import PreviewMap
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.scheduler import POLICIES, Policy, Task
 from serve_app.engine.warmup import measure_calls
@@ -151,6 +160,7 @@ class Engine:
         self._policy = policy or POLICIES[self._config.scheduling](self._cost.speedup)
         self._rendezvous = Rendezvous(pipeline.denoisers)
         self._certificate = Certificate("alone", {}, None, "max_running is 1")
+        self._previews: PreviewMap | None = None
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -331,6 +341,7 @@ class Engine:
             with torch.no_grad():
                 if self._config.max_running > 1:
                     self._certificate = certify(self._pipeline, self._rendezvous)
+                    self._previews = self._fit_previews()
                 self._measure()
                 self._ready.set()
                 self._loop()
@@ -365,6 +376,13 @@ class Engine:
             except queue.Empty:
                 return True
             command()
+
+    def _fit_previews(self) -> PreviewMap | None:
+        try:
+            return PreviewMap.fit(self._pipeline)
+        except Exception:
+            logger.warning("no previews: their colours cannot be fitted", exc_info=True)
+            return None
 
     def _measure(self) -> None:
         """Learn what calls cost, or take over what an earlier start learned."""
@@ -430,7 +448,15 @@ class Engine:
             request.steps_done, request.steps_total = done, total
             self._tell(request, Progress(done, total))
 
-        return self._pipeline.paint(request.params, on_step)[0]
+        def on_latents(latents: Tensor) -> None:
+            step = request.steps_done + 1
+            if step in request.params.preview_steps and self._previews is not None:
+                pixels = self._previews(latents, *request.size)
+                if pixels is not None:
+                    self._tell(request, Preview(step, pixels))
+
+        watch = on_latents if request.params.preview_steps else None
+        return self._pipeline.paint(request.params, on_step, on_latents=watch)[0]
 
     def _step(self) -> None:
         """One denoiser call, for as many requests as fit together and are worth it."""

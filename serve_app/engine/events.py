@@ -26,27 +26,40 @@ class Progress:
     total_steps: int
 
 
-@dataclass(frozen=True)
-class GenerationResult:
-    """A finished picture, still on the device.
+class _Pixels:
+    """``pixels``, ``[3, height, width]``, sRGB in [0, 1], may still be on the device.
 
-    ``image`` copies it off and is meant for the reader's thread, never for the engine's.
+    ``image`` copies them off and is meant for the reader's thread, never for the engine's.
     """
 
-    params: GenerationParams
-    """With every default filled in."""
     pixels: Tensor
-    """``[3, height, width]``, sRGB in [0, 1]."""
-    warnings: tuple[str, ...]
-    """What of the request has no effect, such as the end of a prompt that is too long."""
-    queue_s: float
-    denoise_s: float
-    """From the start of the pipeline to its end: encoding, denoising and decoding."""
 
     @cached_property
     def image(self) -> Image.Image:
         pixels = (self.pixels.float() * 255).round().to(torch.uint8)
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+@dataclass(frozen=True)
+class Preview(_Pixels):
+    """What the picture may become, one pixel for each cell of the latents."""
+
+    step: int
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class GenerationResult(_Pixels):
+    """A finished picture."""
+
+    params: GenerationParams
+    """With every default filled in."""
+    pixels: Tensor
+    warnings: tuple[str, ...]
+    """What of the request has no effect, such as the end of a prompt that is too long."""
+    queue_s: float
+    denoise_s: float
+    """From the start of the pipeline to its end: encoding, denoising and decoding."""
 
 
 @dataclass(frozen=True)
@@ -63,4 +76,4 @@ class Failed:
     error: DiffusionServeError
 
 
-Event = Queued | Progress | Completed | Failed
+Event = Queued | Progress | Preview | Completed | Failed

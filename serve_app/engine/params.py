@@ -61,6 +61,8 @@ class GenerationParams:
     """To start from; is brought to ``width`` and ``height``, which default to its own."""
     mask_image: Image | None = None
     """What to paint anew of ``image``: white; black stays."""
+    preview_steps: tuple[int, ...] = ()
+    """After which steps to send a preview, counted from 1."""
     strength: float | None = None
     """How much of ``image`` may change, over 0 to 1; also the share of the steps that run."""
 
@@ -107,6 +109,8 @@ class GenerationParams:
             )
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
             raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
+        if any(not 1 <= step <= steps for step in self.preview_steps):
+            raise InvalidRequest(f"preview_steps must be from 1 to {steps}.", "preview_steps")
         self._check_image(model, steps)
         step = model.size_multiple
         default_size = model.default_width, model.default_height

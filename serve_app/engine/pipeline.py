@@ -7,6 +7,7 @@ read off the loaded objects (signatures and configs), never off their names.
 
 import contextlib
 import copy
+import functools
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +28,10 @@ from serve_app.errors import ConfigError, ModelLoadError
 
 StepCallback = Callable[[int, int], None]
 """Called with (steps done, steps in all) after each denoising step."""
+
+LatentsCallback = Callable[[Tensor], None]
+"""Called in each denoising step, before it counts as done, with the clean latents as the noise
+scheduler predicts them, or with the noisy ones where it does not."""
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 """Component names under which diffusers keeps the network of the denoising loop."""
@@ -99,6 +104,20 @@ class _StepBar:
     def update(self, n: int = 1) -> None:
         self._done += n
         self._on_step(self._done, self._total)
+
+
+def _watch(noise_scheduler: Any, on_latents: LatentsCallback) -> None:
+    """Let ``on_latents`` see what each step of this noise scheduler makes."""
+    step = noise_scheduler.step
+
+    @functools.wraps(step)  # pipelines look at the signature
+    def watched(*args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        output = step(*args, return_dict=True, **kwargs)
+        clean = getattr(output, "pred_original_sample", None)
+        on_latents(output.prev_sample if clean is None else clean)
+        return output if return_dict else output.to_tuple()
+
+    vars(noise_scheduler)["step"] = watched
 
 
 def _pipelines_of(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
@@ -290,7 +309,11 @@ class LoadedPipeline:
         return tuple(warnings)
 
     def paint(
-        self, params: GenerationParams, on_step: StepCallback | None = None, images: int = 1
+        self,
+        params: GenerationParams,
+        on_step: StepCallback | None = None,
+        images: int = 1,
+        on_latents: LatentsCallback | None = None,
     ) -> Tensor:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
@@ -312,6 +335,8 @@ class LoadedPipeline:
             return _StepBar(on_step or (lambda done, total: None), iterable, length)
 
         vars(pipeline)["progress_bar"] = progress_bar
+        if on_latents is not None:
+            _watch(pipeline.scheduler, on_latents)
         guidance = params.guidance_scale
         if guidance is None:
             guidance = self._config.default_guidance_scale

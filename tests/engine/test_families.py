@@ -15,7 +15,7 @@ from torch import Tensor
 
 from serve_app.config import ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed
+from serve_app.engine.events import Completed, Preview
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
@@ -175,6 +175,22 @@ def test_images_to_start_from_share_the_batch(
     weights = pipeline.denoisers.values()
     for other in pipeline._by_task.values():
         assert all(network in other.components.values() for network in weights)
+
+
+def test_previews_change_nothing(config: ModelConfig, pipeline: LoadedPipeline) -> None:
+    params = replace(REQUESTS[0], num_inference_steps=4)
+    with Engine(pipeline, config) as engine:
+        plain = engine.generate(params)
+        events = list(engine.stream(replace(params, preview_steps=(2, 4))))
+    last = events[-1]
+    assert isinstance(last, Completed), last
+    assert torch.equal(plain.pixels, last.result.pixels)
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [preview.step for preview in previews] == [2, 4]
+    for preview in previews:
+        channels, rows, columns = preview.pixels.shape
+        assert (channels, columns) == (3, 2 * rows)
+        assert torch.isfinite(preview.pixels).all()
 
 
 def test_long_prompts_are_cut_with_a_warning(config: ModelConfig, pipeline: LoadedPipeline) -> None:
