@@ -16,6 +16,7 @@ import os
 import platform
 import queue
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -310,7 +311,7 @@ def main(
         list[float] | None,
         typer.Option(help="Arrivals as a share of what one at a time can do; may be repeated."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of arrivals, for each way and load.")] = 45.0,
+    seconds: Annotated[float, typer.Option(help="Of arrivals, for each way and load.")] = 40.0,
     slo_scale: float = 3.0,
     threads: Annotated[
         int, typer.Option(help="Of torch on a CPU. The demo model's calls gain nothing from more.")
@@ -374,6 +375,7 @@ def main(
         typer.echo(f"{scheduling}: mean batch {note['mean_batch_size']:.2f}, caps {note['caps']}")
     if output is not None:
         result = {
+            "command": "python -m tests.benchmarks.engine " + " ".join(sys.argv[1:]),
             "hardware": hardware(pipeline.device),
             "model": model,
             "dtype": str(pipeline.dtype),
