@@ -35,6 +35,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from pydantic import JsonValue
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -436,3 +437,19 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "sana": sana,
 }
 """How to build a pipeline of each family. Every call builds a new one, with the same weights."""
+
+CALL_KWARGS: dict[str, dict[str, JsonValue]] = {
+    "sd3": {"max_sequence_length": 16},
+    "flux": {"max_sequence_length": 16},
+    "pixart-sigma": {
+        "max_sequence_length": 16,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    },
+    "sana": {
+        "max_sequence_length": 48,
+        "use_resolution_binning": False,
+        "complex_human_instruction": None,
+    },
+}
+"""By family; the others need none. Few tokens keep the tests fast; binning wants real sizes."""

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
@@ -325,7 +325,7 @@ class BatchSpec:
             [call.values for call in calls],
             [tensor for tensor in inputs if tensor is not None],
         )
-        return Call(calls[0].call.site, (), merged)
+        return replace(calls[0].call, args=(), kwargs=merged)
 
     def split(self, output: Any, calls: Sequence[MergeableCall]) -> list[Any]:
         """Each call's share of the merged output; views, not copies. Raises `NotMergeable`."""

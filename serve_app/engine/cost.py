@@ -41,6 +41,18 @@ def worthwhile_batch(call_s: Mapping[int, float]) -> int:
     return best
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What a warm-up finds for one size."""
+
+    call_s: Mapping[int, float]
+    """By batch size: seconds of a denoiser call."""
+    encode_s: float
+    """Of one request, before its first denoiser call."""
+    decode_s: float
+    """Of one request, after its last."""
+
+
 @dataclass
 class CostModel:
     """Predicts seconds from (size, batch size), and batch caps from what was measured."""
@@ -50,8 +62,14 @@ class CostModel:
     """By size, then by rows relative to one picture with guidance: seconds of a denoiser call."""
     caps: dict[Size, int] = field(default_factory=dict)
     """By measured size."""
-    edge_s: dict[Size, float] = field(default_factory=dict)
-    """By size: what a request costs outside the denoiser, text encoding and decoding together."""
+    encode_s: dict[Size, float] = field(default_factory=dict)
+    """By size: what a request costs before its first denoiser call, text encoding as a rule."""
+    between_s: dict[Size, float] = field(default_factory=dict)
+    """By size: what it costs between two denoiser calls, noise scheduling as a rule."""
+    decode_s: dict[Size, float] = field(default_factory=dict)
+    """By size: what it costs after its last denoiser call, the VAE as a rule."""
+    stage_s: dict[str, dict[Size, float]] = field(default_factory=dict)
+    """By site, then by size: one call of a module other than the denoiser."""
     calls_per_step: float = 1.0
     """Denoiser calls that one step of one request makes; two where guidance has its own."""
     _fitting: dict[Size, tuple[int, int]] = field(default_factory=dict)
@@ -59,10 +77,13 @@ class CostModel:
     _alone_s: float = 0.0
     _busy_s: float = 0.0
 
-    def measured(self, size: Size, call_s: Mapping[int, float]) -> None:
-        """Take over what a warm-up found, ``{batch size: seconds a call}``."""
-        self.call_s[size] = {float(batch): seconds for batch, seconds in call_s.items()}
-        self.caps[size] = worthwhile_batch(call_s)
+    def measured(self, size: Size, measurement: Measurement) -> None:
+        """Take over what a warm-up found."""
+        calls = measurement.call_s
+        self.call_s[size] = {float(batch): seconds for batch, seconds in calls.items()}
+        self.caps[size] = worthwhile_batch(calls)
+        self.encode_s[size] = measurement.encode_s
+        self.decode_s[size] = measurement.decode_s
 
     def observe_call(self, size: Size, rows: float, requests: int, seconds: float) -> None:
         """A call for ``requests`` requests, of ``rows`` together, took so long."""
@@ -76,10 +97,22 @@ class CostModel:
         self._alone_s = 0.99 * self._alone_s + requests * self.predict_call(size, rows / requests)
         self._busy_s = 0.99 * self._busy_s + seconds
 
-    def observe_request(self, size: Size, steps: int, calls: int, edge_s: float) -> None:
-        """A request is done; ``edge_s`` was spent on it outside the denoiser."""
-        self.edge_s[size] = _mixed(self.edge_s.get(size), edge_s)
-        self.calls_per_step = _mixed(self.calls_per_step, calls / steps)
+    def observe_stage(self, site: str, size: Size, seconds: float) -> None:
+        """A call of a module other than the denoiser took so long."""
+        known = self.stage_s.setdefault(site, {})
+        known[size] = _mixed(known.get(size), seconds)
+
+    def observe_between(self, size: Size, seconds: float) -> None:
+        """A request took so long from one denoiser call to its next."""
+        self.between_s[size] = _mixed(self.between_s.get(size), seconds)
+
+    def observe_request(
+        self, size: Size, steps: int, calls: int, encode_s: float, decode_s: float
+    ) -> None:
+        """A request is done."""
+        self.encode_s[size] = _mixed(self.encode_s.get(size), encode_s)
+        self.decode_s[size] = _mixed(self.decode_s.get(size), decode_s)
+        self.calls_per_step = _mixed(self.calls_per_step, calls / max(1, steps))
 
     def predict_call(self, size: Size, rows: float = 1.0) -> float:
         """Seconds of one call; 0 while nothing at all is known."""
@@ -89,13 +122,22 @@ class CostModel:
         # Rows of another size count by their pixels.
         return _interpolated(self.call_s[nearest], rows * _pixels(size) / _pixels(nearest))
 
-    def predict_request(self, size: Size, steps_left: float, rows: float = 1.0) -> float:
-        """Seconds that a request still takes when it runs alone, its decoding included."""
-        steps_s = steps_left * self.calls_per_step * self.predict_call(size, rows)
-        if not self.edge_s:
-            return steps_s
-        nearest = _nearest(size, self.edge_s)
-        return steps_s + self.edge_s[nearest] * _pixels(size) / _pixels(nearest)
+    def predict_stage(self, site: str, size: Size) -> float:
+        """Seconds of one call of a module other than the denoiser; 0 while none is known."""
+        return _at(size, self.stage_s.get(site, {}))
+
+    def predict_encode(self, size: Size) -> float:
+        """Seconds that a request takes before its first denoiser call."""
+        return self.encode_s[_nearest(size, self.encode_s)] if self.encode_s else 0.0
+
+    def predict_decode(self, size: Size) -> float:
+        """Seconds that a request takes after its last denoiser call."""
+        return _at(size, self.decode_s)
+
+    def predict_steps(self, size: Size, steps: float, rows: float = 1.0) -> float:
+        """Seconds that so many steps of a request take when it runs alone."""
+        call_s = self.predict_call(size, rows) + _at(size, self.between_s)
+        return steps * self.calls_per_step * call_s
 
     def cap(self, size: Size, rows: float = 1.0, within_s: float = math.inf) -> int:
         """How many requests of this size and ``rows`` are worth one call of ``within_s``."""
@@ -124,7 +166,13 @@ class CostModel:
         """Keep what the warm-up measured, for the next start."""
         path.parent.mkdir(parents=True, exist_ok=True)
         sizes = [
-            {"size": size, "cap": cap, "call_s": sorted(self.call_s.get(size, {}).items())}
+            {
+                "size": size,
+                "cap": cap,
+                "call_s": sorted(self.call_s.get(size, {}).items()),
+                "encode_s": self.encode_s[size],
+                "decode_s": self.decode_s[size],
+            }
             for size, cap in self.caps.items()
         ]
         partial = path.with_suffix(".partial")
@@ -144,6 +192,8 @@ class CostModel:
                 width, height = entry["size"]
                 self.call_s[width, height] = {float(rows): float(s) for rows, s in entry["call_s"]}
                 self.caps[width, height] = int(entry["cap"])
+                self.encode_s[width, height] = float(entry["encode_s"])
+                self.decode_s[width, height] = float(entry["decode_s"])
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is not a profile of this program ({error!r}); delete it."
@@ -156,6 +206,14 @@ def _mixed(known: float | None, new: float) -> float:
 
 def _pixels(size: Size) -> int:
     return size[0] * size[1]
+
+
+def _at(size: Size, known: Mapping[Size, float]) -> float:
+    """What is known for the nearest size, by the number of pixels; 0 while nothing is."""
+    if not known:
+        return 0.0
+    nearest = _nearest(size, known)
+    return known[nearest] * _pixels(size) / _pixels(nearest)
 
 
 def _nearest(size: Size, known: Mapping[Size, object]) -> Size:

@@ -23,7 +23,7 @@ from torch import Tensor
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate, certify
-from serve_app.engine.cost import CostModel, Size
+from serve_app.engine.cost import CostModel, Measurement, Size
 from serve_app.engine.events import (
     Completed,
     Event,
@@ -36,9 +36,10 @@ from serve_app.engine.events import (
 from serve_app.engine.params import GenerationParams, ModelInfo
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
+from serve_app.engine.prompt_cache import PromptCache
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.scheduler import POLICIES, Policy, Task
-from serve_app.engine.warmup import measure_calls
+from serve_app.engine.warmup import measure
 from serve_app.errors import (
     Cancelled,
     ConfigError,
@@ -96,8 +97,10 @@ class _Request:
     steps_done: int = 0
     steps_total: int = 0
     calls: int = 0
-    edge_s: float = 0.0
-    """Spent on it outside the denoiser: text encoding, noise scheduling, decoding."""
+    encode_s: float = 0.0
+    """Spent on it before its first denoiser call."""
+    apart_s: float = 0.0
+    """Spent on it outside the denoiser since its start or its last denoiser call."""
     job: Job[Tensor] | None = None
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
@@ -158,9 +161,10 @@ class Engine:
         self._config = config or EngineConfig()
         self._cost = CostModel(self._config.max_batch_size)
         self._policy = policy or POLICIES[self._config.scheduling](self._cost.speedup)
-        self._rendezvous = Rendezvous(pipeline.denoisers)
+        self._rendezvous = Rendezvous(pipeline.sites)
         self._certificate = Certificate("alone", {}, None, "max_running is 1")
         self._previews: PreviewMap | None = None
+        self._prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -170,6 +174,9 @@ class Engine:
         # Written by the engine's thread alone, but for the log, which any thread appends to.
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
+        self._at_stage: list[_Request] = []  # those parked elsewhere than at a denoiser
+        self._stage_s = 0.0  # spent on decoding since the last denoiser call
+        self._call_s = 0.0  # what that took
         self._by_number: dict[int, _Request] = {}
         self._ticks = 0
         self._steps = 0
@@ -389,26 +396,30 @@ class Engine:
         path = self._config.profile_path
         if path is not None:
             self._cost.load(Path(path).expanduser())
-        measure = functools.partial(
-            measure_calls, self._pipeline, self._rendezvous, self._certificate.specs
-        )
         missing = [size for size in self._config.warmup_sizes_px if size not in self._cost.caps]
         for size in missing:
-            self._cost.measured(size, measure(size, self._config.max_batch_size))
+            self._cost.measured(size, self._measure_size(size, self._config.max_batch_size))
             logger.info("size %dx%d: batches up to %d pay", *size, self._cost.caps[size])
         if not self._cost.call_s and self._config.max_running > 1:
-            # One call, so that the first requests have a deadline.
-            [call_s] = measure(self._pipeline.default_size_px, 1).values()
-            self._cost.observe_call(self._pipeline.default_size_px, 1.0, 1, call_s)
+            # Single calls, so that the first requests have a deadline.
+            size = self._pipeline.default_size_px
+            found = self._measure_size(size, 1)
+            self._cost.observe_call(size, 1.0, 1, found.call_s[1])
+            self._cost.observe_request(size, 1, 1, found.encode_s, found.decode_s)
         if path is not None and missing:
             self._cost.save(Path(path).expanduser())
+
+    def _measure_size(self, size: Size, max_batch_size: int) -> Measurement:
+        return measure(
+            self._pipeline, self._rendezvous, self._certificate.specs, size, max_batch_size
+        )
 
     def _accept(self, request: _Request) -> None:
         self._note(request.number, "queued")
         self._tell(request, Queued(len(self._waiting)))
         self._waiting.append(request)
         self._by_number[request.number] = request
-        alone_s = self._cost.predict_request(request.size, request.steps_left)
+        alone_s = self._predict_remaining(request)
         request.task.remaining_s = alone_s
         request.task.deadline_at = request.submitted_at + self._config.slo_scale * alone_s
         self._policy.add(request.task)
@@ -435,7 +446,7 @@ class Engine:
         while self._waiting and len(self._running) < (1 if alone else self._config.max_running):
             now = time.perf_counter()
             by_task = {request.task: request for request in self._waiting}
-            request = by_task[self._policy.next_to_start(list(by_task), now)]
+            request = by_task[self._policy.first(list(by_task), now)]
             self._waiting.remove(request)
             self._running.append(request)
             self._note(request.number, "started")
@@ -456,11 +467,18 @@ class Engine:
                     self._tell(request, Preview(step, pixels))
 
         watch = on_latents if request.params.preview_steps else None
-        return self._pipeline.paint(request.params, on_step, on_latents=watch)[0]
+        return self._pipeline.paint(
+            request.params, on_step, on_latents=watch, prompt_cache=self._prompts
+        )[0]
 
     def _step(self) -> None:
-        """One denoiser call, for as many requests as fit together and are worth it."""
-        chosen = self._policy.choose(time.perf_counter(), self._cap)
+        """One denoiser call, for as many requests as fit together; or one of another module."""
+        now = time.perf_counter()
+        if (request := self._next_at_stage(now)) is not None:
+            self._run_stage(request)
+            return
+        chosen = self._policy.choose(now, self._cap)
+        self._stage_s = 0.0
         batch = [self._by_number[task.request] for task in chosen]
         for request, outcome in zip(batch, self._denoise(batch), strict=True):
             assert request.job is not None
@@ -469,6 +487,54 @@ class Engine:
             else:
                 request.calls += 1
                 self._go_on(request, functools.partial(request.job.resume, outcome))
+
+    def _next_at_stage(self, now: float) -> _Request | None:
+        """The request, parked elsewhere than at a denoiser, whose turn it is before the next step.
+
+        Whoever is on the way to a denoiser goes first: the sooner, the larger the batches. Those
+        that have done their steps go one after each denoiser call, and more as long as they take no
+        longer than that: nobody's step waits longer for another's decoding.
+        """
+        if not self._at_stage:
+            return None
+        on_the_way = [request for request in self._at_stage if request.steps_left]
+        by_task = {request.task: request for request in on_the_way or self._at_stage}
+        request = by_task[self._policy.first(list(by_task), now)]
+        if on_the_way or len(self._at_stage) == len(self._running):
+            return request
+        assert request.job is not None
+        assert request.job.call is not None
+        stage_s = self._cost.predict_stage(request.job.call.site, request.size)
+        fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
+        return request if fits else None
+
+    def _run_stage(self, request: _Request) -> None:
+        """Answer a call of a module other than a denoiser."""
+        self._at_stage.remove(request)
+        job = request.job
+        assert job is not None
+        assert job.call is not None
+        site = job.call.site
+        try:
+            output, took_s = self._timed(job.call)
+        except Exception as error:
+            _check_device(error)
+            traceback.clear_frames(error.__traceback__)
+            self._go_on(request, functools.partial(job.fail, error))
+            return
+        self._cost.observe_stage(site, request.size, took_s)
+        if not request.steps_left:
+            self._stage_s += took_s
+        request.apart_s += took_s
+        self._go_on(request, functools.partial(job.resume, output))
+
+    def _timed(self, call: Call) -> tuple[Any, float]:
+        """Run the module: its output, and the seconds that it took."""
+        started_at = time.perf_counter()
+        output = self._rendezvous.forward(call)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # or the time would be that of asking for it
+        return output, time.perf_counter() - started_at
 
     def _cap(self, task: Task, within_s: float) -> int:
         request = self._by_number[task.request]
@@ -504,20 +570,19 @@ class Engine:
         """One denoiser call and each request's share of what it returns."""
         self._ticks += 1
         calls = [request.mergeable for request in batch if request.mergeable]
-        started_at = time.perf_counter()
         if calls:
             spec = self._certificate.specs[calls[0].call.site]
-            outputs = spec.split(self._rendezvous.forward(spec.merge(calls)), calls)
+            output, took_s = self._timed(spec.merge(calls))
+            outputs = spec.split(output, calls)
         else:
             [request] = batch
             assert request.job is not None
             assert request.job.call is not None
-            outputs = [self._rendezvous.forward(request.job.call)]
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # or the time would be that of asking for it
-        took_s = time.perf_counter() - started_at
+            output, took_s = self._timed(request.job.call)
+            outputs = [output]
         rows = sum(request.rows for request in batch)
         self._cost.observe_call(batch[0].size, rows, len(batch), took_s)
+        self._call_s = took_s
         self._steps += len(batch)
         return outputs
 
@@ -525,7 +590,7 @@ class Engine:
         """Run its job up to where it parks or ends, and see to what it did."""
         started_at = time.perf_counter()
         switch()
-        request.edge_s += time.perf_counter() - started_at
+        request.apart_s += time.perf_counter() - started_at
         self._settle(request)
 
     def _settle(self, request: _Request) -> None:
@@ -544,7 +609,7 @@ class Engine:
             self._end(request, "failed", Failed(error))
         else:
             self._cost.observe_request(
-                request.size, request.steps_done, request.calls, request.edge_s
+                request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
             )
             result = GenerationResult(
                 params=request.params,
@@ -556,12 +621,32 @@ class Engine:
             self._end(request, "completed", Completed(result))
 
     def _park(self, request: _Request, call: Call) -> None:
+        task = request.task
+        if call.site not in self._pipeline.denoisers:
+            task.remaining_s = self._predict_remaining(request)
+            self._at_stage.append(request)
+            return
+        if request.calls:
+            self._cost.observe_between(request.size, request.apart_s)
+        else:
+            request.encode_s = request.apart_s
+        request.apart_s = 0.0
         request.mergeable = self._prepared(call)
-        task, size, rows = request.task, request.size, request.rows
         task.key = request.mergeable.key if request.mergeable else None
-        task.step_s = self._cost.predict_call(size, rows)
-        task.remaining_s = self._cost.predict_request(size, request.steps_left, rows)
+        task.step_s = self._cost.predict_call(request.size, request.rows)
+        task.remaining_s = self._predict_remaining(request)
         self._policy.park(task)
+
+    def _predict_remaining(self, request: _Request) -> float:
+        """Seconds from here to its end, alone on the device."""
+        cost, size = self._cost, request.size
+        decode_s = cost.predict_decode(size)
+        if not request.calls:
+            encode_s = max(0.0, cost.predict_encode(size) - request.apart_s - request.encode_s)
+            return encode_s + cost.predict_steps(size, request.steps_left, request.rows) + decode_s
+        if request.steps_left:
+            return cost.predict_steps(size, request.steps_left, request.rows) + decode_s
+        return max(0.0, decode_s - request.apart_s)
 
     def _prepared(self, call: Call) -> MergeableCall | None:
         spec = self._certificate.specs.get(call.site)
@@ -585,6 +670,8 @@ class Engine:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
+        if request in self._at_stage:
+            self._at_stage.remove(request)
         # Whoever submitted it may keep its callback for long, and with it all that hangs here.
         request.job = None
         request.mergeable = None

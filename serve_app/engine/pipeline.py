@@ -24,6 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig, check_model_folder
 from serve_app.engine.params import GenerationParams, Task
+from serve_app.engine.prompt_cache import NotCacheable, PromptCache, content_key
+from serve_app.engine.rendezvous import Site
 from serve_app.errors import ConfigError, ModelLoadError
 
 StepCallback = Callable[[int, int], None]
@@ -120,6 +122,21 @@ def _watch(noise_scheduler: Any, on_latents: LatentsCallback) -> None:
     vars(noise_scheduler)["step"] = watched
 
 
+def _remember_prompts(pipeline: DiffusionPipeline, cache: PromptCache) -> None:
+    """Let equal calls of ``encode_prompt`` get what the first of them returned."""
+    encode = pipeline.encode_prompt
+
+    @functools.wraps(encode)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        try:
+            key = content_key((args, kwargs))
+        except NotCacheable:  # tensors or pictures among them
+            return encode(*args, **kwargs)
+        return cache.get(key, lambda: encode(*args, **kwargs))
+
+    vars(pipeline)["encode_prompt"] = encode_prompt
+
+
 def _pipelines_of(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
     """The pipeline and those of its family for other tasks, on the same networks."""
     found: dict[Task, DiffusionPipeline] = {"text-to-image": pipeline}
@@ -131,6 +148,16 @@ def _pipelines_of(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
         with contextlib.suppress(ValueError):  # diffusers has none for this family
             found[task] = maker.from_pipe(pipeline)
     return found
+
+
+def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children with children of their own; those of a list in its place."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.ModuleList):
+            for path, block in _blocks(child):
+                yield f"{name}.{path}", block
+        elif next(child.children(), None) is not None:
+            yield name, child
 
 
 class LoadedPipeline:
@@ -157,6 +184,8 @@ class LoadedPipeline:
             for name, component in components.items()
             if isinstance(component, nn.Module)
         }
+        for network in networks.values():
+            network.eval()  # loading does it; a pipeline that was built in memory may drop out
         self._dtypes = {
             name: network.dtype
             for name, network in networks.items()
@@ -182,6 +211,7 @@ class LoadedPipeline:
                 f"model.call_kwargs: {self.class_name} takes no argument {', '.join(unknown)}. It "
                 f"takes {', '.join(name for name in self._parameters if name != 'self')}."
             )
+        self.sites = self._find_sites(networks)
         # Tokenizers and the like hold no state of a call; everything else but networks may.
         self._stateful = [
             name
@@ -228,6 +258,24 @@ class LoadedPipeline:
                 f"{type(error).__name__}: {error}"
             ) from error
         return cls(pipeline.to(device), config)
+
+    def _find_sites(self, networks: dict[str, nn.Module]) -> dict[str, Site]:
+        """Where requests give way to each other: every network, and within the VAE every block.
+
+        Decoding a large picture takes longer than a step; its blocks do not, as a rule.
+        """
+        sites: dict[str, Site] = {}
+        for name, network in networks.items():
+            halves = ("encoder", "decoder") if hasattr(network, "decode") else ()
+            parts = {half: getattr(network, half, None) for half in halves}
+            if not any(isinstance(part, nn.Module) for part in parts.values()):
+                sites[name] = Site(network, network)
+                continue
+            for half, part in parts.items():
+                if isinstance(part, nn.Module):
+                    for path, block in _blocks(part):
+                        sites[f"{name}.{half}.{path}"] = Site(block, network)
+        return sites
 
     def _default(self, name: str) -> object:
         parameter = self._parameters.get(name)
@@ -314,6 +362,7 @@ class LoadedPipeline:
         on_step: StepCallback | None = None,
         images: int = 1,
         on_latents: LatentsCallback | None = None,
+        prompt_cache: PromptCache | None = None,
     ) -> Tensor:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
@@ -337,6 +386,8 @@ class LoadedPipeline:
         vars(pipeline)["progress_bar"] = progress_bar
         if on_latents is not None:
             _watch(pipeline.scheduler, on_latents)
+        if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
+            _remember_prompts(pipeline, prompt_cache)
         guidance = params.guidance_scale
         if guidance is None:
             guidance = self._config.default_guidance_scale
@@ -391,7 +442,7 @@ class LoadedPipeline:
         for name, dtype in self._dtypes.items():
             network = self._pipeline.components[name]
             if network.dtype != dtype:
-                network.to(dtype)
+                nn.Module.to(network, dtype)  # diffusers' own warns
         for name, processors in self._attention.items():
             network = self._pipeline.components[name]
             if network.attn_processors != processors:

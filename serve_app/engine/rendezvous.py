@@ -1,17 +1,18 @@
-"""Jobs that run in greenlets and meet at a network's ``forward``.
+"""Jobs that run in greenlets and meet at the ``forward`` of modules.
 
 Knows nothing of queues, clocks or batches. The engine starts a `Job` for each request; when the
-job's pipeline calls a watched network, the job parks and the engine gets control back, with the
+job's pipeline calls a watched module, the job parks and the engine gets control back, with the
 call in its hand. The engine answers it, alone or together with others, and the job goes on.
 
 Greenlets belong to the thread that started them: one thread does all of this.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
@@ -19,17 +20,39 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Site:
+    """A place to meet at: the ``forward`` of a module."""
+
+    module: nn.Module
+    network: nn.Module
+    """What the module is a part of, or the module itself."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the network's weights."""
+        weights = next(self.network.parameters(), None)
+        return None if weights is None else weights.dtype
+
+    def cast(self, dtype: torch.dtype | None) -> None:
+        """Bring the network's weights to ``dtype``, if they are not."""
+        if dtype is not None and self.dtype != dtype:
+            nn.Module.to(self.network, dtype)  # diffusers' own warns each time
+
+
+@dataclass(frozen=True)
 class Call:
-    """One call of a watched network, waiting for its answer."""
+    """One call of a watched module, waiting for its answer."""
 
     site: str
-    """Which network: its component name in the pipeline, such as ``unet``."""
+    """Where: the module's name in the pipeline, such as ``unet``."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    dtype: torch.dtype | None = None
+    """Of the network's weights at the time of the call."""
 
 
 class Job(Generic[T]):
-    """A function that runs until it calls a watched network, again and again, until it returns.
+    """A function that runs until it calls a watched module, again and again, until it returns.
 
     Attributes:
         call: what the job waits for; ``None`` before it starts and after it ends.
@@ -88,38 +111,46 @@ class _JobGreenlet(greenlet):
 
 
 class Rendezvous:
-    """Replaces ``forward`` of the given networks; `close` puts it back.
+    """Replaces ``forward`` of the modules at the given sites; `close` puts it back.
 
-    A call from outside a job goes straight through, so the networks stay usable.
+    A call from outside a job goes straight through, so the modules stay usable.
     """
 
-    def __init__(self, networks: dict[str, nn.Module]) -> None:
-        self._networks = networks
-        self._forwards = {site: network.forward for site, network in networks.items()}
-        for site, network in networks.items():
-            network.forward = self._meeting(site)
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self._sites = sites
+        self._dtypes = {name: site.dtype for name, site in sites.items()}
+        self._forwards = {name: site.module.forward for name, site in sites.items()}
+        for name, site in sites.items():
+            site.module.forward = self._meeting(name)
 
-    def _meeting(self, site: str) -> Callable[..., Any]:
-        forward = self._forwards[site]
+    def _meeting(self, name: str) -> Callable[..., Any]:
+        forward, site = self._forwards[name], self._sites[name]
 
         @functools.wraps(forward)  # pipelines look at the signature
         def meet(*args: Any, **kwargs: Any) -> Any:
             current = getcurrent()
             if isinstance(current, _JobGreenlet):
                 assert current.parent is not None
-                return current.parent.switch(Call(site, args, kwargs))
+                call = Call(name, args, kwargs, site.dtype)
+                site.cast(self._dtypes[name])
+                return current.parent.switch(call)
             return forward(*args, **kwargs)
 
         return meet
 
     def forward(self, call: Call) -> Any:
-        """Run the real network."""
+        """Run the real module, with its network as it was when the call was made.
+
+        Some pipelines widen the VAE before they decode and narrow it at their end. While one is
+        parked in between, others find the VAE as it was loaded.
+        """
+        self._sites[call.site].cast(call.dtype)
         return self._forwards[call.site](*call.args, **call.kwargs)
 
     def signature_of(self, site: str) -> Callable[..., Any]:
-        """The real ``forward`` of the network, to look at and not to call."""
+        """The real ``forward`` of the module, to look at and not to call."""
         return self._forwards[site]
 
     def close(self) -> None:
-        for network in self._networks.values():
-            vars(network).pop("forward", None)
+        for site in self._sites.values():
+            vars(site.module).pop("forward", None)

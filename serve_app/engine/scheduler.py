@@ -52,8 +52,8 @@ class Policy(Protocol):
         """The request has ended, wherever it was."""
         ...
 
-    def next_to_start(self, waiting: list[Task], now: float) -> Task:
-        """Which of the accepted requests, none of them started, starts first."""
+    def first(self, tasks: list[Task], now: float) -> Task:
+        """Which of these, none of them parked, goes first."""
         ...
 
     def choose(self, now: float, cap: Cap) -> list[Task]:
@@ -92,8 +92,8 @@ class RankedPolicy:
         self._leave(task)
         del self._tasks[task.request]
 
-    def next_to_start(self, waiting: list[Task], now: float) -> Task:
-        return min(waiting, key=lambda task: (self.rank(task), task.request))
+    def first(self, tasks: list[Task], now: float) -> Task:
+        return min(tasks, key=lambda task: (self.rank(task), task.request))
 
     def choose(self, now: float, cap: Cap) -> list[Task]:
         if not self._groups:
@@ -198,9 +198,9 @@ class OnTime(RankedPolicy):
         super().drop(task)
         self._stale = True
 
-    def next_to_start(self, waiting: list[Task], now: float) -> Task:
+    def first(self, tasks: list[Task], now: float) -> Task:
         self._plan(now)
-        return super().next_to_start(waiting, now)
+        return super().first(tasks, now)
 
     def choose(self, now: float, cap: Cap) -> list[Task]:
         if not self._groups:

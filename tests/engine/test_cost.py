@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.cost import CostModel, worthwhile_batch
+from serve_app.engine.cost import CostModel, Measurement, worthwhile_batch
 from serve_app.errors import ConfigError
 
 SMALL, LARGE = (512, 512), (1024, 1024)
@@ -14,6 +14,10 @@ SMALL, LARGE = (512, 512), (1024, 1024)
 
 def linear(fixed_s: float, per_row_s: float) -> dict[int, float]:
     return {batch: fixed_s + per_row_s * batch for batch in (1, 2, 4, 8, 16)}
+
+
+def measurement(call_s: dict[int, float]) -> Measurement:
+    return Measurement(call_s, encode_s=0.5, decode_s=3.0)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,7 @@ def test_the_largest_batch_that_pays(call_s: dict[int, float], batch: int) -> No
 def test_caps_of_other_sizes_follow_by_their_pixels() -> None:
     cost = CostModel(max_batch_size=16)
     assert cost.cap(SMALL) == 16  # nothing is known
-    cost.measured(SMALL, linear(0.5, 1.0))
+    cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     assert cost.cap(SMALL) == 8
     assert cost.cap(LARGE) == 2
     assert cost.cap((2048, 2048)) == 1
@@ -46,7 +50,7 @@ def test_caps_of_other_sizes_follow_by_their_pixels() -> None:
 
 def test_a_cap_recovers_from_a_lack_of_memory() -> None:
     cost = CostModel(max_batch_size=16)
-    cost.measured(SMALL, linear(0.5, 1.0))
+    cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     assert cost.lower_cap(SMALL, 7) == 3
     assert cost.cap(SMALL) == 3
     assert cost.cap(LARGE) == 2  # it was not that size that did not fit
@@ -65,31 +69,41 @@ def test_a_cap_recovers_from_a_lack_of_memory() -> None:
 
 def test_predictions_come_from_what_was_measured() -> None:
     cost = CostModel(max_batch_size=16)
-    assert cost.predict_request(SMALL, 20) == 0.0
-    cost.measured(SMALL, linear(0.5, 1.0))
+    for predicted_s in (cost.predict_steps(SMALL, 20), cost.predict_encode(SMALL)):
+        assert predicted_s == 0.0
+    assert cost.predict_decode(SMALL) == cost.predict_stage("vae", SMALL) == 0.0
+    cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     assert cost.predict_call(SMALL, 2.0) == 2.5
     assert cost.predict_call(SMALL, 3.0) == pytest.approx(3.5)
     assert cost.predict_call(SMALL, 32.0) == pytest.approx(33.0)
     assert 0.75 <= cost.predict_call(SMALL, 0.5) <= 1.5
     assert cost.predict_call(LARGE, 1.0) == pytest.approx(4.5)  # as four small ones
-    cost.observe_request(SMALL, steps=10, calls=10, edge_s=3.0)
-    assert cost.predict_request(SMALL, 10) == pytest.approx(18.0)
+    assert cost.predict_steps(SMALL, 10) == pytest.approx(15.0)
+    cost.observe_between(SMALL, 0.5)
+    assert cost.predict_steps(SMALL, 10) == pytest.approx(20.0)
+    assert cost.predict_encode(SMALL) == cost.predict_encode(LARGE) == 0.5  # words, not pixels
+    assert cost.predict_decode(SMALL) == 3.0
+    assert cost.predict_decode(LARGE) == 12.0
+    cost.observe_stage("vae", SMALL, 1.0)
+    assert cost.predict_stage("vae", LARGE) == 4.0
 
 
 def test_predictions_follow_the_device() -> None:
     cost = CostModel(max_batch_size=16)
-    cost.measured(SMALL, {1: 1.0})
+    cost.measured(SMALL, measurement({1: 1.0}))
     for _ in range(60):
         cost.observe_call(SMALL, 1.0, 1, 2.0)
-        cost.observe_request(SMALL, steps=5, calls=10, edge_s=0.0)
+        cost.observe_request(SMALL, steps=5, calls=10, encode_s=1.0, decode_s=2.0)
     assert cost.predict_call(SMALL) == pytest.approx(2.0, rel=0.01)
-    assert cost.predict_request(SMALL, 5) == pytest.approx(20.0, rel=0.01)  # two calls a step
+    assert cost.predict_steps(SMALL, 5) == pytest.approx(20.0, rel=0.01)  # two calls a step
+    assert cost.predict_encode(SMALL) == pytest.approx(1.0, rel=0.01)
+    assert cost.predict_decode(SMALL) == pytest.approx(2.0, rel=0.01)
 
 
 def test_the_speedup_is_that_of_the_last_calls() -> None:
     cost = CostModel(max_batch_size=16)
     assert cost.speedup() == 1.0
-    cost.measured(SMALL, linear(1.0, 1.0))
+    cost.measured(SMALL, measurement(linear(1.0, 1.0)))
     for _ in range(500):
         cost.observe_call(SMALL, 4.0, 4, 5.0)
     assert cost.speedup() == pytest.approx(8 / 5)
@@ -107,7 +121,7 @@ def test_predictions_are_positive(
     call_s: dict[int, float], rows: float, size: tuple[int, int]
 ) -> None:
     cost = CostModel(max_batch_size=16)
-    cost.measured(SMALL, call_s)
+    cost.measured(SMALL, measurement(call_s))
     assert cost.predict_call(size, rows) > 0
     assert 1 <= cost.cap(size) <= 16
 
@@ -116,13 +130,15 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "profiles" / "model.json"
     cost = CostModel(max_batch_size=16)
     cost.load(path)  # not there yet
-    cost.measured(SMALL, linear(0.5, 1.0))
+    cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     cost.observe_call(LARGE, 1.5, 2, 7.0)
     cost.save(path)
     again = CostModel(max_batch_size=16)
     again.load(path)
     assert again.caps == cost.caps
     assert again.call_s == {SMALL: cost.call_s[SMALL]}  # not what passing load coloured
+    assert again.encode_s == cost.encode_s
+    assert again.decode_s == cost.decode_s
     for wrong in ("{", "[]", '{"sizes": [{"size": 3}]}'):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="delete it"):

@@ -10,7 +10,6 @@ from itertools import combinations
 import pytest
 import torch
 from PIL import Image
-from pydantic import JsonValue
 from torch import Tensor
 
 from serve_app.config import ModelConfig
@@ -20,23 +19,7 @@ from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
 from tests.conftest import FIFO
-from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
-
-CALL_KWARGS: dict[str, dict[str, JsonValue]] = {
-    "sd3": {"max_sequence_length": 16},
-    "flux": {"max_sequence_length": 16},
-    "pixart-sigma": {
-        "max_sequence_length": 16,
-        "use_resolution_binning": False,
-        "clean_caption": False,
-    },
-    "sana": {
-        "max_sequence_length": 48,
-        "use_resolution_binning": False,
-        "complex_human_instruction": None,
-    },
-}
-"""By family; the others need none. Few tokens keep the tests fast; binning wants real sizes."""
+from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 
 GUIDANCE_DISTILLED = {"flux"}
 """Families without a second, negative call of the denoiser: a negative prompt is refused."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serve_app.engine.rendezvous import Job, Rendezvous
+from serve_app.engine.rendezvous import Job, Rendezvous, Site
 
 
 class Doubler(nn.Module):
@@ -18,7 +18,7 @@ def network() -> Doubler:
 
 
 def test_a_job_parks_at_each_call_and_goes_on_with_the_answer(network: Doubler) -> None:
-    rendezvous = Rendezvous({"net": network})
+    rendezvous = Rendezvous({"net": Site(network, network)})
     job = Job(
         lambda: float(network(torch.tensor(1.0))) + float(network(torch.tensor(5.0), scale=3))
     )
@@ -36,7 +36,7 @@ def test_a_job_parks_at_each_call_and_goes_on_with_the_answer(network: Doubler) 
 
 
 def test_calls_from_outside_a_job_go_straight_through(network: Doubler) -> None:
-    rendezvous = Rendezvous({"net": network})
+    rendezvous = Rendezvous({"net": Site(network, network)})
     assert network(torch.tensor(4.0)) == 8
     assert "scale" in inspect.signature(network.forward).parameters
     rendezvous.close()
@@ -44,7 +44,7 @@ def test_calls_from_outside_a_job_go_straight_through(network: Doubler) -> None:
 
 
 def test_jobs_interleave_in_any_order(network: Doubler) -> None:
-    Rendezvous({"net": network})
+    Rendezvous({"net": Site(network, network)})
     jobs = [
         Job(lambda n=n: [float(network(torch.tensor(float(n)))) for _ in range(3)])
         for n in range(4)
@@ -59,7 +59,7 @@ def test_jobs_interleave_in_any_order(network: Doubler) -> None:
 
 
 def test_an_error_in_the_call_is_raised_inside_the_job(network: Doubler) -> None:
-    Rendezvous({"net": network})
+    Rendezvous({"net": Site(network, network)})
     seen: list[str] = []
 
     def run() -> None:
@@ -78,7 +78,7 @@ def test_an_error_in_the_call_is_raised_inside_the_job(network: Doubler) -> None
 
 
 def test_a_killed_job_cleans_up_even_if_that_calls_the_network(network: Doubler) -> None:
-    Rendezvous({"net": network})
+    Rendezvous({"net": Site(network, network)})
     cleaned: list[str] = []
 
     def run() -> None:
@@ -102,3 +102,21 @@ def test_a_job_that_never_started_can_be_killed(network: Doubler) -> None:
     job = Job(lambda: network(torch.tensor(1.0)))
     job.kill()
     assert job.finished
+
+
+def test_a_call_finds_its_network_as_it_left_it() -> None:
+    """SDXL widens its VAE to decode, which must not last while another job has its turn."""
+    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    rendezvous = Rendezvous({"first": Site(network[0], network), "last": Site(network[1], network)})
+
+    def widened() -> Tensor:
+        network.double()
+        return network(torch.ones(1, dtype=torch.float64))
+
+    job = Job(widened)
+    job.start()
+    while job.call is not None:
+        assert network[0].weight.dtype == torch.float32  # nobody else sees what it did
+        job.resume(rendezvous.forward(job.call))
+    assert job.error is None
+    assert job.result.dtype == torch.float64
