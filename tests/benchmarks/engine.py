@@ -7,77 +7,60 @@ One run compares four ways to serve one trace of arrivals with one pipeline on o
 - ``engine, fifo`` and ``engine, on_time``: this engine with two of its policies.
 
 Latency counts from the moment at which a request was due, however late it was sent. A request
-that fails or takes longer than ``slo_scale`` times its time alone misses its deadline. The mix of
-sizes and steps is that of vLLM-Omni's benchmark, scaled to the model's native size.
+that fails or takes longer than ``slo_scale`` times its time alone misses its deadline. Efficiency
+is the time that the bare calls of the networks take, at the same batch sizes, over the time in
+which the engine had a request. The mix of sizes and steps is that of vLLM-Omni's benchmark, scaled
+to the model's native size where that is small.
+
+With ``--waiting 16`` as many requests of one kind come at once, first come first served.
 """
 
 import json
 import os
 import platform
-import queue
 import statistics
 import sys
-import threading
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
 from typing import Annotated, Any
 
 import torch
 import typer
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Event, Failed
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.certification import TOLERANCE
+from serve_app.engine.pipeline import LoadedPipeline, resolve_device
+from tests.benchmarks import saturation
+from tests.benchmarks.aims import WAITING, aims
+from tests.benchmarks.saturation import Saturated, saturate
+from tests.benchmarks.ways import (
+    Kind,
+    Outcome,
+    Way,
+    trace,
+    with_engine,
+    with_stock_pipeline,
+)
+from tests.full_size import MODELS
 
 MIX = ((0.5, 20, 15), (0.75, 20, 25), (1.0, 25, 45), (1.5, 35, 15))
-"""(side as a share of the native one, steps, share in percent)"""
+"""(side as a share of the whole one, steps, share in percent)"""
+
+WHOLE_PX = 1024
+"""The whole side of the mix; models for less than half of it get their native one."""
+
+AT_ONCE = ((0.5, 20), (1.0, 25), (0.5, 4))
+"""(side as a share of the whole one, steps) where many requests wait at once."""
 
 MAX_BATCH = 16
 
-DEFAULT_LOAD = 1.5
-"""Steps that are shared make more pictures a second than one at a time: less is no test."""
+CPU_LOADS = (1.5,)
+"""Steps that are shared make more pictures a second than one at a time: less is no test there."""
 
-
-@dataclass(frozen=True)
-class Kind:
-    """Requests of one size and step count."""
-
-    width: int
-    height: int
-    steps: int
-    share: float
-
-    def params(self, seed: int) -> GenerationParams:
-        return GenerationParams(
-            prompt="a red circle on a blue background",
-            seed=seed,
-            width=self.width,
-            height=self.height,
-            num_inference_steps=self.steps,
-        )
-
-
-@dataclass(frozen=True)
-class Arrival:
-    """A request that is due ``at_s`` after the start of the trace."""
-
-    at_s: float
-    kind: Kind
-    seed: int
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """``latency_s`` is none if it failed."""
-
-    kind: Kind
-    latency_s: float | None
+CUDA_LOADS = (0.7, 0.9, 1.1)
 
 
 @dataclass(frozen=True)
@@ -94,25 +77,25 @@ class Row:
     """Of the quickest kind."""
     slo: float
     """Share that met its deadline."""
+    efficiency: float | None
+    """None of the stock ways."""
 
 
-Way = Callable[[list[Arrival]], list[Outcome]]
+def scaled_kind(pipeline: LoadedPipeline, scale: float, steps: int, share: float = 0.0) -> Kind:
+    """Of a side that is ``scale`` of the whole one."""
 
-
-def kinds(pipeline: LoadedPipeline) -> list[Kind]:
-    def side(native: int, scale: float) -> int:
+    def side(native: int) -> int:
         multiple = pipeline.size_multiple
-        return max(multiple, round(native * scale / multiple) * multiple)
+        whole = native if native < WHOLE_PX // 2 else WHOLE_PX
+        return max(multiple, round(whole * scale / multiple) * multiple)
 
     width, height = pipeline.default_size_px
-    return [
-        Kind(side(width, scale), side(height, scale), steps, share / 100)
-        for scale, steps, share in MIX
-    ]
+    return Kind(side(width), side(height), steps, share)
 
 
-def seconds_alone(pipeline: LoadedPipeline, kind: Kind, repeats: int = 5) -> float:
+def seconds_alone(pipeline: LoadedPipeline, kind: Kind) -> float:
     """Median time of the stock pipeline for one picture; the first, which warms up, is left out."""
+    repeats = 2 if pipeline.device.type == "cuda" else 5  # others share a CPU
     taken = []
     for seed in range(repeats + 1):
         started_at = time.perf_counter()
@@ -127,128 +110,13 @@ def measure_alone(pipeline: LoadedPipeline, mix: list[Kind]) -> tuple[dict[Kind,
     return alone_s, 1 / sum(kind.share * alone_s[kind] for kind in mix)
 
 
-def trace(kinds: list[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Poisson arrivals, ``rate`` a second."""
-    rng = Random(seed)
-    arrivals: list[Arrival] = []
-    at_s = rng.expovariate(rate)
-    while at_s < seconds:
-        [kind] = rng.choices(kinds, [kind.share for kind in kinds])
-        arrivals.append(Arrival(at_s, kind, len(arrivals)))
-        at_s += rng.expovariate(rate)
-    return arrivals
-
-
-def _replay(arrivals: list[Arrival], send: Callable[[int, Arrival], None]) -> float:
-    """Send each when it is due; when the first was due, by `time.perf_counter`."""
-    pause = threading.Event()
-    started_at = time.perf_counter()
-    for number, arrival in enumerate(arrivals):
-        pause.wait(max(0.0, started_at + arrival.at_s - time.perf_counter()))
-        send(number, arrival)
-    return started_at
-
-
-def _outcomes(
-    arrivals: list[Arrival], started_at: float, ended_at: list[float | None]
-) -> list[Outcome]:
-    return [
-        Outcome(arrival.kind, None if end is None else end - started_at - arrival.at_s)
-        for arrival, end in zip(arrivals, ended_at, strict=True)
-    ]
-
-
-def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
-    """Whole requests: the oldest, with up to ``max_batch`` of its kind."""
-
-    def serve(arrivals: list[Arrival]) -> list[Outcome]:
-        inbox: queue.SimpleQueue[tuple[int, Arrival] | None] = queue.SimpleQueue()
-        ended_at: list[float | None] = [None] * len(arrivals)
-
-        def work() -> None:
-            waiting: list[tuple[int, Arrival]] = []
-            more = True
-            while more or waiting:
-                while more and (not waiting or not inbox.empty()):
-                    item = inbox.get()
-                    if item is None:
-                        more = False
-                    else:
-                        waiting.append(item)
-                if not waiting:
-                    continue
-                kind = waiting[0][1].kind
-                batch = [item for item in waiting if item[1].kind == kind][:max_batch]
-                waiting = [item for item in waiting if item not in batch]
-                paint_whole(pipeline, [arrival for _, arrival in batch])
-                for number, _ in batch:
-                    ended_at[number] = time.perf_counter()
-
-        worker = threading.Thread(target=work)
-        worker.start()
-        started_at = _replay(arrivals, lambda number, arrival: inbox.put((number, arrival)))
-        inbox.put(None)
-        worker.join()
-        return _outcomes(arrivals, started_at, ended_at)
-
-    return serve
-
-
-def paint_whole(pipeline: LoadedPipeline, batch: list[Arrival]) -> None:
-    """The stock call, on a list of prompts."""
-    params = [arrival.kind.params(arrival.seed) for arrival in batch]
-    pipeline._pipeline.set_progress_bar_config(disable=True)
-    images = pipeline._pipeline(
-        prompt=[one.prompt for one in params],
-        width=params[0].width,
-        height=params[0].height,
-        num_inference_steps=params[0].num_inference_steps,
-        generator=[torch.Generator("cpu").manual_seed(one.seed) for one in params],
-        output_type="pt",
-    ).images
-    images.cpu()
-
-
-def with_engine(
-    pipeline: LoadedPipeline, model: ModelConfig, config: EngineConfig, notes: dict[str, Any]
-) -> Way:
-    def serve(arrivals: list[Arrival]) -> list[Outcome]:
-        ended_at: list[float | None] = [None] * len(arrivals)
-        ends: queue.SimpleQueue[tuple[int, Completed | Failed]] = queue.SimpleQueue()
-
-        def collect() -> None:
-            for _ in arrivals:
-                number, event = ends.get()
-                if isinstance(event, Completed):
-                    event.result.pixels.cpu()  # in hand, not only asked for
-                    ended_at[number] = time.perf_counter()
-
-        with Engine(pipeline, model, config) as engine:
-
-            def send(number: int, arrival: Arrival) -> None:
-                def on_event(event: Event) -> None:
-                    if isinstance(event, Completed | Failed):
-                        ends.put((number, event))
-
-                engine.submit(arrival.kind.params(arrival.seed), on_event)
-
-            collector = threading.Thread(target=collect)
-            collector.start()
-            started_at = _replay(arrivals, send)
-            collector.join()
-            notes[config.scheduling] = {
-                "mean_batch_size": engine.stats().mean_batch_size,
-                "caps": {
-                    f"{width}x{height}": cap for (width, height), cap in engine._cost.caps.items()
-                },
-            }
-        return _outcomes(arrivals, started_at, ended_at)
-
-    return serve
-
-
 def summary(
-    load: float, way: str, outcomes: list[Outcome], took_s: float, slo_s: dict[Kind, float]
+    load: float,
+    way: str,
+    outcomes: list[Outcome],
+    took_s: float,
+    slo_s: dict[Kind, float],
+    efficiency: float | None,
 ) -> Row:
     done = sorted(outcome.latency_s for outcome in outcomes if outcome.latency_s is not None)
     shortest = min(slo_s, key=lambda kind: slo_s[kind])
@@ -274,6 +142,7 @@ def summary(
         p99_s=percentile(done, 0.99),
         short_p95_s=percentile(short, 0.95),
         slo=met / len(outcomes),
+        efficiency=efficiency,
     )
 
 
@@ -293,25 +162,52 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 def show(rows: list[Row]) -> str:
     header = f"{'load':>5} {'':<16} {'images/s':>8} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}"
-    lines = [f"{header} {'short p95 s':>11} {'in time':>8}"]
-    lines += [
-        f"{row.load:>5.2f} {row.way:<16} {row.images_per_s:>8.2f} {row.p50_s:>7.2f} "
-        f"{row.p95_s:>7.2f} {row.p99_s:>7.2f} {row.short_p95_s:>11.2f} {row.slo:>8.0%}"
-        for row in rows
-    ]
+    lines = [f"{header} {'short p95 s':>11} {'in time':>8} {'effic.':>7}"]
+    for row in rows:
+        efficiency = "" if row.efficiency is None else f"{row.efficiency:.2f}"
+        lines.append(
+            f"{row.load:>5.2f} {row.way:<16} {row.images_per_s:>8.2f} {row.p50_s:>7.2f} "
+            f"{row.p95_s:>7.2f} {row.p99_s:>7.2f} {row.short_p95_s:>11.2f} {row.slo:>8.0%} "
+            f"{efficiency:>7}"
+        )
     return "\n".join(lines)
 
 
+def load_pipeline(model: str, device: str) -> tuple[LoadedPipeline, ModelConfig]:
+    """The demo model, a full-size one with random weights, or one from a folder."""
+    if model in MODELS:
+        on = resolve_device(device)
+        dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
+        config = ModelConfig.model_validate({"id": model, "device": device})
+        return LoadedPipeline(MODELS[model](on, dtype), config), config
+    path = {} if model == "demo" else {"path": str(Path(model).absolute())}
+    config = ModelConfig.model_validate({"id": Path(model).name, "device": device, **path})
+    return LoadedPipeline.load(config), config
+
+
 def main(
-    model: Annotated[str, typer.Option(help="'demo', or a folder in the diffusers format.")] = (
-        "demo"
-    ),
+    model: Annotated[
+        str,
+        typer.Option(
+            help=f"'demo', a folder in the diffusers format, or, full-size with random weights, "
+            f"{', '.join(MODELS)}."
+        ),
+    ] = "demo",
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
     load: Annotated[
         list[float] | None,
         typer.Option(help="Arrivals as a share of what one at a time can do; may be repeated."),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Of arrivals, for each way and load.")] = 40.0,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Of arrivals, for each way and load. Default: 40 on a CPU, else 120."),
+    ] = None,
+    waiting: Annotated[
+        int | None,
+        typer.Option(
+            help=f"So many at once, too. Default: {WAITING} for a full-size model on a GPU."
+        ),
+    ] = None,
     slo_scale: float = 3.0,
     threads: Annotated[
         int, typer.Option(help="Of torch on a CPU. The demo model's calls gain nothing from more.")
@@ -320,64 +216,83 @@ def main(
     output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
 ) -> None:
     """Print the table."""
-    model_config = ModelConfig.model_validate(
-        {"id": "demo", "device": device}
-        if model == "demo"
-        else {"id": Path(model).name, "path": str(Path(model).absolute()), "device": device}
-    )
     torch.set_num_threads(threads)
-    pipeline = LoadedPipeline.load(model_config)
-    mix = kinds(pipeline)
+    pipeline, model_config = load_pipeline(model, device)
+    on_cuda = pipeline.device.type == "cuda"
+    if seconds is None:
+        seconds = 120.0 if on_cuda else 40.0
+    if waiting is None:
+        waiting = WAITING if on_cuda and model in MODELS else 0
+    mix = [scaled_kind(pipeline, scale, steps, share / 100) for scale, steps, share in MIX]
     alone_s, capacity = measure_alone(pipeline, mix)
     slo_s = {kind: slo_scale * seconds for kind, seconds in alone_s.items()}
     typer.echo(f"one at a time: {capacity:.2f} images/s on this mix")
-    for kind in mix:
+    for one in mix:
         typer.echo(
-            f"  {kind.width}x{kind.height}, {kind.steps} steps, {kind.share:.0%}: "
-            f"{alone_s[kind]:.2f} s alone"
+            f"  {one.width}x{one.height}, {one.steps} steps, {one.share:.0%}: "
+            f"{alone_s[one]:.2f} s alone"
         )
 
-    notes: dict[str, Any] = {}
-
-    def engine_with(scheduling: str) -> Way:
+    def engine_with(scheduling: str, kinds: list[Kind], keep_pictures: bool = False) -> Way:
         config = EngineConfig.model_validate(
             {
                 "scheduling": scheduling,
                 "slo_scale": slo_scale,
                 "max_batch_size": MAX_BATCH,
                 "max_running": 256,
-                "warmup_sizes_px": [(kind.width, kind.height) for kind in mix],
+                "warmup_sizes_px": [(kind.width, kind.height) for kind in kinds],
+                "profile_path": str(Path(folder) / "profile.json"),
             }
         )
-        return with_engine(pipeline, model_config, config, notes)
+        return with_engine(pipeline, model_config, config, keep_pictures)
 
-    ways = {
-        "one at a time": with_stock_pipeline(pipeline, 1),
-        "whole batches": with_stock_pipeline(pipeline, MAX_BATCH),
-        "engine, fifo": engine_with("fifo"),
-        "engine, on_time": engine_with("on_time"),
-    }
-    rows = []
-    for share in load or [DEFAULT_LOAD]:
-        arrivals = trace(mix, share * capacity, seconds, seed)
-        for way, serve in ways.items():
-            outcomes = serve(arrivals)
-            took_s = max(
-                arrival.at_s + outcome.latency_s
-                for arrival, outcome in zip(arrivals, outcomes, strict=True)
-                if outcome.latency_s is not None
-            )
-            rows.append(summary(share, way, outcomes, took_s, slo_s))
+    rows: list[Row] = []
+    reports: list[dict[str, Any]] = []
+    saturated: list[Saturated] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for scale, steps in AT_ONCE if waiting else ():
+            one = scaled_kind(pipeline, scale, steps)
+            serve = engine_with("fifo", [one], keep_pictures=True)
+            saturated.append(saturate(pipeline, serve, one, waiting))
+        ways = {
+            "one at a time": with_stock_pipeline(pipeline, 1),
+            "whole batches": with_stock_pipeline(pipeline, MAX_BATCH),
+            "engine, fifo": engine_with("fifo", mix),
+            "engine, on_time": engine_with("on_time", mix),
+        }
+        for share in load or (CUDA_LOADS if on_cuda else CPU_LOADS):
+            arrivals = trace(mix, share * capacity, seconds, seed)
+            for way, serve in ways.items():
+                served = serve(arrivals)
+                took_s = max(
+                    arrival.at_s + outcome.latency_s
+                    for arrival, outcome in zip(arrivals, served.outcomes, strict=True)
+                    if outcome.latency_s is not None
+                )
+                report = served.report
+                efficiency = None if report is None else report.efficiency
+                rows.append(summary(share, way, served.outcomes, took_s, slo_s, efficiency))
+                if report is not None:
+                    reports.append({"load": share, "way": way, **asdict(report)})
     _, capacity_after = measure_alone(pipeline, mix)
     typer.echo(f"one at a time, measured again at the end: {capacity_after:.2f} images/s")
     typer.echo(show(rows))
-    for scheduling, note in notes.items():
-        typer.echo(f"{scheduling}: mean batch {note['mean_batch_size']:.2f}, caps {note['caps']}")
+    for did in reports:
+        typer.echo(
+            f"{did['way']} at {did['load']:g}: mean batch {did['mean_batch_size']:.2f}, "
+            f"caps {did['caps']}"
+        )
+    if saturated:
+        typer.echo(saturation.show(saturated))
+    verdicts = aims(model, rows, saturated, TOLERANCE[pipeline.dtype]) if on_cuda else []
+    for aim in verdicts:
+        typer.echo(f"{aim.text}: {aim.verdict}")
     if output is not None:
         result = {
             "command": "python -m tests.benchmarks.engine " + " ".join(sys.argv[1:]),
             "hardware": hardware(pipeline.device),
             "model": model,
+            "weights": "random" if model in MODELS else "trained",
             "dtype": str(pipeline.dtype),
             "seconds": seconds,
             "seed": seed,
@@ -385,7 +300,9 @@ def main(
             "one_at_a_time_images_per_s": [capacity, capacity_after],
             "kinds": [asdict(kind) | {"alone_s": alone_s[kind]} for kind in mix],
             "rows": [asdict(row) for row in rows],
-            "engine": notes,
+            "engine": reports,
+            "at_once": [asdict(row) | {"speedup": row.speedup} for row in saturated],
+            "aims": [asdict(aim) | {"verdict": aim.verdict} for aim in verdicts],
         }
         output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -1,0 +1,81 @@
+"""Many requests of one kind at once: how much faster than one at a time, and the same pictures?"""
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from serve_app.engine.certification import largest_difference
+from serve_app.engine.pipeline import LoadedPipeline
+from tests.benchmarks.ways import Arrival, Kind, Way
+
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Saturated:
+    """One line of the table."""
+
+    width: int
+    height: int
+    steps: int
+    waiting: int
+    alone_images_per_s: float
+    """Of the stock pipeline, one at a time."""
+    engine_images_per_s: float
+    efficiency: float
+    psnr_db: float
+    """Of the picture that differs most from the one painted alone."""
+    difference: float
+    """Largest one of a pixel in [0, 1] from the picture painted alone."""
+
+    @property
+    def speedup(self) -> float:
+        return self.engine_images_per_s / self.alone_images_per_s
+
+
+def psnr(one: Tensor, two: Tensor) -> float:
+    """Peak signal-to-noise ratio in decibels of pictures in [0, 1]; 120 if they are equal."""
+    error = float((one.double() - two.double()).square().mean())
+    return -10 * math.log10(max(error, 1e-12))
+
+
+def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> Saturated:
+    """``serve`` must keep the pictures. The first round, of a few steps, warms up."""
+    short = replace(kind, steps=WARM_UP_STEPS)
+    pipeline.paint(short.params(0)).cpu()
+    started_at = time.perf_counter()
+    alone = [pipeline.paint(kind.params(seed))[0].cpu() for seed in range(waiting)]
+    alone_s = time.perf_counter() - started_at
+    serve([Arrival(0.0, short, seed) for seed in range(waiting)])
+    served = serve([Arrival(0.0, kind, seed) for seed in range(waiting)])
+    together = [served.pictures[seed] for seed in range(waiting)]
+    latencies = [outcome.latency_s for outcome in served.outcomes if outcome.latency_s is not None]
+    assert served.report is not None
+    return Saturated(
+        width=kind.width,
+        height=kind.height,
+        steps=kind.steps,
+        waiting=waiting,
+        alone_images_per_s=waiting / alone_s,
+        engine_images_per_s=waiting / max(latencies),
+        efficiency=served.report.efficiency,
+        psnr_db=min(psnr(*pair) for pair in zip(alone, together, strict=True)),
+        difference=largest_difference(alone, together),
+    )
+
+
+def show(rows: list[Saturated]) -> str:
+    lines = [
+        f"{'at once':<28} {'alone/s':>8} {'engine/s':>8} {'faster':>7} {'effic.':>7} "
+        f"{'PSNR dB':>8} {'differ by':>9}"
+    ]
+    for row in rows:
+        name = f"{row.waiting} of {row.width}x{row.height}, {row.steps} steps"
+        lines.append(
+            f"{name:<28} {row.alone_images_per_s:>8.2f} {row.engine_images_per_s:>8.2f} "
+            f"{row.speedup:>6.2f}x {row.efficiency:>7.2f} {row.psnr_db:>8.1f} "
+            f"{row.difference:>9.1e}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,193 @@
+"""The engine alone on a GPU, with full-size networks in bfloat16 and random weights."""
+
+import gc
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.certification import TOLERANCE, largest_difference
+from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed, Event, Failed, Progress
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from tests.benchmarks.saturation import psnr
+from tests.conftest import FIFO
+from tests.full_size import MODELS
+from tests.waiting import wait_until
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+DEVICE = torch.device("cuda")
+
+DIFFERENCE = TOLERANCE[torch.bfloat16]
+
+FLAT_BYTES = 2**20
+"""Less than the latents of the requests in between, let alone their pictures."""
+
+Full = tuple[str, DiffusionPipeline]
+"""A model's name and its pipeline."""
+
+only_sd15 = pytest.mark.parametrize("full", ["sd15"], indirect=True)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def full(request: pytest.FixtureRequest) -> Iterator[Full]:
+    yield request.param, MODELS[request.param](DEVICE, torch.bfloat16)
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def load(full: Full, side: int) -> tuple[LoadedPipeline, ModelConfig]:
+    """Ready for an engine; certification paints pictures of that side."""
+    name, pipeline = full
+    model = ModelConfig.model_validate(
+        {"id": name, "device": DEVICE.type, "default_size_px": (side, side)}
+    )
+    return LoadedPipeline(pipeline, model), model
+
+
+def four_requests(side: int) -> list[GenerationParams]:
+    """They differ in everything but the size."""
+    prompts = ["a red circle", "two stars on black", "a small cross", "a ring and a square"]
+    return [
+        GenerationParams(
+            prompt,
+            seed,
+            width=side,
+            height=side,
+            num_inference_steps=4 + seed,
+            guidance_scale=3.0 + seed,
+        )
+        for seed, prompt in enumerate(prompts)
+    ]
+
+
+def paint(engine: Engine, requests: Sequence[GenerationParams]) -> list[Tensor]:
+    """All at once; raises unless each is completed."""
+    pictures = []
+    for events in [engine.stream(params) for params in requests]:
+        *_, last = events
+        assert isinstance(last, Completed), last
+        pictures.append(last.result.pixels.cpu())
+    return pictures
+
+
+@pytest.mark.parametrize("side", [512, 1024])
+def test_four_requests_together_are_painted_as_alone(
+    full: Full, side: int, report: Callable[[str], None]
+) -> None:
+    pipeline, model = load(full, side)
+    requests = four_requests(side)
+    alone = [pipeline.paint(params)[0].cpu() for params in requests]
+    with Engine(pipeline, model, FIFO) as engine:
+        assert engine.info.sharing == "batched", engine.info.sharing_note
+        together = paint(engine, requests)
+        batch = engine.stats().mean_batch_size
+    difference = largest_difference(alone, together)
+    worst = min(psnr(*pair) for pair in zip(alone, together, strict=True))
+    report(
+        f"{torch.cuda.get_device_name()}, {model.id} at {side}x{side}: {batch:.1f} requests a "
+        f"call, PSNR {worst:.1f} dB and largest difference {difference:.2g} from alone"
+    )
+    assert batch > 1.5
+    assert difference <= DIFFERENCE
+
+
+@only_sd15
+def test_a_seed_paints_the_same_picture_in_any_company(full: Full) -> None:
+    pipeline, model = load(full, 512)
+    first, *others = four_requests(512)
+    with Engine(pipeline, model, FIFO) as engine:
+        [once] = paint(engine, [first])
+        [again] = paint(engine, [first])
+        in_company, *_ = paint(engine, [first, *others])
+        [other] = paint(engine, [replace(first, seed=99)])
+    assert largest_difference([once, once], [again, in_company]) <= DIFFERENCE
+    assert largest_difference([once], [other]) > DIFFERENCE
+
+
+@only_sd15
+def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], None]) -> None:
+    """Finished ones, and those that are given up after a step."""
+    side = 256
+    pipeline, model = load(full, side)
+    requests = [replace(params, num_inference_steps=2) for params in four_requests(side)]
+
+    ends: Counter[type[Event]] = Counter()
+
+    def submit(engine: Engine, params: GenerationParams, gives_up: bool) -> None:
+        number: list[int] = []
+
+        def on_event(event: Event) -> None:
+            if gives_up and isinstance(event, Progress) and number:
+                engine.cancel(number[0])
+            if isinstance(event, Completed | Failed):
+                ends[type(event)] += 1
+
+        number.append(engine.submit(params, on_event))
+
+    def paint_eight(engine: Engine) -> None:
+        expected = ends.total() + 8
+        for index, params in enumerate(requests * 2):
+            submit(engine, params, gives_up=index % 3 == 0)
+        wait_until(lambda: ends.total() == expected)
+
+    def held_after(engine: Engine, rounds: int) -> int:
+        for _ in range(rounds):
+            paint_eight(engine)
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    with Engine(pipeline, model, FIFO) as engine:
+        early = held_after(engine, rounds=8)
+        late = held_after(engine, rounds=32)
+    assert ends[Completed] >= 200
+    assert ends[Failed] > 0
+    report(
+        f"{torch.cuda.get_device_name()}, {model.id}: {(late - early) / 2**10:.0f} KiB more on the "
+        f"device after {ends[Completed]} finished and {ends[Failed]} cancelled requests"
+    )
+    assert late - early < FLAT_BYTES
+
+
+@only_sd15
+def test_without_memory_for_all_fewer_are_painted_at_a_time(
+    full: Full, caplog: pytest.LogCaptureFixture
+) -> None:
+    side = 1024
+    pipeline, model = load(full, side)
+    requests = [
+        GenerationParams("a red circle", seed, width=side, height=side, num_inference_steps=2)
+        for seed in range(32)
+    ]
+    config = EngineConfig(scheduling="fifo", max_batch_size=len(requests))
+
+    def peak_bytes(engine: Engine, requests: Sequence[GenerationParams]) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        paint(engine, requests)
+        return torch.cuda.max_memory_allocated() - before
+
+    with Engine(pipeline, model, config) as engine:
+        one, all_of_them = peak_bytes(engine, requests[:1]), peak_bytes(engine, requests)
+        assert all_of_them > 1.5 * one, "a large batch needs little: nothing to test here"
+        torch.cuda.empty_cache()
+        free, _ = torch.cuda.mem_get_info()
+        rest = torch.empty(free - (one + all_of_them) // 2, dtype=torch.uint8, device=DEVICE)
+        with caplog.at_level(logging.WARNING):
+            pictures = paint(engine, requests)
+        del rest
+        torch.cuda.empty_cache()
+    assert "OutOfMemoryError" in caplog.text
+    alone = [pipeline.paint(params)[0].cpu() for params in requests[:4]]
+    assert largest_difference(alone, pictures[:4]) <= DIFFERENCE
