@@ -10,7 +10,13 @@ import typer
 from tqdm import tqdm
 
 from serve_app import __version__
-from serve_app.config import EngineConfig, ModelConfig, check_model_folder, read_serve_config
+from serve_app.config import (
+    EngineConfig,
+    ModelConfig,
+    check_model_folder,
+    is_path,
+    read_serve_config,
+)
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -52,8 +58,7 @@ def _model(name: str) -> ModelConfig:
         return ModelConfig(
             id=Path(name).name or "model", path=str(Path(name).expanduser().resolve())
         )
-    is_path = name.startswith(("/", ".", "~"))
-    return ModelConfig(id=name, path=name if is_path else None)
+    return ModelConfig(id=name, path=name if is_path(name) else None)
 
 
 @cli.command()

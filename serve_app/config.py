@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from serve_app.errors import ConfigError, ModelLoadError
@@ -20,8 +28,41 @@ DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
 
+def is_path(source: str) -> bool:
+    """Whether it means a file or folder rather than a repository of the hub."""
+    return source.startswith(("/", ".", "~"))
+
+
 class _Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SpeedConfig(_Config):
+    """What makes the model faster or smaller; nothing here is on by default."""
+
+    compile: bool = Field(
+        False,
+        description="Compile the repeated blocks of the denoiser at start-up, for batches of "
+        "1, 2, 4 and more of engine.warmup_sizes_px; other sizes run uncompiled.",
+    )
+    channels_last: bool = Field(
+        False, description="Keep the weights of convolutions in channels-last order."
+    )
+    attention_backend: str | None = Field(
+        None,
+        min_length=1,
+        description="diffusers' name of an attention kernel, such as 'native' or 'flash'.",
+    )
+    offload: Literal["none", "model"] = Field(
+        "none",
+        description="'model': text encoders and denoisers take turns on the GPU, for cards that "
+        "do not hold them all.",
+    )
+    quantize: Literal["none", "int8", "fp8"] = Field(
+        "none",
+        description="Hold the weights of the denoiser's linear layers in 8 bits; the arithmetic "
+        "keeps to the dtype.",
+    )
 
 
 class ModelConfig(_Config):
@@ -51,6 +92,50 @@ class ModelConfig(_Config):
         description="Further arguments for every call of the pipeline, such as "
         "max_sequence_length.",
     )
+    loras: dict[str, str] = Field(
+        default_factory=dict,
+        description="LoRA adapters that requests may name: a .safetensors file (starts with '/', "
+        "'.' or '~'), or a Hugging Face repository, owner/name or owner/name/file.",
+    )
+    lora_folder: str | None = Field(
+        None,
+        description="Every .safetensors file below this folder is an adapter as well, called by "
+        "its path without the suffix.",
+    )
+    speed: SpeedConfig = SpeedConfig()
+
+    @field_validator("loras")
+    @classmethod
+    def _adapters_have_an_owner(cls, loras: dict[str, str]) -> dict[str, str]:
+        for name, source in loras.items():
+            if not is_path(source) and "/" not in source.strip("/"):
+                raise ValueError(
+                    f"model.loras.{name} is {source!r}: write a path that starts with '/', '.' or "
+                    "'~', or a repository as owner/name"
+                )
+        return loras
+
+    @model_validator(mode="after")
+    def _adapters_need_plain_layers(self) -> "ModelConfig":
+        # A switch of adapters would compile anew, and 8-bit layers take none.
+        for option in ("compile", "quantize"):
+            if getattr(self.speed, option) not in (False, "none") and (
+                self.loras or self.lora_folder
+            ):
+                raise ValueError(
+                    f"model.speed.{option} and LoRA adapters exclude each other: set one of them "
+                    "only"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _only_a_gpu_offloads(self) -> "ModelConfig":
+        if self.device == "cpu" and self.speed.offload != "none":
+            raise ValueError(
+                "model.speed.offload moves weights between a GPU and the CPU, and model.device is "
+                "'cpu': set one of them otherwise"
+            )
+        return self
 
     @property
     def source(self) -> str:
@@ -62,7 +147,7 @@ class ModelConfig(_Config):
     @property
     def is_folder(self) -> bool:
         """Whether the model lies in a folder rather than in a repository of the hub."""
-        return self.id == "demo" if self.path is None else self.path.startswith(("/", ".", "~"))
+        return self.id == "demo" if self.path is None else is_path(self.path)
 
 
 class LimitsConfig(_Config):
@@ -74,6 +159,7 @@ class LimitsConfig(_Config):
     )
     max_steps: int = Field(100, ge=1)
     max_images: int = Field(10, ge=1, description="Pictures per HTTP request (n).")
+    max_loras: int = Field(4, ge=0, description="LoRA adapters at a time, for one picture.")
     max_prompt_chars: int = Field(4_000, ge=1)
     max_body_bytes: int = Field(1024 * 1024, ge=1024)
 
@@ -99,6 +185,9 @@ class EngineConfig(_Config):
     )
     profile_path: str | None = Field(
         None, description="File that keeps what was measured, so that the next start is quick."
+    )
+    prompt_cache_mib: int = Field(
+        128, ge=0, description="Device memory for what text encoders said of prompts."
     )
     limits: LimitsConfig = LimitsConfig()
 
@@ -174,13 +263,41 @@ _WEIGHTS = (".safetensors",)
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
+def find_loras(model: ModelConfig) -> dict[str, str]:
+    """``{name: file or repository}``: the adapters that are named, and those in the folder.
+
+    Raises:
+        ModelLoadError: if a file or the folder does not exist, or a name is given twice.
+    """
+    found = dict(model.loras)
+    for name, source in found.items():
+        path = Path(source).expanduser()
+        if is_path(source) and not (path.is_file() and path.suffix == ".safetensors"):
+            raise ModelLoadError(f"model.loras: {name!r}: there is no .safetensors file {path}.")
+    if model.lora_folder is None:
+        return found
+    folder = Path(model.lora_folder).expanduser()
+    if not folder.is_dir():
+        raise ModelLoadError(f"model.lora_folder: there is no folder {folder}.")
+    for path in sorted(folder.resolve().rglob("*.safetensors")):
+        name = path.relative_to(folder.resolve()).with_suffix("").as_posix()
+        if name in found:
+            raise ModelLoadError(
+                f"model.lora_folder: {path} is called {name!r}, as one of model.loras is. Rename "
+                "one of the two."
+            )
+        found[name] = str(path)
+    return found
+
+
 def check_model_folder(model: ModelConfig) -> None:
     """Find what would stop a local model from loading, in milliseconds.
 
     Raises `ModelLoadError` if the folder is missing, is not in the diffusers format, asks for code
-    of its own, or holds a component whose weights are pickles only. A repository of the hub is
-    checked when it is loaded.
+    of its own, or holds a component whose weights are pickles only, or if a LoRA adapter is
+    missing. A repository of the hub is checked when it is loaded.
     """
+    find_loras(model)
     if not model.is_folder:
         return
     folder = Path(model.source)

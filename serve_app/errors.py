@@ -5,6 +5,7 @@
     DiffusionServeError                 500  internal_error
     ├── InvalidRequest                  400  invalid_value       names the field
     │   ├── ModelNotFound               404  model_not_found
+    │   ├── LoraNotFound                404  lora_not_found
     │   └── BodyTooLarge                413  body_too_large
     ├── Unavailable                     503  unavailable         try again later
     ├── Cancelled                       499  cancelled           the client went away
@@ -47,6 +48,13 @@ class ModelNotFound(InvalidRequest):
 
     status = 404
     code = "model_not_found"
+
+
+class LoraNotFound(InvalidRequest):
+    """The request names a LoRA adapter that this server does not have."""
+
+    status = 404
+    code = "lora_not_found"
 
 
 class BodyTooLarge(InvalidRequest):

@@ -33,12 +33,13 @@ from serve_app.engine.events import (
     Progress,
     Queued,
 )
-from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.params import AdapterSet, GenerationParams, ModelInfo
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
 from serve_app.engine.prompt_cache import PromptCache
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.scheduler import POLICIES, Policy, Task
+from serve_app.engine.speed import compiled, compiling, largest_bucket, padded, warm_up
 from serve_app.engine.warmup import measure
 from serve_app.errors import (
     Cancelled,
@@ -159,6 +160,7 @@ class Engine:
         """
         self._pipeline = pipeline
         self._config = config or EngineConfig()
+        self._speed = model.speed
         self._cost = CostModel(self._config.max_batch_size)
         self._policy = policy or POLICIES[self._config.scheduling](self._cost.speedup)
         self._rendezvous = Rendezvous(pipeline.sites)
@@ -208,6 +210,7 @@ class Engine:
             takes_negative_prompt=pipeline.takes_negative_prompt,
             tasks=pipeline.tasks,
             noise_schedulers=pipeline.noise_schedulers,
+            loras=pipeline.adapters.names,
             sharing=self._certificate.sharing,
             sharing_difference=self._certificate.difference,
             sharing_note=self._certificate.note,
@@ -346,12 +349,15 @@ class Engine:
         # one around them all, the last request to finish would turn gradients on for the others.
         try:
             with torch.no_grad():
-                if self._config.max_running > 1:
-                    self._certificate = certify(self._pipeline, self._rendezvous)
-                    self._previews = self._fit_previews()
-                self._measure()
-                self._ready.set()
-                self._loop()
+                with compiling(self._speed):
+                    if self._config.max_running > 1:
+                        self._certificate = certify(self._pipeline, self._rendezvous)
+                        self._previews = self._fit_previews()
+                    self._measure()
+                    self._warm_up()
+                with compiled(self._speed):
+                    self._ready.set()
+                    self._loop()
         except BaseException as error:
             self._crash = error
             if self._ready.is_set():
@@ -408,6 +414,14 @@ class Engine:
             self._cost.observe_request(size, 1, 1, found.encode_s, found.decode_s)
         if path is not None and missing:
             self._cost.save(Path(path).expanduser())
+
+    def _warm_up(self) -> None:
+        """Compile what was not measured: calls without guidance, and sizes of an earlier start."""
+        if not self._speed.compile:
+            return
+        for size in self._config.warmup_sizes_px or (self._pipeline.default_size_px,):
+            specs, most = self._certificate.specs, self._cost.cap(size)
+            warm_up(self._pipeline.paint, self._rendezvous, specs, size, most)
 
     def _measure_size(self, size: Size, max_batch_size: int) -> Measurement:
         return measure(
@@ -516,7 +530,7 @@ class Engine:
         assert job.call is not None
         site = job.call.site
         try:
-            output, took_s = self._timed(job.call)
+            output, took_s = self._timed(job.call, request.params.lora)
         except Exception as error:
             _check_device(error)
             traceback.clear_frames(error.__traceback__)
@@ -528,9 +542,10 @@ class Engine:
         request.apart_s += took_s
         self._go_on(request, functools.partial(job.resume, output))
 
-    def _timed(self, call: Call) -> tuple[Any, float]:
+    def _timed(self, call: Call, adapters: AdapterSet) -> tuple[Any, float]:
         """Run the module: its output, and the seconds that it took."""
         started_at = time.perf_counter()
+        self._pipeline.adapters.switch(adapters)
         output = self._rendezvous.forward(call)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()  # or the time would be that of asking for it
@@ -538,7 +553,8 @@ class Engine:
 
     def _cap(self, task: Task, within_s: float) -> int:
         request = self._by_number[task.request]
-        return self._cost.cap(request.size, request.rows, within_s)
+        cap = self._cost.cap(request.size, request.rows, within_s)
+        return largest_bucket(cap) if self._speed.compile else cap
 
     def _denoise(self, batch: Sequence[_Request]) -> list[Any]:
         """Each request's share of the output, or the exception that its own call raised."""
@@ -570,15 +586,17 @@ class Engine:
         """One denoiser call and each request's share of what it returns."""
         self._ticks += 1
         calls = [request.mergeable for request in batch if request.mergeable]
+        adapters = batch[0].params.lora
         if calls:
             spec = self._certificate.specs[calls[0].call.site]
-            output, took_s = self._timed(spec.merge(calls))
-            outputs = spec.split(output, calls)
+            filled = padded(calls) if self._speed.compile else calls
+            output, took_s = self._timed(spec.merge(filled), adapters)
+            outputs = spec.split(output, filled)[: len(calls)]
         else:
             [request] = batch
             assert request.job is not None
             assert request.job.call is not None
-            output, took_s = self._timed(request.job.call)
+            output, took_s = self._timed(request.job.call, adapters)
             outputs = [output]
         rows = sum(request.rows for request in batch)
         self._cost.observe_call(batch[0].size, rows, len(batch), took_s)
@@ -632,7 +650,8 @@ class Engine:
             request.encode_s = request.apart_s
         request.apart_s = 0.0
         request.mergeable = self._prepared(call)
-        task.key = request.mergeable.key if request.mergeable else None
+        key = request.mergeable.key if request.mergeable else None
+        task.key = None if key is None else (key, request.params.lora)
         task.step_s = self._cost.predict_call(request.size, request.rows)
         task.remaining_s = self._predict_remaining(request)
         self._policy.park(task)

@@ -7,7 +7,7 @@ from typing import Literal
 from PIL.Image import Image
 
 from serve_app.config import LimitsConfig
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, LoraNotFound
 
 MAX_SEED = 2**63 - 1
 
@@ -15,6 +15,12 @@ Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 Sharing = Literal["batched", "interleaved", "alone"]
 """Whether requests share denoiser calls, take turns at them, or run one after another."""
+
+
+AdapterSet = tuple[tuple[str, float], ...]
+"""LoRA adapters by name, each with its scale, sorted."""
+
+MAX_LORA_SCALE = 10.0
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class ModelInfo:
     tasks: tuple[Task, ...]
     noise_schedulers: tuple[str, ...]
     """Names that a request may give; none for models with a single one of their own."""
+    loras: tuple[str, ...]
+    """Names of the LoRA adapters that are loaded."""
     sharing: Sharing
     """As far as pictures came out the same at start-up."""
     sharing_difference: float | None
@@ -57,6 +65,8 @@ class GenerationParams:
     guidance_scale: float | None = None
     noise_scheduler: str | None = None
     """A name from `ModelInfo.noise_schedulers`."""
+    lora: AdapterSet = ()
+    """In any order; the same adapters at the same scales share batches."""
     image: Image | None = None
     """To start from; is brought to ``width`` and ``height``, which default to its own."""
     mask_image: Image | None = None
@@ -100,6 +110,7 @@ class GenerationParams:
                 + (f"it has {names}." if names else "leave it out: it has one of its own."),
                 "scheduler",
             )
+        self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", "seed")
         steps = self.num_inference_steps or model.default_steps
@@ -136,7 +147,35 @@ class GenerationParams:
                 f"are allowed, such as {side}x{side}.",
                 "size",
             )
-        return replace(self, width=width, height=height, num_inference_steps=steps)
+        return replace(
+            self,
+            width=width,
+            height=height,
+            num_inference_steps=steps,
+            lora=tuple(sorted(self.lora)),
+        )
+
+    def _check_lora(self, model: ModelInfo) -> None:
+        if self.lora and not model.loras:
+            raise LoraNotFound("this server has no LoRA adapters; leave lora out.", "lora")
+        if len(self.lora) > model.limits.max_loras:
+            raise InvalidRequest(
+                f"lora names {len(self.lora)} adapters; at most {model.limits.max_loras} are "
+                "allowed.",
+                "lora",
+            )
+        for name, scale in self.lora:
+            if name not in model.loras:
+                raise LoraNotFound(
+                    f"no LoRA adapter {name[:100]!r} here; there are {', '.join(model.loras)}.",
+                    "lora",
+                )
+            if not abs(scale) <= MAX_LORA_SCALE:
+                raise InvalidRequest(
+                    f"the scale of {name!r} must be from -{MAX_LORA_SCALE:g} to "
+                    f"{MAX_LORA_SCALE:g}.",
+                    "lora",
+                )
 
     def _check_image(self, model: ModelInfo, steps: int) -> None:
         if self.image is None:

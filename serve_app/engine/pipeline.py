@@ -22,10 +22,12 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from serve_app.config import ModelConfig, check_model_folder
-from serve_app.engine.params import GenerationParams, Task
+from serve_app.config import ModelConfig, check_model_folder, find_loras
+from serve_app.engine.adapters import Adapters
+from serve_app.engine.params import AdapterSet, GenerationParams, Task
 from serve_app.engine.prompt_cache import NotCacheable, PromptCache, content_key
 from serve_app.engine.rendezvous import Site
+from serve_app.engine.speed import speed_up
 from serve_app.errors import ConfigError, ModelLoadError
 
 StepCallback = Callable[[int, int], None]
@@ -122,14 +124,19 @@ def _watch(noise_scheduler: Any, on_latents: LatentsCallback) -> None:
     vars(noise_scheduler)["step"] = watched
 
 
-def _remember_prompts(pipeline: DiffusionPipeline, cache: PromptCache) -> None:
-    """Let equal calls of ``encode_prompt`` get what the first of them returned."""
+def _remember_prompts(
+    pipeline: DiffusionPipeline, cache: PromptCache, adapters: AdapterSet
+) -> None:
+    """Let equal calls of ``encode_prompt`` get what the first of them returned.
+
+    With the same adapters, for they may change the text encoders too.
+    """
     encode = pipeline.encode_prompt
 
     @functools.wraps(encode)
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         try:
-            key = content_key((args, kwargs))
+            key = content_key((adapters, args, kwargs))
         except NotCacheable:  # tensors or pictures among them
             return encode(*args, **kwargs)
         return cache.get(key, lambda: encode(*args, **kwargs))
@@ -150,6 +157,11 @@ def _pipelines_of(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
     return found
 
 
+def _denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    parts = {name: pipeline.components.get(name) for name in DENOISERS}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
 def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The children with children of their own; those of a list in its place."""
     for name, child in network.named_children():
@@ -167,13 +179,18 @@ class LoadedPipeline:
         """Take over a pipeline that is already on its device.
 
         Raises:
-            ModelLoadError: if it has no denoiser to meet at, or does not know an argument of
-                ``config.call_kwargs``.
+            ModelLoadError: if it has no denoiser to meet at, does not know an argument of
+                ``config.call_kwargs``, or an adapter cannot be loaded.
         """
         self._pipeline = pipeline
         self._config = config
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self.class_name = type(pipeline).__name__
+        self.adapters = Adapters(
+            pipeline,
+            [part for part in pipeline.components.values() if isinstance(part, nn.Module)],
+            find_loras(config),
+        )
         self._by_task = _pipelines_of(pipeline)
         self.tasks = tuple(self._by_task)
         self.device = torch.device(pipeline.device)
@@ -196,11 +213,7 @@ class LoadedPipeline:
             for name, network in networks.items()
             if hasattr(network, "attn_processors")
         }
-        self.denoisers: dict[str, nn.Module] = {
-            name: components[name]
-            for name in DENOISERS
-            if isinstance(components.get(name), nn.Module)
-        }
+        self.denoisers = _denoisers_of(pipeline)
         if not self.denoisers or "prompt" not in self._parameters:
             raise ModelLoadError(
                 f"{self.class_name} is not a text-to-image pipeline that can be served: it needs a "
@@ -237,7 +250,7 @@ class LoadedPipeline:
 
         Raises:
             ModelLoadError: saying what is wrong with the model.
-            ConfigError: if the device cannot be used.
+            ConfigError: if the device or a speed option cannot be used.
         """
         check_model_folder(config)
         device = resolve_device(config.device)
@@ -257,7 +270,8 @@ class LoadedPipeline:
                 f"model {config.id!r} cannot be loaded from {config.source}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        return cls(pipeline.to(device), config)
+        speed_up(pipeline, _denoisers_of(pipeline), config.speed, device)
+        return cls(pipeline, config)
 
     def _find_sites(self, networks: dict[str, nn.Module]) -> dict[str, Site]:
         """Where requests give way to each other: every network, and within the VAE every block.
@@ -387,7 +401,8 @@ class LoadedPipeline:
         if on_latents is not None:
             _watch(pipeline.scheduler, on_latents)
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
-            _remember_prompts(pipeline, prompt_cache)
+            _remember_prompts(pipeline, prompt_cache, params.lora)
+        self.adapters.switch(params.lora)
         guidance = params.guidance_scale
         if guidance is None:
             guidance = self._config.default_guidance_scale

@@ -119,6 +119,8 @@ class Rendezvous:
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self._sites = sites
         self._dtypes = {name: site.dtype for name, site in sites.items()}
+        # What someone had put there before, as offloading does.
+        self._own = {name: vars(site.module).get("forward") for name, site in sites.items()}
         self._forwards = {name: site.module.forward for name, site in sites.items()}
         for name, site in sites.items():
             site.module.forward = self._meeting(name)
@@ -152,5 +154,7 @@ class Rendezvous:
         return self._forwards[site]
 
     def close(self) -> None:
-        for site in self._sites.values():
+        for name, site in self._sites.items():
             vars(site.module).pop("forward", None)
+            if (own := self._own[name]) is not None:
+                site.module.forward = own

@@ -69,6 +69,7 @@ def _params(body: ImageGenerationRequest) -> list[GenerationParams]:
             num_inference_steps=body.num_inference_steps,
             guidance_scale=body.guidance_scale,
             noise_scheduler=body.scheduler,
+            lora=body.adapters(),
         )
         for index in range(body.n)
     ]
@@ -97,6 +98,7 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         default_steps=info.default_steps,
         max_steps=info.limits.max_steps,
         schedulers=list(info.noise_schedulers),
+        loras=list(info.loras),
         max_pixels=info.limits.max_pixels,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.engine.encoding import ImageFormat
+from serve_app.engine.params import AdapterSet
 from serve_app.errors import InvalidRequest
 
 
@@ -33,7 +34,17 @@ class ImageGenerationRequest(BaseModel):
     scheduler: str | None = Field(
         None, description="Noise scheduler, by a name from /v1/models. Default: the model's own."
     )
+    lora: dict[str, float] | str | None = Field(
+        None,
+        description="LoRA adapters by names from /v1/models, each with its scale; or one name.",
+        examples=[{"pixel-art": 0.8}],
+    )
     seed: int | None = Field(None, description="Same seed, same picture. Default: drawn.")
+
+    def adapters(self) -> AdapterSet:
+        if isinstance(self.lora, str):
+            return ((self.lora, 1.0),)
+        return tuple((self.lora or {}).items())
 
     def size_px(self) -> tuple[int | None, int | None]:
         """(width, height), or two ``None`` for the model's default. Raises `InvalidRequest`."""
@@ -79,6 +90,7 @@ class ModelObject(BaseModel):
     default_steps: int
     max_steps: int
     schedulers: list[str] = Field(description="Noise schedulers that a request may name.")
+    loras: list[str] = Field(description="LoRA adapters that a request may name.")
     max_pixels: int
     batching: Literal["on", "off"]
     batching_difference: float | None = Field(

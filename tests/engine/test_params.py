@@ -20,6 +20,7 @@ MODEL = ModelInfo(
     takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image"),
     noise_schedulers=("euler", "ddim"),
+    loras=("pixel", "ink"),
     sharing="batched",
     sharing_difference=0.0,
     sharing_note="",

@@ -31,6 +31,7 @@ INFO = ModelInfo(
     takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image"),
     noise_schedulers=("euler", "ddim"),
+    loras=("pixel", "ink"),
     sharing="batched",
     sharing_difference=1e-6,
     sharing_note="",

@@ -1,0 +1,249 @@
+"""What each speed option is worth: ``python -m tests.benchmarks.speed``.
+
+Each option is measured against the model without any, in turns within one run, so that whatever
+else the machine does falls on both: seconds of one denoiser call for one picture and for eight,
+how far one picture is from the one without, and the weights on the device.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from serve_app.config import ModelConfig, SpeedConfig
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.speed import compiled, compiling
+from serve_app.errors import DiffusionServeError
+from tests.benchmarks.engine import hardware
+
+BATCHES = (1, 8)
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "channels_last": {"speed": {"channels_last": True}},
+    "attention_backend: native": {"speed": {"attention_backend": "native"}},
+    "attention_backend: _native_cudnn": {"speed": {"attention_backend": "_native_cudnn"}},
+    "quantize: int8": {"speed": {"quantize": "int8"}},
+    "quantize: fp8": {"speed": {"quantize": "fp8"}},
+    "compile": {"speed": {"compile": True}},
+    "compile, quantize: int8": {"speed": {"compile": True, "quantize": "int8"}},
+    "compile, quantize: fp8": {"speed": {"compile": True, "quantize": "fp8"}},
+    "offload: model": {"speed": {"offload": "model"}},
+}
+"""Changes of the model's config."""
+
+NEEDS_GPU = ("attention_backend: _native_cudnn", "offload: model")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    option: str
+    note: str = ""
+    """Why it is not measured; empty if it is."""
+    call_s: dict[int, float] | None = None
+    """By batch size: median."""
+    without_s: dict[int, float] | None = None
+    """The same of the model without the option, in between."""
+    ratio: dict[int, float] | None = None
+    """By batch size: median over the repeats of the one to the other."""
+    largest_difference: float | None = None
+    """Of a pixel in [0, 1] of one picture."""
+    psnr_db: float | None = None
+    """None if there is no difference."""
+    denoiser_mib: float | None = None
+    device_mib: float | None = None
+    """Of all networks, what lies on the device while a picture is decoded."""
+
+
+def weight_bytes(networks: Iterable[nn.Module], device: torch.device | None = None) -> int:
+    """Bytes of weights and buffers, on ``device`` if one is given; of quantized ones as held."""
+    return sum(
+        part.nbytes
+        for network in networks
+        for weights in (*network.parameters(), *network.buffers())
+        for part in _plain(weights)
+        if device is None or part.device.type == device.type
+    )
+
+
+def _plain(weights: Tensor) -> list[Tensor]:
+    """The tensors that a quantized one consists of; any other is its own."""
+    flatten = getattr(weights, "__tensor_flatten__", None)
+    return [weights] if flatten is None else [getattr(weights, name) for name in flatten()[0]]
+
+
+def psnr_db(one: Tensor, other: Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures in [0, 1]; infinite for equal ones."""
+    error = float(((one.float() - other.float()) ** 2).mean())
+    return -10 * math.log10(error) if error else math.inf
+
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _denoiser(pipeline: LoadedPipeline) -> nn.Module:
+    return next(iter(pipeline.denoisers.values()))
+
+
+def record_calls(pipeline: LoadedPipeline, params: GenerationParams) -> dict[int, Arguments]:
+    """By batch size, what the pipeline itself calls its denoiser with first."""
+    calls: dict[int, Arguments] = {}
+    for batch in BATCHES:
+
+        def keep(module: nn.Module, *arguments: Any, batch: int = batch) -> None:
+            calls.setdefault(batch, arguments)
+
+        handle = _denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
+        pipeline.paint(params, images=batch)
+        handle.remove()
+    return calls
+
+
+def _seconds(pipeline: LoadedPipeline, arguments: Arguments) -> float:
+    args, kwargs = arguments
+    started_at = time.perf_counter()
+    with torch.no_grad():
+        _denoiser(pipeline)(*args, **kwargs)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started_at
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, warm, with what it is measured by."""
+
+    pipeline: LoadedPipeline
+    calls: dict[int, Arguments]
+    picture: Tensor
+    denoiser_mib: float
+    device_mib: float
+
+    @classmethod
+    def load(cls, config: ModelConfig, params: GenerationParams) -> "Subject":
+        pipeline = LoadedPipeline.load(config)
+        calls = record_calls(pipeline, replace(params, num_inference_steps=2))
+        picture = pipeline.paint(params).cpu()
+        parts = pipeline._pipeline.components.values()
+        networks = [part for part in parts if isinstance(part, nn.Module)]
+        denoiser_mib = weight_bytes([_denoiser(pipeline)]) / 2**20
+        device_mib = weight_bytes(networks, pipeline.device) / 2**20
+        return cls(pipeline, calls, picture, denoiser_mib, device_mib)
+
+
+def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> Row:
+    """Calls in turns; the first of each, which may allocate, are left out."""
+    call_s: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    without_s: dict[int, list[float]] = {batch: [] for batch in BATCHES}
+    for repeat in range(repeats + 1):
+        for batch in BATCHES:
+            pair = [(subject, call_s), (baseline, without_s)]
+            for one, taken in pair if repeat % 2 else reversed(pair):
+                taken[batch].append(_seconds(one.pipeline, one.calls[batch]))
+    ratios = {
+        batch: [a / b for a, b in zip(call_s[batch][1:], without_s[batch][1:], strict=True)]
+        for batch in BATCHES
+    }
+    difference = psnr_db(subject.picture, baseline.picture)
+    return Row(
+        option,
+        call_s={batch: statistics.median(values[1:]) for batch, values in call_s.items()},
+        without_s={batch: statistics.median(values[1:]) for batch, values in without_s.items()},
+        ratio={batch: statistics.median(values) for batch, values in ratios.items()},
+        largest_difference=float((subject.picture - baseline.picture).abs().max()),
+        psnr_db=None if math.isinf(difference) else difference,
+        denoiser_mib=subject.denoiser_mib,
+        device_mib=subject.device_mib,
+    )
+
+
+def show(rows: list[Row]) -> str:
+    """The table, one option a line."""
+    wide = max(len(row.option) for row in rows)
+    head = "".join(f" {f'batch {batch}, ms':>12} {'ratio':>6}" for batch in BATCHES)
+    head += f" {'difference':>10} {'PSNR dB':>7} {'denoiser MiB':>12} {'device MiB':>10}"
+    lines = [" " * wide + head]
+    for row in rows:
+        line = f"{row.option:<{wide}}"
+        if row.call_s is None or row.ratio is None:
+            lines.append(f"{line} not measured: {row.note}")
+            continue
+        for batch in BATCHES:
+            line += f" {1000 * row.call_s[batch]:>12.2f} {row.ratio[batch]:>6.2f}"
+        psnr = "" if row.psnr_db is None else f"{row.psnr_db:.1f}"
+        line += f" {row.largest_difference:>10.2g} {psnr:>7}"
+        lines.append(f"{line} {row.denoiser_mib:>12.1f} {row.device_mib:>10.1f}")
+    return "\n".join(lines)
+
+
+def main(
+    model: Annotated[str, typer.Option(help="'demo', or a folder in the diffusers format.")] = (
+        "demo"
+    ),
+    device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
+    repeats: Annotated[int, typer.Option(help="Of each call, in turns with the baseline.")] = 30,
+    threads: Annotated[int, typer.Option(help="Of torch on a CPU.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+) -> None:
+    """Print the table."""
+    plain = {"id": "demo", "device": device}
+    if model != "demo":
+        plain |= {"id": Path(model).name, "path": str(Path(model).absolute())}
+    torch.set_num_threads(threads)
+    config = ModelConfig.model_validate(plain)
+    width, height = LoadedPipeline.load(config).default_size_px
+    params = GenerationParams(
+        "a red circle on a blue background",
+        1,
+        width=width,
+        height=height,
+        num_inference_steps=20,
+        guidance_scale=5.0,
+    )
+    baseline = Subject.load(config, params)
+    # Against itself: how far apart two equal things are here.
+    rows = [measure("none", Subject.load(config, params), baseline, repeats)]
+    for option, change in OPTIONS.items():
+        if option in NEEDS_GPU and device == "cpu":
+            rows.append(Row(option, note="needs a GPU"))
+            continue
+        speed = SpeedConfig.model_validate(change.get("speed", {}))
+        try:
+            changed = ModelConfig.model_validate(plain | change)
+            with compiling(speed):
+                subject = Subject.load(changed, params)
+            with compiled(speed):
+                rows.append(measure(option, subject, baseline, repeats))
+        except DiffusionServeError as error:
+            rows.append(Row(option, note=str(error)))
+        typer.echo(f"{option}: done", err=True)
+    typer.echo(show(rows))
+    if output is not None:
+        result = {
+            "command": "python -m tests.benchmarks.speed " + " ".join(sys.argv[1:]),
+            "hardware": hardware(baseline.pipeline.device) | {"torchao": version("torchao")},
+            "model": model,
+            "dtype": str(baseline.pipeline.dtype),
+            "size_px": [width, height],
+            "steps": params.num_inference_steps,
+            "repeats": repeats,
+            "rows": [asdict(row) for row in rows],
+        }
+        output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
