@@ -21,6 +21,11 @@ serve: install
 	$(BIN)/diffusion-serve check $(CONFIG)
 	$(BIN)/serve run $(CONFIG)
 
+# With what only tests and few configurations need.
+.venv/tested: .venv/installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,quantize]'
+	touch $@
+
 test: lint types imports tests
 
 lint: install
@@ -33,7 +38,7 @@ types: install
 imports: install
 	$(BIN)/lint-imports
 
-tests: install
+tests: .venv/tested
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 clean:

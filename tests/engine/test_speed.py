@@ -1,13 +1,13 @@
 """Speed options: what they change of a model, what they refuse, and what they compile."""
 
-import functools
+import os
 import shutil
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,13 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from serve_app.config import ModelConfig, SpeedConfig, parse_app_config
+from serve_app.config import EngineConfig, ModelConfig, SpeedConfig, parse_app_config
 from serve_app.engine import speed as subject
 from serve_app.engine.batch import MergeableCall
-from serve_app.engine.certification import certify
+from serve_app.engine.certification import certify, largest_difference
+from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import DENOISERS, LoadedPipeline
-from serve_app.engine.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.rendezvous import Call, Rendezvous
 from serve_app.engine.speed import (
     bucket,
     compiled,
@@ -32,7 +34,6 @@ from serve_app.engine.speed import (
     padded,
     speed_up,
     take_turns,
-    warm_up,
 )
 from serve_app.errors import ConfigError
 from tests.benchmarks.speed import psnr_db, weight_bytes
@@ -279,73 +280,48 @@ def test_all_shapes_of_the_start_up_are_kept_and_no_later_one_is_compiled() -> N
     assert _graphs() - before == len(shapes)
 
 
-def _calls(
-    pipeline: LoadedPipeline, rendezvous: Rendezvous, guidance_scales: list[float]
-) -> list[Call]:
-    """The first call of the denoiser by requests with these scales."""
-    calls = []
-    for seed, scale in enumerate(guidance_scales):
-        params = replace(TINY, seed=seed, guidance_scale=scale)
-        job = Job(functools.partial(pipeline.paint, params))
-        job.start()
-        while job.call is not None and job.call.site not in pipeline.denoisers:
-            job.resume(rendezvous.forward(job.call))
-        assert job.call is not None
-        calls.append(job.call)
-        job.kill()
-    return calls
-
-
 def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
-def test_nothing_is_compiled_after_the_warm_up(report: Callable[[str], None]) -> None:
-    """In a thread of its own, as in the engine: the limits of the compiler belong to a thread."""
-
-    def work() -> None:
-        with torch.no_grad():
-            _serve_compiled(report)
-
-    with ThreadPoolExecutor(1) as thread:
-        thread.submit(work).result()
-
-
-def _serve_compiled(report: Callable[[str], None]) -> None:
-    speed = SpeedConfig(compile=True)
-    pipeline, denoisers = _tiny("stable-diffusion")
-    loaded = LoadedPipeline(pipeline, ModelConfig(id="tiny", default_size_px=TINY_SIZE))
-    rendezvous = Rendezvous(loaded.sites)
-    specs = certify(loaded, rendezvous).specs
-    spec = specs["unet"]
-    scales = [5.0, 1.0, 5.0, 5.0]
-    calls = [spec.prepare(call) for call in _calls(loaded, rendezvous, scales)]
-    guided, unguided = calls[0], calls[1]
-    batches = [[guided], [unguided], [guided, unguided], [guided, calls[2]], [unguided] * 2]
-    alone = {id(call): rendezvous.forward(call.call)[0] for call in calls}
-
-    speed_up(pipeline, denoisers, speed, CPU)
-    started_at = time.perf_counter()
-    before = _graphs()
-    with compiling(speed):
-        warm_up(loaded.paint, rendezvous, specs, TINY_SIZE, 2)
-    warm = _graphs()
-    assert warm > before
-    report(
-        f"compile: {warm - before} graphs for batches of 1 and 2 with and without guidance in "
-        f"{time.perf_counter() - started_at:.0f} s"
+@pytest.mark.skipif(
+    shutil.which("g++") is None and "CI" not in os.environ,
+    reason="torch compiles for a CPU with g++",
+)
+def test_an_engine_compiles_nothing_while_requests_wait(
+    tmp_path: Path, report: Callable[[str], None]
+) -> None:
+    _tiny("stable-diffusion")[0].save_pretrained(tmp_path)
+    model = ModelConfig.model_validate(
+        {
+            "id": "tiny",
+            "path": str(tmp_path),
+            "device": "cpu",
+            "default_size_px": TINY_SIZE,
+            "default_steps": 3,
+            "speed": {"compile": True},
+        }
     )
-    with compiled(speed):
-        for batch in batches:
-            filled = padded(batch)
-            outputs = spec.split(rendezvous.forward(spec.merge(filled)), filled)[: len(batch)]
-            for call, output in zip(batch, outputs, strict=True):
-                assert (output[0] - alone[id(call)]).abs().max() < ROUNDING
+    config = EngineConfig(scheduling="fifo", max_batch_size=4, warmup_sizes_px=(TINY_SIZE,))
+    requests = [
+        replace(TINY, seed=seed, num_inference_steps=2 + seed, guidance_scale=(1.0, 5.0)[seed % 2])
+        for seed in range(5)
+    ]
+    # A size that is not warm is painted as well, and makes nobody wait for a compiler.
+    requests.append(replace(TINY, width=HEIGHT_PX))
+    plain = LoadedPipeline.load(model.model_copy(update={"speed": SpeedConfig()}))
+    alone = [plain.paint(request)[0] for request in requests]
+    started_at, before = time.perf_counter(), _graphs()
+    with Engine.load(model, config) as engine:
+        warm = _graphs()
+        assert warm > before
+        report(
+            f"compile: {warm - before} graphs of a tiny model for batches up to 4 in "
+            f"{time.perf_counter() - started_at:.0f} s"
+        )
+        streams = [engine.stream(request) for request in requests]
+        ends = [list(stream)[-1] for stream in streams]
+        assert engine.stats().mean_batch_size > 1.5
         assert _graphs() == warm
-        # A shape that is not warm runs as well, and makes nobody wait for a compiler.
-        filled = padded(calls)
-        outputs = spec.split(rendezvous.forward(spec.merge(filled)), filled)
-        assert (outputs[0][0] - alone[id(guided)]).abs().max() < ROUNDING
-        assert _graphs() == warm
-    rendezvous.close()
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(alone, together) < ROUNDING
