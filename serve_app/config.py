@@ -175,7 +175,9 @@ class EngineConfig(_Config):
         "on_time", description="Who runs next; 'on_time' meets the most deadlines."
     )
     slo_scale: float = Field(
-        3.0, gt=0, description="The deadline of a request, in multiples of its time alone."
+        3.0,
+        gt=0,
+        description="The deadline of a request that names none, in multiples of its time alone.",
     )
     warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
         (),

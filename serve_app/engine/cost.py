@@ -74,8 +74,6 @@ class CostModel:
     """Denoiser calls that one step of one request makes; two where guidance has its own."""
     _fitting: dict[Size, tuple[int, int]] = field(default_factory=dict)
     """By size where memory ran out: how many fit, and how often that many have since."""
-    _alone_s: float = 0.0
-    _busy_s: float = 0.0
 
     def measured(self, size: Size, measurement: Measurement) -> None:
         """Take over what a warm-up found."""
@@ -93,9 +91,6 @@ class CostModel:
         if requests == fitting:
             enough = often + 1 == _RECOVERY_CALLS
             self._fitting[size] = (fitting + 1, 0) if enough else (fitting, often + 1)
-        # How much faster than alone, over the last few hundred calls.
-        self._alone_s = 0.99 * self._alone_s + requests * self.predict_call(size, rows / requests)
-        self._busy_s = 0.99 * self._busy_s + seconds
 
     def observe_stage(self, site: str, size: Size, seconds: float) -> None:
         """A call of a module other than the denoiser took so long."""
@@ -134,9 +129,13 @@ class CostModel:
         """Seconds that a request takes after its last denoiser call."""
         return _at(size, self.decode_s)
 
+    def predict_between(self, size: Size) -> float:
+        """Seconds that a request takes between two of its denoiser calls."""
+        return _at(size, self.between_s)
+
     def predict_steps(self, size: Size, steps: float, rows: float = 1.0) -> float:
         """Seconds that so many steps of a request take when it runs alone."""
-        call_s = self.predict_call(size, rows) + _at(size, self.between_s)
+        call_s = self.predict_call(size, rows) + self.predict_between(size)
         return steps * self.calls_per_step * call_s
 
     def cap(self, size: Size, rows: float = 1.0, within_s: float = math.inf) -> int:
@@ -157,10 +156,6 @@ class CostModel:
         fitting = max(1, batch // 2)
         self._fitting[size] = (fitting, 0)
         return fitting
-
-    def speedup(self) -> float:
-        """How many times faster than one at a time the device has lately been."""
-        return max(1.0, self._alone_s / self._busy_s) if self._busy_s else 1.0
 
     def save(self, path: Path) -> None:
         """Keep what the warm-up measured, for the next start."""

@@ -33,6 +33,7 @@ from serve_app.engine.events import (
     Progress,
     Queued,
 )
+from serve_app.engine.forecast import Forecast, Work
 from serve_app.engine.params import AdapterSet, GenerationParams, ModelInfo
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
@@ -40,6 +41,7 @@ from serve_app.engine.prompt_cache import PromptCache
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.scheduler import POLICIES, Policy, Task
 from serve_app.engine.speed import compiled, compiling, largest_bucket, padded, warm_up
+from serve_app.engine.timer import CallTimer
 from serve_app.engine.warmup import measure
 from serve_app.errors import (
     Cancelled,
@@ -50,6 +52,7 @@ from serve_app.errors import (
     ModelLoadError,
     Unavailable,
 )
+from serve_app.metrics import FORECAST_ERROR, SHARING, SHARING_DIFFERENCE
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +80,8 @@ class EngineStats:
     """Denoiser calls."""
     steps: int
     """Requests served by those that succeeded; over ``ticks`` it is the mean batch size."""
+    forecast_error: float | None
+    """Median share by which the predictions of when a request would be done were lately off."""
     log: tuple[LogEntry, ...]
     """The last few hundred, oldest first."""
 
@@ -94,6 +99,9 @@ class _Request:
     on_event: EventCallback
     submitted_at: float
     task: Task
+    accepted_at: float = 0.0
+    predicted_s: float = 0.0
+    """From then to its end, as it looked then."""
     started_at: float = 0.0
     steps_done: int = 0
     steps_total: int = 0
@@ -101,7 +109,7 @@ class _Request:
     encode_s: float = 0.0
     """Spent on it before its first denoiser call."""
     apart_s: float = 0.0
-    """Spent on it outside the denoiser since its start or its last denoiser call."""
+    """Spent on it outside the denoiser since its last denoiser call."""
     job: Job[Tensor] | None = None
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
@@ -160,9 +168,11 @@ class Engine:
         """
         self._pipeline = pipeline
         self._config = config or EngineConfig()
+        self._model_id = model.id
         self._speed = model.speed
         self._cost = CostModel(self._config.max_batch_size)
-        self._policy = policy or POLICIES[self._config.scheduling](self._cost.speedup)
+        self._policy = policy or POLICIES[self._config.scheduling]()
+        self._forecast = Forecast(self._cost)
         self._rendezvous = Rendezvous(pipeline.sites)
         self._certificate = Certificate("alone", {}, None, "max_running is 1")
         self._previews: PreviewMap | None = None
@@ -177,6 +187,7 @@ class Engine:
         self._waiting: deque[_Request] = deque()
         self._running: list[_Request] = []
         self._at_stage: list[_Request] = []  # those parked elsewhere than at a denoiser
+        self._timer = CallTimer(pipeline.device)
         self._stage_s = 0.0  # spent on decoding since the last denoiser call
         self._call_s = 0.0  # what that took
         self._by_number: dict[int, _Request] = {}
@@ -186,7 +197,7 @@ class Engine:
         self._crash: BaseException | None = None
 
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
         self._thread.start()
         self._ready.wait()
         if self._crash is not None:
@@ -216,7 +227,7 @@ class Engine:
             sharing_note=self._certificate.note,
             limits=self._config.limits,
         )
-        self._log_certificate()
+        self._report_certificate()
         try:
             GenerationParams("defaults", 0).resolved(self.info)
         except InvalidRequest as error:
@@ -298,6 +309,7 @@ class Engine:
             running=len(self._running),
             ticks=self._ticks,
             steps=self._steps,
+            forecast_error=self._forecast.error,
             log=tuple(self._log),
         )
 
@@ -326,8 +338,11 @@ class Engine:
     ) -> None:
         self.close(drain=error is None)
 
-    def _log_certificate(self) -> None:
+    def _report_certificate(self) -> None:
         certificate, name = self._certificate, f"{self.info.id} ({self.info.pipeline})"
+        SHARING.labels(self.info.id).state(certificate.sharing)
+        if certificate.difference is not None:
+            SHARING_DIFFERENCE.labels(self.info.id).set(certificate.difference)
         if certificate.sharing == "batched":
             logger.info(
                 "model %s: batching=on, largest difference %.2g", name, certificate.difference
@@ -344,7 +359,7 @@ class Engine:
 
     # ---- for the engine's thread ---------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _live(self) -> None:
         # Grad mode belongs to the thread, and the pipelines' own no_grad interleave: without this
         # one around them all, the last request to finish would turn gradients on for the others.
         try:
@@ -430,13 +445,35 @@ class Engine:
 
     def _accept(self, request: _Request) -> None:
         self._note(request.number, "queued")
-        self._tell(request, Queued(len(self._waiting)))
+        position = len(self._waiting)
         self._waiting.append(request)
         self._by_number[request.number] = request
         alone_s = self._predict_remaining(request)
         request.task.remaining_s = alone_s
-        request.task.deadline_at = request.submitted_at + self._config.slo_scale * alone_s
+        wanted_s = request.params.deadline_s or self._config.slo_scale * alone_s
+        request.task.deadline_at = request.submitted_at + wanted_s
         self._policy.add(request.task)
+        request.accepted_at = time.perf_counter()
+        request.predicted_s = self._predict_finish(request)
+        self._tell(request, Queued(position, request.predicted_s))
+
+    def _predict_finish(self, request: _Request) -> float:
+        """Seconds from here to its end, in the company that it has."""
+        order = self._policy.order(time.perf_counter())
+        works = [self._work_left(self._by_number[task.request]) for task in order]
+        return self._forecast.predict_s(works, works[order.index(request.task)])
+
+    def _work_left(self, request: _Request) -> Work:
+        cost, size = self._cost, request.size
+        alone = self._certificate.sharing != "batched"
+        return Work(
+            group=request.number if alone else (size, request.params.lora),
+            size=size,
+            rows=request.rows,
+            calls=request.steps_left * cost.calls_per_step,
+            encode_s=0.0 if request.calls else cost.predict_encode(size),
+            decode_s=cost.predict_decode(size),
+        )
 
     def _cancel(self, number: int) -> None:
         if request := self._by_number.get(number):
@@ -528,28 +565,31 @@ class Engine:
         job = request.job
         assert job is not None
         assert job.call is not None
-        site = job.call.site
+        call, size = job.call, request.size
+        encoding, decoding = not request.calls, not request.steps_left
+
+        def took(seconds: float) -> None:
+            self._cost.observe_stage(call.site, size, seconds)
+            if encoding:
+                request.encode_s += seconds
+            else:
+                request.apart_s += seconds
+            if decoding:
+                self._stage_s += seconds
+
         try:
-            output, took_s = self._timed(job.call, request.params.lora)
+            output = self._run(call, request.params.lora, took)
         except Exception as error:
             _check_device(error)
             traceback.clear_frames(error.__traceback__)
             self._go_on(request, functools.partial(job.fail, error))
             return
-        self._cost.observe_stage(site, request.size, took_s)
-        if not request.steps_left:
-            self._stage_s += took_s
-        request.apart_s += took_s
         self._go_on(request, functools.partial(job.resume, output))
 
-    def _timed(self, call: Call, adapters: AdapterSet) -> tuple[Any, float]:
-        """Run the module: its output, and the seconds that it took."""
-        started_at = time.perf_counter()
+    def _run(self, call: Call, adapters: AdapterSet, took: Callable[[float], None]) -> Any:
+        """Run the module: what it returns; ``took`` is told the seconds."""
         self._pipeline.adapters.switch(adapters)
-        output = self._rendezvous.forward(call)
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # or the time would be that of asking for it
-        return output, time.perf_counter() - started_at
+        return self._timer.run(lambda: self._rendezvous.forward(call), took)
 
     def _cap(self, task: Task, within_s: float) -> int:
         request = self._by_number[task.request]
@@ -585,22 +625,24 @@ class Engine:
     def _forward(self, batch: Sequence[_Request]) -> list[Any]:
         """One denoiser call and each request's share of what it returns."""
         self._ticks += 1
+        size, rows = batch[0].size, sum(request.rows for request in batch)
+
+        def took(seconds: float) -> None:
+            self._cost.observe_call(size, rows, len(batch), seconds)
+            self._call_s = seconds
+
         calls = [request.mergeable for request in batch if request.mergeable]
         adapters = batch[0].params.lora
         if calls:
             spec = self._certificate.specs[calls[0].call.site]
             filled = padded(calls) if self._speed.compile else calls
-            output, took_s = self._timed(spec.merge(filled), adapters)
+            output = self._run(spec.merge(filled), adapters, took)
             outputs = spec.split(output, filled)[: len(calls)]
         else:
             [request] = batch
             assert request.job is not None
             assert request.job.call is not None
-            output, took_s = self._timed(request.job.call, adapters)
-            outputs = [output]
-        rows = sum(request.rows for request in batch)
-        self._cost.observe_call(batch[0].size, rows, len(batch), took_s)
-        self._call_s = took_s
+            outputs = [self._run(request.job.call, adapters, took)]
         self._steps += len(batch)
         return outputs
 
@@ -608,7 +650,11 @@ class Engine:
         """Run its job up to where it parks or ends, and see to what it did."""
         started_at = time.perf_counter()
         switch()
-        request.apart_s += time.perf_counter() - started_at
+        took_s = time.perf_counter() - started_at
+        if request.calls:
+            request.apart_s += took_s
+        else:
+            request.encode_s += took_s
         self._settle(request)
 
     def _settle(self, request: _Request) -> None:
@@ -626,9 +672,8 @@ class Engine:
             traceback.clear_frames(job.error.__traceback__)
             self._end(request, "failed", Failed(error))
         else:
-            self._cost.observe_request(
-                request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
-            )
+            took_s = time.perf_counter() - request.accepted_at
+            self._timer.afterwards(functools.partial(self._learn_from, request, took_s))
             result = GenerationResult(
                 params=request.params,
                 pixels=job.result,
@@ -638,6 +683,15 @@ class Engine:
             )
             self._end(request, "completed", Completed(result))
 
+    def _learn_from(self, request: _Request, took_s: float) -> None:
+        """A finished request makes later predictions better."""
+        self._cost.observe_request(
+            request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
+        )
+        error = self._forecast.observe(request.predicted_s, took_s)
+        if error is not None:
+            FORECAST_ERROR.labels(self._model_id).observe(error)
+
     def _park(self, request: _Request, call: Call) -> None:
         task = request.task
         if call.site not in self._pipeline.denoisers:
@@ -646,9 +700,7 @@ class Engine:
             return
         if request.calls:
             self._cost.observe_between(request.size, request.apart_s)
-        else:
-            request.encode_s = request.apart_s
-        request.apart_s = 0.0
+            request.apart_s = 0.0
         request.mergeable = self._prepared(call)
         key = request.mergeable.key if request.mergeable else None
         task.key = None if key is None else (key, request.params.lora)
@@ -661,7 +713,7 @@ class Engine:
         cost, size = self._cost, request.size
         decode_s = cost.predict_decode(size)
         if not request.calls:
-            encode_s = max(0.0, cost.predict_encode(size) - request.apart_s - request.encode_s)
+            encode_s = max(0.0, cost.predict_encode(size) - request.encode_s)
             return encode_s + cost.predict_steps(size, request.steps_left, request.rows) + decode_s
         if request.steps_left:
             return cost.predict_steps(size, request.steps_left, request.rows) + decode_s

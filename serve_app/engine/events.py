@@ -16,6 +16,8 @@ class Queued:
     """Accepted. ``position`` requests wait before it."""
 
     position: int
+    eta_s: float
+    """Seconds until the picture should be done; 0 while nothing is known of the model."""
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,8 @@ class GenerationParams:
     """What to paint anew of ``image``: white; black stays."""
     preview_steps: tuple[int, ...] = ()
     """After which steps to send a preview, counted from 1."""
+    deadline_s: float | None = None
+    """Seconds from its submission in which it is wanted. Default: a multiple of its time alone."""
     strength: float | None = None
     """How much of ``image`` may change, over 0 to 1; also the share of the steps that run."""
 
@@ -122,6 +124,8 @@ class GenerationParams:
             raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
         if any(not 1 <= step <= steps for step in self.preview_steps):
             raise InvalidRequest(f"preview_steps must be from 1 to {steps}.", "preview_steps")
+        if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
+            raise InvalidRequest("deadline_s must be over 0.", "deadline_s")
         self._check_image(model, steps)
         step = model.size_multiple
         default_size = model.default_width, model.default_height
@@ -164,6 +168,8 @@ class GenerationParams:
                 "allowed.",
                 "lora",
             )
+        if len({name for name, _ in self.lora}) != len(self.lora):
+            raise InvalidRequest("lora names an adapter twice.", "lora")
         for name, scale in self.lora:
             if name not in model.loras:
                 raise LoraNotFound(

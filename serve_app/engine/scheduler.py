@@ -56,6 +56,10 @@ class Policy(Protocol):
         """Which of these, none of them parked, goes first."""
         ...
 
+    def order(self, now: float) -> list[Task]:
+        """All requests, parked or not: who goes before whom, as it looks now."""
+        ...
+
     def choose(self, now: float, cap: Cap) -> list[Task]:
         """Calls that may run together, the leader first; they count as parked no more.
 
@@ -94,6 +98,9 @@ class RankedPolicy:
 
     def first(self, tasks: list[Task], now: float) -> Task:
         return min(tasks, key=lambda task: (self.rank(task), task.request))
+
+    def order(self, now: float) -> list[Task]:
+        return sorted(self._tasks.values(), key=lambda task: (self.rank(task), task.request))
 
     def choose(self, now: float, cap: Cap) -> list[Task]:
         if not self._groups:
@@ -166,22 +173,24 @@ class OnTime(RankedPolicy):
     The set is made again when a request comes or goes, or a leader turns out to be too late; in
     between, the work that is done and the time that passes keep step.
 
-    The others run when none of those waits, and get ``late_share`` of the time, so that none of
-    them starves. A leader gets as much company as lets it be on time.
+    That batches make the device faster is left out of account: what it gains makes up for what
+    cannot be foreseen.
+
+    The others run when none of those waits, and get ``late_share`` of the time. The least remaining
+    work goes first there, so that who is a little late is not much later; every eighth time it is
+    the turn of the earliest deadline, so that nobody starves. A leader gets as much company as lets
+    it be on time.
     """
 
-    def __init__(
-        self, speedup: Callable[[], float] = lambda: 1.0, late_share: float = 0.05
-    ) -> None:
-        """``speedup`` tells how much faster the device works than it would on each alone."""
+    def __init__(self, late_share: float = 0.1) -> None:
         super().__init__()
-        self._speedup = speedup
         self._late_share = late_share
+        self._late_turns = 0
         self._owed_s = 0.0
         self._stale = False
 
     def rank(self, task: Task) -> tuple[bool, float]:
-        return (task.late, task.deadline_at)
+        return (task.late, task.remaining_s if task.late else task.deadline_at)
 
     def call_s(self, leader: Task, now: float) -> float:
         # Company may use half of the time to spare; the rest is for what is not foreseen.
@@ -202,6 +211,10 @@ class OnTime(RankedPolicy):
         self._plan(now)
         return super().first(tasks, now)
 
+    def order(self, now: float) -> list[Task]:
+        self._plan(now)
+        return super().order(now)
+
     def choose(self, now: float, cap: Cap) -> list[Task]:
         if not self._groups:
             return []
@@ -211,9 +224,11 @@ class OnTime(RankedPolicy):
             self._stale = True
             self._plan(now)
             group, leader = self._leader()
-        late = None if leader.late else self._first_late()
+        late = self._first_late()
         if late is None:
             return self._take(group, now, cap)
+        if leader.late:
+            return self._take_late(late, now, cap)
         # Counted as if members ran one after another: company is charged to who brings it.
         if self._owed_s >= late.step_s:
             chosen = self._take_late(late, now, cap)
@@ -227,18 +242,12 @@ class OnTime(RankedPolicy):
         if not self._stale:
             return
         self._stale = False
-        speedup = self._speedup()
         longest: list[tuple[float, int]] = []
         finished_at = now
         late: set[int] = set()
         for task in sorted(self._tasks.values(), key=lambda task: task.deadline_at):
-            # Company makes the device faster, but no single request.
-            if now + task.remaining_s > task.deadline_at:
-                late.add(task.request)
-                continue
-            work = task.remaining_s / speedup
-            finished_at += work
-            heappush(longest, (-work, task.request))
+            finished_at += task.remaining_s
+            heappush(longest, (-task.remaining_s, task.request))
             if finished_at > task.deadline_at:
                 longest_work, number = heappop(longest)
                 finished_at += longest_work
@@ -252,7 +261,10 @@ class OnTime(RankedPolicy):
                     self._enter(task)
 
     def _first_late(self) -> Task | None:
-        """The late call with the earliest deadline."""
+        """The late call whose turn it is."""
+        if self._late_turns % 8 == 7:
+            late = [task for task in self._tasks.values() if task.late and task._entry is not None]
+            return min(late, key=lambda task: task.deadline_at, default=None)
         first: tuple[Any, int] | None = None
         for entries in self._groups.values():
             index = bisect_left(entries, ((True,),))
@@ -262,6 +274,7 @@ class OnTime(RankedPolicy):
 
     def _take_late(self, leader: Task, now: float, cap: Cap) -> list[Task]:
         """The late leader, and with it the most urgent of its key."""
+        self._late_turns += 1
         self._leave(leader)
         group = self._group(leader)
         fill = 0 if leader.key is None else cap(leader, math.inf) - 1
@@ -270,10 +283,10 @@ class OnTime(RankedPolicy):
         return [leader, *self._take(group, now, lambda *_: fill)]
 
 
-POLICIES: dict[str, Callable[[Callable[[], float]], Policy]] = {
+POLICIES: dict[str, type[RankedPolicy]] = {
     "on_time": OnTime,
-    "fifo": lambda _: Fifo(),
-    "least_slack": lambda _: LeastSlack(),
-    "shortest_first": lambda _: ShortestFirst(),
+    "fifo": Fifo,
+    "least_slack": LeastSlack,
+    "shortest_first": ShortestFirst,
 }
-"""By their names in the config; each is given the device's speed-up."""
+"""By their names in the config."""

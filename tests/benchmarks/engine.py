@@ -244,7 +244,8 @@ def main(
                 "profile_path": str(Path(folder) / "profile.json"),
             }
         )
-        return with_engine(pipeline, model_config, config, keep_pictures)
+        wanted_s = None if keep_pictures else slo_s
+        return with_engine(pipeline, model_config, config, wanted_s, keep_pictures)
 
     rows: list[Row] = []
     reports: list[dict[str, Any]] = []
@@ -280,7 +281,7 @@ def main(
     for did in reports:
         typer.echo(
             f"{did['way']} at {did['load']:g}: mean batch {did['mean_batch_size']:.2f}, "
-            f"caps {did['caps']}"
+            f"caps {did['caps']}, finish predicted within {did['forecast_error']:.0%} (median)"
         )
     if saturated:
         typer.echo(saturation.show(saturated))

@@ -18,7 +18,7 @@ def decisions(name: str, requests: int, count: int) -> list[float]:
     Every twentieth step ends a request and brings another, as with twenty steps a request.
     """
     rng = Random(0)
-    policy = POLICIES[name](lambda: 1.0)
+    policy = POLICIES[name]()
     now = 0.0
 
     def new(number: int) -> Task:

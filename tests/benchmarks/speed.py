@@ -6,7 +6,6 @@ how far one picture is from the one without, and the weights on the device.
 """
 
 import json
-import math
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.speed import compiled, compiling
 from serve_app.errors import DiffusionServeError
 from tests.benchmarks.engine import hardware
+from tests.benchmarks.saturation import psnr
 
 BATCHES = (1, 8)
 
@@ -62,7 +62,7 @@ class Row:
     largest_difference: float | None = None
     """Of a pixel in [0, 1] of one picture."""
     psnr_db: float | None = None
-    """None if there is no difference."""
+    """120 if there is no difference."""
     denoiser_mib: float | None = None
     device_mib: float | None = None
     """Of all networks, what lies on the device while a picture is decoded."""
@@ -83,12 +83,6 @@ def _plain(weights: Tensor) -> list[Tensor]:
     """The tensors that a quantized one consists of; any other is its own."""
     flatten = getattr(weights, "__tensor_flatten__", None)
     return [weights] if flatten is None else [getattr(weights, name) for name in flatten()[0]]
-
-
-def psnr_db(one: Tensor, other: Tensor) -> float:
-    """Peak signal-to-noise ratio of pictures in [0, 1]; infinite for equal ones."""
-    error = float(((one.float() - other.float()) ** 2).mean())
-    return -10 * math.log10(error) if error else math.inf
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -157,14 +151,13 @@ def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> R
         batch: [a / b for a, b in zip(call_s[batch][1:], without_s[batch][1:], strict=True)]
         for batch in BATCHES
     }
-    difference = psnr_db(subject.picture, baseline.picture)
     return Row(
         option,
         call_s={batch: statistics.median(values[1:]) for batch, values in call_s.items()},
         without_s={batch: statistics.median(values[1:]) for batch, values in without_s.items()},
         ratio={batch: statistics.median(values) for batch, values in ratios.items()},
         largest_difference=float((subject.picture - baseline.picture).abs().max()),
-        psnr_db=None if math.isinf(difference) else difference,
+        psnr_db=psnr(subject.picture, baseline.picture),
         denoiser_mib=subject.denoiser_mib,
         device_mib=subject.device_mib,
     )
@@ -183,8 +176,7 @@ def show(rows: list[Row]) -> str:
             continue
         for batch in BATCHES:
             line += f" {1000 * row.call_s[batch]:>12.2f} {row.ratio[batch]:>6.2f}"
-        psnr = "" if row.psnr_db is None else f"{row.psnr_db:.1f}"
-        line += f" {row.largest_difference:>10.2g} {psnr:>7}"
+        line += f" {row.largest_difference:>10.2g} {row.psnr_db:>7.1f}"
         lines.append(f"{line} {row.denoiser_mib:>12.1f} {row.device_mib:>10.1f}")
     return "\n".join(lines)
 

@@ -4,8 +4,8 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
@@ -69,6 +69,8 @@ class EngineReport:
     mean_batch_size: float
     caps: dict[str, int]
     """By size."""
+    forecast_error: float | None
+    """Median share by which the predictions of when a request would be done were off."""
     busy_s: float
     """With at least one request in it."""
     bare_s: dict[str, float]
@@ -190,9 +192,10 @@ def with_engine(
     pipeline: LoadedPipeline,
     model: ModelConfig,
     config: EngineConfig,
+    slo_s: Mapping[Kind, float] | None = None,
     keep_pictures: bool = False,
 ) -> Way:
-    """A new engine for each trace."""
+    """A new engine for each trace; it is told in how many seconds each kind is wanted."""
 
     def serve(arrivals: list[Arrival]) -> Served:
         sent_at = [0.0] * len(arrivals)
@@ -220,7 +223,9 @@ def with_engine(
                         ends.put((number, event))
 
                 sent_at[number] = time.perf_counter()
-                engine.submit(arrival.kind.params(arrival.seed), on_event)
+                params = arrival.kind.params(arrival.seed)
+                deadline_s = None if slo_s is None else slo_s[arrival.kind]
+                engine.submit(replace(params, deadline_s=deadline_s), on_event)
 
             collector = threading.Thread(target=collect)
             collector.start()
@@ -230,6 +235,7 @@ def with_engine(
         report = EngineReport(
             mean_batch_size=engine.stats().mean_batch_size,
             caps=caps,
+            forecast_error=engine.stats().forecast_error,
             busy_s=busy_s(spans),
             bare_s=calls.seconds(),
         )

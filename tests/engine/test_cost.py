@@ -100,18 +100,6 @@ def test_predictions_follow_the_device() -> None:
     assert cost.predict_decode(SMALL) == pytest.approx(2.0, rel=0.01)
 
 
-def test_the_speedup_is_that_of_the_last_calls() -> None:
-    cost = CostModel(max_batch_size=16)
-    assert cost.speedup() == 1.0
-    cost.measured(SMALL, measurement(linear(1.0, 1.0)))
-    for _ in range(500):
-        cost.observe_call(SMALL, 4.0, 4, 5.0)
-    assert cost.speedup() == pytest.approx(8 / 5)
-    for _ in range(500):
-        cost.observe_call(SMALL, 1.0, 1, 2.0)
-    assert cost.speedup() == pytest.approx(1.0, rel=0.02)
-
-
 @given(
     st.dictionaries(st.integers(1, 16), st.floats(0.01, 10), min_size=1),
     st.floats(0.5, 64),

@@ -1,12 +1,13 @@
 import dataclasses
 import pickle
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
 from serve_app.config import LimitsConfig
-from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
-from serve_app.errors import InvalidRequest
+from serve_app.engine.params import MAX_SEED, AdapterSet, GenerationParams, ModelInfo
+from serve_app.errors import InvalidRequest, LoraNotFound
 
 MODEL = ModelInfo(
     id="m",
@@ -89,3 +90,29 @@ def test_a_negative_prompt_is_refused_where_it_would_be_ignored() -> None:
     with pytest.raises(InvalidRequest, match="takes no negative_prompt"):
         GenerationParams("a cat", 1, negative_prompt="dog").resolved(model)
     GenerationParams("a cat", 1, negative_prompt="").resolved(model)
+
+
+def test_adapters_are_sorted_so_that_equal_sets_are_equal() -> None:
+    resolved = GenerationParams("a cat", 1, lora=(("pixel", 0.5), ("ink", 1.0))).resolved(MODEL)
+    assert resolved.lora == (("ink", 1.0), ("pixel", 0.5))
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ((("oil", 1.0),), "there are pixel, ink"),
+        ((("ink", 10.5),), "from -10 to 10"),
+        ((("ink", float("nan")),), "from -10 to 10"),
+        ((("ink", 1.0), ("ink", 0.5)), "twice"),
+        ((("ink", 1.0), ("pixel", 1.0), ("ink", 0.5)) * 2, "at most 4"),
+    ],
+)
+def test_adapters_are_checked(lora: AdapterSet, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        GenerationParams("a cat", 1, lora=lora).resolved(MODEL)
+    assert caught.value.param == "lora"
+
+
+def test_a_server_without_adapters_says_so() -> None:
+    with pytest.raises(LoraNotFound, match="leave lora out"):
+        GenerationParams("a", 1, lora=(("ink", 1.0),)).resolved(replace(MODEL, loras=()))

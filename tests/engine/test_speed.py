@@ -36,7 +36,8 @@ from serve_app.engine.speed import (
     take_turns,
 )
 from serve_app.errors import ConfigError
-from tests.benchmarks.speed import psnr_db, weight_bytes
+from tests.benchmarks.saturation import psnr
+from tests.benchmarks.speed import weight_bytes
 from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
 
 CPU = torch.device("cpu")
@@ -99,9 +100,9 @@ def test_eight_bits_paint_nearly_the_same_with_smaller_weights(
     picture = pipeline.paint(PICTURE)
     report(
         f"{kind}: denoiser {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, largest difference "
-        f"{float((picture - alone).abs().max()):.2g}, PSNR {psnr_db(picture, alone):.1f} dB"
+        f"{float((picture - alone).abs().max()):.2g}, PSNR {psnr(picture, alone):.1f} dB"
     )
-    assert psnr_db(picture, alone) > least_db
+    assert psnr(picture, alone) > least_db
 
 
 def _linears(network: nn.Module) -> list[nn.Linear]:

@@ -234,6 +234,36 @@ async def test_a_missing_prompt_is_named(client: httpx.AsyncClient) -> None:
     assert _error(await _post(client, {}), 400)["param"] == "prompt"
 
 
+@pytest.mark.parametrize(
+    ("lora", "adapters"),
+    [
+        (None, ()),
+        ("ink", (("ink", 1.0),)),
+        ({"pixel": 0.8, "ink": -1}, (("ink", -1.0), ("pixel", 0.8))),
+    ],
+)
+async def test_adapters_are_named_with_or_without_scales(
+    client: httpx.AsyncClient, painter: FakePainter, lora: object, adapters: object
+) -> None:
+    response = await _post(client, {"prompt": "a", "lora": lora})
+    assert response.status_code == 200, response.text
+    assert painter.asked[0].lora == adapters
+
+
+async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.AsyncClient) -> None:
+    error = _error(await _post(client, {"prompt": "a", "lora": "oil"}), 404)
+    assert error["param"] == "lora"
+    assert error["code"] == "lora_not_found"
+    assert "pixel, ink" in error["message"]
+
+
+@pytest.mark.parametrize("lora", [["ink"], {"ink": "1"}, {"ink": 11}, {"ink": None}, 3])
+async def test_other_adapters_are_a_400(client: httpx.AsyncClient, lora: object) -> None:
+    error = _error(await _post(client, {"prompt": "a", "lora": lora}), 400)
+    assert error["param"] is not None
+    assert error["param"].startswith("lora")
+
+
 async def test_another_model_is_a_404(client: httpx.AsyncClient) -> None:
     error = _error(await _post(client, {"prompt": "x", "model": "dall-e"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")

@@ -1,0 +1,26 @@
+"""Every metric, declared once: name, unit, labels, buckets.
+
+In the default registry of the process that sets them.
+"""
+
+from prometheus_client import Enum, Gauge, Histogram
+
+SHARING = Enum(
+    "diffusion_serve_sharing",
+    "How requests share the pipeline, as far as pictures came out the same at start-up.",
+    ["model"],
+    states=["batched", "interleaved", "alone"],
+)
+
+SHARING_DIFFERENCE = Gauge(
+    "diffusion_serve_sharing_difference",
+    "Largest difference of a pixel in [0, 1] between batched and alone at start-up.",
+    ["model"],
+)
+
+FORECAST_ERROR = Histogram(
+    "diffusion_serve_forecast_error_ratio",
+    "By how much the predicted time of a finished request was off, as a share of the time it took.",
+    ["model"],
+    buckets=(0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0),
+)

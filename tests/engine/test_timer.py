@@ -1,0 +1,89 @@
+"""One call ahead of the device, and no more."""
+
+import time
+
+import pytest
+import torch
+
+from serve_app.engine.timer import CallTimer
+
+
+class FakeEvent:
+    """Of a device on which everything takes 2 s: notes what is asked of it."""
+
+    diary: list[str]
+    count: int
+
+    def __init__(self) -> None:
+        type(self).count += 1
+        self.name = f"event {self.count}"
+
+    def record(self) -> None:
+        self.diary.append(f"record {self.name}")
+
+    def synchronize(self) -> None:
+        self.diary.append(f"wait for {self.name}")
+
+    def elapsed_time(self, _: "FakeEvent") -> float:
+        return 2000.0
+
+
+@pytest.fixture
+def diary() -> list[str]:
+    FakeEvent.diary, FakeEvent.count = [], 0
+    return FakeEvent.diary
+
+
+def test_a_call_waits_for_the_one_before_it(diary: list[str]) -> None:
+    timer = CallTimer(torch.device("cuda"), FakeEvent)
+    for number in (1, 2):
+        output = timer.run(
+            lambda number=number: diary.append(f"call {number}"),
+            lambda seconds, number=number: diary.append(f"call {number} took {seconds:g} s"),
+        )
+        assert output is None
+    timer.wait()
+    timer.wait()  # nothing is left to wait for
+    assert diary == [
+        "record event 1",
+        "call 1",
+        "record event 2",
+        "wait for event 2",
+        "call 1 took 2 s",
+        "record event 3",
+        "call 2",
+        "record event 4",
+        "wait for event 4",
+        "call 2 took 2 s",
+    ]
+
+
+def test_what_needs_the_time_of_the_last_call_waits_for_it(diary: list[str]) -> None:
+    timer = CallTimer(torch.device("cuda"), FakeEvent)
+    timer.afterwards(lambda: diary.append("at once"))
+    timer.run(lambda: None, lambda _: diary.append("took"))
+    timer.afterwards(lambda: diary.append("afterwards"))
+    assert diary == ["at once", "record event 1", "record event 2"]
+    timer.wait()
+    assert diary[3:] == ["wait for event 2", "took", "afterwards"]
+
+
+def test_a_call_that_raises_has_no_time(diary: list[str]) -> None:
+    timer = CallTimer(torch.device("cuda"), FakeEvent)
+    times: list[float] = []
+
+    def fail() -> None:
+        raise ValueError
+
+    with pytest.raises(ValueError):  # noqa: PT011
+        timer.run(fail, times.append)
+    timer.wait()
+    assert times == []
+    assert timer.run(lambda: 3, times.append) == 3
+
+
+def test_a_cpu_is_done_when_it_returns() -> None:
+    times: list[float] = []
+    started_at = time.perf_counter()
+    assert CallTimer(torch.device("cpu")).run(lambda: sum(range(10_000)), times.append) == 49995000
+    assert 0 < times[0] <= time.perf_counter() - started_at
