@@ -157,8 +157,8 @@ class CostModel:
         self._fitting[size] = (fitting, 0)
         return fitting
 
-    def save(self, path: Path) -> None:
-        """Keep what the warm-up measured, for the next start."""
+    def save(self, path: Path, subject: str) -> None:
+        """Keep what the warm-up measured of ``subject``, for the next start."""
         path.parent.mkdir(parents=True, exist_ok=True)
         sizes = [
             {
@@ -171,11 +171,11 @@ class CostModel:
             for size, cap in self.caps.items()
         ]
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"sizes": sizes}, indent=2))
+        partial.write_text(json.dumps({"subject": subject, "sizes": sizes}, indent=2))
         partial.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Take over what `save` kept. Does nothing if there is no such file.
+    def load(self, path: Path, subject: str) -> None:
+        """Take over what `save` kept. Does nothing if there is no such file, or of something else.
 
         Raises:
             ConfigError: if the file is not one of `save`.
@@ -183,7 +183,10 @@ class CostModel:
         if not path.is_file():
             return
         try:
-            for entry in json.loads(path.read_text())["sizes"]:
+            profile = json.loads(path.read_text())
+            if profile["subject"] != subject:
+                return
+            for entry in profile["sizes"]:
                 width, height = entry["size"]
                 self.call_s[width, height] = {float(rows): float(s) for rows, s in entry["call_s"]}
                 self.caps[width, height] = int(entry["cap"])

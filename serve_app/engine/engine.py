@@ -13,7 +13,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -22,8 +21,8 @@ from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.batch import MergeableCall, NotMergeable
-from serve_app.engine.certification import Certificate, certify
-from serve_app.engine.cost import CostModel, Measurement, Size
+from serve_app.engine.certification import Certificate
+from serve_app.engine.cost import CostModel
 from serve_app.engine.events import (
     Completed,
     Event,
@@ -39,10 +38,11 @@ from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
 from serve_app.engine.prompt_cache import PromptCache
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.request import EventCallback, Request
 from serve_app.engine.scheduler import POLICIES, Policy, Task
-from serve_app.engine.speed import compiled, compiling, largest_bucket, padded, warm_up
+from serve_app.engine.speed import compiled, compiling, largest_bucket, padded
 from serve_app.engine.timer import CallTimer
-from serve_app.engine.warmup import measure
+from serve_app.engine.warmup import warm_up
 from serve_app.errors import (
     Cancelled,
     ConfigError,
@@ -55,9 +55,6 @@ from serve_app.errors import (
 from serve_app.metrics import FORECAST_ERROR, SHARING, SHARING_DIFFERENCE
 
 logger = logging.getLogger(__name__)
-
-EventCallback = Callable[[Event], None]
-"""Called on the engine's thread: must be quick and must not raise."""
 
 
 @dataclass(frozen=True)
@@ -88,49 +85,6 @@ class EngineStats:
     @property
     def mean_batch_size(self) -> float:
         return self.steps / self.ticks if self.ticks else 0.0
-
-
-@dataclass(eq=False)
-class _Request:
-    """One request inside the engine. Only the engine's thread touches it after submission."""
-
-    number: int
-    params: GenerationParams
-    on_event: EventCallback
-    submitted_at: float
-    task: Task
-    accepted_at: float = 0.0
-    predicted_s: float = 0.0
-    """From then to its end, as it looked then."""
-    started_at: float = 0.0
-    steps_done: int = 0
-    steps_total: int = 0
-    calls: int = 0
-    encode_s: float = 0.0
-    """Spent on it before its first denoiser call."""
-    apart_s: float = 0.0
-    """Spent on it outside the denoiser since its last denoiser call."""
-    job: Job[Tensor] | None = None
-    mergeable: MergeableCall | None = None
-    """The parked call, if it may share a forward with others."""
-
-    @property
-    def size(self) -> Size:
-        assert self.params.width is not None
-        assert self.params.height is not None
-        return self.params.width, self.params.height
-
-    @property
-    def steps_left(self) -> int:
-        assert self.params.num_inference_steps is not None
-        # Until the pipeline says how many it really runs.
-        total = self.steps_total or self.params.num_inference_steps * (self.params.strength or 1.0)
-        return max(0, round(total) - self.steps_done)
-
-    @property
-    def rows(self) -> float:
-        """Of the parked call, relative to one picture with guidance."""
-        return float(self.mergeable.length) if self.mergeable else 1.0
 
 
 def _check_device(error: BaseException) -> None:
@@ -174,8 +128,8 @@ class Engine:
         self._policy = policy or POLICIES[self._config.scheduling]()
         self._forecast = Forecast(self._cost)
         self._rendezvous = Rendezvous(pipeline.sites)
-        self._certificate = Certificate("alone", {}, None, "max_running is 1")
-        self._previews: PreviewMap | None = None
+        self._certificate: Certificate
+        self._previews: PreviewMap | None
         self._prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -184,13 +138,13 @@ class Engine:
         self._numbers = itertools.count(1)
 
         # Written by the engine's thread alone, but for the log, which any thread appends to.
-        self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
-        self._at_stage: list[_Request] = []  # those parked elsewhere than at a denoiser
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []
+        self._at_stage: list[Request] = []  # those parked elsewhere than at a denoiser
         self._timer = CallTimer(pipeline.device)
         self._stage_s = 0.0  # spent on decoding since the last denoiser call
         self._call_s = 0.0  # what that took
-        self._by_number: dict[int, _Request] = {}
+        self._by_number: dict[int, Request] = {}
         self._ticks = 0
         self._steps = 0
         self._log: deque[LogEntry] = deque(maxlen=512)
@@ -261,7 +215,7 @@ class Engine:
                 raise Unavailable("the engine is closing; send the request to another replica.")
             number = next(self._numbers)
             now = time.perf_counter()
-            request = _Request(number, resolved, on_event, now, Task(number, now, 0.0))
+            request = Request(number, resolved, on_event, now, Task(number, now, 0.0))
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -365,11 +319,9 @@ class Engine:
         try:
             with torch.no_grad():
                 with compiling(self._speed):
-                    if self._config.max_running > 1:
-                        self._certificate = certify(self._pipeline, self._rendezvous)
-                        self._previews = self._fit_previews()
-                    self._measure()
-                    self._warm_up()
+                    self._certificate, self._previews = warm_up(
+                        self._pipeline, self._rendezvous, self._config, self._speed, self._cost
+                    )
                 with compiled(self._speed):
                     self._ready.set()
                     self._loop()
@@ -405,45 +357,7 @@ class Engine:
                 return True
             command()
 
-    def _fit_previews(self) -> PreviewMap | None:
-        try:
-            return PreviewMap.fit(self._pipeline)
-        except Exception:
-            logger.warning("no previews: their colours cannot be fitted", exc_info=True)
-            return None
-
-    def _measure(self) -> None:
-        """Learn what calls cost, or take over what an earlier start learned."""
-        path = self._config.profile_path
-        if path is not None:
-            self._cost.load(Path(path).expanduser())
-        missing = [size for size in self._config.warmup_sizes_px if size not in self._cost.caps]
-        for size in missing:
-            self._cost.measured(size, self._measure_size(size, self._config.max_batch_size))
-            logger.info("size %dx%d: batches up to %d pay", *size, self._cost.caps[size])
-        if not self._cost.call_s and self._config.max_running > 1:
-            # Single calls, so that the first requests have a deadline.
-            size = self._pipeline.default_size_px
-            found = self._measure_size(size, 1)
-            self._cost.observe_call(size, 1.0, 1, found.call_s[1])
-            self._cost.observe_request(size, 1, 1, found.encode_s, found.decode_s)
-        if path is not None and missing:
-            self._cost.save(Path(path).expanduser())
-
-    def _warm_up(self) -> None:
-        """Compile what was not measured: calls without guidance, and sizes of an earlier start."""
-        if not self._speed.compile:
-            return
-        for size in self._config.warmup_sizes_px or (self._pipeline.default_size_px,):
-            specs, most = self._certificate.specs, self._cost.cap(size)
-            warm_up(self._pipeline.paint, self._rendezvous, specs, size, most)
-
-    def _measure_size(self, size: Size, max_batch_size: int) -> Measurement:
-        return measure(
-            self._pipeline, self._rendezvous, self._certificate.specs, size, max_batch_size
-        )
-
-    def _accept(self, request: _Request) -> None:
+    def _accept(self, request: Request) -> None:
         self._note(request.number, "queued")
         position = len(self._waiting)
         self._waiting.append(request)
@@ -457,13 +371,13 @@ class Engine:
         request.predicted_s = self._predict_finish(request)
         self._tell(request, Queued(position, request.predicted_s))
 
-    def _predict_finish(self, request: _Request) -> float:
+    def _predict_finish(self, request: Request) -> float:
         """Seconds from here to its end, in the company that it has."""
         order = self._policy.order(time.perf_counter())
         works = [self._work_left(self._by_number[task.request]) for task in order]
         return self._forecast.predict_s(works, works[order.index(request.task)])
 
-    def _work_left(self, request: _Request) -> Work:
+    def _work_left(self, request: Request) -> Work:
         cost, size = self._cost, request.size
         alone = self._certificate.sharing != "batched"
         return Work(
@@ -480,7 +394,7 @@ class Engine:
             self._drop(request, "cancelled", Cancelled("the request was cancelled."))
 
     def _drop(
-        self, request: _Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
+        self, request: Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
     ) -> None:
         if request.job is not None:
             request.job.kill()
@@ -505,7 +419,7 @@ class Engine:
             request.job = Job(functools.partial(self._paint, request))
             self._go_on(request, request.job.start)
 
-    def _paint(self, request: _Request) -> Tensor:
+    def _paint(self, request: Request) -> Tensor:
         def on_step(done: int, total: int) -> None:
             request.steps_done, request.steps_total = done, total
             self._tell(request, Progress(done, total))
@@ -539,7 +453,7 @@ class Engine:
                 request.calls += 1
                 self._go_on(request, functools.partial(request.job.resume, outcome))
 
-    def _next_at_stage(self, now: float) -> _Request | None:
+    def _next_at_stage(self, now: float) -> Request | None:
         """The request, parked elsewhere than at a denoiser, whose turn it is before the next step.
 
         Whoever is on the way to a denoiser goes first: the sooner, the larger the batches. Those
@@ -559,7 +473,7 @@ class Engine:
         fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
         return request if fits else None
 
-    def _run_stage(self, request: _Request) -> None:
+    def _run_stage(self, request: Request) -> None:
         """Answer a call of a module other than a denoiser."""
         self._at_stage.remove(request)
         job = request.job
@@ -596,7 +510,7 @@ class Engine:
         cap = self._cost.cap(request.size, request.rows, within_s)
         return largest_bucket(cap) if self._speed.compile else cap
 
-    def _denoise(self, batch: Sequence[_Request]) -> list[Any]:
+    def _denoise(self, batch: Sequence[Request]) -> list[Any]:
         """Each request's share of the output, or the exception that its own call raised."""
         size = 1  # of the parts to try next
         try:
@@ -622,7 +536,7 @@ class Engine:
         parts = [batch[start : start + size] for start in range(0, len(batch), size)]
         return [outcome for part in parts for outcome in self._denoise(part)]
 
-    def _forward(self, batch: Sequence[_Request]) -> list[Any]:
+    def _forward(self, batch: Sequence[Request]) -> list[Any]:
         """One denoiser call and each request's share of what it returns."""
         self._ticks += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
@@ -646,7 +560,7 @@ class Engine:
         self._steps += len(batch)
         return outputs
 
-    def _go_on(self, request: _Request, switch: Callable[[], None]) -> None:
+    def _go_on(self, request: Request, switch: Callable[[], None]) -> None:
         """Run its job up to where it parks or ends, and see to what it did."""
         started_at = time.perf_counter()
         switch()
@@ -657,7 +571,7 @@ class Engine:
             request.encode_s += took_s
         self._settle(request)
 
-    def _settle(self, request: _Request) -> None:
+    def _settle(self, request: Request) -> None:
         """After a job has run: note where it parked, or report how it ended."""
         job = request.job
         assert job is not None
@@ -683,7 +597,7 @@ class Engine:
             )
             self._end(request, "completed", Completed(result))
 
-    def _learn_from(self, request: _Request, took_s: float) -> None:
+    def _learn_from(self, request: Request, took_s: float) -> None:
         """A finished request makes later predictions better."""
         self._cost.observe_request(
             request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
@@ -692,7 +606,7 @@ class Engine:
         if error is not None:
             FORECAST_ERROR.labels(self._model_id).observe(error)
 
-    def _park(self, request: _Request, call: Call) -> None:
+    def _park(self, request: Request, call: Call) -> None:
         task = request.task
         if call.site not in self._pipeline.denoisers:
             task.remaining_s = self._predict_remaining(request)
@@ -708,7 +622,7 @@ class Engine:
         task.remaining_s = self._predict_remaining(request)
         self._policy.park(task)
 
-    def _predict_remaining(self, request: _Request) -> float:
+    def _predict_remaining(self, request: Request) -> float:
         """Seconds from here to its end, alone on the device."""
         cost, size = self._cost, request.size
         decode_s = cost.predict_decode(size)
@@ -733,7 +647,7 @@ class Engine:
 
     def _end(
         self,
-        request: _Request,
+        request: Request,
         what: Literal["completed", "failed", "cancelled"],
         event: Completed | Failed,
     ) -> None:
@@ -754,7 +668,7 @@ class Engine:
     def _note(self, number: int, what: Any) -> None:
         self._log.append(LogEntry(self._ticks, number, what))
 
-    def _tell(self, request: _Request, event: Event) -> None:
+    def _tell(self, request: Request, event: Event) -> None:
         try:
             request.on_event(event)
         except Exception:

@@ -244,6 +244,16 @@ class LoadedPipeline:
         self._tokenizer = self._find_tokenizer()
         self.takes_negative_prompt = self._heeds_negative_prompt()
 
+    @property
+    def description(self) -> str:
+        """What the time of a call depends on."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        return (
+            f"{self._config.source} at {self._config.revision}, {self.class_name}, {self.dtype}, "
+            f"{self._config.speed}, on {device}, torch {torch.__version__}, "
+            f"diffusers {diffusers.__version__}"
+        )
+
     @classmethod
     def load(cls, config: ModelConfig) -> "LoadedPipeline":
         """Load weights (safetensors only, no code of the model's own) and move them to the device.

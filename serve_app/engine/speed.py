@@ -1,9 +1,9 @@
 """The speed options of the config: applied when a model is loaded, kept to while it serves.
 
 `speed_up` takes the loaded pipeline to its device. The engine runs its start-up in `compiling`,
-calls `warm_up` there, runs its loop in `compiled`, and `padded` gives its batches sizes that are
-warm. Works with the methods of the objects alone: imports no diffusers, and torchao only where it
-is asked for.
+calls `compile_batches` there, runs its loop in `compiled`, and `padded` gives its batches sizes
+that are compiled. Works with the methods of the objects alone: imports no diffusers, and torchao
+only where it is asked for.
 """
 
 import functools
@@ -225,7 +225,7 @@ def padded(calls: Sequence[MergeableCall]) -> list[MergeableCall]:
     return [*calls, *[shortest] * (bucket(int(count)) - int(count))]
 
 
-def warm_up(
+def compile_batches(
     paint: Callable[[GenerationParams], object],
     rendezvous: Rendezvous,
     specs: Mapping[str, BatchSpec],

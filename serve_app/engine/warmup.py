@@ -1,21 +1,77 @@
-"""Measuring what requests cost before the first one comes."""
+"""What an engine does before the first request comes: certify, fit previews, measure, compile."""
 
 import functools
+import logging
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from serve_app.config import EngineConfig, SpeedConfig
 from serve_app.engine.batch import BatchSpec
-from serve_app.engine.cost import Measurement, Size, worthwhile_batch
+from serve_app.engine.certification import Certificate, certify
+from serve_app.engine.cost import CostModel, Measurement, Size, worthwhile_batch
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.preview import PreviewMap
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.speed import compile_batches
+
+logger = logging.getLogger(__name__)
 
 REPEATS = 3
+
+
+def warm_up(
+    pipeline: LoadedPipeline,
+    rendezvous: Rendezvous,
+    config: EngineConfig,
+    speed: SpeedConfig,
+    cost: CostModel,
+) -> tuple[Certificate, PreviewMap | None]:
+    """How requests may share the pipeline, and how to preview what they paint; fills ``cost``.
+
+    Runs on the thread that owns the pipeline. Raises what the pipeline raises when it paints alone,
+    and `ConfigError` if the file of earlier measurements is none.
+    """
+    certificate = Certificate("alone", {}, None, "max_running is 1")
+    previews = None
+    if config.max_running > 1:
+        certificate = certify(pipeline, rendezvous)
+        try:
+            previews = PreviewMap.fit(pipeline)
+        except Exception:
+            logger.warning("no previews: their colours cannot be fitted", exc_info=True)
+
+    def measured(size: Size, max_batch_size: int) -> Measurement:
+        return measure(pipeline, rendezvous, certificate.specs, size, max_batch_size)
+
+    path = None if config.profile_path is None else Path(config.profile_path).expanduser()
+    subject = f"{pipeline.description}, batches up to {config.max_batch_size}"
+    if path is not None:
+        cost.load(path, subject)
+    missing = [size for size in config.warmup_sizes_px if size not in cost.caps]
+    for size in missing:
+        cost.measured(size, measured(size, config.max_batch_size))
+        logger.info("size %dx%d: batches up to %d pay", *size, cost.caps[size])
+    if path is not None and missing:
+        cost.save(path, subject)
+    if not cost.call_s and config.max_running > 1:
+        # Single calls, so that the first requests have a deadline.
+        size = pipeline.default_size_px
+        found = measured(size, 1)
+        cost.observe_call(size, 1.0, 1, found.call_s[1])
+        cost.observe_request(size, 1, 1, found.encode_s, found.decode_s)
+    if speed.compile:
+        # What was not measured: calls without guidance, and sizes of an earlier start.
+        for size in config.warmup_sizes_px or (pipeline.default_size_px,):
+            most = cost.cap(size)
+            compile_batches(pipeline.paint, rendezvous, certificate.specs, size, most)
+    return certificate, previews
 
 
 def measure(
@@ -27,8 +83,7 @@ def measure(
 ) -> Measurement:
     """What a request of this size costs, with denoiser calls for one, two, four and more of them.
 
-    Ends with the first batch size that no longer pays or does not fit into memory. Runs on the
-    thread that owns the pipeline.
+    Ends with the first batch size that no longer pays or does not fit into memory.
     """
     # Once without a look at the clock: the first run may compile or allocate.
     with _at_denoiser(pipeline, rendezvous, size) as job:

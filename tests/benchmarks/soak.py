@@ -8,16 +8,18 @@ its request paints alone, nothing hangs, and memory is flat.
 
 import itertools
 import resource
+import tempfile
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Annotated
 
 import torch
 import typer
+from PIL import Image
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
@@ -25,6 +27,7 @@ from serve_app.engine.events import Completed, Event, Failed, Progress
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import Cancelled
+from tests.lora import ADAPTER_FILE, save_adapter
 
 TOLERANCE = 1e-5
 """Largest difference of a pixel in [0, 1] from the picture painted alone."""
@@ -37,7 +40,7 @@ def requests() -> list[GenerationParams]:
     """A few dozen that differ in everything; each will be painted many times."""
     colors = itertools.cycle(["red", "green", "blue", "yellow", "purple"])
     sides = itertools.cycle([32, 48, 64, 64, 64])
-    return [
+    from_text = [
         GenerationParams(
             f"a {next(colors)} circle on white",
             seed,
@@ -46,9 +49,23 @@ def requests() -> list[GenerationParams]:
             num_inference_steps=3 + seed % 9,
             guidance_scale=(1.0, 3.0, 7.5)[seed % 3],
             negative_prompt="a star" if seed % 2 else None,
+            noise_scheduler=(None, None, "euler", "dpm++")[seed % 4],
+            lora=(("ink", 0.1),) if seed % 5 == 0 else (),
+            preview_steps=(1, 3) if seed % 3 == 0 else (),
         )
         for seed in range(30)
     ]
+    from_image = [
+        replace(
+            params,
+            image=Image.new("RGB", (64, 64), "navy"),
+            mask_image=Image.linear_gradient("L") if params.seed % 2 else None,
+            strength=0.9,
+            preview_steps=(),
+        )
+        for params in from_text[:8]
+    ]
+    return from_text + from_image
 
 
 @dataclass
@@ -135,8 +152,11 @@ def call_until(
 
 
 def soak(minutes: float, callers: int, seed: int) -> Report:
-    model = ModelConfig(id="demo", device="cpu")
-    pipeline = LoadedPipeline.load(model)
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(Path(folder), seed)
+        adapter = str(Path(folder) / ADAPTER_FILE)
+        model = ModelConfig(id="demo", device="cpu", loras={"ink": adapter})
+        pipeline = LoadedPipeline.load(model)
     known = [(params, pipeline.paint(params)) for params in requests()]
     report = Report()
     with Engine(pipeline, model, EngineConfig(max_running=callers)) as engine:

@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from serve_app.config import DEMO_MODEL_DIR, ModelConfig
 from serve_app.engine.certification import largest_difference
@@ -20,43 +18,23 @@ from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import LoraNotFound, ModelLoadError
 from tests.conftest import DEMO, FIFO
-
-
-def save_adapter(folder: Path, seed: int, text_encoder: bool = False, rank: int = 4) -> None:
-    """Random weights, as a training script would save them."""
-    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_MODEL_DIR)
-    torch.manual_seed(seed)
-    pipeline.unet.add_adapter(
-        LoraConfig(
-            r=rank,
-            init_lora_weights=False,
-            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-        )
-    )
-    layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet)}
-    if text_encoder:
-        pipeline.text_encoder.add_adapter(
-            LoraConfig(r=rank, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
-        )
-        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder)
-    StableDiffusionPipeline.save_lora_weights(folder, **layers)
+from tests.lora import ADAPTER_FILE, save_adapter
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     """The demo model with an adapter named in the config and two in a folder."""
     root = tmp_path_factory.mktemp("loras")
-    file = "pytorch_lora_weights.safetensors"
     save_adapter(root / "pixel", 1)
     for name, seed, text_encoder in (("ink", 2, True), ("styles/oil", 3, False)):
         save_adapter(root / "new", seed, text_encoder, rank=2 + seed)
         path = root / "all" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
-        (root / "new" / file).rename(path)
+        (root / "new" / ADAPTER_FILE).rename(path)
     return ModelConfig.model_validate(
         DEMO.model_dump()
         | {
-            "loras": {"pixel": str(root / "pixel" / file)},
+            "loras": {"pixel": str(root / "pixel" / ADAPTER_FILE)},
             "lora_folder": str(root / "all"),
         }
     )

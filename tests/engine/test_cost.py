@@ -117,17 +117,19 @@ def test_predictions_are_positive(
 def test_what_was_measured_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "profiles" / "model.json"
     cost = CostModel(max_batch_size=16)
-    cost.load(path)  # not there yet
+    cost.load(path, "a model")  # not there yet
     cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     cost.observe_call(LARGE, 1.5, 2, 7.0)
-    cost.save(path)
+    cost.save(path, "a model")
     again = CostModel(max_batch_size=16)
-    again.load(path)
+    again.load(path, "another model")
+    assert not again.caps
+    again.load(path, "a model")
     assert again.caps == cost.caps
     assert again.call_s == {SMALL: cost.call_s[SMALL]}  # not what passing load coloured
     assert again.encode_s == cost.encode_s
     assert again.decode_s == cost.decode_s
-    for wrong in ("{", "[]", '{"sizes": [{"size": 3}]}'):
+    for wrong in ("{", "[]", '{"subject": "a model", "sizes": [{"size": 3}]}'):
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="delete it"):
-            again.load(path)
+            again.load(path, "a model")

@@ -1,0 +1,59 @@
+"""One request inside the engine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from serve_app.engine.batch import MergeableCall
+from serve_app.engine.cost import Size
+from serve_app.engine.events import Event
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.rendezvous import Job
+from serve_app.engine.scheduler import Task
+
+EventCallback = Callable[[Event], None]
+"""Called on the engine's thread: must be quick and must not raise."""
+
+
+@dataclass(eq=False)
+class Request:
+    """One request inside the engine. Only the engine's thread touches it after submission."""
+
+    number: int
+    params: GenerationParams
+    on_event: EventCallback
+    submitted_at: float
+    task: Task
+    accepted_at: float = 0.0
+    predicted_s: float = 0.0
+    """From then to its end, as it looked then."""
+    started_at: float = 0.0
+    steps_done: int = 0
+    steps_total: int = 0
+    calls: int = 0
+    encode_s: float = 0.0
+    """Spent on it before its first denoiser call."""
+    apart_s: float = 0.0
+    """Spent on it outside the denoiser since its last denoiser call."""
+    job: Job[Tensor] | None = None
+    mergeable: MergeableCall | None = None
+    """The parked call, if it may share a forward with others."""
+
+    @property
+    def size(self) -> Size:
+        assert self.params.width is not None
+        assert self.params.height is not None
+        return self.params.width, self.params.height
+
+    @property
+    def steps_left(self) -> int:
+        assert self.params.num_inference_steps is not None
+        # Until the pipeline says how many it really runs.
+        total = self.steps_total or self.params.num_inference_steps * (self.params.strength or 1.0)
+        return max(0, round(total) - self.steps_done)
+
+    @property
+    def rows(self) -> float:
+        """Of the parked call, relative to one picture with guidance."""
+        return float(self.mergeable.length) if self.mergeable else 1.0

@@ -1,0 +1,32 @@
+"""LoRA adapters of the demo model, made as a training script would leave them."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from serve_app.config import DEMO_MODEL_DIR
+
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"
+
+
+def save_adapter(folder: Path, seed: int, text_encoder: bool = False, rank: int = 4) -> None:
+    """Random weights, in `ADAPTER_FILE` in that folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_MODEL_DIR)
+    torch.manual_seed(seed)
+    pipeline.unet.add_adapter(
+        LoraConfig(
+            r=rank,
+            init_lora_weights=False,
+            target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+        )
+    )
+    layers = {"unet_lora_layers": get_peft_model_state_dict(pipeline.unet)}
+    if text_encoder:
+        pipeline.text_encoder.add_adapter(
+            LoraConfig(r=rank, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+        )
+        layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder)
+    StableDiffusionPipeline.save_lora_weights(folder, **layers)
