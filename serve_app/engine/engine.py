@@ -651,6 +651,7 @@ class Engine:
         what: Literal["completed", "failed", "cancelled"],
         event: Completed | Failed,
     ) -> None:
+        self._note(request.number, what)
         if request in self._running:
             self._running.remove(request)
         else:
@@ -662,7 +663,6 @@ class Engine:
         request.mergeable = None
         self._policy.drop(request.task)
         del self._by_number[request.number]
-        self._note(request.number, what)
         self._tell(request, event)
 
     def _note(self, number: int, what: Any) -> None:
