@@ -113,7 +113,22 @@ class ModelConfig(_Config):
                     f"model.loras.{name} is {source!r}: write a path that starts with '/', '.' or "
                     "'~', or a repository as owner/name"
                 )
+            if source.count("/") > 1 and not source.endswith(".safetensors"):
+                raise ValueError(
+                    f"model.loras.{name} is {source!r}: only .safetensors files are loaded"
+                )
         return loras
+
+    @model_validator(mode="after")
+    def _adapters_have_scales_of_their_own(self) -> "ModelConfig":
+        for name in ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"):
+            given = self.call_kwargs.get(name)
+            if (self.loras or self.lora_folder) and isinstance(given, dict) and "scale" in given:
+                raise ValueError(
+                    f"model.call_kwargs.{name}.scale scales the adapters of all requests: leave it "
+                    "out, requests name their scales"
+                )
+        return self
 
     @model_validator(mode="after")
     def _adapters_need_plain_layers(self) -> "ModelConfig":
@@ -157,6 +172,9 @@ class LimitsConfig(_Config):
     max_side_px: int = Field(
         4096, ge=8, description="Longer side; the position embeddings of a model end somewhere."
     )
+    max_image_pixels: int = Field(
+        64 * 1024 * 1024, ge=64, description="Width times height of a picture to start from."
+    )
     max_steps: int = Field(100, ge=1)
     max_images: int = Field(10, ge=1, description="Pictures per HTTP request (n).")
     max_loras: int = Field(4, ge=0, description="LoRA adapters at a time, for one picture.")
@@ -181,6 +199,7 @@ class EngineConfig(_Config):
     )
     warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
         (),
+        max_length=64,
         description="(width, height) to measure at start-up, for predictions and for the largest "
         "batch that pays. Other sizes are measured as requests come, and capped by analogy; "
         "without any, max_batch_size is the only cap.",
@@ -281,8 +300,8 @@ def find_loras(model: ModelConfig) -> dict[str, str]:
     folder = Path(model.lora_folder).expanduser()
     if not folder.is_dir():
         raise ModelLoadError(f"model.lora_folder: there is no folder {folder}.")
-    for path in sorted(folder.resolve().rglob("*.safetensors")):
-        name = path.relative_to(folder.resolve()).with_suffix("").as_posix()
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise ModelLoadError(
                 f"model.lora_folder: {path} is called {name!r}, as one of model.loras is. Rename "

@@ -79,3 +79,21 @@ def test_a_wrong_serve_config_is_explained(tmp_path: Path, content: str, words: 
         read_serve_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_serve_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"loras": {"ink": "ink.safetensors"}}, "owner/name"),
+        ({"loras": {"ink": "me/loras/ink.bin"}}, "only .safetensors"),
+        ({"lora_folder": "~/loras", "speed": {"compile": True}}, "exclude each other"),
+        ({"lora_folder": "~/loras", "speed": {"quantize": "int8"}}, "exclude each other"),
+        (
+            {"lora_folder": "~/l", "call_kwargs": {"cross_attention_kwargs": {"scale": 1}}},
+            "requests name their scales",
+        ),
+    ],
+)
+def test_adapters_that_cannot_work_are_refused(model: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_app_config({"model": model})

@@ -47,6 +47,17 @@ class Adapters:
                     f"model.loras: {name!r} cannot be loaded from {source}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
+        changed = [
+            name
+            for name in ("_transformer_norm_layers", "_overwritten_params")
+            for network in networks
+            if getattr(network, name, None)
+        ]
+        if changed:
+            raise ModelLoadError(
+                "model.loras: an adapter changes the model itself, for requests without it too "
+                "(a control LoRA of Flux does): serve it as a model of its own."
+            )
         from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import, and rarely needed
 
         for network in networks:
@@ -76,7 +87,8 @@ class Adapters:
 def _located(source: str) -> dict[str, str]:
     """Where diffusers finds it: a folder or a repository, and a file in there if one is named."""
     if is_path(source):
-        path = Path(source).expanduser().resolve()
+        # Not resolved: in the cache of the hub a link has the name, and its target a number.
+        path = Path(source).expanduser().absolute()
         where, file = str(path.parent), path.name
     else:
         owner, name, *rest = source.split("/", 2)

@@ -6,17 +6,21 @@ silent slow path.
 """
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from serve_app.engine.batch import BatchSpec, NotMergeable
-from serve_app.engine.params import GenerationParams, Sharing
+from serve_app.engine.params import GenerationParams, Sharing, Task
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
 """Largest difference of a pixel in [0, 1] that rounding explains over a few steps.
@@ -36,6 +40,8 @@ class Certificate:
     """Largest difference between alone and together, in [0, 1] pixels; none if never rendered."""
     note: str
     """Why they share no more than that; empty when batched."""
+    tasks: tuple[Task, ...]
+    """For which that holds; the others are not offered."""
 
 
 def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
@@ -56,22 +62,19 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
     one, first_alone = _record(pipeline, rendezvous, first, images=1)
     _, second_alone = _record(pipeline, rendezvous, second, images=1)
 
+    tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
+
     def compare(specs: dict[str, BatchSpec]) -> float:
-        try:
-            together = _together(pipeline, rendezvous, specs, (first, second))
-        finally:
-            pipeline.restore_networks()
-        difference = largest_difference((first_alone, second_alone), together)
-        tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
-        if not difference <= tolerance:  # not a number is a failure too
-            raise _Different(difference, f"differ by {difference:.2g}, more than {tolerance:.2g}")
-        return difference
+        together = _together(pipeline, rendezvous, specs, (first, second), must_merge=bool(specs))
+        return _checked((first_alone, second_alone), together, tolerance)
 
     difference = None
     try:
         two, _ = _record(pipeline, rendezvous, first, images=2)
         specs = _learn(rendezvous, one, two)
-        return Certificate("batched", specs, compare(specs), "")
+        difference = compare(specs)
+        tasks = _certify_tasks(pipeline, rendezvous, specs, (first, second), tolerance)
+        return Certificate("batched", specs, difference, "", tasks)
     except NotMergeable as reason:
         note = f"calls cannot be merged: {reason}"
     except _Different as error:
@@ -85,8 +88,47 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
     except Exception as error:
         note += f"; painting in turns failed: {type(error).__name__}: {error}"
     else:
-        return Certificate("interleaved", {}, difference, note)
-    return Certificate("alone", {}, difference, note)
+        tasks = _certify_tasks(pipeline, rendezvous, {}, (first, second), tolerance)
+        return Certificate("interleaved", {}, difference, note, tasks)
+    return Certificate("alone", {}, difference, note, pipeline.tasks)
+
+
+def _certify_tasks(
+    pipeline: LoadedPipeline,
+    rendezvous: Rendezvous,
+    specs: dict[str, BatchSpec],
+    requests: Sequence[GenerationParams],
+    tolerance: float,
+) -> tuple[Task, ...]:
+    """Those for which such sharing is right too, text-to-image among them."""
+    width, height = pipeline.default_size_px
+    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+    mask_image = Image.radial_gradient("L").resize((width, height))
+    certified: list[Task] = []
+    for task in pipeline.tasks:
+        if task == "text-to-image":
+            certified.append(task)
+            continue
+        mask = mask_image if task == "inpainting" else None
+        pair = [
+            replace(request, image=image, mask_image=mask, strength=0.9) for request in requests
+        ]
+        try:
+            alone = [_record(pipeline, rendezvous, request, images=1)[1] for request in pair]
+            _checked(alone, _together(pipeline, rendezvous, specs, pair), tolerance)
+        except Exception as error:
+            logger.warning("%s is not offered: its pictures %s", task, error)
+        else:
+            certified.append(task)
+    return tuple(certified)
+
+
+def _checked(alone: Sequence[Tensor], together: Sequence[Tensor], tolerance: float) -> float:
+    """The largest difference. Raises `_Different` if it is more than ``tolerance``."""
+    difference = largest_difference(alone, together)
+    if not difference <= tolerance:  # not a number is a failure too
+        raise _Different(difference, f"differ by {difference:.2g}, more than {tolerance:.2g}")
+    return difference
 
 
 class _Different(Exception):
@@ -159,11 +201,12 @@ def _together(
     rendezvous: Rendezvous,
     specs: dict[str, BatchSpec],
     requests: Sequence[GenerationParams],
+    must_merge: bool = False,
 ) -> list[Tensor]:
     """Paint side by side, merging wherever two calls fit; without ``specs``, in turns.
 
     Raises:
-        NotMergeable: if there are specs and no two calls fit.
+        NotMergeable: if no two calls fit where some must.
     """
     jobs = [Job(functools.partial(pipeline.paint, params)) for params in requests]
     merged = 0
@@ -174,11 +217,16 @@ def _together(
             for job in parked:
                 _advance(pipeline, rendezvous, job)
             waiting = [(job, job.call) for job in parked if job.call is not None]
-            prepared = [
-                (job, specs[call.site].prepare(call)) for job, call in waiting if call.site in specs
-            ]
+            prepared = []
             for job, call in waiting:
-                if call.site in pipeline.denoisers and call.site not in specs:
+                try:
+                    if call.site in specs:
+                        prepared.append((job, specs[call.site].prepare(call)))
+                    elif call.site in pipeline.denoisers:
+                        job.resume(rendezvous.forward(call))
+                except NotMergeable:
+                    if must_merge:
+                        raise
                     job.resume(rendezvous.forward(call))
             if not prepared:
                 continue
@@ -190,9 +238,10 @@ def _together(
             outputs = spec.split(rendezvous.forward(spec.merge(fitting)), fitting)
             for (job, _), output in zip(batch, outputs, strict=True):
                 job.resume(output)
-        if specs and not merged:
+        if must_merge and not merged:
             raise NotMergeable("no two calls of different requests fit together")
         return [_finished(job)[0] for job in jobs]
     finally:
         for job in jobs:
             job.kill()
+        pipeline.restore_networks()

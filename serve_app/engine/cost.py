@@ -5,13 +5,18 @@ starts, and reports what every later call really took, so that predictions follo
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
 
 from serve_app.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -21,6 +26,9 @@ WORTHWHILE_GAIN = 1.05
 
 _WEIGHT = 0.1
 """Of a new measurement against what was known."""
+
+_MOST_SIZES = 256
+"""Sizes of which something is known; more than can be measured at start-up."""
 
 _RECOVERY_CALLS = 100
 """Full calls that must fit after memory ran out before one request more is tried."""
@@ -51,6 +59,8 @@ class Measurement:
     """Of one request, before its first denoiser call."""
     decode_s: float
     """Of one request, after its last."""
+    out_of_memory: bool = False
+    """That is why no larger batch was measured: another time more may fit."""
 
 
 @dataclass
@@ -85,6 +95,8 @@ class CostModel:
 
     def observe_call(self, size: Size, rows: float, requests: int, seconds: float) -> None:
         """A call for ``requests`` requests, of ``rows`` together, took so long."""
+        if size not in self.call_s:
+            self._make_room(self.call_s)
         known = self.call_s.setdefault(size, {})
         known[rows] = _mixed(known.get(rows), seconds)
         fitting, often = self._fitting.get(size, (requests + 1, 0))
@@ -94,20 +106,29 @@ class CostModel:
 
     def observe_stage(self, site: str, size: Size, seconds: float) -> None:
         """A call of a module other than the denoiser took so long."""
-        known = self.stage_s.setdefault(site, {})
-        known[size] = _mixed(known.get(size), seconds)
+        self._mix(self.stage_s.setdefault(site, {}), size, seconds)
 
     def observe_between(self, size: Size, seconds: float) -> None:
         """A request took so long from one denoiser call to its next."""
-        self.between_s[size] = _mixed(self.between_s.get(size), seconds)
+        self._mix(self.between_s, size, seconds)
 
     def observe_request(
         self, size: Size, steps: int, calls: int, encode_s: float, decode_s: float
     ) -> None:
         """A request is done."""
-        self.encode_s[size] = _mixed(self.encode_s.get(size), encode_s)
-        self.decode_s[size] = _mixed(self.decode_s.get(size), decode_s)
+        self._mix(self.encode_s, size, encode_s)
+        self._mix(self.decode_s, size, decode_s)
         self.calls_per_step = _mixed(self.calls_per_step, calls / max(1, steps))
+
+    def _mix(self, known: dict[Size, float], size: Size, seconds: float) -> None:
+        if size not in known:
+            self._make_room(known)
+        known[size] = _mixed(known.get(size), seconds)
+
+    def _make_room(self, known: dict[Size, Any]) -> None:
+        """Clients choose the sizes: the oldest that nobody measured goes when there are many."""
+        if len(known) >= _MOST_SIZES:
+            del known[next(size for size in known if size not in self.caps)]
 
     def predict_call(self, size: Size, rows: float = 1.0) -> float:
         """Seconds of one call; 0 while nothing at all is known."""
@@ -159,7 +180,6 @@ class CostModel:
 
     def save(self, path: Path, subject: str) -> None:
         """Keep what the warm-up measured of ``subject``, for the next start."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         sizes = [
             {
                 "size": size,
@@ -170,19 +190,25 @@ class CostModel:
             }
             for size, cap in self.caps.items()
         ]
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"subject": subject, "sizes": sizes}, indent=2))
-        partial.replace(path)
+        content = json.dumps({"subject": subject, "sizes": sizes}, indent=2)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Another replica may write its own at the same time.
+            with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+                file.write(content)
+            Path(file.name).replace(path)
+        except OSError as error:
+            logger.warning("%s cannot be written, the next start measures again: %s", path, error)
 
     def load(self, path: Path, subject: str) -> None:
         """Take over what `save` kept. Does nothing if there is no such file, or of something else.
 
         Raises:
-            ConfigError: if the file is not one of `save`.
+            ConfigError: if the file cannot be read, or is not one of `save`.
         """
-        if not path.is_file():
-            return
         try:
+            if not path.is_file():
+                return
             profile = json.loads(path.read_text())
             if profile["subject"] != subject:
                 return
@@ -192,6 +218,8 @@ class CostModel:
                 self.caps[width, height] = int(entry["cap"])
                 self.encode_s[width, height] = float(entry["encode_s"])
                 self.decode_s[width, height] = float(entry["decode_s"])
+        except OSError as error:
+            raise ConfigError(f"engine.profile_path: {path} cannot be read: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{path} is not a profile of this program ({error!r}); delete it."

@@ -3,9 +3,11 @@
 Everybody else talks to it through a queue of commands and hears from it through events.
 """
 
+import contextlib
 import functools
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -87,6 +89,18 @@ class EngineStats:
         return self.steps / self.ticks if self.ticks else 0.0
 
 
+def _let_go(error: BaseException) -> None:
+    """Drop what the frames of a traceback hold, and the traceback: they refer to each other."""
+    traceback.clear_frames(error.__traceback__)
+    error.__traceback__ = None
+
+
+def _free_memory() -> None:
+    """Let go of what is only kept for the next call."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _check_device(error: BaseException) -> None:
     """Raise ``error`` if it means that this process can use its device no more.
 
@@ -142,8 +156,9 @@ class Engine:
         self._running: list[Request] = []
         self._at_stage: list[Request] = []  # those parked elsewhere than at a denoiser
         self._timer = CallTimer(pipeline.device)
-        self._stage_s = 0.0  # spent on decoding since the last denoiser call
-        self._call_s = 0.0  # what that took
+        self._cramped: list[Request] = []  # those that wait for memory
+        self._stage_s = 0.0  # for decoding since the last denoiser call, as predicted
+        self._call_s = 0.0  # for that call
         self._by_number: dict[int, Request] = {}
         self._ticks = 0
         self._steps = 0
@@ -173,7 +188,8 @@ class Engine:
             size_multiple=pipeline.size_multiple,
             default_steps=pipeline.default_steps,
             takes_negative_prompt=pipeline.takes_negative_prompt,
-            tasks=pipeline.tasks,
+            tasks=self._certificate.tasks,
+            default_strengths=pipeline.default_strengths,
             noise_schedulers=pipeline.noise_schedulers,
             loras=pipeline.adapters.names,
             sharing=self._certificate.sharing,
@@ -216,6 +232,7 @@ class Engine:
             number = next(self._numbers)
             now = time.perf_counter()
             request = Request(number, resolved, on_event, now, Task(number, now, 0.0))
+            request.previews_due.update(resolved.preview_steps)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -334,7 +351,8 @@ class Engine:
                 self._closing = True
             # Leave nobody waiting for a thread that is gone.
             while not self._commands.empty():
-                self._commands.get()()
+                with contextlib.suppress(Exception):
+                    self._commands.get()()
             self._drop_all()
             self._rendezvous.close()
             self._ready.set()
@@ -349,6 +367,8 @@ class Engine:
         """Carry out the commands that came in; wait for one if idle. False when all is done."""
         while True:
             idle = not self._waiting and not self._running
+            if idle:
+                self._timer.wait()
             if idle and self._closing and self._commands.empty():
                 return False
             try:
@@ -407,10 +427,15 @@ class Engine:
             self._drop(request, "failed", error)
 
     def _start_waiting(self) -> None:
-        alone = self._certificate.sharing == "alone"
-        while self._waiting and len(self._running) < (1 if alone else self._config.max_running):
+        most = 1 if self._certificate.sharing == "alone" else self._config.max_running
+        while self._waiting and len(self._running) < most:
             now = time.perf_counter()
             by_task = {request.task: request for request in self._waiting}
+            if len(self._running) >= most - most // 8:
+                # The last places are for those that can be on time: the late may stay for long.
+                by_task = {task: request for task, request in by_task.items() if not task.late}
+                if not by_task:
+                    return
             request = by_task[self._policy.first(list(by_task), now)]
             self._waiting.remove(request)
             self._running.append(request)
@@ -426,11 +451,13 @@ class Engine:
 
         def on_latents(latents: Tensor) -> None:
             step = request.steps_done + 1
-            if step in request.params.preview_steps and self._previews is not None:
+            if step in request.previews_due and self._previews is not None:
+                request.previews_due.remove(step)
                 pixels = self._previews(latents, *request.size)
                 if pixels is not None:
                     self._tell(request, Preview(step, pixels))
 
+        request.warnings = self._pipeline.find_warnings(request.params)
         watch = on_latents if request.params.preview_steps else None
         return self._pipeline.paint(
             request.params, on_step, on_latents=watch, prompt_cache=self._prompts
@@ -448,7 +475,7 @@ class Engine:
         for request, outcome in zip(batch, self._denoise(batch), strict=True):
             assert request.job is not None
             if isinstance(outcome, Exception):
-                self._go_on(request, functools.partial(request.job.fail, outcome))
+                self._fail(request, outcome)
             else:
                 request.calls += 1
                 self._go_on(request, functools.partial(request.job.resume, outcome))
@@ -456,22 +483,28 @@ class Engine:
     def _next_at_stage(self, now: float) -> Request | None:
         """The request, parked elsewhere than at a denoiser, whose turn it is before the next step.
 
-        Whoever is on the way to a denoiser goes first: the sooner, the larger the batches. Those
-        that have done their steps go one after each denoiser call, and more as long as they take no
-        longer than that: nobody's step waits longer for another's decoding.
+        Whoever is on the way to a denoiser goes first: the sooner, the larger the batches. Of those
+        that have done their steps one call follows each denoiser call, and more as long as they
+        take no longer than that: nobody's step waits longer for another's decoding than for a step,
+        or for one block of the decoder. Whoever began to decode ends it before the next one does,
+        for half a decoding holds much memory.
         """
+        by_task = {request.task: request for request in self._at_stage if request.steps_left}
+        if by_task:
+            return by_task[self._policy.first(list(by_task), now)]
         if not self._at_stage:
             return None
-        on_the_way = [request for request in self._at_stage if request.steps_left]
-        by_task = {request.task: request for request in on_the_way or self._at_stage}
-        request = by_task[self._policy.first(list(by_task), now)]
-        if on_the_way or len(self._at_stage) == len(self._running):
-            return request
+        request = min(self._at_stage, key=lambda request: request.task.turn)
+        stage_s = self._predict_stage(request)
+        fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
+        parked_elsewhere = len(self._running) - len(self._at_stage) - len(self._cramped)
+        return request if fits or not parked_elsewhere else None
+
+    def _predict_stage(self, request: Request) -> float:
+        """Seconds of the call at which it is parked; without end while it is not known."""
         assert request.job is not None
         assert request.job.call is not None
-        stage_s = self._cost.predict_stage(request.job.call.site, request.size)
-        fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
-        return request if fits else None
+        return self._cost.predict_stage(request.job.call.site, request.size) or math.inf
 
     def _run_stage(self, request: Request) -> None:
         """Answer a call of a module other than a denoiser."""
@@ -479,31 +512,41 @@ class Engine:
         job = request.job
         assert job is not None
         assert job.call is not None
-        call, size = job.call, request.size
-        encoding, decoding = not request.calls, not request.steps_left
+        site, size, encoding = job.call.site, request.size, not request.calls
+        if not request.steps_left:
+            self._stage_s += self._predict_stage(request)
 
         def took(seconds: float) -> None:
-            self._cost.observe_stage(call.site, size, seconds)
+            self._cost.observe_stage(site, size, seconds)
             if encoding:
                 request.encode_s += seconds
             else:
                 request.apart_s += seconds
-            if decoding:
-                self._stage_s += seconds
 
         try:
-            output = self._run(call, request.params.lora, took)
+            output = self._run(job.call, request.params.lora, took)
         except Exception as error:
-            _check_device(error)
-            traceback.clear_frames(error.__traceback__)
-            self._go_on(request, functools.partial(job.fail, error))
+            self._fail(request, error)
             return
         self._go_on(request, functools.partial(job.resume, output))
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """Its call raised. What only lacks memory is tried again when another request has ended."""
+        _check_device(error)
+        assert request.job is not None
+        others = len(self._running) - len(self._cramped) - 1
+        if isinstance(error, torch.OutOfMemoryError) and others:
+            logger.warning("request %d waits for memory: %s", request.number, str(error))
+            _let_go(error)
+            self._cramped.append(request)
+            _free_memory()
+        else:
+            self._go_on(request, functools.partial(request.job.fail, error))
 
     def _run(self, call: Call, adapters: AdapterSet, took: Callable[[float], None]) -> Any:
         """Run the module: what it returns; ``took`` is told the seconds."""
         self._pipeline.adapters.switch(adapters)
-        return self._timer.run(lambda: self._rendezvous.forward(call), took)
+        return self._timer.run(self._rendezvous.forward, call, took)
 
     def _cap(self, task: Task, within_s: float) -> int:
         request = self._by_number[task.request]
@@ -525,8 +568,7 @@ class Engine:
             if isinstance(error, torch.OutOfMemoryError):
                 size = self._cost.lower_cap(batch[0].size, len(batch))
             failure = repr(error)
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+        _free_memory()
         logger.warning(
             "a denoiser call for %d requests failed, trying %d at a time: %s",
             len(batch),
@@ -541,9 +583,10 @@ class Engine:
         self._ticks += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
 
+        self._call_s = self._cost.predict_call(size, rows)
+
         def took(seconds: float) -> None:
             self._cost.observe_call(size, rows, len(batch), seconds)
-            self._call_s = seconds
 
         calls = [request.mergeable for request in batch if request.mergeable]
         adapters = batch[0].params.lora
@@ -583,7 +626,7 @@ class Engine:
             error = GenerationFailed(
                 f"the pipeline failed: {type(job.error).__name__}: {job.error}"
             )
-            traceback.clear_frames(job.error.__traceback__)
+            _let_go(job.error)
             self._end(request, "failed", Failed(error))
         else:
             took_s = time.perf_counter() - request.accepted_at
@@ -591,7 +634,7 @@ class Engine:
             result = GenerationResult(
                 params=request.params,
                 pixels=job.result,
-                warnings=self._pipeline.find_warnings(request.params),
+                warnings=request.warnings,
                 queue_s=request.started_at - request.submitted_at,
                 denoise_s=time.perf_counter() - request.started_at,
             )
@@ -609,6 +652,7 @@ class Engine:
     def _park(self, request: Request, call: Call) -> None:
         task = request.task
         if call.site not in self._pipeline.denoisers:
+            request.mergeable = None
             task.remaining_s = self._predict_remaining(request)
             self._at_stage.append(request)
             return
@@ -616,6 +660,8 @@ class Engine:
             self._cost.observe_between(request.size, request.apart_s)
             request.apart_s = 0.0
         request.mergeable = self._prepared(call)
+        if request.mergeable is not None:
+            request.rows = float(request.mergeable.length)
         key = request.mergeable.key if request.mergeable else None
         task.key = None if key is None else (key, request.params.lora)
         task.step_s = self._cost.predict_call(request.size, request.rows)
@@ -656,14 +702,23 @@ class Engine:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
-        if request in self._at_stage:
-            self._at_stage.remove(request)
+        for parked in (self._at_stage, self._cramped):
+            if request in parked:
+                parked.remove(request)
         # Whoever submitted it may keep its callback for long, and with it all that hangs here.
         request.job = None
         request.mergeable = None
         self._policy.drop(request.task)
         del self._by_number[request.number]
         self._tell(request, event)
+        self._try_cramped_again()
+
+    def _try_cramped_again(self) -> None:
+        cramped, self._cramped = self._cramped, []
+        for request in cramped:
+            assert request.job is not None
+            assert request.job.call is not None
+            self._park(request, request.job.call)
 
     def _note(self, number: int, what: Any) -> None:
         self._log.append(LogEntry(self._ticks, number, what))

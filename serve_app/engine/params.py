@@ -1,6 +1,7 @@
 """What one request asks for."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -39,6 +40,8 @@ class ModelInfo:
     default_steps: int
     takes_negative_prompt: bool
     tasks: tuple[Task, ...]
+    default_strengths: Mapping[Task, float]
+    """Of those that start from an image."""
     noise_schedulers: tuple[str, ...]
     """Names that a request may give; none for models with a single one of their own."""
     loras: tuple[str, ...]
@@ -95,6 +98,8 @@ class GenerationParams:
             raise InvalidRequest("prompt must not be empty.", "prompt")
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
+            if text is not None and not _is_unicode(text):
+                raise InvalidRequest(f"{name} is not valid Unicode.", name)
             if text is not None and len(text) > limits.max_prompt_chars:
                 raise InvalidRequest(
                     f"{name} has {len(text)} characters; at most {limits.max_prompt_chars} are "
@@ -126,7 +131,7 @@ class GenerationParams:
             raise InvalidRequest(f"preview_steps must be from 1 to {steps}.", "preview_steps")
         if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
             raise InvalidRequest("deadline_s must be over 0.", "deadline_s")
-        self._check_image(model, steps)
+        strength = self._checked_strength(model, steps)
         step = model.size_multiple
         default_size = model.default_width, model.default_height
         if self.image is not None:
@@ -151,12 +156,19 @@ class GenerationParams:
                 f"are allowed, such as {side}x{side}.",
                 "size",
             )
+        image = self.image and _fitted(self.image, "RGB", (width, height), "image")
+        mask_image = self.mask_image and _fitted(
+            self.mask_image, "L", (width, height), "mask_image"
+        )
         return replace(
             self,
             width=width,
             height=height,
             num_inference_steps=steps,
             lora=tuple(sorted(self.lora)),
+            image=image,
+            mask_image=mask_image,
+            strength=strength,
         )
 
     def _check_lora(self, model: ModelInfo) -> None:
@@ -183,22 +195,57 @@ class GenerationParams:
                     "lora",
                 )
 
-    def _check_image(self, model: ModelInfo, steps: int) -> None:
+    def _checked_strength(self, model: ModelInfo, steps: int) -> float | None:
+        """The strength with the default filled in, after a look at the images."""
         if self.image is None:
             for name in ("mask_image", "strength"):
                 if getattr(self, name) is not None:
                     raise InvalidRequest(f"{name} needs an image.", name)
-            return
+            return None
         if self.task not in model.tasks:
             param = "image" if self.mask_image is None else "mask_image"
             raise InvalidRequest(
                 f"{model.pipeline} does not do {self.task}; it does {', '.join(model.tasks)}.",
                 param,
             )
-        if self.strength is not None and not (
-            0 < self.strength <= 1 and int(steps * self.strength) >= 1
-        ):
+        for name in ("image", "mask_image"):
+            given = getattr(self, name)
+            most = model.limits.max_image_pixels
+            if given is not None and given.width * given.height > most:
+                raise InvalidRequest(
+                    f"{name} has {given.width}x{given.height} pixels; at most {most} are allowed.",
+                    name,
+                )
+        strength = self.strength
+        if strength is None:
+            strength = model.default_strengths.get(self.task)
+        if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
             raise InvalidRequest(
-                f"strength must be over 0, at most 1, and leave one of {steps} steps to run.",
+                f"strength must be over 0, at most 1, and leave one of {steps} steps to run; it "
+                f"is {strength:g}.",
                 "strength",
             )
+        return strength
+
+
+def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
+    """In that mode and of that size, ``(width, height)``."""
+    if image.mode == mode and image.size == size:
+        return image
+    return image.convert(mode).resize(size)
+
+
+def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image:
+    try:
+        return fitted(image, mode, size)
+    except (OSError, ValueError, SyntaxError) as error:  # what Pillow says of broken files
+        raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
+
+
+def _is_unicode(text: str) -> bool:
+    """Half a surrogate pair is none: tokenizers break on it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig, check_model_folder, find_loras
 from serve_app.engine.adapters import Adapters
-from serve_app.engine.params import AdapterSet, GenerationParams, Task
+from serve_app.engine.params import AdapterSet, GenerationParams, Task, fitted
 from serve_app.engine.prompt_cache import NotCacheable, PromptCache, content_key
 from serve_app.engine.rendezvous import Site
 from serve_app.engine.speed import speed_up
@@ -136,7 +136,7 @@ def _remember_prompts(
     @functools.wraps(encode)
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         try:
-            key = content_key((adapters, args, kwargs))
+            key = (type(pipeline), content_key((adapters, args, kwargs)))
         except NotCacheable:  # tensors or pictures among them
             return encode(*args, **kwargs)
         return cache.get(key, lambda: encode(*args, **kwargs))
@@ -172,6 +172,15 @@ def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
+def _default_strengths(pipelines: dict[Task, DiffusionPipeline]) -> dict[Task, float]:
+    found: dict[Task, float] = {}
+    for task, pipeline in pipelines.items():
+        parameter = inspect.signature(type(pipeline).__call__).parameters.get("strength")
+        if parameter is not None and isinstance(parameter.default, int | float):
+            found[task] = float(parameter.default)
+    return found
+
+
 class LoadedPipeline:
     """A stock pipeline on its device, with what the engine needs to know of it."""
 
@@ -193,6 +202,7 @@ class LoadedPipeline:
         )
         self._by_task = _pipelines_of(pipeline)
         self.tasks = tuple(self._by_task)
+        self.default_strengths = _default_strengths(self._by_task)
         self.device = torch.device(pipeline.device)
         self.dtype: torch.dtype = pipeline.dtype
         components = pipeline.components
@@ -248,9 +258,10 @@ class LoadedPipeline:
     def description(self) -> str:
         """What the time of a call depends on."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        model = self._config.model_dump_json(exclude={"id", "device"})
         return (
-            f"{self._config.source} at {self._config.revision}, {self.class_name}, {self.dtype}, "
-            f"{self._config.speed}, on {device}, torch {torch.__version__}, "
+            f"{self.class_name} of {model}, {self.dtype}, on {device} with "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
             f"diffusers {diffusers.__version__}"
         )
 
@@ -431,9 +442,9 @@ class LoadedPipeline:
             assert params.height is not None
             size = params.width, params.height
             wanted["strength"] = params.strength
-            wanted["image"] = params.image.convert("RGB").resize(size)
+            wanted["image"] = fitted(params.image, "RGB", size)
             if params.mask_image is not None:
-                wanted["mask_image"] = params.mask_image.convert("L").resize(size)
+                wanted["mask_image"] = fitted(params.mask_image, "L", size)
         if "num_images_per_prompt" in parameters:
             wanted["num_images_per_prompt"] = images
             prompt: str | list[str] = params.prompt
@@ -444,12 +455,13 @@ class LoadedPipeline:
             for name, value in wanted.items()
             if value is not None and name in parameters
         }
+        kwargs = self._config.call_kwargs  # which this task's pipeline may not all know
         try:
             output = pipeline(
                 prompt=prompt,
                 generator=torch.Generator("cpu").manual_seed(params.seed),
                 output_type="pt",
-                **(self._config.call_kwargs | arguments),
+                **({key: value for key, value in kwargs.items() if key in parameters} | arguments),
             )
         except BaseException:
             self.restore_networks()

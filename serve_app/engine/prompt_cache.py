@@ -45,7 +45,7 @@ class PromptCache:
         value = encode()
         size = _tensor_bytes(value)
         # Another request may have encoded the same meanwhile: encoding gives way to others.
-        if size <= self._max_bytes and key not in self._entries:
+        if size is not None and size <= self._max_bytes and key not in self._entries:
             self._entries[key] = (value, size)
             self.held_bytes += size
             while self.held_bytes > self._max_bytes:
@@ -54,9 +54,11 @@ class PromptCache:
         return value
 
 
-def _tensor_bytes(value: Any) -> int:
+def _tensor_bytes(value: Any) -> int | None:
+    """None if it holds more than can be counted."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, list | tuple):
-        return sum(map(_tensor_bytes, value))
-    return 0
+        sizes = [_tensor_bytes(item) for item in value]
+        return None if None in sizes else sum(size or 0 for size in sizes)
+    return 0 if isinstance(value, _PLAIN) else None

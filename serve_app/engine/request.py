@@ -1,7 +1,7 @@
 """One request inside the engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -37,6 +37,10 @@ class Request:
     apart_s: float = 0.0
     """Spent on it outside the denoiser since its last denoiser call."""
     job: Job[Tensor] | None = None
+    rows: float = 1.0
+    """Of its denoiser calls, relative to one picture with guidance."""
+    warnings: tuple[str, ...] = ()
+    previews_due: set[int] = field(default_factory=set)
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
 
@@ -52,8 +56,3 @@ class Request:
         # Until the pipeline says how many it really runs.
         total = self.steps_total or self.params.num_inference_steps * (self.params.strength or 1.0)
         return max(0, round(total) - self.steps_done)
-
-    @property
-    def rows(self) -> float:
-        """Of the parked call, relative to one picture with guidance."""
-        return float(self.mergeable.length) if self.mergeable else 1.0

@@ -128,13 +128,20 @@ def take_turns(networks: Sequence[nn.Module], device: torch.device) -> None:
     The first is there from the start: diffusers finds its device where the weights are. Wraps
     ``forward``, for good; the networks must not be called from two threads.
     """
-    resident = networks[0].to(device)
+    resident: nn.Module | None = networks[0].to(device)
 
     def bring(network: nn.Module) -> None:
         nonlocal resident
-        if network is not resident:
+        if network is resident:
+            return
+        if resident is not None:
             resident.to("cpu")
+        resident = None
+        try:
             resident = network.to(device)
+        except BaseException:
+            network.to("cpu")  # half of it may be there
+            raise
 
     def wrapped(network: nn.Module) -> Callable[..., Any]:
         forward = network.forward

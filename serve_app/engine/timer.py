@@ -6,6 +6,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 
@@ -29,7 +30,8 @@ class CallTimer:
 
     A GPU works behind the program's back. Waiting for each call would leave it idle while the
     program prepares the next; never waiting would fill its queue with steps of requests that may be
-    cancelled. So each call waits for the one before it, and that one's time is known only then.
+    cancelled. So each call is asked for, and then the one before it waited for, whose time is known
+    only then: the GPU never has more than one call to do after that which it is at.
     """
 
     def __init__(self, device: torch.device, new_event: Callable[[], Event] = _cuda_event) -> None:
@@ -37,21 +39,22 @@ class CallTimer:
         self._pending: tuple[Event, Event, Callable[[float], None]] | None = None
         self._afterwards: list[Callable[[], None]] = []
 
-    def run(self, call: Callable[[], T], took: Callable[[float], None]) -> T:
-        """What ``call`` returns; ``took`` is given its seconds, now or before the next call.
+    def run(self, call: Callable[[A], T], argument: A, took: Callable[[float], None]) -> T:
+        """What ``call`` returns; ``took`` is given its seconds, now or after the next call.
 
-        Raises what ``call`` raises, and then ``took`` is never called.
+        Raises what ``call`` raises, and then ``took`` is never called. The argument is apart, so
+        that a traceback has none but plain variables to let go of.
         """
         if self._new_event is None:
             started_at = time.perf_counter()
-            output = call()
+            output = call(argument)
             took(time.perf_counter() - started_at)
             return output
-        self.wait()
         start, end = self._new_event(), self._new_event()
         start.record()
-        output = call()
+        output = call(argument)
         end.record()
+        self.wait()
         self._pending = start, end, took
         return output
 

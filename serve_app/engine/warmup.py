@@ -20,6 +20,7 @@ from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.speed import compile_batches
+from serve_app.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def warm_up(
     Runs on the thread that owns the pipeline. Raises what the pipeline raises when it paints alone,
     and `ConfigError` if the file of earlier measurements is none.
     """
-    certificate = Certificate("alone", {}, None, "max_running is 1")
+    certificate = Certificate("alone", {}, None, "max_running is 1", pipeline.tasks)
     previews = None
     if config.max_running > 1:
         certificate = certify(pipeline, rendezvous)
@@ -51,21 +52,28 @@ def warm_up(
         return measure(pipeline, rendezvous, certificate.specs, size, max_batch_size)
 
     path = None if config.profile_path is None else Path(config.profile_path).expanduser()
-    subject = f"{pipeline.description}, batches up to {config.max_batch_size}"
+    subject = f"{pipeline.description}, {certificate.sharing} up to {config.max_batch_size}"
     if path is not None:
         cost.load(path, subject)
     missing = [size for size in config.warmup_sizes_px if size not in cost.caps]
-    for size in missing:
-        cost.measured(size, measured(size, config.max_batch_size))
+    for size in config.warmup_sizes_px:
+        if any(side % pipeline.size_multiple for side in size):
+            raise ConfigError(
+                f"engine.warmup_sizes_px: {size[0]}x{size[1]} is no size of this model: both sides "
+                f"must be multiples of {pipeline.size_multiple}."
+            )
+    found = {size: measured(size, config.max_batch_size) for size in missing}
+    for size, measurement in found.items():
+        cost.measured(size, measurement)
         logger.info("size %dx%d: batches up to %d pay", *size, cost.caps[size])
-    if path is not None and missing:
+    if path is not None and missing and not any(one.out_of_memory for one in found.values()):
         cost.save(path, subject)
     if not cost.call_s and config.max_running > 1:
         # Single calls, so that the first requests have a deadline.
         size = pipeline.default_size_px
-        found = measured(size, 1)
-        cost.observe_call(size, 1.0, 1, found.call_s[1])
-        cost.observe_request(size, 1, 1, found.encode_s, found.decode_s)
+        single = measured(size, 1)
+        cost.observe_call(size, 1.0, 1, single.call_s[1])
+        cost.observe_request(size, 1, 1, single.encode_s, single.decode_s)
     if speed.compile:
         # What was not measured: calls without guidance, and sizes of an earlier start.
         for size in config.warmup_sizes_px or (pipeline.default_size_px,):
@@ -94,9 +102,10 @@ def measure(
         encode_s = time.perf_counter() - started_at
         call = job.call
         assert call is not None
-        call_s = _measure_calls(rendezvous, specs.get(call.site), call, max_batch_size)
+        spec = specs.get(call.site)
+        call_s, out_of_memory = _measure_calls(rendezvous, spec, call, max_batch_size)
         decode_s = _finish(pipeline, rendezvous, job)
-    return Measurement(call_s, encode_s, decode_s)
+    return Measurement(call_s, encode_s, decode_s, out_of_memory)
 
 
 @contextmanager
@@ -137,8 +146,8 @@ def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) 
 
 def _measure_calls(
     rendezvous: Rendezvous, spec: BatchSpec | None, call: Call, max_batch_size: int
-) -> dict[int, float]:
-    """``{batch size: seconds}``."""
+) -> tuple[dict[int, float], bool]:
+    """``{batch size: seconds}``, and whether memory was the end of it."""
     measured: dict[int, float] = {}
     batch = 1
     while batch <= max_batch_size:
@@ -148,11 +157,11 @@ def _measure_calls(
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
-            break
+            return measured, True
         if spec is None or worthwhile_batch(measured) < batch:
             break
         batch *= 2
-    return measured
+    return measured, False
 
 
 def _seconds(rendezvous: Rendezvous, call: Call) -> float:

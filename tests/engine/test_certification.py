@@ -107,6 +107,27 @@ def test_frames_in_the_batch_are_told_from_pictures() -> None:
     assert engine.stats().mean_batch_size > 1
 
 
+def test_a_task_that_cannot_be_shared_is_not_offered(
+    pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What encodes the image remembers who asked last."""
+    vae = pipeline._pipeline.vae
+    encode, calls = vae.encode, 0
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = encode(*args, **kwargs)
+        output.latent_dist.mean += calls
+        return output
+
+    monkeypatch.setattr(vae, "encode", forgetful)
+    with Engine(pipeline, DEMO) as engine:
+        assert engine.info.sharing == "batched"
+        assert engine.info.tasks == ("text-to-image",)
+    assert "image-to-image is not offered: its pictures differ" in caplog.text
+
+
 def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPipeline) -> None:
     def one_prompt_only(_: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
         embeds = kwargs["encoder_hidden_states"]

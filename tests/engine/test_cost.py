@@ -133,3 +133,16 @@ def test_what_was_measured_is_kept(tmp_path: Path) -> None:
         path.write_text(wrong)
         with pytest.raises(ConfigError, match="delete it"):
             again.load(path, "a model")
+
+
+def test_clients_cannot_fill_the_memory_with_sizes() -> None:
+    cost = CostModel(max_batch_size=16)
+    cost.measured(SMALL, measurement(linear(0.5, 1.0)))
+    for side in range(8, 8 * 1000, 8):
+        cost.observe_call((side, 8), 1.0, 1, 1.0)
+        cost.observe_stage("vae", (side, 8), 1.0)
+        cost.observe_request((side, 8), 10, 10, 1.0, 1.0)
+    for known in (cost.call_s, cost.encode_s, cost.decode_s, cost.stage_s["vae"]):
+        assert len(known) <= 256
+    assert SMALL in cost.call_s
+    assert SMALL in cost.decode_s

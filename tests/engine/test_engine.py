@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from serve_app.config import EngineConfig, LimitsConfig
 from serve_app.engine import certification
@@ -432,3 +433,76 @@ def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
             engine.generate(params(num_inference_steps=6))
         with pytest.raises(InvalidRequest, match="such as 32x32"):
             engine.generate(params(num_inference_steps=5))
+
+
+def test_a_late_request_is_started_among_ever_new_ones(demo_pipeline: LoadedPipeline) -> None:
+    """With a single place, which others that can be on time want as well."""
+    with Engine(demo_pipeline, DEMO, EngineConfig(max_running=1)) as engine:
+        first = engine.stream(params(num_inference_steps=40))
+        late = engine.stream(params(seed=2, num_inference_steps=4, deadline_s=1e-3))
+        others = [
+            engine.stream(params(seed=seed, num_inference_steps=2, deadline_s=600.0))
+            for seed in range(3, 30)
+        ]
+        for stream in (first, late, *others):
+            list(stream)
+        order = [entry.request for entry in engine.stats().log if entry.what == "started"]
+    assert 2 in order[:12]
+
+
+def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
+    config = EngineConfig(max_running=8)
+    with Engine(demo_pipeline, DEMO, config) as engine:
+        late = [
+            engine.stream(params(seed=seed, num_inference_steps=40, deadline_s=1e-3))
+            for seed in range(10)
+        ]
+        wait_until(lambda: engine.stats().running == 7)
+        urgent = engine.stream(params(seed=11, num_inference_steps=3, deadline_s=600.0))
+        result_of(list(urgent))
+        assert engine.stats().waiting >= 3  # it did not wait for any of them
+        for stream in late:
+            stream.close()  # type: ignore[attr-defined]
+
+
+def test_a_tokenizer_that_fails_hurts_only_its_own_request(
+    demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_warnings = demo_pipeline.find_warnings
+
+    def fail(request: GenerationParams) -> tuple[str, ...]:
+        if request.seed == 13:
+            raise TypeError("no such text")
+        return find_warnings(request)
+
+    monkeypatch.setattr(demo_pipeline, "find_warnings", fail)
+    with Engine(demo_pipeline, DEMO) as engine:
+        with pytest.raises(GenerationFailed, match="no such text"):
+            engine.generate(params(seed=13))
+        engine.generate(params(num_inference_steps=1))
+
+
+def test_the_strength_of_the_model_is_checked_too(demo_engine: Engine) -> None:
+    image = Image.new("RGB", (64, 64), "red")
+    assert demo_engine.info.default_strengths["image-to-image"] == 0.8
+    with pytest.raises(InvalidRequest, match=r"leave one of 1 steps to run; it is 0\.8"):
+        demo_engine.submit(params(num_inference_steps=1, image=image), lambda _: None)
+    result = demo_engine.generate(params(num_inference_steps=5, image=image))
+    assert result.params.strength == 0.8
+
+
+def test_a_profile_that_cannot_be_written_stops_nobody(
+    demo_pipeline: LoadedPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = EngineConfig(
+        max_batch_size=1, warmup_sizes_px=((32, 32),), profile_path=str(tmp_path / "file" / "p")
+    )
+    with Engine(demo_pipeline, DEMO, config) as engine:
+        engine.generate(params(num_inference_steps=1))
+    assert "the next start measures again" in caplog.text
+
+
+def test_a_size_to_measure_must_be_one_of_the_model(demo_pipeline: LoadedPipeline) -> None:
+    with pytest.raises(ConfigError, match="warmup_sizes_px: 33x32"):
+        Engine(demo_pipeline, DEMO, EngineConfig(warmup_sizes_px=((33, 32),)))

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import pickle
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ MODEL = ModelInfo(
     default_steps=20,
     takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image"),
+    default_strengths={"image-to-image": 0.5},
     noise_schedulers=("euler", "ddim"),
     loras=("pixel", "ink"),
     sharing="batched",
@@ -116,3 +118,31 @@ def test_adapters_are_checked(lora: AdapterSet, message: str) -> None:
 def test_a_server_without_adapters_says_so() -> None:
     with pytest.raises(LoraNotFound, match="leave lora out"):
         GenerationParams("a", 1, lora=(("ink", 1.0),)).resolved(replace(MODEL, loras=()))
+
+
+def test_images_are_brought_to_the_size_where_they_are_submitted() -> None:
+    resolved = GenerationParams("a", 1, width=64, height=32, image=IMAGE.convert("P")).resolved(
+        MODEL
+    )
+    assert resolved.image is not None
+    assert (resolved.image.mode, resolved.image.size) == ("RGB", (64, 32))
+    assert resolved.strength == 0.5
+
+
+def test_broken_and_huge_images_are_refused() -> None:
+    file = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(file, "png")
+    broken = Image.open(io.BytesIO(file.getvalue()[:-400]))
+    with pytest.raises(InvalidRequest, match="image cannot be read") as caught:
+        GenerationParams("a", 1, image=broken).resolved(MODEL)
+    assert caught.value.param == "image"
+    limits = MODEL.limits.model_copy(update={"max_image_pixels": 100})
+    with pytest.raises(InvalidRequest, match="has 50x90 pixels; at most 100"):
+        GenerationParams("a", 1, image=IMAGE).resolved(replace(MODEL, limits=limits))
+
+
+def test_half_a_character_is_refused() -> None:
+    for name in ("prompt", "negative_prompt"):
+        with pytest.raises(InvalidRequest, match="not valid Unicode") as caught:
+            GenerationParams(**({"prompt": "a", "seed": 1} | {name: "a\ud800"})).resolved(MODEL)
+        assert caught.value.param == name

@@ -106,6 +106,34 @@ def test_a_decoder_that_fails_hurts_only_its_own_request(demo_pipeline: LoadedPi
     assert isinstance(ends[1], Completed)
 
 
+def test_a_decoding_without_memory_waits_for_another_request_to_end(
+    demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [params(seed, 4 + seed) for seed in range(3)]
+    alone = [demo_pipeline.paint(request)[0] for request in requests]
+    tries = 0
+
+    def fail_at_first(*_: object) -> None:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            raise torch.OutOfMemoryError("out of memory")
+
+    with Engine(demo_pipeline, DEMO) as engine:
+        block = demo_pipeline._pipeline.vae.decoder.mid_block.resnets[0]
+        handle = block.register_forward_pre_hook(fail_at_first)
+        try:
+            streams = [engine.stream(request) for request in requests]
+            ends = [list(stream)[-1] for stream in streams]
+        finally:
+            handle.remove()
+        order = [entry.request for entry in engine.stats().log if entry.what == "completed"]
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(together, alone) <= 1e-5
+    assert "request 1 waits for memory" in caplog.text
+    assert order[0] != 1
+
+
 def test_a_request_that_is_decoded_can_be_cancelled(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         numbers: list[int] = []

@@ -34,11 +34,12 @@ def diary() -> list[str]:
     return FakeEvent.diary
 
 
-def test_a_call_waits_for_the_one_before_it(diary: list[str]) -> None:
+def test_a_call_is_asked_for_before_the_last_one_is_done(diary: list[str]) -> None:
     timer = CallTimer(torch.device("cuda"), FakeEvent)
     for number in (1, 2):
         output = timer.run(
-            lambda number=number: diary.append(f"call {number}"),
+            lambda number: diary.append(f"call {number}"),
+            number,
             lambda seconds, number=number: diary.append(f"call {number} took {seconds:g} s"),
         )
         assert output is None
@@ -48,11 +49,11 @@ def test_a_call_waits_for_the_one_before_it(diary: list[str]) -> None:
         "record event 1",
         "call 1",
         "record event 2",
-        "wait for event 2",
-        "call 1 took 2 s",
         "record event 3",
         "call 2",
         "record event 4",
+        "wait for event 2",
+        "call 1 took 2 s",
         "wait for event 4",
         "call 2 took 2 s",
     ]
@@ -61,7 +62,7 @@ def test_a_call_waits_for_the_one_before_it(diary: list[str]) -> None:
 def test_what_needs_the_time_of_the_last_call_waits_for_it(diary: list[str]) -> None:
     timer = CallTimer(torch.device("cuda"), FakeEvent)
     timer.afterwards(lambda: diary.append("at once"))
-    timer.run(lambda: None, lambda _: diary.append("took"))
+    timer.run(len, "", lambda _: diary.append("took"))
     timer.afterwards(lambda: diary.append("afterwards"))
     assert diary == ["at once", "record event 1", "record event 2"]
     timer.wait()
@@ -72,18 +73,18 @@ def test_a_call_that_raises_has_no_time(diary: list[str]) -> None:
     timer = CallTimer(torch.device("cuda"), FakeEvent)
     times: list[float] = []
 
-    def fail() -> None:
+    def fail(_: None) -> None:
         raise ValueError
 
     with pytest.raises(ValueError):  # noqa: PT011
-        timer.run(fail, times.append)
+        timer.run(fail, None, times.append)
     timer.wait()
     assert times == []
-    assert timer.run(lambda: 3, times.append) == 3
+    assert timer.run(len, "abc", times.append) == 3
 
 
 def test_a_cpu_is_done_when_it_returns() -> None:
     times: list[float] = []
     started_at = time.perf_counter()
-    assert CallTimer(torch.device("cpu")).run(lambda: sum(range(10_000)), times.append) == 49995000
+    assert CallTimer(torch.device("cpu")).run(sum, range(10_000), times.append) == 49995000
     assert 0 < times[0] <= time.perf_counter() - started_at

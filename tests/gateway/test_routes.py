@@ -30,6 +30,7 @@ INFO = ModelInfo(
     default_steps=20,
     takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image"),
+    default_strengths={"image-to-image": 0.5},
     noise_schedulers=("euler", "ddim"),
     loras=("pixel", "ink"),
     sharing="batched",
