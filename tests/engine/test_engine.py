@@ -447,7 +447,7 @@ def test_a_late_request_is_started_among_ever_new_ones(demo_pipeline: LoadedPipe
         for stream in (first, late, *others):
             list(stream)
         order = [entry.request for entry in engine.stats().log if entry.what == "started"]
-    assert 2 in order[:12]
+    assert order.index(2) < 20  # every eighth place is for whoever should have been first
 
 
 def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
