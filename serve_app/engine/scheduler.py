@@ -176,24 +176,27 @@ class OnTime(RankedPolicy):
     That batches make the device faster is left out of account: what it gains makes up for what
     cannot be foreseen.
 
-    The others run when none of those waits, and get ``late_share`` of the time. The least remaining
-    work goes first there, so that who is a little late is not much later; every eighth time it is
-    the turn of the earliest deadline, so that nobody starves. A leader gets as much company as lets
-    it be on time.
+    The others run when none of those waits, and get ``late_share`` of the time. Whoever has less
+    work left goes first there, so that who is a little late is not much later; but nobody waits
+    forever: a second of work counts as `PATIENCE` seconds of waiting. A leader gets as much company
+    as lets it be on time.
     """
+
+    PATIENCE = 100.0
+    PATIENCE_TO_START = 10.0
+    """Of a late request among those that wait for a place, on time or not."""
 
     def __init__(self, late_share: float = 0.1) -> None:
         super().__init__()
         self._late_share = late_share
-        self._late_turns = 0
-        self._turns_of_first = 0
         self._owed_s = 0.0
         self._stale = False
         self._by_deadline: list[tuple[float, int, Task]] = []
         self._late: set[int] = set()
 
     def rank(self, task: Task) -> tuple[bool, float]:
-        return (task.late, task.remaining_s if task.late else task.deadline_at)
+        waits_s = self.PATIENCE * task.remaining_s if task.late else 0.0
+        return (task.late, task.deadline_at + waits_s)
 
     def call_s(self, leader: Task, now: float) -> float:
         # Company may use half of the time to spare; the rest is for what is not foreseen.
@@ -215,10 +218,12 @@ class OnTime(RankedPolicy):
 
     def first(self, tasks: list[Task], now: float) -> Task:
         self._plan(now)
-        self._turns_of_first += len(tasks) > 1
-        if self._turns_of_first % 8 == 0:  # here too nobody starves
-            return min(tasks, key=lambda task: task.deadline_at)
-        return super().first(tasks, now)
+
+        def rank(task: Task) -> tuple[float, int]:
+            waits_s = self.PATIENCE_TO_START * task.remaining_s if task.late else 0.0
+            return (task.deadline_at + waits_s, task.request)
+
+        return min(tasks, key=rank)
 
     def order(self, now: float) -> list[Task]:
         self._plan(now)
@@ -236,15 +241,13 @@ class OnTime(RankedPolicy):
         late = self._first_late()
         if late is None:
             return self._take(group, now, cap)
-        if leader.late:
-            return self._take_late(late, now, cap)
-        # Counted as if members ran one after another: company is charged to who brings it.
-        if self._owed_s >= late.step_s:
-            chosen = self._take_late(late, now, cap)
-            self._owed_s -= sum(task.step_s for task in chosen)
-        else:
+        if leader.late or self._owed_s < late.step_s:
             chosen = self._take(group, now, cap)
-            self._owed_s += self._late_share * sum(task.step_s for task in chosen)
+            done_s = sum(task.step_s for task in chosen if not task.late)
+            self._owed_s += self._late_share * done_s
+        else:
+            chosen = self._take_late(late, now, cap)
+            self._owed_s -= sum(task.step_s for task in chosen if task.late)
         return chosen
 
     def _plan(self, now: float) -> None:
@@ -272,9 +275,6 @@ class OnTime(RankedPolicy):
 
     def _first_late(self) -> Task | None:
         """The late call whose turn it is."""
-        if self._late_turns % 8 == 7:
-            late = [task for task in self._tasks.values() if task.late and task._entry is not None]
-            return min(late, key=lambda task: task.deadline_at, default=None)
         first: tuple[Any, int] | None = None
         for entries in self._groups.values():
             index = bisect_left(entries, ((True,),))
@@ -284,7 +284,6 @@ class OnTime(RankedPolicy):
 
     def _take_late(self, leader: Task, now: float, cap: Cap) -> list[Task]:
         """The late leader, and with it the most urgent of its key."""
-        self._late_turns += 1
         self._leave(leader)
         group = self._group(leader)
         fill = 0 if leader.key is None else cap(leader, math.inf) - 1

@@ -435,21 +435,6 @@ def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
             engine.generate(params(num_inference_steps=5))
 
 
-def test_a_late_request_is_started_among_ever_new_ones(demo_pipeline: LoadedPipeline) -> None:
-    """With a single place, which others that can be on time want as well."""
-    with Engine(demo_pipeline, DEMO, EngineConfig(max_running=1)) as engine:
-        first = engine.stream(params(num_inference_steps=40))
-        late = engine.stream(params(seed=2, num_inference_steps=4, deadline_s=1e-3))
-        others = [
-            engine.stream(params(seed=seed, num_inference_steps=2, deadline_s=600.0))
-            for seed in range(3, 30)
-        ]
-        for stream in (first, late, *others):
-            list(stream)
-        order = [entry.request for entry in engine.stats().log if entry.what == "started"]
-    assert order.index(2) < 20  # every eighth place is for whoever should have been first
-
-
 def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
     config = EngineConfig(max_running=8)
     with Engine(demo_pipeline, DEMO, config) as engine:

@@ -233,12 +233,27 @@ def test_the_late_do_not_starve() -> None:
 
 
 def test_a_long_late_request_does_not_starve_among_short_ones() -> None:
-    """Less work goes first among the late, but not always."""
-    long = Job(0, 10, 1.0, "large", slo_scale=0.1)
-    short = [Job(0.5 * half, 1, 1.0, "small", slo_scale=0.1) for half in range(800)]
+    """Less work goes first among the late, but waiting counts as well."""
+    long = Job(0, 10, 0.1, "large", slo_scale=0.1)
+    short = [Job(0.05 * number, 1, 0.1, "small", slo_scale=0.1) for number in range(4000)]
     _, ended = run(OnTime(), [long, *short], cap=1)
-    assert ended[0] < 100
+    assert ended[0] < 250  # of the 400 s that all of it takes
     assert sorted(ended)[:20] == sorted(ended[1:])[:20]
+
+
+def test_a_late_request_is_started_among_ever_new_ones() -> None:
+    policy = OnTime()
+    late = Task(0, deadline_at=0.0, remaining_s=5.0)
+    policy.add(late)
+    started_at = None
+    for second in range(1, 200):  # another comes whenever there is a place, and can be on time
+        new = Task(second, deadline_at=second + 1.0, remaining_s=0.5)
+        policy.add(new)
+        if policy.first([late, new], float(second)) is late:
+            started_at = second
+            break
+        policy.drop(new)
+    assert started_at == 49  # its deadline, and ten times its work
 
 
 def _poisson(load: float, count: int = 400) -> list[Job]:
