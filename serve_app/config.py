@@ -120,23 +120,20 @@ class ModelConfig(_Config):
         return loras
 
     @model_validator(mode="after")
-    def _adapters_have_scales_of_their_own(self) -> "ModelConfig":
+    def _adapters_fit_the_rest(self) -> "ModelConfig":
+        if not (self.loras or self.lora_folder):
+            return self
         for name in ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"):
             given = self.call_kwargs.get(name)
-            if (self.loras or self.lora_folder) and isinstance(given, dict) and "scale" in given:
+            if isinstance(given, dict) and "scale" in given:
                 raise ValueError(
                     f"model.call_kwargs.{name}.scale scales the adapters of all requests: leave it "
                     "out, requests name their scales"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _adapters_need_plain_layers(self) -> "ModelConfig":
         # A switch of adapters would compile anew, and 8-bit layers take none.
-        for option in ("compile", "quantize"):
-            if getattr(self.speed, option) not in (False, "none") and (
-                self.loras or self.lora_folder
-            ):
+        options = {"compile": self.speed.compile, "quantize": self.speed.quantize != "none"}
+        for option, wanted in options.items():
+            if wanted:
                 raise ValueError(
                     f"model.speed.{option} and LoRA adapters exclude each other: set one of them "
                     "only"

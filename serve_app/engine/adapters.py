@@ -6,7 +6,7 @@ at the same scales may share a call; see `AdapterSet`.
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from serve_app.errors import ModelLoadError
 class Adapters:
     """The adapters in the networks of one pipeline. Belongs to the thread that runs them."""
 
-    def __init__(self, pipeline: Any, networks: Iterable[nn.Module], loras: Mapping[str, str]):
+    def __init__(self, pipeline: Any, networks: Collection[nn.Module], loras: Mapping[str, str]):
         """Load ``loras`` into the pipeline's networks, and switch all of them off.
 
         Raises:

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from serve_app.engine.batch import BatchSpec, NotMergeable
-from serve_app.engine.params import GenerationParams, Sharing, Task
+from serve_app.engine.params import GenerationParams, Sharing, Task, probe
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 
@@ -50,12 +50,9 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
     Runs on the calling thread, which must be the one that will own the pipeline. Errors of the
     pipeline itself are raised: a model that cannot paint alone cannot be served.
     """
-    width, height = pipeline.default_size_px
+    first = probe(pipeline.default_size_px)
     # The same words in another order, so that both take the same number of tokens. Not the same
     # number of steps: what the first to end undoes, the other still needs.
-    first = GenerationParams(
-        "a cat sees a dog", 1, width=width, height=height, num_inference_steps=2
-    )
     second = replace(
         first, prompt="a dog sees a cat", seed=2, num_inference_steps=8, guidance_scale=3.0
     )

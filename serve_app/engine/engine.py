@@ -232,7 +232,6 @@ class Engine:
             number = next(self._numbers)
             now = time.perf_counter()
             request = Request(number, resolved, on_event, now, Task(number, now, 0.0))
-            request.previews_due.update(resolved.preview_steps)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -445,20 +444,22 @@ class Engine:
             self._go_on(request, request.job.start)
 
     def _paint(self, request: Request) -> Tensor:
+        previews_due = set(request.params.preview_steps)
+
         def on_step(done: int, total: int) -> None:
             request.steps_done, request.steps_total = done, total
             self._tell(request, Progress(done, total))
 
         def on_latents(latents: Tensor) -> None:
             step = request.steps_done + 1
-            if step in request.previews_due and self._previews is not None:
-                request.previews_due.remove(step)
+            if step in previews_due and self._previews is not None:
+                previews_due.remove(step)
                 pixels = self._previews(latents, *request.size)
                 if pixels is not None:
                     self._tell(request, Preview(step, pixels))
 
         request.warnings = self._pipeline.find_warnings(request.params)
-        watch = on_latents if request.params.preview_steps else None
+        watch = on_latents if previews_due else None
         return self._pipeline.paint(
             request.params, on_step, on_latents=watch, prompt_cache=self._prompts
         )[0]
@@ -502,17 +503,13 @@ class Engine:
 
     def _predict_stage(self, request: Request) -> float:
         """Seconds of the call at which it is parked; without end while it is not known."""
-        assert request.job is not None
-        assert request.job.call is not None
-        return self._cost.predict_stage(request.job.call.site, request.size) or math.inf
+        return self._cost.predict_stage(request.call.site, request.size) or math.inf
 
     def _run_stage(self, request: Request) -> None:
         """Answer a call of a module other than a denoiser."""
         self._at_stage.remove(request)
-        job = request.job
-        assert job is not None
-        assert job.call is not None
-        site, size, encoding = job.call.site, request.size, not request.calls
+        # Not the call itself: what it holds must go when its job goes on.
+        site, size, encoding = request.call.site, request.size, not request.calls
         if not request.steps_left:
             self._stage_s += self._predict_stage(request)
 
@@ -524,11 +521,12 @@ class Engine:
                 request.apart_s += seconds
 
         try:
-            output = self._run(job.call, request.params.lora, took)
+            output = self._run(request.call, request.params.lora, took)
         except Exception as error:
             self._fail(request, error)
             return
-        self._go_on(request, functools.partial(job.resume, output))
+        assert request.job is not None
+        self._go_on(request, functools.partial(request.job.resume, output))
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Its call raised. What only lacks memory is tried again when another request has ended."""
@@ -582,7 +580,6 @@ class Engine:
         """One denoiser call and each request's share of what it returns."""
         self._ticks += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
-
         self._call_s = self._cost.predict_call(size, rows)
 
         def took(seconds: float) -> None:
@@ -597,9 +594,7 @@ class Engine:
             outputs = spec.split(output, filled)[: len(calls)]
         else:
             [request] = batch
-            assert request.job is not None
-            assert request.job.call is not None
-            outputs = [self._run(request.job.call, adapters, took)]
+            outputs = [self._run(request.call, adapters, took)]
         self._steps += len(batch)
         return outputs
 
@@ -672,12 +667,12 @@ class Engine:
         """Seconds from here to its end, alone on the device."""
         cost, size = self._cost, request.size
         decode_s = cost.predict_decode(size)
-        if not request.calls:
-            encode_s = max(0.0, cost.predict_encode(size) - request.encode_s)
-            return encode_s + cost.predict_steps(size, request.steps_left, request.rows) + decode_s
-        if request.steps_left:
-            return cost.predict_steps(size, request.steps_left, request.rows) + decode_s
-        return max(0.0, decode_s - request.apart_s)
+        if request.calls and not request.steps_left:
+            return max(0.0, decode_s - request.apart_s)
+        steps_s = cost.predict_steps(size, request.steps_left, request.rows)
+        if request.calls:
+            return steps_s + decode_s
+        return max(0.0, cost.predict_encode(size) - request.encode_s) + steps_s + decode_s
 
     def _prepared(self, call: Call) -> MergeableCall | None:
         spec = self._certificate.specs.get(call.site)
@@ -716,9 +711,7 @@ class Engine:
     def _try_cramped_again(self) -> None:
         cramped, self._cramped = self._cramped, []
         for request in cramped:
-            assert request.job is not None
-            assert request.job.call is not None
-            self._park(request, request.job.call)
+            self._park(request, request.call)
 
     def _note(self, number: int, what: Any) -> None:
         self._log.append(LogEntry(self._ticks, number, what))

@@ -228,6 +228,13 @@ class GenerationParams:
         return strength
 
 
+def probe(size: tuple[int, int]) -> GenerationParams:
+    """A request of two steps, for (width, height), to find out with what a pipeline does."""
+    return GenerationParams(
+        "a cat sees a dog", 1, width=size[0], height=size[1], num_inference_steps=2
+    )
+
+
 def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
     """In that mode and of that size, ``(width, height)``."""
     if image.mode == mode and image.size == size:

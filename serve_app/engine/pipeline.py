@@ -195,22 +195,18 @@ class LoadedPipeline:
         self._config = config
         self._parameters = inspect.signature(type(pipeline).__call__).parameters
         self.class_name = type(pipeline).__name__
-        self.adapters = Adapters(
-            pipeline,
-            [part for part in pipeline.components.values() if isinstance(part, nn.Module)],
-            find_loras(config),
-        )
-        self._by_task = _pipelines_of(pipeline)
-        self.tasks = tuple(self._by_task)
-        self.default_strengths = _default_strengths(self._by_task)
-        self.device = torch.device(pipeline.device)
-        self.dtype: torch.dtype = pipeline.dtype
         components = pipeline.components
         networks: dict[str, Any] = {
             name: component
             for name, component in components.items()
             if isinstance(component, nn.Module)
         }
+        self.adapters = Adapters(pipeline, networks.values(), find_loras(config))
+        self._by_task = _pipelines_of(pipeline)
+        self.tasks = tuple(self._by_task)
+        self.default_strengths = _default_strengths(self._by_task)
+        self.device = torch.device(pipeline.device)
+        self.dtype: torch.dtype = pipeline.dtype
         for network in networks.values():
             network.eval()  # loading does it; a pipeline that was built in memory may drop out
         self._dtypes = {

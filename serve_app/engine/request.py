@@ -1,7 +1,7 @@
 """One request inside the engine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from serve_app.engine.batch import MergeableCall
 from serve_app.engine.cost import Size
 from serve_app.engine.events import Event
 from serve_app.engine.params import GenerationParams
-from serve_app.engine.rendezvous import Job
+from serve_app.engine.rendezvous import Call, Job
 from serve_app.engine.scheduler import Task
 
 EventCallback = Callable[[Event], None]
@@ -40,9 +40,15 @@ class Request:
     rows: float = 1.0
     """Of its denoiser calls, relative to one picture with guidance."""
     warnings: tuple[str, ...] = ()
-    previews_due: set[int] = field(default_factory=set)
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
+
+    @property
+    def call(self) -> Call:
+        """The call at which it is parked, as every request that runs is between two calls."""
+        assert self.job is not None
+        assert self.job.call is not None
+        return self.job.call
 
     @property
     def size(self) -> Size:

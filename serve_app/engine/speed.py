@@ -9,6 +9,7 @@ only where it is asked for.
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 from serve_app.config import SpeedConfig
 from serve_app.engine.batch import BatchSpec, MergeableCall
 from serve_app.engine.cost import Size
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import GenerationParams, probe
 from serve_app.engine.rendezvous import Job, Rendezvous
 from serve_app.errors import ConfigError
 
@@ -243,16 +244,8 @@ def compile_batches(
 
     Ends early where memory does. Runs on the thread that owns the pipeline, within `compiling`.
     """
-    width, height = size
     for guidance_scale in (5.0, 1.0):
-        params = GenerationParams(
-            "a cat sees a dog",
-            1,
-            width=width,
-            height=height,
-            num_inference_steps=2,
-            guidance_scale=guidance_scale,
-        )
+        params = replace(probe(size), guidance_scale=guidance_scale)
         job = Job(functools.partial(paint, params))
         warm: set[str] = set()
         try:

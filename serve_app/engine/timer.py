@@ -25,6 +25,12 @@ def _cuda_event() -> Event:
     return event
 
 
+def wait_for_device() -> None:
+    """Until it is done: or the time of a call would be that of asking for it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 class CallTimer:
     """Runs calls one after another and tells how long each took.
 

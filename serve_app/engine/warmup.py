@@ -15,11 +15,12 @@ from serve_app.config import EngineConfig, SpeedConfig
 from serve_app.engine.batch import BatchSpec
 from serve_app.engine.certification import Certificate, certify
 from serve_app.engine.cost import CostModel, Measurement, Size, worthwhile_batch
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import probe
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.speed import compile_batches
+from serve_app.engine.timer import wait_for_device
 from serve_app.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -37,8 +38,14 @@ def warm_up(
     """How requests may share the pipeline, and how to preview what they paint; fills ``cost``.
 
     Runs on the thread that owns the pipeline. Raises what the pipeline raises when it paints alone,
-    and `ConfigError` if the file of earlier measurements is none.
+    and `ConfigError` if a size is none of this model's or the file of earlier measurements is none.
     """
+    for size in config.warmup_sizes_px:
+        if any(side % pipeline.size_multiple for side in size):
+            raise ConfigError(
+                f"engine.warmup_sizes_px: {size[0]}x{size[1]} is no size of this model: both sides "
+                f"must be multiples of {pipeline.size_multiple}."
+            )
     certificate = Certificate("alone", {}, None, "max_running is 1", pipeline.tasks)
     previews = None
     if config.max_running > 1:
@@ -56,12 +63,6 @@ def warm_up(
     if path is not None:
         cost.load(path, subject)
     missing = [size for size in config.warmup_sizes_px if size not in cost.caps]
-    for size in config.warmup_sizes_px:
-        if any(side % pipeline.size_multiple for side in size):
-            raise ConfigError(
-                f"engine.warmup_sizes_px: {size[0]}x{size[1]} is no size of this model: both sides "
-                f"must be multiples of {pipeline.size_multiple}."
-            )
     found = {size: measured(size, config.max_batch_size) for size in missing}
     for size, measurement in found.items():
         cost.measured(size, measurement)
@@ -98,7 +99,7 @@ def measure(
         _finish(pipeline, rendezvous, job)
     started_at = time.perf_counter()
     with _at_denoiser(pipeline, rendezvous, size) as job:
-        _wait()
+        wait_for_device()
         encode_s = time.perf_counter() - started_at
         call = job.call
         assert call is not None
@@ -113,10 +114,7 @@ def _at_denoiser(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, size: Size
 ) -> Iterator[Job[Tensor]]:
     """A request of two steps, parked at its first denoiser call; ends with the block."""
-    params = GenerationParams(
-        "a cat sees a dog", 1, width=size[0], height=size[1], num_inference_steps=2
-    )
-    job = Job(functools.partial(pipeline.paint, params))
+    job = Job(functools.partial(pipeline.paint, probe(size)))
     try:
         job.start()
         while job.call is not None and job.call.site not in pipeline.denoisers:
@@ -135,12 +133,12 @@ def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) 
     while job.call is not None:
         output = rendezvous.forward(job.call)
         if job.call.site in pipeline.denoisers:
-            _wait()
+            wait_for_device()
             last_at = time.perf_counter()
         job.resume(output)
     if job.error is not None:
         raise job.error
-    _wait()
+    wait_for_device()
     return time.perf_counter() - last_at
 
 
@@ -170,12 +168,6 @@ def _seconds(rendezvous: Rendezvous, call: Call) -> float:
     for _ in range(REPEATS + 1):
         started_at = time.perf_counter()
         rendezvous.forward(call)
-        _wait()
+        wait_for_device()
         taken.append(time.perf_counter() - started_at)
     return statistics.median(taken[1:])
-
-
-def _wait() -> None:
-    """Until the device is done, or the time would be that of asking for it."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()

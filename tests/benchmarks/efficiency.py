@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.rendezvous import Call, Rendezvous
+from serve_app.engine.timer import wait_for_device
 
 REPEATS = 3
 
@@ -111,16 +112,12 @@ class BareCalls:
 
     def _timed(self, example: _Example) -> float:
         arguments = pytree.tree_map(self._filled, example.arguments)
-        self._wait()
+        wait_for_device()
         started_at = time.perf_counter()
         with torch.no_grad():
             example.run(arguments)
-        self._wait()
+        wait_for_device()
         return time.perf_counter() - started_at
-
-    def _wait(self) -> None:
-        if self._pipeline.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _filled(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_meta:

@@ -23,6 +23,7 @@ from serve_app.config import ModelConfig, SpeedConfig
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.speed import compiled, compiling
+from serve_app.engine.timer import wait_for_device
 from serve_app.errors import DiffusionServeError
 from tests.benchmarks.engine import hardware
 from tests.benchmarks.saturation import psnr
@@ -111,8 +112,7 @@ def _seconds(pipeline: LoadedPipeline, arguments: Arguments) -> float:
     started_at = time.perf_counter()
     with torch.no_grad():
         _denoiser(pipeline)(*args, **kwargs)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    wait_for_device()
     return time.perf_counter() - started_at
 
 

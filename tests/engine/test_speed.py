@@ -24,7 +24,7 @@ from serve_app.engine.certification import certify, largest_difference
 from serve_app.engine.engine import Engine
 from serve_app.engine.events import Completed
 from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import DENOISERS, LoadedPipeline
+from serve_app.engine.pipeline import LoadedPipeline, _denoisers_of
 from serve_app.engine.rendezvous import Call, Rendezvous
 from serve_app.engine.speed import (
     bucket,
@@ -54,15 +54,12 @@ TINY = GenerationParams("a cat", 1, width=WIDTH_PX, height=HEIGHT_PX, num_infere
 
 
 def _demo(speed: SpeedConfig) -> LoadedPipeline:
-    pipeline = LoadedPipeline.load(DEMO)
-    speed_up(pipeline._pipeline, pipeline.denoisers, speed, CPU)
-    return pipeline
+    return LoadedPipeline.load(DEMO.model_copy(update={"speed": speed}))
 
 
 def _tiny(family: str) -> tuple[DiffusionPipeline, dict[str, nn.Module]]:
     pipeline = FAMILIES[family]()
-    parts = pipeline.components
-    return pipeline, {name: parts[name] for name in DENOISERS if parts.get(name) is not None}
+    return pipeline, _denoisers_of(pipeline)
 
 
 @pytest.fixture(scope="module")
