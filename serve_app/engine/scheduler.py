@@ -5,6 +5,7 @@ denoiser call. What a decision needs is kept sorted in between, so that it costs
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -34,6 +35,9 @@ class Task:
     _entry: tuple[Any, int] | None = field(default=None, repr=False)
     """Where it stands in its group; none while it is not parked."""
 
+
+ROUNDING_S = 1e-6
+"""Sums of times differ by less than this in the order of their terms."""
 
 Cap = Callable[[Task, float], int]
 """How many calls may run together with, and including, that of a task, in so many seconds."""
@@ -70,7 +74,7 @@ class Policy(Protocol):
         ...
 
 
-class RankedPolicy:
+class RankedPolicy(ABC):
     """The lowest rank leads; those that fit with it follow in the order of their ranks."""
 
     def __init__(self) -> None:
@@ -78,9 +82,9 @@ class RankedPolicy:
         self._tasks: dict[int, Task] = {}
         self._turns = 0
 
+    @abstractmethod
     def rank(self, task: Task) -> Any:
         """Lower goes first; ties go to the request that came first."""
-        raise NotImplementedError
 
     def call_s(self, leader: Task, now: float) -> float:
         """How many seconds company may make the leader's call take."""
@@ -182,6 +186,11 @@ class OnTime(RankedPolicy):
     That batches make the device faster is left out of account: what it gains makes up for what
     cannot be foreseen.
 
+    Whoever would be late by a little, up to ``grace`` of its own work, counts as on time if it can
+    run at once: predictions are not exact, and nobody loses its place by a few milliseconds. In
+    simulations that costs two deadlines in a hundred, and halves the longest wait of a short
+    request again.
+
     The others run when none of those waits, and get ``late_share`` of the time. Whoever has less
     work left goes first there, so that who is a little late is not much later; but nobody waits
     forever: a second of work counts as `PATIENCE` seconds of waiting. A leader gets as much company
@@ -192,24 +201,32 @@ class OnTime(RankedPolicy):
     PATIENCE_TO_START = 10.0
     """Of a late request among those that wait for a place, on time or not."""
 
-    def __init__(self, late_share: float = 0.1) -> None:
+    def __init__(self, late_share: float = 0.1, grace: float = 0.5) -> None:
         super().__init__()
         self._late_share = late_share
+        self._grace = grace
         self._owed_s = 0.0
         self._stale = False
         self._by_deadline: list[tuple[float, int, Task]] = []
         self._late: set[int] = set()
 
     def rank(self, task: Task) -> tuple[bool, float]:
-        waits_s = self.PATIENCE * task.remaining_s if task.late else 0.0
-        return (task.late, task.deadline_at + waits_s)
+        return (task.late, self._due_at(task, self.PATIENCE))
+
+    def _due_at(self, task: Task, patience: float) -> float:
+        """Its deadline, or, when that is lost, the time until which others go before it."""
+        return task.deadline_at + (patience * task.remaining_s if task.late else 0.0)
+
+    def _lost_at(self, task: Task) -> float:
+        """Whoever would end after this is late."""
+        return task.deadline_at + self._grace * task.whole_s
 
     def call_s(self, leader: Task, now: float) -> float:
         # Company may use half of the time to spare; the rest is for what is not foreseen.
         if leader.late or not leader.remaining_s:
             return math.inf
         spare = (leader.deadline_at - now) / leader.remaining_s - 1
-        return leader.step_s * (1 + spare / 2)
+        return leader.step_s * (1 + max(0.0, spare) / 2)
 
     def add(self, task: Task) -> None:
         super().add(task)
@@ -225,12 +242,9 @@ class OnTime(RankedPolicy):
 
     def first(self, tasks: list[Task], now: float) -> Task:
         self._plan(now)
-
-        def rank(task: Task) -> tuple[float, int]:
-            waits_s = self.PATIENCE_TO_START * task.remaining_s if task.late else 0.0
-            return (task.deadline_at + waits_s, task.request)
-
-        return min(tasks, key=rank)
+        return min(
+            tasks, key=lambda task: (self._due_at(task, self.PATIENCE_TO_START), task.request)
+        )
 
     def order(self, now: float) -> list[Task]:
         self._plan(now)
@@ -241,7 +255,7 @@ class OnTime(RankedPolicy):
             return []
         self._plan(now)
         group, leader = self._leader()
-        if not leader.late and now + leader.remaining_s > leader.deadline_at:
+        if not leader.late and now + leader.remaining_s > self._lost_at(leader):
             self._stale = True
             self._plan(now)
             group, leader = self._leader()
@@ -265,12 +279,14 @@ class OnTime(RankedPolicy):
         finished_at = now
         late: set[int] = set()
         for deadline_at, number, task in self._by_deadline:
-            if now + task.remaining_s > deadline_at:
+            soonest_at = now + task.remaining_s
+            if soonest_at > self._lost_at(task):
                 late.add(number)
                 continue
             finished_at += task.remaining_s
+            due_at = max(deadline_at, soonest_at)
             heappush(longest, (-task.whole_s, number, task.remaining_s))
-            while finished_at > deadline_at:
+            while finished_at > due_at + ROUNDING_S:
                 _, dropped, remaining_s = heappop(longest)
                 finished_at -= remaining_s
                 late.add(dropped)

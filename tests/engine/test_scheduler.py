@@ -158,7 +158,7 @@ def test_a_short_urgent_request_overtakes_a_long_one_in_its_middle() -> None:
 
 @given(jobs)
 def test_in_the_on_time_set_deadlines_are_in_order(jobs: list[Job]) -> None:
-    policy = OnTime()
+    policy = OnTime(grace=0.0)
     tasks = [Task(n, job.deadline_at, job.alone_s, job.key) for n, job in enumerate(jobs)]
     for task in tasks:
         policy.add(task)
@@ -179,7 +179,7 @@ def test_in_the_on_time_set_deadlines_are_in_order(jobs: list[Job]) -> None:
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=9))
 def test_no_larger_set_can_be_on_time(work: list[tuple[int, int]]) -> None:
     """Against trying them all."""
-    policy = OnTime()
+    policy = OnTime(grace=0.0)
     tasks = [Task(n, deadline, alone, "k") for n, (alone, deadline) in enumerate(work)]
     for task in tasks:
         policy.add(task)
@@ -222,9 +222,44 @@ def test_a_leader_gets_as_much_company_as_lets_it_be_on_time() -> None:
     assert asked.pop() == float("inf")  # late anyway
 
 
+def test_who_is_late_by_a_little_keeps_its_place() -> None:
+    """And whoever would be late by much does not."""
+
+    def ran(deadline_at: float) -> list[int]:
+        policy = OnTime(late_share=0.0, grace=0.5)
+        for task in (
+            Task(1, deadline_at=deadline_at, remaining_s=10.0, key="a", step_s=1.0),
+            Task(2, deadline_at=30.0, remaining_s=12.0, key="b", step_s=1.0),
+        ):
+            policy.add(task)
+            policy.park(task)
+        chosen = [policy.choose(0.0, lambda *_: 1), policy.choose(0.0, lambda *_: 1)]
+        return [task.request for batch in chosen for task in batch]
+
+    assert ran(deadline_at=6.0) == [1, 2]
+    assert ran(deadline_at=4.0) == [2, 1]
+
+
+@given(jobs)
+def test_with_a_grace_no_other_loses_its_deadline_unplanned(jobs: list[Job]) -> None:
+    """All that counts as on time ends in time, or by its grace at the latest."""
+    policy = OnTime(grace=0.5)
+    for number, job in enumerate(jobs):
+        task = Task(number, job.deadline_at, job.alone_s, job.key)
+        policy.add(task)
+        policy.park(task)
+    now = 0.0
+    while chosen := policy.choose(now, lambda *_: 1):
+        (task,) = chosen
+        now += task.remaining_s
+        if not task.late:
+            assert now <= task.deadline_at + 0.5 * task.whole_s + 1e-4
+        policy.drop(task)
+
+
 def test_the_late_do_not_starve() -> None:
     """A hopeless request among ever new ones that are on time, which leave no idle moment."""
-    hopeless = Job(0, 10, 1.0, "large", slo_scale=0.5)
+    hopeless = Job(0, 10, 1.0, "large", slo_scale=0.4)
     steady = [Job(0.9 * second, 1, 1.0, "small", slo_scale=400.0) for second in range(400)]
     _, ended = run(OnTime(), [hopeless, *steady], cap=1)
     assert ended[0] < 150  # 10 s of work at 10 % of the time, and a little for the start
