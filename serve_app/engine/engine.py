@@ -114,8 +114,9 @@ def _check_device(error: BaseException) -> None:
 class Engine:
     """Paints many requests together, step by step, with one stock pipeline.
 
-    Thread-safe: `submit`, `cancel`, `stats`, `generate`, `stream` and `close` may be called from
-    anywhere. A context manager: leaving it drains, or drops all if an exception is on its way.
+    Thread-safe: `submit`, `cancel`, `locate`, `stats`, `generate`, `stream` and `close` may be
+    called from anywhere. A context manager: leaving it drains, or drops all if an exception is on
+    its way.
     """
 
     info: ModelInfo
@@ -239,6 +240,10 @@ class Engine:
         """Drop a request before its next step. Does nothing if it has already ended."""
         self._note(number, "cancel_requested")
         self._commands.put(lambda: self._cancel(number))
+
+    def locate(self, number: int) -> None:
+        """Have a request report where it stands: `Queued`, or `Progress` with a time to its end."""
+        self._commands.put(lambda: self._locate(number))
 
     def generate(
         self, params: GenerationParams, on_event: EventCallback | None = None
@@ -378,7 +383,6 @@ class Engine:
 
     def _accept(self, request: Request) -> None:
         self._note(request.number, "queued")
-        position = len(self._waiting)
         self._waiting.append(request)
         self._by_number[request.number] = request
         alone_s = self._predict_remaining(request)
@@ -387,14 +391,28 @@ class Engine:
         request.task.deadline_at = request.submitted_at + wanted_s
         self._policy.add(request.task)
         request.accepted_at = time.perf_counter()
-        request.predicted_s = self._predict_finish(request)
-        self._tell(request, Queued(position, request.predicted_s))
+        place = self._place(request)
+        request.predicted_s = place.eta_s
+        self._tell(request, place)
 
-    def _predict_finish(self, request: Request) -> float:
-        """Seconds from here to its end, in the company that it has."""
+    def _locate(self, number: int) -> None:
+        request = self._by_number.get(number)
+        if request is None:
+            return
+        place = self._place(request)
+        if request in self._running:
+            total = request.steps_done + request.steps_left
+            self._tell(request, Progress(request.steps_done, total, place.eta_s))
+        else:
+            self._tell(request, place)
+
+    def _place(self, request: Request) -> Queued:
+        """Who waits before it, and when it should be done in the company that it has."""
         order = self._policy.order(time.perf_counter())
+        index = order.index(request.task)
         works = [self._work_left(self._by_number[task.request]) for task in order]
-        return self._forecast.predict_s(works, works[order.index(request.task)])
+        before = sum(self._by_number[task.request].job is None for task in order[:index])
+        return Queued(before, self._forecast.predict_s(works, works[index]))
 
     def _work_left(self, request: Request) -> Work:
         cost, size = self._cost, request.size
@@ -458,7 +476,8 @@ class Engine:
                 if pixels is not None:
                     self._tell(request, Preview(step, pixels))
 
-        request.warnings = self._pipeline.find_warnings(request.params)
+        tokens, request.warnings = self._pipeline.read_prompt(request.params)
+        request.prompt_tokens = tokens
         watch = on_latents if previews_due else None
         return self._pipeline.paint(
             request.params, on_step, on_latents=watch, prompt_cache=self._prompts
@@ -479,6 +498,7 @@ class Engine:
                 self._fail(request, outcome)
             else:
                 request.calls += 1
+                request.denoised_at = time.perf_counter()
                 self._go_on(request, functools.partial(request.job.resume, outcome))
 
     def _next_at_stage(self, now: float) -> Request | None:
@@ -624,14 +644,17 @@ class Engine:
             _let_go(job.error)
             self._end(request, "failed", Failed(error))
         else:
-            took_s = time.perf_counter() - request.accepted_at
+            now = time.perf_counter()
+            took_s = now - request.accepted_at
             self._timer.afterwards(functools.partial(self._learn_from, request, took_s))
             result = GenerationResult(
                 params=request.params,
                 pixels=job.result,
                 warnings=request.warnings,
+                prompt_tokens=request.prompt_tokens,
                 queue_s=request.started_at - request.submitted_at,
-                denoise_s=time.perf_counter() - request.started_at,
+                denoise_s=request.denoised_at - request.started_at,
+                decode_s=now - request.denoised_at,
             )
             self._end(request, "completed", Completed(result))
 

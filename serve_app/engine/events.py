@@ -1,31 +1,39 @@
 """What a request reports on its way. The engine's thread makes them; any thread may read them."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from serve_app.engine.params import GenerationParams
 from serve_app.errors import DiffusionServeError
 
+if TYPE_CHECKING:  # the gateway reads some of these events, and has no torch
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Queued:
-    """Accepted. ``position`` requests wait before it."""
+    """It waits. The first event of a request, and again whenever somebody asks where it stands."""
 
     position: int
+    """Requests that wait before it."""
     eta_s: float
     """Seconds until the picture should be done; 0 while nothing is known of the model."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One denoising step is done."""
+    """A denoising step is done, or somebody asked where the request stands."""
 
     step: int
+    """Steps that are done."""
     total_steps: int
+    eta_s: float | None = None
+    """Seconds until the picture should be done, for who asked."""
 
 
 class _Pixels:
@@ -38,7 +46,7 @@ class _Pixels:
 
     @cached_property
     def image(self) -> Image.Image:
-        pixels = (self.pixels.float() * 255).round().to(torch.uint8)
+        pixels = (self.pixels.float() * 255).round().byte()
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
@@ -59,9 +67,14 @@ class GenerationResult(_Pixels):
     pixels: Tensor
     warnings: tuple[str, ...]
     """What of the request has no effect, such as the end of a prompt that is too long."""
+    prompt_tokens: int
+    """That the model read of the prompt; 0 if its tokenizer is unknown."""
     queue_s: float
+    """From its submission to its start."""
     denoise_s: float
-    """From the start of the pipeline to its end: encoding, denoising and decoding."""
+    """From there to the end of its last denoiser call, text encoding included."""
+    decode_s: float
+    """From there to the finished pixels, which may still be on their way on the device."""
 
 
 @dataclass(frozen=True)

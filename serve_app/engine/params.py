@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from PIL import ImageOps
 from PIL.Image import Image
 
 from serve_app.config import LimitsConfig
@@ -54,6 +55,16 @@ class ModelInfo:
     """Why requests share no more than that; empty when batched."""
     limits: LimitsConfig
 
+    @property
+    def quality_steps(self) -> dict[str, int]:
+        """Denoising steps for OpenAI's words."""
+        steps = self.default_steps
+        return {
+            "low": max(1, steps // 2),
+            "medium": steps,
+            "high": min(2 * steps, self.limits.max_steps),
+        }
+
 
 @dataclass(frozen=True)
 class GenerationParams:
@@ -71,7 +82,8 @@ class GenerationParams:
     lora: AdapterSet = ()
     """In any order; the same adapters at the same scales share batches."""
     image: Image | None = None
-    """To start from; is brought to ``width`` and ``height``, which default to its own."""
+    """To start from; is scaled and cropped to ``width`` and ``height``. They default to its own,
+    or, if it has more pixels than the model's default size, to as many as that in its shape."""
     mask_image: Image | None = None
     """What to paint anew of ``image``: white; black stays."""
     preview_steps: tuple[int, ...] = ()
@@ -86,6 +98,12 @@ class GenerationParams:
         if self.image is None:
             return "text-to-image"
         return "image-to-image" if self.mask_image is None else "inpainting"
+
+    @property
+    def steps_to_run(self) -> int:
+        """Denoising steps of a resolved request: of those that start from an image, a share."""
+        assert self.num_inference_steps is not None
+        return int(self.num_inference_steps * (1.0 if self.strength is None else self.strength))
 
     def resolved(self, model: ModelInfo) -> "GenerationParams":
         """The same with sizes and steps filled in.
@@ -129,14 +147,15 @@ class GenerationParams:
             raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
         if any(not 1 <= step <= steps for step in self.preview_steps):
             raise InvalidRequest(f"preview_steps must be from 1 to {steps}.", "preview_steps")
-        if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
-            raise InvalidRequest("deadline_s must be over 0.", "deadline_s")
+        if self.deadline_s is not None and not 0 < self.deadline_s <= limits.max_deadline_s:
+            raise InvalidRequest(
+                f"deadline_s must be over 0 and at most {limits.max_deadline_s:g}.", "deadline_s"
+            )
         strength = self._checked_strength(model, steps)
         step = model.size_multiple
         default_size = model.default_width, model.default_height
         if self.image is not None:
-            near = (max(step, round(side / step) * step) for side in self.image.size)
-            default_size = next(near), next(near)
+            default_size = _near(self.image.size, default_size, step)
         width = default_size[0] if self.width is None else self.width
         height = default_size[1] if self.height is None else self.height
         if width <= 0 or height <= 0 or width % step or height % step:
@@ -170,6 +189,12 @@ class GenerationParams:
             mask_image=mask_image,
             strength=strength,
         )
+
+    def with_previews(self, count: int) -> "GenerationParams":
+        """The same, resolved, with so many previews spread over its steps; fewer, if those are."""
+        steps = self.steps_to_run
+        after = {round(steps * share / (count + 1)) for share in range(1, count + 1)}
+        return replace(self, preview_steps=tuple(sorted(after - {0, steps})))
 
     def _check_lora(self, model: ModelInfo) -> None:
         if self.lora and not model.loras:
@@ -236,10 +261,21 @@ def probe(size: tuple[int, int]) -> GenerationParams:
 
 
 def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
-    """In that mode and of that size, ``(width, height)``."""
-    if image.mode == mode and image.size == size:
-        return image
-    return image.convert(mode).resize(size)
+    """In that mode and of that size, ``(width, height)``: scaled, and cropped around its middle."""
+    if image.mode != mode:
+        image = image.convert(mode)
+    return image if image.size == size else ImageOps.fit(image, size)
+
+
+def _near(size: tuple[int, int], native: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """``size`` in multiples of that, made smaller where it has more pixels than ``native``."""
+    most = math.prod(native)
+    scale = min(1.0, math.sqrt(most / math.prod(size)))
+    cells = [side * scale / multiple for side in size]
+    if math.prod(round(cell) * multiple for cell in cells) > most:
+        cells = [math.floor(cell) for cell in cells]
+    width, height = (max(1, round(cell)) * multiple for cell in cells)
+    return width, height
 
 
 def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image:

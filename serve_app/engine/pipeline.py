@@ -374,18 +374,22 @@ class LoadedPipeline:
         limit, name = max(limits, default=(0, ""))
         return (self._pipeline.components[name], limit) if 0 < limit < 10_000 else (None, 0)
 
-    def find_warnings(self, params: GenerationParams) -> tuple[str, ...]:
-        """What the pipeline will silently leave out of this request."""
+    def read_prompt(self, params: GenerationParams) -> tuple[int, tuple[str, ...]]:
+        """How many tokens of the prompt the model reads, 0 if unknown; and what it leaves out."""
         tokenizer, limit = self._tokenizer
         if tokenizer is None:
-            return ()
-        warnings = []
-        for name in ("prompt", "negative_prompt"):
+            return 0, ()
+        counts = {
             # Of a tokenizer that warns, too, on stderr.
-            tokens = len(tokenizer(getattr(params, name) or "", verbose=False).input_ids)
-            if tokens > limit:
-                warnings.append(f"{name} has {tokens} tokens; the model reads {limit} of them.")
-        return tuple(warnings)
+            name: len(tokenizer(getattr(params, name) or "", verbose=False).input_ids)
+            for name in ("prompt", "negative_prompt")
+        }
+        warnings = tuple(
+            f"{name} has {tokens} tokens; the model reads {limit} of them."
+            for name, tokens in counts.items()
+            if tokens > limit
+        )
+        return min(counts["prompt"], limit), warnings
 
     def paint(
         self,

@@ -29,6 +29,8 @@ class Request:
     predicted_s: float = 0.0
     """From then to its end, as it looked then."""
     started_at: float = 0.0
+    denoised_at: float = 0.0
+    """When its last denoiser call so far was done."""
     steps_done: int = 0
     steps_total: int = 0
     calls: int = 0
@@ -39,6 +41,7 @@ class Request:
     job: Job[Tensor] | None = None
     rows: float = 1.0
     """Of its denoiser calls, relative to one picture with guidance."""
+    prompt_tokens: int = 0
     warnings: tuple[str, ...] = ()
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
@@ -58,7 +61,5 @@ class Request:
 
     @property
     def steps_left(self) -> int:
-        assert self.params.num_inference_steps is not None
-        # Until the pipeline says how many it really runs.
-        total = self.steps_total or self.params.num_inference_steps * (self.params.strength or 1.0)
-        return max(0, round(total) - self.steps_done)
+        # The pipeline says how many it really runs, once it does.
+        return max(0, (self.steps_total or self.params.steps_to_run) - self.steps_done)

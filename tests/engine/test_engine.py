@@ -1,6 +1,7 @@
 """The engine on the shipped model: together is alone, nobody hurts anybody, nothing is lost."""
 
 import gc
+import queue
 import threading
 import weakref
 from collections.abc import Callable
@@ -94,6 +95,38 @@ def test_events_tell_the_whole_way(demo_engine: Engine) -> None:
     assert result.params == params(num_inference_steps=4)
     assert result.queue_s >= 0
     assert result.denoise_s > 0
+    assert result.decode_s > 0
+    assert result.prompt_tokens > 4
+
+
+def test_whoever_asks_is_told_where_a_request_stands(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO, EngineConfig(max_running=1)) as engine:
+        engine.generate(params(num_inference_steps=4))  # so that it knows how long they take
+        events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(3)]
+        numbers, places = [], []
+        for number, inbox in enumerate(events):
+            request = params(num_inference_steps=100, deadline_s=100.0 + number)
+            numbers.append(engine.submit(request, inbox.put))
+            places.append(inbox.get(timeout=30))
+            if inbox is events[0]:
+                assert isinstance(inbox.get(timeout=30), Progress)  # it has its place
+        assert [place.position for place in places if isinstance(place, Queued)] == [0, 0, 1]
+        for number in numbers:
+            engine.locate(number)
+        told: Event = Progress(0, 100)
+        while isinstance(told, Progress) and told.eta_s is None:
+            told = events[0].get(timeout=30)
+        assert isinstance(told, Progress)
+        assert told.total_steps == 100
+        second, third = events[1].get(timeout=30), events[2].get(timeout=30)
+        assert isinstance(second, Queued)
+        assert isinstance(third, Queued)
+        assert (second.position, third.position) == (0, 1)
+        assert told.eta_s is not None
+        assert 0 < told.eta_s < second.eta_s < third.eta_s
+        for number in numbers:
+            engine.cancel(number)
+        engine.locate(10_000)  # nobody's
 
 
 def test_a_prompt_that_is_cut_says_so(demo_engine: Engine) -> None:
@@ -453,14 +486,14 @@ def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: Loaded
 def test_a_tokenizer_that_fails_hurts_only_its_own_request(
     demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find_warnings = demo_pipeline.find_warnings
+    read_prompt = demo_pipeline.read_prompt
 
-    def fail(request: GenerationParams) -> tuple[str, ...]:
+    def fail(request: GenerationParams) -> tuple[int, tuple[str, ...]]:
         if request.seed == 13:
             raise TypeError("no such text")
-        return find_warnings(request)
+        return read_prompt(request)
 
-    monkeypatch.setattr(demo_pipeline, "find_warnings", fail)
+    monkeypatch.setattr(demo_pipeline, "read_prompt", fail)
     with Engine(demo_pipeline, DEMO) as engine:
         with pytest.raises(GenerationFailed, match="no such text"):
             engine.generate(params(seed=13))

@@ -178,8 +178,11 @@ def test_previews_change_nothing(config: ModelConfig, pipeline: LoadedPipeline) 
 
 def test_long_prompts_are_cut_with_a_warning(config: ModelConfig, pipeline: LoadedPipeline) -> None:
     long = replace(REQUESTS[0], prompt="a red circle on a blue background " * 200)
-    assert pipeline.find_warnings(REQUESTS[0]) == ()
-    [warning] = pipeline.find_warnings(long)
+    tokens, warnings = pipeline.read_prompt(REQUESTS[0])
+    assert tokens > 0
+    assert warnings == ()
+    tokens, [warning] = pipeline.read_prompt(long)
+    assert f"reads {tokens} of them" in warning
     assert "the model reads" in warning
     assert torch.isfinite(pipeline.paint(replace(long, num_inference_steps=1))).all()
 

@@ -43,11 +43,52 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
     assert pickle.loads(pickle.dumps(resolved)) == resolved
 
 
-def test_the_size_of_an_image_is_the_default() -> None:
-    resolved = GenerationParams("a cat", 1, image=IMAGE).resolved(MODEL)
-    assert (resolved.width, resolved.height) == (48, 96)
-    resolved = GenerationParams("a cat", 1, image=IMAGE, width=32).resolved(MODEL)
-    assert (resolved.width, resolved.height) == (32, 96)
+@pytest.mark.parametrize(
+    ("given", "painted"),
+    [
+        ((32, 48), (32, 48)),
+        ((35, 44), (32, 48)),
+        ((3, 3), (16, 16)),
+        ((48, 96), (32, 64)),  # as many pixels as the model's own size, in its shape
+        ((4000, 3000), (48, 32)),
+    ],
+)
+def test_the_size_of_an_image_is_the_default(
+    given: tuple[int, int], painted: tuple[int, int]
+) -> None:
+    image = Image.new("RGB", given)
+    resolved = GenerationParams("a cat", 1, image=image).resolved(MODEL)
+    assert (resolved.width, resolved.height) == painted
+    resolved = GenerationParams("a cat", 1, image=image, width=32).resolved(MODEL)
+    assert (resolved.width, resolved.height) == (32, painted[1])
+
+
+def test_another_shape_is_cropped() -> None:
+    image = Image.new("RGB", (96, 32), "blue")
+    image.paste("red", (32, 0, 64, 32))
+    resolved = GenerationParams("a cat", 1, image=image, width=32, height=32).resolved(MODEL)
+    assert resolved.image is not None
+    assert set(resolved.image.get_flattened_data()) == {(255, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("steps", "strength", "count", "after"),
+    [
+        (20, None, 2, (7, 13)),
+        (20, 0.5, 3, (2, 5, 8)),
+        (2, None, 3, (1,)),
+        (1, None, 3, ()),
+        (9, None, 0, ()),
+    ],
+)
+def test_previews_are_spread_over_the_steps_that_run(
+    steps: int, strength: float | None, count: int, after: tuple[int, ...]
+) -> None:
+    image = None if strength is None else IMAGE
+    request = GenerationParams(
+        "a cat", 1, num_inference_steps=steps, image=image, strength=strength
+    )
+    assert request.resolved(MODEL).with_previews(count).preview_steps == after
 
 
 @pytest.mark.parametrize(
