@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+import yaml
 from tqdm import tqdm
 
 from serve_app import __version__
@@ -15,6 +16,7 @@ from serve_app.config import (
     ModelConfig,
     check_model_folder,
     is_path,
+    keys_in_environment,
     read_serve_config,
 )
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
@@ -66,13 +68,41 @@ def check(
     config: Annotated[Path, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")],
 ) -> None:
     """Look for mistakes in a config file, in a second, before Ray is started with it."""
+    # Late, so that --help does not wait for what serves HTTP.
+    from serve_app.gateway.auth import KeyRing
+
     try:
         for application in read_serve_config(config):
             check_model_folder(application.model)
+            KeyRing(application.gateway.keys_file, keys_in_environment())
     except ConfigError as error:
         typer.echo(f"error: {config}: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{config}: ok")
+
+
+@cli.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Of whoever uses it, for logs and metrics.")],
+    requests_per_minute: Annotated[int | None, typer.Option(help="At most so many.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="At most so many at a time.")] = None,
+) -> None:
+    """Make an API key. The entry goes to stdout, for the file of keys; the key to stderr, once."""
+    from serve_app.gateway.auth import digest, parse_keys
+
+    secret = f"sk-{secrets.token_urlsafe(32)}"
+    limits = {"requests_per_minute": requests_per_minute, "max_concurrent": max_concurrent}
+    given = {limit: value for limit, value in limits.items() if value is not None}
+    entry = yaml.safe_dump(
+        [{"name": name, "sha256": digest(secret)} | given], sort_keys=False, allow_unicode=True
+    )
+    try:
+        parse_keys(entry, "this entry")
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(entry, nl=False)
+    typer.echo(f"The key, which is written nowhere else: {secret}", err=True)
 
 
 @cli.command()
@@ -102,7 +132,7 @@ def infer(
         config = _model(model)
         check_model_folder(config)
         # Late, so that --help and mistakes are answered without waiting for torch.
-        from serve_app.engine.encoding import encode
+        from serve_app.engine.encoding import Encoding
         from serve_app.engine.engine import Engine
         from serve_app.engine.events import Event, Progress
         from serve_app.engine.params import GenerationParams
@@ -129,7 +159,7 @@ def infer(
             started_at = time.perf_counter()
             result = engine.generate(params, on_event)
             took_s = time.perf_counter() - started_at
-        data = encode(result.image, image_format)
+        data = Encoding(image_format).encode(result.image)
     except DiffusionServeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

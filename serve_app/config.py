@@ -5,6 +5,7 @@ configuration is found before either is started.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal, cast
 
@@ -24,6 +25,9 @@ from serve_app.errors import ConfigError, ModelLoadError
 
 DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 """The weights that ship with the package."""
+
+KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
+"""Of the environment: entries of API keys."""
 
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
@@ -176,7 +180,16 @@ class LimitsConfig(_Config):
     max_images: int = Field(10, ge=1, description="Pictures per HTTP request (n).")
     max_loras: int = Field(4, ge=0, description="LoRA adapters at a time, for one picture.")
     max_prompt_chars: int = Field(4_000, ge=1)
-    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+    max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Of a JSON body.")
+    max_upload_bytes: int = Field(
+        32 * 1024 * 1024, ge=1024, description="Of a body with a picture to start from."
+    )
+    max_deadline_s: float = Field(
+        600.0,
+        gt=0,
+        description="The longest deadline that a request may name. What is not done by then is "
+        "given up.",
+    )
 
 
 class EngineConfig(_Config):
@@ -210,11 +223,33 @@ class EngineConfig(_Config):
     limits: LimitsConfig = LimitsConfig()
 
 
+class GatewayConfig(_Config):
+    """What answers HTTP."""
+
+    page: bool = Field(True, description="Serve the page to try the model on, at '/'.")
+    keys_path: str | None = Field(
+        None,
+        description="File with the API keys that are let in; `diffusion-serve key` writes entries "
+        f"for it. The environment variable {KEYS_VARIABLE} holds such entries, too.",
+    )
+    log_prompts: bool = Field(False, description="Write prompts into the log.")
+
+    @property
+    def keys_file(self) -> Path | None:
+        return None if self.keys_path is None else Path(self.keys_path).expanduser()
+
+
+def keys_in_environment() -> str | None:
+    """Entries of API keys, for containers that get their secrets so."""
+    return os.environ.get(KEYS_VARIABLE)
+
+
 class AppConfig(_Config):
     """The arguments of `serve_app.app.build`, under ``args`` in a Serve config file."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
+    gateway: GatewayConfig = GatewayConfig()
 
     @model_validator(mode="after")
     def _defaults_keep_to_the_limits(self) -> "AppConfig":

@@ -6,8 +6,12 @@
     ├── InvalidRequest                  400  invalid_value       names the field
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
-    │   └── BodyTooLarge                413  body_too_large
+    │   ├── BodyTooLarge                413  body_too_large
+    │   └── InvalidKey                  401  invalid_api_key
+    ├── RateLimited                     429  rate_limit_exceeded of one key; try again later
+    ├── Overloaded                      429  overloaded          of all; try again later
     ├── Unavailable                     503  unavailable         try again later
+    ├── DeadlineExceeded                504  deadline_exceeded
     ├── Cancelled                       499  cancelled           the client went away
     ├── GenerationFailed                500  generation_failed   this request, and no other
     └── ConfigError                     500  config_error        raised at start, never by a request
@@ -20,16 +24,23 @@ from typing import ClassVar
 
 
 class DiffusionServeError(Exception):
-    """Root of the tree. ``param`` names the field of the request that is to blame, if one is."""
+    """Root of the tree.
+
+    ``param`` names the field of the request that is to blame, if one is; ``retry_after_s`` says
+    when to try again, where that is of use.
+    """
 
     status: ClassVar[int] = 500
     code: ClassVar[str] = "internal_error"
     type: ClassVar[str] = "server_error"
 
-    def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)  # both in ``args``, so that the error survives pickling
+    def __init__(
+        self, message: str, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, param, retry_after_s)  # in ``args``, to survive pickling
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
 
     def __str__(self) -> str:
         return self.message
@@ -62,6 +73,36 @@ class BodyTooLarge(InvalidRequest):
 
     status = 413
     code = "body_too_large"
+
+
+class InvalidKey(InvalidRequest):
+    """The request brings no API key, or one that is not known."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class RateLimited(DiffusionServeError):
+    """This key has sent all the requests that it may, for now."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+    type = "rate_limit_error"
+
+
+class Overloaded(DiffusionServeError):
+    """More requests wait than the server takes in."""
+
+    status = 429
+    code = "overloaded"
+    type = "rate_limit_error"
+
+
+class DeadlineExceeded(DiffusionServeError):
+    """The picture was not done in the longest time that the server allows."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class Unavailable(DiffusionServeError):

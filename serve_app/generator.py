@@ -1,20 +1,34 @@
 """The GPU deployment: one replica owns one engine and speaks Ray for it."""
 
 import asyncio
+import itertools
 import logging
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import ray
 import torch
 from ray import serve
 
 from serve_app.config import AppConfig
-from serve_app.engine.encoding import EncodedImage, ImageFormat, encode
+from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
 from serve_app.engine.engine import Engine, EngineStats
-from serve_app.engine.events import Completed, Event, Failed
+from serve_app.engine.events import (
+    Completed,
+    Event,
+    Failed,
+    GenerationResult,
+    Preview,
+    Progress,
+    Queued,
+)
 from serve_app.engine.params import GenerationParams, ModelInfo
 from serve_app.errors import ConfigError
 
 logger = logging.getLogger(__name__)
+
+PLACE_EVERY_S = 0.5
+"""How often a request that reports its progress says where it stands."""
 
 
 def check_assigned_gpus(gpu_ids: list[str]) -> None:
@@ -37,6 +51,28 @@ def check_assigned_gpus(gpu_ids: list[str]) -> None:
     )
 
 
+def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encoding) -> bytes:
+    """As large as the picture will be."""
+    assert params.width is not None
+    assert params.height is not None
+    return encoding.encode(preview.image.resize((params.width, params.height)))
+
+
+def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage:
+    width, height = result.image.size
+    return EncodedImage(
+        encoding.encode(result.image),
+        result.params.seed,
+        width,
+        height,
+        result.warnings,
+        result.prompt_tokens,
+        result.queue_s,
+        result.denoise_s,
+        result.decode_s,
+    )
+
+
 # The engine's own queue orders the requests, so Serve may hand it many at once. A constructor
 # that fails, fails again: no use in trying it twenty times, which is Serve's default.
 @serve.deployment(
@@ -53,8 +89,14 @@ class Generator:
         check_assigned_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         self._engine = Engine.load(config.model, config.engine)
 
-    async def generate(self, params: GenerationParams, image_format: ImageFormat) -> EncodedImage:
+    async def generate(
+        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+    ) -> AsyncIterator[Queued | Progress | PartialImage | EncodedImage]:
         """Paint one picture.
+
+        First comes `Queued`, then a `PartialImage` for each of ``params.preview_steps``, at last
+        the picture. With ``progress`` also where the request stands: while it waits every
+        `PLACE_EVERY_S`, then after its steps, those left out that come faster than they are sent.
 
         If the caller goes away, the engine drops the request before its next step.
 
@@ -62,28 +104,48 @@ class Generator:
             DiffusionServeError: what the engine raised.
         """
         loop = asyncio.get_running_loop()
-        last: asyncio.Future[Completed | Failed] = loop.create_future()
-
-        def finish(event: Completed | Failed) -> None:
-            if not last.done():
-                last.set_result(event)
+        events: asyncio.Queue[Event] = asyncio.Queue()
 
         def on_event(event: Event) -> None:
-            if isinstance(event, Completed | Failed):
-                loop.call_soon_threadsafe(finish, event)
+            if progress or not isinstance(event, Progress):
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
         number = self._engine.submit(params, on_event)
+        partial_images = itertools.count()
+        end_at = located_at = loop.time()
+        ended = False
         try:
-            event = await last
-        except asyncio.CancelledError:
-            self._engine.cancel(number)
-            raise
-        if isinstance(event, Failed):
-            raise event.error
-        result = event.result
-        data = await asyncio.to_thread(lambda: encode(result.image, image_format))
-        width, height = result.image.size
-        return EncodedImage(data, params.seed, width, height, result.warnings)
+            while not ended:
+                if progress and loop.time() - located_at > PLACE_EVERY_S:
+                    located_at = loop.time()
+                    self._engine.locate(number)
+                try:
+                    event = await asyncio.wait_for(
+                        events.get(), PLACE_EVERY_S if progress else None
+                    )
+                except TimeoutError:
+                    continue
+                match event:
+                    case Queued():
+                        end_at = loop.time() + event.eta_s
+                        yield event
+                    case Progress():
+                        if event.eta_s is not None:
+                            end_at = loop.time() + event.eta_s
+                        if events.empty():  # or what comes next says more
+                            yield replace(event, eta_s=max(0.0, end_at - loop.time()))
+                    case Preview():
+                        data = await asyncio.to_thread(_encode_preview, event, params, encoding)
+                        yield PartialImage(next(partial_images), data)
+                    case Completed(result):
+                        ended = True
+                        yield await asyncio.to_thread(_encode_result, result, encoding)
+                    case Failed(error):
+                        ended = True
+                        raise error
+        finally:
+            if not ended:
+                self._engine.cancel(number)
 
     async def describe(self) -> ModelInfo:
         """What the loaded model can do; answering it means that the replica can paint now.

@@ -12,7 +12,10 @@ from typer.testing import CliRunner
 from serve_app import __version__
 from serve_app.cli import cli
 from serve_app.demo.judge import read
+from serve_app.errors import InvalidKey
+from serve_app.gateway.auth import KeyRing
 
+ROOT = Path(__file__).parents[1]
 PROGRAM = Path(sys.executable).with_name("diffusion-serve")
 
 
@@ -93,3 +96,32 @@ def test_check_answers_before_ray_is_started(tmp_path: Path) -> None:
 
 def test_version() -> None:
     assert __version__ in CliRunner().invoke(cli, ["--version"]).output
+
+
+def test_a_key_is_made_and_only_its_hash_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    secrets = []
+    for arguments in (["mobile app"], ["nightly", "--requests-per-minute", "5"]):
+        made = CliRunner().invoke(cli, ["key", *arguments])
+        assert made.exit_code == 0, made.output
+        secrets.append(made.stderr.split()[-1])
+        assert secrets[-1] not in made.stdout
+        with path.open("a") as file:
+            file.write(made.stdout)
+    keys = KeyRing(path, None)
+    assert [keys.enter(f"Bearer {secret}") for secret in secrets] == ["mobile app", "nightly"]
+    with pytest.raises(InvalidKey):
+        keys.enter("Bearer sk-guessed")
+    wrong = CliRunner().invoke(cli, ["key", "x", "--max-concurrent", "0"])
+    assert wrong.exit_code == 2
+    assert "max_concurrent" in wrong.output
+
+
+def test_check_looks_at_the_keys(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+    args = "    args:\n      gateway:\n        keys_path: /no/keys.yaml\n"
+    config.write_text(text.replace("    args:\n", args))
+    done = CliRunner().invoke(cli, ["check", str(config)])
+    assert done.exit_code == 2
+    assert "/no/keys.yaml cannot be read" in done.output

@@ -1,19 +1,28 @@
 """The gateway as a Ray Serve deployment, and the handle through which it reaches the generator."""
 
 import asyncio
+import logging
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import AppConfig
-from serve_app.engine.encoding import EncodedImage, ImageFormat
+from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
+from serve_app.engine.encoding import Encoding, PartialImage
 from serve_app.engine.params import GenerationParams, ModelInfo
-from serve_app.errors import DiffusionServeError, Unavailable
+from serve_app.errors import DiffusionServeError, Overloaded, Unavailable
+from serve_app.gateway.auth import KeyRing
+from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.routes import create_api
+
+logger = logging.getLogger(__name__)
 
 REPLICA_ATTEMPTS = 3
 """Replicas that one request may be sent to, one after the other, when they are lost."""
@@ -21,6 +30,14 @@ REPLICA_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 2.0
 START_TIMEOUT_S = 30.0
 """How long a request waits for the first replica to become ready."""
+
+OPEN_TO_ALL = f"""
+****************************************************************************************************
+*  NO API KEY IS CONFIGURED, and this server listens on %s: whoever reaches it may use the GPU.
+*  Make a key with `diffusion-serve key NAME` and name its file in gateway.keys_path, or set
+*  {KEYS_VARIABLE}. Or set http_options.host to 127.0.0.1.
+****************************************************************************************************
+"""
 
 
 class HandlePainter:
@@ -30,18 +47,42 @@ class HandlePainter:
         self._generator = generator
         self._info: ModelInfo | None = None
 
-    async def paint(self, params: GenerationParams, image_format: ImageFormat) -> EncodedImage:
+    async def paint(
+        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+    ) -> AsyncGenerator[PainterEvent, None]:
         refusal = Unavailable("the replicas that painted this request were lost; try again.")
-        # The same seed paints the same picture on another replica.
+        partial_images = 0  # sent so far
+        # The same seed paints the same picture on another replica, and the same previews.
         for _ in range(REPLICA_ATTEMPTS):
             try:
-                image: EncodedImage = await self._call("generate", params, image_format)
-                return image
+                async with aclosing(self._events(params, encoding, progress)) as events:
+                    async for event in events:
+                        if isinstance(event, PartialImage):
+                            if event.index < partial_images:
+                                continue
+                            partial_images += 1
+                        yield event
+                return
             except (RayActorError, ObjectLostError):
                 continue  # it died, or its node did, with the picture
             except Unavailable as error:
                 refusal = error  # it is going away; another may not
         raise refusal
+
+    async def _events(
+        self, params: GenerationParams, encoding: Encoding, progress: bool
+    ) -> AsyncGenerator[PainterEvent, None]:
+        generate: Any = self._generator.options(stream=True).generate
+        events = generate.remote(params, encoding, progress)
+        ended = False
+        try:
+            with _as_raised():
+                async for event in events:
+                    yield event
+            ended = True
+        finally:
+            if not ended:
+                events.cancel()
 
     async def describe(self) -> ModelInfo:
         # Asked for once: all replicas of an application run the same model.
@@ -59,22 +100,29 @@ class HandlePainter:
         except (TimeoutError, RayActorError):
             raise Unavailable("no replica is ready; try again in a few seconds.") from None
 
-    async def _call(self, method: str, *args: Any) -> Any:
-        response = getattr(self._generator, method).remote(*args)
+    async def _call(self, method: str) -> Any:
+        response = getattr(self._generator, method).remote()
         try:
-            return await response
+            with _as_raised():
+                return await response
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except BackPressureError:
-            raise Unavailable("too many requests are waiting; try again later.") from None
-        except DeploymentUnavailableError:
-            raise Unavailable("the model could not be started; see the server's log.") from None
-        except RayTaskError as error:
-            # Ray wraps what the replica raised; here it becomes itself again.
-            if isinstance(error.cause, DiffusionServeError):
-                raise error.cause from None
-            raise
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """Turn Ray's errors into ours, and what the replica raised, which Ray wraps, into itself."""
+    try:
+        yield
+    except BackPressureError:
+        raise Overloaded("too many requests are waiting; try again later.") from None
+    except DeploymentUnavailableError:
+        raise Unavailable("the model could not be started; see the server's log.") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, DiffusionServeError):
+            raise error.cause from None
+        raise
 
 
 # Far more than the generator takes: one that is full must still answer /health and refuse the rest.
@@ -88,8 +136,20 @@ class Gateway:
     """Answers HTTP for the whole application."""
 
     def __init__(self, config: AppConfig, generator: "DeploymentHandle[Any]") -> None:
+        logging.getLogger("serve_app").setLevel(logging.INFO)
         self._config = config
         self._painter = HandlePainter(generator)
+        self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
+        if not self._keys and (host := _listens_beyond_loopback()):
+            logger.warning(OPEN_TO_ALL, host)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._config, self._painter)
+        return create_api(self._config, self._painter, self._keys)
+
+
+def _listens_beyond_loopback() -> str | None:
+    """The address at which Serve's proxies listen, if others than this machine reach it."""
+    client: Any = _get_global_client()
+    host: str = client.http_config.host or ""
+    local = host == "localhost" or (host and ip_address(host).is_loopback)
+    return None if local else host or "every address"

@@ -1,90 +1,150 @@
 """The one place where exceptions become HTTP responses, always in OpenAI's error object."""
 
 import logging
-from collections.abc import Sequence
+import math
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from serve_app.errors import DiffusionServeError, InvalidRequest
+from serve_app.errors import (
+    DiffusionServeError,
+    InvalidKey,
+    InvalidRequest,
+)
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
 
+RETRY_AFTER_S = 5.0
+"""Where an error does not say when to try again."""
 
-def error_response(
-    status: int, message: str, type_: str, param: str | None = None, code: str | None = None
-) -> JSONResponse:
-    """An error in OpenAI's shape; 503 tells when to come back."""
-    detail = ErrorDetail(message=message, type=type_, param=param, code=code)
-    headers = {"Retry-After": "5"} if status == 503 else None
-    return JSONResponse(ErrorResponse(error=detail).model_dump(), status, headers)
+_REASONS = {
+    400: "The request is wrong; the message says where.",
+    401: "No API key, or an unknown one.",
+    404: "No such model, LoRA adapter or path.",
+    413: "The body is too long.",
+    429: "Too many requests.",
+    500: "The picture could not be made.",
+    503: "No replica can paint now.",
+    504: "Not done within the longest deadline of the server.",
+}
 
 
-def from_validation(error: ValidationError) -> InvalidRequest:
+def request_id(scope: Scope) -> str:
+    """Serve's proxy gives every request an id, the client's own if it sent one, and returns it."""
+    return next(
+        (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"),
+        "none",
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the client is told of an exception."""
+
+    status: int
+    detail: ErrorDetail
+    headers: dict[str, str]
+
+    def response(self) -> JSONResponse:
+        body = ErrorResponse(error=self.detail).model_dump()
+        return JSONResponse(body, self.status, self.headers)
+
+
+def problem_of(error: Exception, scope: Scope) -> Problem:
+    """What to tell of ``error``. Of what is our fault the log gets the details, not the client."""
+    given: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        given = dict(error.headers or {})
+        error = _from_http(error, scope)
+    if isinstance(error, DiffusionServeError) and (error.status < 500 or error.status > 502):
+        status, message, ours = error.status, error.message, error
+    else:
+        number = request_id(scope)
+        logger.error("request %s failed", number, exc_info=error)
+        ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
+        status = ours.status
+        message = f"The picture could not be made. The server's log tells more of request {number}."
+    detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = str(math.ceil(ours.retry_after_s or RETRY_AFTER_S))
+    elif status < 500:
+        # OpenAI's clients heed it; trying again changes nothing.
+        headers["x-should-retry"] = "false"
+    if isinstance(ours, InvalidKey):
+        headers["WWW-Authenticate"] = "Bearer"
+    return Problem(status, detail, given | headers)
+
+
+class _HttpError(InvalidRequest):
+    """One that Starlette found, such as a path that does not exist."""
+
+    code = "http_error"
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status  # type: ignore[misc]  # of this one
+
+
+def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
+    path = scope["path"]
+    match error.status_code:
+        case 404:
+            return _HttpError(404, f"no such path: {path}")
+        case 405:
+            return _HttpError(405, f"{scope['method']} is not allowed on {path}")
+        case status:
+            return _HttpError(status, str(error.detail))
+
+
+def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first problem that pydantic found, in words that name the field and what is allowed."""
     problem = error.errors(include_url=False)[0]
     param = ".".join(str(part) for part in problem["loc"]) or None
-    message = _explain(problem["type"], param, problem["msg"], type(problem["input"]).__name__)
-    return InvalidRequest(message, param)
-
-
-def _explain(kind: str, param: str | None, message: str, given: str) -> str:
-    match kind:
+    match problem["type"]:
         case "json_invalid":
-            return f"the body is not JSON: {message.removeprefix('Invalid JSON: ')}."
+            reason = problem["msg"].removeprefix("Invalid JSON: ")
+            message = f"the body is not JSON: {reason}."
         case "extra_forbidden":
-            return f"unknown field {param!r}."
+            message = f"unknown field {param!r}; known are {', '.join(model.model_fields)}."
         case "missing":
-            return f"the field {param!r} is required."
+            message = f"the field {param!r} is required."
         case _ if param is None:
-            return f"the body must be a JSON object, not {given}."
+            message = f"the body must be a JSON object, not {type(problem['input']).__name__}."
         case _:
-            return f"{param}: {message[0].lower()}{message[1:]}."
-
-
-def _of_ours(error: Exception) -> JSONResponse:
-    assert isinstance(error, DiffusionServeError)
-    if error.status >= 500 and error.status != 503:
-        logger.error("request failed", exc_info=error)
-        return error_response(
-            error.status, "The picture could not be made.", error.type, None, error.code
-        )
-    return error_response(error.status, error.message, error.type, error.param, error.code)
-
-
-def _of_http(error: HTTPException, request: Request) -> JSONResponse:
-    messages = {
-        404: f"no such path: {request.url.path}",
-        405: f"{request.method} is not allowed on {request.url.path}",
-    }
-    message = messages.get(error.status_code, str(error.detail))
-    response = error_response(error.status_code, message, "invalid_request_error")
-    response.headers.update(error.headers or {})
-    return response
+            message = f"{param}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
+            field = model.model_fields.get(str(problem["loc"][0]))
+            if field is not None and field.description is not None:
+                message = f"{message} {field.description}"
+    return InvalidRequest(message, param)
 
 
 def add_error_handlers(api: FastAPI) -> None:
     """Route every exception that leaves an endpoint through this module."""
 
-    @api.exception_handler(DiffusionServeError)
-    async def ours(_: Request, error: Exception) -> JSONResponse:
-        return _of_ours(error)
+    async def respond(request: Request, error: Exception) -> JSONResponse:
+        return problem_of(error, request.scope).response()
 
-    @api.exception_handler(HTTPException)
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return _of_http(error, request)
-
-    @api.exception_handler(Exception)
-    async def bug(_: Request, error: Exception) -> JSONResponse:
-        logger.error("unexpected error", exc_info=error)
-        return error_response(500, "Internal error.", "server_error", None, "internal_error")
+    for kind in (DiffusionServeError, HTTPException, Exception):
+        api.add_exception_handler(kind, respond)
 
 
-def documented(statuses: Sequence[int]) -> dict[int | str, dict[str, Any]]:
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """The error responses of an endpoint, for its OpenAPI description."""
-    return {status: {"model": ErrorResponse} for status in statuses}
+    retry_after = {
+        "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}
+    }
+    return {
+        status: {
+            "model": ErrorResponse,
+            "description": _REASONS[status],
+            "headers": retry_after if status in (429, 503) else {},
+        }
+        for status in statuses
+    }

@@ -1,87 +1,148 @@
 """The endpoints. Knows the HTTP API and the request's parameters; of Ray only a `Painter`."""
 
 import asyncio
-import base64
-import secrets
 import time
-from collections.abc import Sequence
-from typing import Annotated, Protocol
+from collections.abc import Coroutine, Sequence
+from typing import Any
 
-from fastapi import Depends, FastAPI, Request
-from pydantic import ValidationError
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse
+from fastapi_offline import FastAPIOffline
+from starlette.responses import Response
 
 from serve_app import __version__
 from serve_app.config import AppConfig
-from serve_app.engine.encoding import EncodedImage, ImageFormat
-from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
-from serve_app.errors import InvalidRequest, ModelNotFound
+from serve_app.engine.params import ModelInfo
+from serve_app.errors import Cancelled, ModelNotFound
+from serve_app.gateway import page
+from serve_app.gateway.auth import KeyGuard, KeyRing
 from serve_app.gateway.body_limit import BodyLimit
-from serve_app.gateway.errors import add_error_handlers, documented, from_validation
-from serve_app.gateway.schemas import (
-    Health,
-    ImageData,
-    ImageGenerationRequest,
-    ImagesResponse,
-    ModelList,
-    ModelObject,
-)
+from serve_app.gateway.errors import add_error_handlers, documented, request_id
+from serve_app.gateway.forms import read_edit, read_generation
+from serve_app.gateway.images import Studio
+from serve_app.gateway.openapi import described, edit_body, generation_body, streamed
+from serve_app.gateway.painter import Painter
+from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
+from serve_app.gateway.streaming import stream
+
+EDITS = "/v1/images/edits"
 
 
-class Painter(Protocol):
-    """What the gateway needs of the generator, wherever that runs.
+def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
+    """The ASGI application of one gateway replica."""
+    limits = config.engine.limits
+    started_at = int(time.time())
+    studio = Studio(config, painter)
+    api = FastAPIOffline(
+        title="diffusion-serve",
+        version=__version__,
+        description=described(config),
+        redoc_url=None,
+    )
 
-    Cancelling a call cancels the work behind it.
+    def max_body_bytes(path: str) -> int:
+        return limits.max_upload_bytes if path == EDITS else limits.max_body_bytes
+
+    # The last one added is the first to see a request: no body is read for who has no key.
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    api.add_middleware(KeyGuard, keys=keys)
+    add_error_handlers(api)
+
+    @api.post(
+        "/v1/images/generations",
+        response_model=ImagesResponse,
+        responses=streamed("image_generation") | documented(400, 401, 404, 413, 429, 500, 503, 504),
+        openapi_extra=generation_body(limits),
+        tags=["images"],
+    )
+    async def generate_images(request: Request) -> Response | ImagesResponse:
+        """Paint pictures that show the prompt."""
+        body = await read_generation(request)
+        scope = request.scope
+        order = await studio.take(
+            "image_generation", body, request_id(scope), request.state.key_name
+        )
+        if body.stream:
+            return await stream(studio, order, scope)
+        return await _while_connected(request, studio.paint_all(order))
+
+    @api.post(
+        EDITS,
+        response_model=ImagesResponse,
+        responses=streamed("image_edit") | documented(400, 401, 404, 413, 429, 500, 503, 504),
+        openapi_extra=edit_body(limits),
+        tags=["images"],
+    )
+    async def edit_images(request: Request) -> Response | ImagesResponse:
+        """Paint a picture anew: all of it, or where the mask is transparent."""
+        form = await read_edit(request)
+        scope = request.scope
+        order = await studio.take(
+            "image_edit",
+            form.fields,
+            request_id(scope),
+            request.state.key_name,
+            form.image,
+            form.mask,
+        )
+        if form.fields.stream:
+            return await stream(studio, order, scope)
+        return await _while_connected(request, studio.paint_all(order))
+
+    @api.get("/v1/models", responses=documented(401, 429, 503), tags=["models"])
+    async def list_models() -> ModelList:
+        """The model that is served, and what it takes."""
+        info = await painter.describe()
+        return ModelList(data=[_model_object(info, started_at)])
+
+    @api.get("/v1/models/{model}", responses=documented(401, 404, 429, 503), tags=["models"])
+    async def retrieve_model(model: str) -> ModelObject:
+        """One model by its name."""
+        if model != config.model.id:
+            raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
+        return _model_object(await painter.describe(), started_at)
+
+    @api.get("/health", tags=["health"])
+    async def health() -> Health:
+        """Liveness: 200 as long as the gateway answers."""
+        return Health()
+
+    @api.get("/ready", responses=documented(503), tags=["health"])
+    async def ready() -> Health:
+        """Readiness: 200 if a replica can paint now, else 503."""
+        await painter.check_ready()
+        return Health()
+
+    if config.gateway.page:
+        content, policy = page.render()
+
+        @api.get("/", include_in_schema=False)
+        async def show_page() -> HTMLResponse:
+            return HTMLResponse(content, headers={"Content-Security-Policy": policy})
+
+    return api
+
+
+async def _while_connected(
+    request: Request, work: Coroutine[Any, Any, ImagesResponse]
+) -> ImagesResponse:
+    """Do the work, and drop it when the client goes away.
+
+    Serve does so as well, but not for clients that send it x-request-disconnect-disabled.
     """
 
-    async def paint(self, params: GenerationParams, image_format: ImageFormat) -> EncodedImage:
-        """One picture. Raises `DiffusionServeError`."""
-        ...
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
-    async def describe(self) -> ModelInfo:
-        """What the model can do. Raises `Unavailable` if the first replica is not ready in time."""
-        ...
-
-    async def check_ready(self) -> None:
-        """Raise `Unavailable` unless a replica can paint now."""
-        ...
-
-
-async def _parse_body(request: Request) -> ImageGenerationRequest:
-    # Not a FastAPI body parameter: that would refuse `curl -d`, which calls its JSON a form.
+    tasks: Sequence[asyncio.Task[Any]] = [asyncio.create_task(work), asyncio.create_task(gone())]
+    working = tasks[0]
     try:
-        return ImageGenerationRequest.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise from_validation(error) from None
-
-
-def _params(body: ImageGenerationRequest) -> list[GenerationParams]:
-    """One set of parameters a picture; their seeds follow each other."""
-    width, height = body.size_px()
-    # Drawn here, so that a retry on another replica paints the same picture.
-    seed = secrets.randbelow(2**32) if body.seed is None else body.seed
-    return [
-        GenerationParams(
-            prompt=body.prompt,
-            seed=seed + index if seed < MAX_SEED - index else seed - index,
-            negative_prompt=body.negative_prompt,
-            width=width,
-            height=height,
-            num_inference_steps=body.num_inference_steps,
-            guidance_scale=body.guidance_scale,
-            noise_scheduler=body.scheduler,
-            lora=body.adapters(),
-        )
-        for index in range(body.n)
-    ]
-
-
-async def _paint_all(
-    painter: Painter, requests: Sequence[GenerationParams], image_format: ImageFormat
-) -> list[EncodedImage]:
-    """All pictures or none: when one fails, or the client goes away, the others are dropped."""
-    tasks = [asyncio.ensure_future(painter.paint(params, image_format)) for params in requests]
-    try:
-        return await asyncio.gather(*tasks)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Cancelled("the client went away.")
+        result: ImagesResponse = working.result()
+        return result
     finally:
         for task in tasks:
             task.cancel()
@@ -89,77 +150,27 @@ async def _paint_all(
 
 
 def _model_object(info: ModelInfo, created: int) -> ModelObject:
+    limits = info.limits
     return ModelObject(
         id=info.id,
         created=created,
         pipeline=info.pipeline,
+        tasks=list(info.tasks),
         default_size=f"{info.default_width}x{info.default_height}",
         size_multiple=info.size_multiple,
+        max_pixels=limits.max_pixels,
+        max_side=limits.max_side_px,
         default_steps=info.default_steps,
-        max_steps=info.limits.max_steps,
+        max_steps=limits.max_steps,
+        quality_steps=info.quality_steps,
+        max_images=limits.max_images,
+        max_prompt_chars=limits.max_prompt_chars,
+        max_deadline_s=limits.max_deadline_s,
+        takes_negative_prompt=info.takes_negative_prompt,
         schedulers=list(info.noise_schedulers),
         loras=list(info.loras),
-        max_pixels=info.limits.max_pixels,
+        max_loras=limits.max_loras,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,
         batching_note=info.sharing_note,
     )
-
-
-def create_api(config: AppConfig, painter: Painter) -> FastAPI:
-    """The ASGI application of one gateway replica."""
-    limits = config.engine.limits
-    started_at = int(time.time())
-    api = FastAPI(title="diffusion-serve", version=__version__)
-    api.add_middleware(BodyLimit, max_bytes=limits.max_body_bytes)
-    add_error_handlers(api)
-
-    @api.post(
-        "/v1/images/generations",
-        responses=documented([400, 404, 413, 500, 503]),
-        openapi_extra={
-            "requestBody": {
-                "required": True,
-                "content": {
-                    "application/json": {"schema": ImageGenerationRequest.model_json_schema()}
-                },
-            }
-        },
-    )
-    async def generate_images(
-        body: Annotated[ImageGenerationRequest, Depends(_parse_body)],
-    ) -> ImagesResponse:
-        """Paint pictures that show the prompt."""
-        if body.model is not None and body.model != config.model.id:
-            raise ModelNotFound(
-                f"no model {body.model[:100]!r} here; there is {config.model.id!r}.", "model"
-            )
-        if not 1 <= body.n <= limits.max_images:
-            raise InvalidRequest(f"n must be from 1 to {limits.max_images}.", "n")
-        info = await painter.describe()
-        requests = [params.resolved(info) for params in _params(body)]
-        images = await _paint_all(painter, requests, body.output_format)
-        return ImagesResponse(
-            created=int(time.time()),
-            data=[
-                ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
-                for image in images
-            ],
-            size=f"{images[0].width}x{images[0].height}",
-            output_format=body.output_format,
-            warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
-        )
-
-    @api.get("/v1/models", responses=documented([503]))
-    async def list_models() -> ModelList:
-        """The model that is served, and what it takes."""
-        info = await painter.describe()
-        return ModelList(data=[_model_object(info, started_at)])
-
-    @api.get("/health", responses=documented([503]))
-    async def health() -> Health:
-        """200 if a replica can paint now, else 503."""
-        await painter.check_ready()
-        return Health()
-
-    return api

@@ -1,45 +1,111 @@
-"""Requests and responses of the HTTP API, as pydantic models."""
+"""Requests, responses and events of the HTTP API, as pydantic models."""
 
-import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.engine.encoding import ImageFormat
-from serve_app.engine.params import AdapterSet
+from serve_app.engine.encoding import Encoding, ImageFormat
+from serve_app.engine.params import MAX_SEED, AdapterSet, ModelInfo
 from serve_app.errors import InvalidRequest
 
+Quality = Literal["low", "medium", "high"]
 
-class ImageGenerationRequest(BaseModel):
-    """Body of ``POST /v1/images/generations``: OpenAI's fields, then our extensions.
 
-    Types are checked here; ranges, which depend on the model and the limits, in
+class ImageRequest(BaseModel):
+    """What all image endpoints take: OpenAI's fields, then our extensions.
+
+    Types and fixed ranges are checked here; what depends on the model and the configured limits, in
     `GenerationParams.resolved`.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    prompt: str = Field(description="What the picture shows.", examples=["a red circle on blue"])
-    model: str | None = Field(None, description="A name from /v1/models; may be left out.")
-    n: int = Field(1, description="How many pictures; each has a seed of its own.")
-    size: str | None = Field(
-        None, description="WIDTHxHEIGHT in pixels, or 'auto'.", examples=["64x64"]
+    prompt: str = Field(
+        description="What the picture shows.", examples=["a red circle on a blue background"]
     )
-    response_format: Literal["b64_json"] = "b64_json"
+    model: str | None = Field(
+        None, description="A name from /v1/models; may be left out.", examples=["demo"]
+    )
+    n: int = Field(
+        1, ge=1, description="How many pictures; the k-th has the seed `seed` + k.", examples=[1]
+    )
+    size: str | None = Field(
+        None,
+        pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
+        description="WIDTHxHEIGHT in pixels, in multiples of the model's `size_multiple`; or "
+        "'auto': the model's own, and for edits that of the picture sent, made smaller where it "
+        "has more pixels than the model's own.",
+        examples=["64x64"],
+    )
+    quality: Literal["auto", "low", "medium", "high"] = Field(
+        "auto",
+        description="Denoising steps in a word, as /v1/models lists them: half as many as the "
+        "model's default, as many (auto, too), twice as many. `num_inference_steps` goes before.",
+    )
+    response_format: Literal["b64_json"] = Field(
+        "b64_json",
+        description="Pictures come inside the answer; there are no URLs, for none is stored.",
+    )
     output_format: ImageFormat = "png"
+    output_compression: int | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Quality of JPEG and WebP, 95 by default. Not for PNG, which is exact.",
+    )
+    background: Literal["auto", "opaque"] = Field(
+        "auto", description="Pictures are opaque: the models have no transparency."
+    )
+    user: str | None = Field(
+        None, max_length=512, description="Taken for compatibility; it has no effect."
+    )
+    stream: bool = Field(False, description="Answer with server-sent events.")
+    partial_images: int = Field(
+        0,
+        ge=0,
+        le=3,
+        description="Previews to send while the picture forms, with `stream`; fewer come where "
+        "there are fewer steps.",
+    )
 
-    negative_prompt: str | None = Field(None, description="What the picture must not show.")
-    num_inference_steps: int | None = Field(None, description="Denoising steps.")
-    guidance_scale: float | None = Field(None, description="How closely it follows, 0 to 100.")
+    negative_prompt: str | None = Field(
+        None, description="What the picture must not show.", examples=["a square"]
+    )
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="Denoising steps. Default: the model's.", examples=[8]
+    )
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="How closely the picture follows the prompt.",
+        examples=[4.0],
+    )
+    seed: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="Same seed, same picture. Default: drawn, and told in the answer.",
+        examples=[7],
+    )
     scheduler: str | None = Field(
         None, description="Noise scheduler, by a name from /v1/models. Default: the model's own."
     )
     lora: dict[str, float] | str | None = Field(
         None,
         description="LoRA adapters by names from /v1/models, each with its scale; or one name.",
-        examples=[{"pixel-art": 0.8}],
+        examples=[None],
     )
-    seed: int | None = Field(None, description="Same seed, same picture. Default: drawn.")
+    deadline_s: float | None = Field(
+        None,
+        gt=0,
+        description="Seconds in which the picture is wanted. It decides who goes first; a multiple "
+        "of the picture's time alone by default. A picture that is late still comes.",
+        examples=[30.0],
+    )
+    progress: bool = Field(
+        False, description="With `stream`: also send how far the picture is, and when it is due."
+    )
 
     def adapters(self) -> AdapterSet:
         if isinstance(self.lora, str):
@@ -47,51 +113,171 @@ class ImageGenerationRequest(BaseModel):
         return tuple((self.lora or {}).items())
 
     def size_px(self) -> tuple[int | None, int | None]:
-        """(width, height), or two ``None`` for the model's default. Raises `InvalidRequest`."""
+        """(width, height), or two ``None`` for the default."""
         if self.size is None or self.size == "auto":
             return None, None
-        match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", self.size)
-        if match is None:
+        width, height = self.size.split("x")
+        return int(width), int(height)
+
+    def steps(self, model: ModelInfo) -> int:
+        if self.num_inference_steps is not None:
+            return self.num_inference_steps
+        return model.quality_steps[self.painted_quality]
+
+    @property
+    def painted_quality(self) -> Quality:
+        return "medium" if self.quality == "auto" else self.quality
+
+    def encoding(self) -> Encoding:
+        if self.output_compression is None:
+            return Encoding(self.output_format)
+        return Encoding(self.output_format, self.output_compression)
+
+    def check(self) -> None:
+        """Raise `InvalidRequest` for fields that do not go together."""
+        if self.output_compression is not None and self.output_format == "png":
             raise InvalidRequest(
-                f"size must be WIDTHxHEIGHT in pixels, such as 512x512, or 'auto'; got "
-                f"{self.size[:40]!r}.",
-                "size",
+                "output_compression is for jpeg and webp; leave it out for png, which is exact.",
+                "output_compression",
             )
-        return int(match[1]), int(match[2])
+        if self.stream and self.n > 1:
+            raise InvalidRequest("a stream carries one picture: n must be 1.", "n")
+        for name in ("partial_images", "progress"):
+            if getattr(self, name) and not self.stream:
+                raise InvalidRequest(f"{name} needs stream: true.", name)
+
+
+class ImageGenerationRequest(ImageRequest):
+    """Body of ``POST /v1/images/generations``."""
+
+
+class ImageEditRequest(ImageRequest):
+    """The fields of ``POST /v1/images/edits`` beside its pictures."""
+
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How much of the picture may change, also the share of the steps that run. "
+        "Default: the model's.",
+        examples=[0.6],
+    )
 
 
 class ImageData(BaseModel):
     """One picture."""
 
-    b64_json: str
+    b64_json: str = Field(description="The file, in base64.")
     seed: int = Field(description="The seed that paints this picture again.")
 
 
+class InputTokensDetails(BaseModel):
+    """Of what the model read."""
+
+    text_tokens: int = Field(description="Of the prompt; 0 if the tokenizer is not known.")
+    image_tokens: int = Field(description="Squares of 16 x 16 pixels of the picture sent.")
+
+
+class Usage(BaseModel):
+    """Work in OpenAI's terms, where a picture counts one token for 16 x 16 pixels."""
+
+    input_tokens: int
+    input_tokens_details: InputTokensDetails
+    output_tokens: int
+    total_tokens: int
+
+
+class Timings(BaseModel):
+    """Where the time went, in seconds; of several pictures, the longest of each."""
+
+    queue_s: float = Field(description="From the engine's taking it in to its start.")
+    denoise_s: float = Field(description="Text encoding and denoising, with waits in between.")
+    decode_s: float = Field(description="From latents to pixels.")
+    total_s: float = Field(description="From the request's arrival to this answer.")
+
+
 class ImagesResponse(BaseModel):
-    """Answer to ``POST /v1/images/generations``."""
+    """Answer of the image endpoints without ``stream``."""
 
     created: int = Field(description="Unix time in seconds.")
     data: list[ImageData]
     size: str
     output_format: ImageFormat
-    warnings: list[str] = Field(description="What of the request had no effect.")
+    quality: Quality
+    background: Literal["opaque"] = "opaque"
+    usage: Usage
+    timings: Timings
+    warnings: list[str] = Field(description="What of the request has no effect.")
+
+
+Kind = Literal["image_generation", "image_edit"]
+"""Events start with one of them."""
+
+
+class PartialImageEvent(BaseModel):
+    """A preview."""
+
+    type: str = Field(examples=["image_generation.partial_image", "image_edit.partial_image"])
+    partial_image_index: int
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Quality
+    background: Literal["opaque"] = "opaque"
+    output_format: ImageFormat
+
+
+class CompletedEvent(BaseModel):
+    """The finished picture; the last event."""
+
+    type: str = Field(examples=["image_generation.completed", "image_edit.completed"])
+    b64_json: str
+    created_at: int
+    size: str
+    quality: Quality
+    background: Literal["opaque"] = "opaque"
+    output_format: ImageFormat
+    usage: Usage
+    seed: int
+    timings: Timings
+    warnings: list[str]
+
+
+class ProgressEvent(BaseModel):
+    """How far the picture is, for who sends ``progress: true``."""
+
+    type: str = Field(examples=["image_generation.progress", "image_edit.progress"])
+    step: int = Field(description="Denoising steps that are done.")
+    total_steps: int
+    queue_position: int | None = Field(
+        description="Requests that wait before it; null once it is being painted."
+    )
+    eta_s: float = Field(description="Seconds until the picture should be done.")
 
 
 class ModelObject(BaseModel):
-    """A model in ``GET /v1/models``: OpenAI's fields, then what it takes."""
+    """One model in ``GET /v1/models``: OpenAI's fields, then what it takes."""
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "diffusion-serve"
-    pipeline: str
+    pipeline: str = Field(description="Class of the diffusers pipeline.")
+    tasks: list[str]
     default_size: str
     size_multiple: int = Field(description="Width and height must be multiples of it.")
+    max_pixels: int = Field(description="Of width times height.")
+    max_side: int = Field(description="Of width and of height, in pixels.")
     default_steps: int
     max_steps: int
+    quality_steps: dict[Quality, int] = Field(description="Steps for each `quality`.")
+    max_images: int = Field(description="Of `n`.")
+    max_prompt_chars: int
+    max_deadline_s: float
+    takes_negative_prompt: bool
     schedulers: list[str] = Field(description="Noise schedulers that a request may name.")
     loras: list[str] = Field(description="LoRA adapters that a request may name.")
-    max_pixels: int
+    max_loras: int = Field(description="Of them at a time.")
     batching: Literal["on", "off"]
     batching_difference: float | None = Field(
         description="Largest difference between batched and alone at start-up, pixels in [0, 1]."
@@ -107,7 +293,7 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Answer to ``GET /health`` when a replica is ready."""
+    """Answer to ``GET /health`` and ``GET /ready`` when all is well."""
 
     status: Literal["ok"] = "ok"
 

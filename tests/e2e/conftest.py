@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -68,7 +68,9 @@ class ServeProcess:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def start_serve(config: dict[str, object]) -> ServeProcess:
+def start_serve(
+    config: dict[str, object], variables: Mapping[str, str] | None = None
+) -> ServeProcess:
     """Run the config on a local Ray cluster that no other can be mistaken for."""
     folder = Path(tempfile.mkdtemp(prefix="ds", dir="/tmp"))  # short: for Ray's sockets
     path, log = folder / "serve.yaml", folder / "serve.log"
@@ -79,6 +81,7 @@ def start_serve(config: dict[str, object]) -> ServeProcess:
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        **(variables or {}),
     }
     with log.open("wb") as output:
         process = subprocess.Popen(

@@ -19,6 +19,8 @@ from PIL import Image
 from ray import serve
 
 from serve_app.demo.judge import read
+from serve_app.demo.scenes import Scene, SceneObject, render
+from serve_app.engine.encoding import Encoding
 from serve_app.engine.engine import EngineStats
 from serve_app.engine.params import GenerationParams
 from serve_app.errors import InvalidRequest
@@ -38,8 +40,8 @@ def _post(server: Server, **body: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/v1/images/generations", json=body, timeout=120)
 
 
-def _health(server: Server) -> int:
-    return httpx.get(f"{server.url}/health", timeout=20).status_code
+def _ready(server: Server) -> int:
+    return httpx.get(f"{server.url}/ready", timeout=20).status_code
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,15 @@ def generator(server: Server) -> Iterator[Any]:
     ray.init(address=server.ray_address, namespace="serve", log_to_driver=False)
     yield serve.get_deployment_handle("Generator", "diffusion-serve")
     ray.shutdown()
+
+
+def _kill_replica() -> None:
+    [name] = [
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if "#Generator#" in actor["name"]
+    ]
+    ray.kill(ray.get_actor(name, namespace="serve"))
 
 
 def _stats(generator: Any) -> EngineStats:
@@ -86,6 +97,96 @@ def test_the_openai_client_works(server: Server) -> None:
             client.images.generate(model="dall-e-3", prompt="x")
 
 
+def test_the_openai_client_streams_previews(server: Server) -> None:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        events = list(
+            client.images.generate(
+                model="demo",
+                prompt="a large red circle on a blue background",
+                stream=True,
+                partial_images=2,
+                extra_body={"seed": 1},
+            )
+        )
+    assert [event.type for event in events] == [
+        "image_generation.partial_image",
+        "image_generation.partial_image",
+        "image_generation.completed",
+    ]
+    first, second, finished = [
+        np.asarray(_decode(event.b64_json).convert("RGB")).astype(float) for event in events
+    ]
+    assert first.shape == second.shape == finished.shape == (64, 64, 3)
+    # They are on the way to it: nearer than any other picture would be, and ever nearer.
+    distances = [np.abs(partial - finished).mean() for partial in (first, second)]
+    other = _post(server, prompt="a small yellow square on black", seed=1).json()
+    elsewhere = np.asarray(_decode(other["data"][0]["b64_json"])).astype(float)
+    assert distances[1] < distances[0] < np.abs(elsewhere - finished).mean() / 2
+    assert isinstance(events[-1], openai.types.ImageGenCompletedEvent)
+    assert events[-1].usage.output_tokens == 16
+
+
+def test_the_openai_client_edits_with_a_mask(server: Server) -> None:
+    star = SceneObject("star", "red", 0.75, 0.5, 0.2)
+    source = Image.fromarray(render(Scene("blue", (star,)), 128, 128))
+    mask = Image.new("RGBA", source.size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    files = []
+    for image in (source, mask):
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        files.append(buffer.getvalue())
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+
+        def edit(**options: Any) -> Any:
+            return client.images.edit(
+                image=("source.png", files[0]),
+                prompt="a green square on white",
+                extra_body={"seed": 2, "strength": 1.0},
+                **options,
+            )
+
+        answer = edit(mask=("mask.png", files[1]))
+        painted = np.asarray(_decode(answer.data[0].b64_json).convert("RGB")).astype(float)
+        streamed = list(edit(mask=("mask.png", files[1]), stream=True, partial_images=1))
+        anew = np.asarray(_decode(edit().data[0].b64_json).convert("RGB")).astype(float)
+    before = np.asarray(source.resize((64, 64))).astype(float)
+    assert np.abs(painted - before)[:, 40:].mean() < 15  # kept
+    assert np.abs(painted - before)[:, :28].mean() > 40  # painted anew
+    assert np.abs(anew - before)[:, 40:].mean() > 40
+    assert [event.type for event in streamed] == [
+        "image_edit.partial_image",
+        "image_edit.completed",
+    ]
+    again = np.asarray(_decode(streamed[-1].b64_json).convert("RGB")).astype(float)
+    assert np.abs(again - painted).max() <= 1
+
+
+def test_the_openai_client_gives_up_and_the_place_is_free(server: Server, generator: Any) -> None:
+    with openai.OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.5
+    ) as client:
+        long: Any = {"num_inference_steps": 200}
+        with pytest.raises(openai.APITimeoutError):
+            client.images.generate(prompt="x", size="128x128", extra_body=long)  # type: ignore[call-overload]
+        wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.images.generate(
+            prompt="x", stream=True, partial_images=3, extra_body=long | {"progress": True}
+        )
+        next(iter(stream))
+        stream.close()
+        wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
+
+
+def test_every_response_has_one_request_id_the_clients_own_if_it_sent_one(server: Server) -> None:
+    for path in ("/v1/models", "/nothing", "/", "/health"):
+        own = httpx.get(f"{server.url}{path}", headers={"x-request-id": "call-7"}, timeout=20)
+        assert own.headers.get_list("x-request-id") == ["call-7"]
+        [drawn] = httpx.get(f"{server.url}{path}", timeout=20).headers.get_list("x-request-id")
+        assert len(drawn) > 20
+
+
 def test_a_seed_paints_the_same_picture_whoever_else_paints(server: Server) -> None:
     body = {"prompt": "a green ring on white", "seed": 7, "num_inference_steps": 6}
     alone = _decode(_post(server, **body).json()["data"][0]["b64_json"])
@@ -114,25 +215,34 @@ def test_errors_come_back_in_openais_shape(server: Server) -> None:
 
 def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> None:
     params = GenerationParams("x", 1, width=60, height=64)
+
+    async def paint() -> None:
+        async for _ in HandlePainter(generator).paint(params, Encoding()):
+            pass
+
     with pytest.raises(InvalidRequest, match="multiples of 8") as caught:
-        asyncio.run(HandlePainter(generator).paint(params, "png"))
+        asyncio.run(paint())
     assert type(caught.value) is InvalidRequest
     assert caught.value.param == "size"
 
 
+@pytest.mark.parametrize(
+    ("header", "stream"),
+    [("X-Nothing: 1", False), ("X-Nothing: 1", True), ("x-request-disconnect-disabled: ?1", False)],
+)
 def test_hanging_up_frees_the_place_within_one_step(
-    server: Server, generator: Any, report: Callable[[str], None]
+    server: Server, generator: Any, report: Callable[[str], None], header: str, stream: bool
 ) -> None:
+    """Also for clients that tell Serve not to tell of it."""
     before = {entry.request for entry in _stats(generator).log}
-    body = json.dumps(
-        {"prompt": "a blue star on pink", "seed": 5, "num_inference_steps": 200, "size": "128x128"}
-    )
+    painted = {"prompt": "a blue star on pink", "seed": 5, "size": "128x128", "stream": stream}
+    body = json.dumps(painted | {"num_inference_steps": 200})
     address = urlsplit(server.url)
     assert address.hostname is not None
     assert address.port is not None
     with socket.create_connection((address.hostname, address.port)) as client:
         request = (
-            f"POST /v1/images/generations HTTP/1.1\r\nHost: {address.netloc}\r\n"
+            f"POST /v1/images/generations HTTP/1.1\r\nHost: {address.netloc}\r\n{header}\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
         )
         client.sendall(request.encode())
@@ -156,8 +266,9 @@ def test_hanging_up_frees_the_place_within_one_step(
         entry.what: entry.tick for entry in _stats(generator).log if entry.request == start.request
     }
     report(
-        f"hung up: cancel asked for at denoiser call {ticks['cancel_requested']}, place free at "
-        f"{ticks['cancelled']}, of {start.tick + 200} it would have taken"
+        f"hung up ({header}, stream {stream}): cancel asked for at denoiser call "
+        f"{ticks['cancel_requested'] - start.tick}, place free at "
+        f"{ticks['cancelled'] - start.tick}, of 200 it would have taken"
     )
     assert ticks["cancelled"] - ticks["cancel_requested"] <= 1
     assert ticks["cancelled"] < start.tick + 150
@@ -197,17 +308,41 @@ def test_a_lost_replica_loses_no_request(server: Server, generator: Any) -> None
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(_post, server, **body)
         wait_until(lambda: _stats(generator).running == 1, what="the request to start")
-        [name] = [
-            actor["name"]
-            for actor in ray.util.list_named_actors(all_namespaces=True)
-            if "#Generator#" in actor["name"]
-        ]
-        ray.kill(ray.get_actor(name, namespace="serve"))
-        wait_until(lambda: _health(server) == 503, what="/health to say that none is ready")
+        _kill_replica()
+        wait_until(lambda: _ready(server) == 503, what="/ready to say that none is ready")
         response = answer.result(timeout=120)
     assert response.status_code == 200, response.text
     assert response.json()["data"] == undisturbed["data"]
-    assert _health(server) == 200
+    assert _ready(server) == 200
+
+
+def test_a_stream_goes_on_when_its_replica_is_lost(server: Server, generator: Any) -> None:
+    body = {
+        "prompt": "a red cross on cyan",
+        "seed": 8,
+        "num_inference_steps": 60,
+        "size": "96x96",
+        "stream": True,
+        "partial_images": 3,
+    }
+    wait_until(lambda: _ready(server) == 200, what="a replica", deadline_s=90)
+
+    def read(kill_after: str | None) -> list[str]:
+        lines = []
+        with httpx.stream(
+            "POST", f"{server.url}/v1/images/generations", json=body, timeout=120
+        ) as response:
+            for line in response.iter_lines():
+                if line.startswith("event: "):
+                    lines.append(line)
+                    if kill_after is not None and line.endswith(kill_after):
+                        kill_after = None
+                        _kill_replica()
+        return lines
+
+    undisturbed = read(kill_after=None)
+    assert len(undisturbed) == 4
+    assert read(kill_after="partial_image") == undisturbed
 
 
 def test_a_wrong_config_is_named_and_serves_nothing() -> None:

@@ -27,6 +27,7 @@ async def test_a_client_that_leaves_in_mid_body_reaches_nobody() -> None:
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await BodyLimit(app, max_bytes=100)({"type": "http"}, receive, send)
+    scope = {"type": "http", "path": "/", "headers": []}
+    await BodyLimit(app, lambda path: 100)(scope, receive, send)
     assert reached == []
     assert sent == []

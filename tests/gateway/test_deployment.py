@@ -1,7 +1,7 @@
 """What becomes of Ray's errors at the handle, on a handle that answers as told."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +10,9 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
+from serve_app.engine.encoding import Encoding, PartialImage
 from serve_app.engine.params import GenerationParams
-from serve_app.errors import GenerationFailed, InvalidRequest, Unavailable
+from serve_app.errors import GenerationFailed, InvalidRequest, Overloaded, Unavailable
 from serve_app.gateway import deployment
 from serve_app.gateway.deployment import REPLICA_ATTEMPTS, HandlePainter
 
@@ -22,32 +23,36 @@ DEPLOYMENT = DeploymentID(name="Generator", app_name="diffusion-serve")
 
 
 class Response:
-    """What a handle's ``remote`` returns: may be awaited and cancelled."""
+    """What a handle's ``remote`` returns: may be awaited, or iterated over, and cancelled."""
 
-    def __init__(self, answer: Any) -> None:
-        self._answer = answer
+    def __init__(self, *answers: Any) -> None:
+        self._answers = answers
         self.cancelled = False
 
     def cancel(self) -> None:
         self.cancelled = True
 
     def __await__(self) -> Iterator[Any]:
-        return self._wait().__await__()
+        return self._wait(self._answers[0]).__await__()
 
-    async def _wait(self) -> Any:
-        if self._answer is None:
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        for answer in self._answers:
+            yield await self._wait(answer)
+
+    async def _wait(self, answer: Any) -> Any:
+        if answer is None:
             await asyncio.Event().wait()
-        if isinstance(self._answer, Exception):
-            raise self._answer
-        return self._answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-def painter_of(*answers: Any) -> tuple[HandlePainter, list[Response]]:
-    """A painter whose handle gives these answers, one a call; ``None`` never comes."""
-    responses = [Response(answer) for answer in answers]
-    calls = iter(responses)
-    method = SimpleNamespace(remote=lambda *args: next(calls))
-    handle: Any = SimpleNamespace(generate=method, describe=method)
+def painter_of(*calls: Any) -> tuple[HandlePainter, list[Response]]:
+    """A painter whose handle answers so, one or several answers a call; ``None`` never comes."""
+    responses = [Response(*(call if isinstance(call, list) else [call])) for call in calls]
+    pending = iter(responses)
+    method = SimpleNamespace(remote=lambda *args: next(pending))
+    handle: Any = SimpleNamespace(generate=method, describe=method, options=lambda stream: handle)
     return HandlePainter(handle), responses
 
 
@@ -57,8 +62,12 @@ def raised_by_replica(error: Exception) -> Exception:
     return wrapped
 
 
+async def events_of(painter: HandlePainter) -> list[Any]:
+    return [event async for event in painter.paint(PARAMS, Encoding())]
+
+
 async def paint(painter: HandlePainter) -> Any:
-    return await painter.paint(PARAMS, "png")
+    return (await events_of(painter))[-1]
 
 
 async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
@@ -69,18 +78,49 @@ async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
     assert await paint(painter) == "picture"
 
 
+async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
+    """And no preview comes twice."""
+    previews = [PartialImage(index, b"") for index in range(3)]
+    painter, _ = painter_of(
+        ["queued", previews[0], previews[1], ActorDiedError()],
+        ["queued again", *previews, "picture"],
+    )
+    assert await events_of(painter) == [
+        "queued",
+        previews[0],
+        previews[1],
+        "queued again",
+        previews[2],
+        "picture",
+    ]
+
+
+async def test_who_stops_listening_cancels_the_work() -> None:
+    painter, [response] = painter_of(["queued", None])
+    events = painter.paint(PARAMS, Encoding())
+    assert await anext(events) == "queued"
+    assert not response.cancelled
+    await events.aclose()
+    assert response.cancelled
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (ActorDiedError(), "were lost"),
         (raised_by_replica(Unavailable("closing")), "closing"),
-        (BackPressureError(1, 1), "too many requests"),
         (DeploymentUnavailableError(DEPLOYMENT), "could not be started"),
     ],
 )
 async def test_what_stays_unavailable_says_so(answer: Exception, message: str) -> None:
     painter, _ = painter_of(*[answer] * REPLICA_ATTEMPTS)
     with pytest.raises(Unavailable, match=message):
+        await paint(painter)
+
+
+async def test_a_full_queue_is_told_at_once() -> None:
+    painter, _ = painter_of(BackPressureError(1, 1), "not asked for")
+    with pytest.raises(Overloaded, match="too many requests"):
         await paint(painter)
 
 

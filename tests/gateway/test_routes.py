@@ -2,112 +2,30 @@
 
 import asyncio
 import base64
-import io
+import hashlib
 import json
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 
-from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
-from serve_app.engine.encoding import EncodedImage, ImageFormat, encode
-from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
-from serve_app.errors import DiffusionServeError, GenerationFailed, Unavailable
+from serve_app.config import EngineConfig, GatewayConfig
+from serve_app.engine.params import MAX_SEED, GenerationParams
+from serve_app.errors import DiffusionServeError, GenerationFailed, Overloaded, Unavailable
+from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
-
-LIMITS = LimitsConfig(max_pixels=128 * 128, max_steps=50, max_images=4, max_body_bytes=2_000)
-CONFIG = AppConfig(model=ModelConfig(id="demo"), engine=EngineConfig(limits=LIMITS))
-INFO = ModelInfo(
-    id="demo",
-    pipeline="SomePipeline",
-    dtype="float32",
-    device="cpu",
-    default_width=64,
-    default_height=64,
-    size_multiple=8,
-    default_steps=20,
-    takes_negative_prompt=True,
-    tasks=("text-to-image", "image-to-image"),
-    default_strengths={"image-to-image": 0.5},
-    noise_schedulers=("euler", "ddim"),
-    loras=("pixel", "ink"),
-    sharing="batched",
-    sharing_difference=1e-6,
-    sharing_note="",
-    limits=LIMITS,
-)
-
-
-class FakePainter:
-    """Paints plain pictures and remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[GenerationParams] = []
-        self.error: Exception | None = None
-        self.ready = True
-        self.cancelled = 0
-        self.slow_seed: int | None = None
-
-    async def paint(self, params: GenerationParams, image_format: ImageFormat) -> EncodedImage:
-        self.asked.append(params)
-        if params.seed == self.slow_seed:
-            try:
-                await asyncio.Event().wait()
-            except asyncio.CancelledError:
-                self.cancelled += 1
-                raise
-        if self.error is not None:
-            raise self.error
-        assert params.width is not None
-        assert params.height is not None
-        image = Image.new("RGB", (params.width, params.height), "red")
-        return EncodedImage(encode(image, image_format), params.seed, *image.size)
-
-    async def describe(self) -> ModelInfo:
-        await self.check_ready()
-        return INFO
-
-    async def check_ready(self) -> None:
-        if not self.ready:
-            raise Unavailable("no replica is ready yet")
-
-
-@pytest.fixture
-def painter() -> FakePainter:
-    return FakePainter()
-
-
-@pytest.fixture
-async def client(painter: FakePainter) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_api(CONFIG, painter), raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
-        yield session
-
+from tests.gateway.conftest import CONFIG, LIMITS, FakePainter, decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
-
-
-async def _post(client: httpx.AsyncClient, body: object) -> httpx.Response:
-    return await client.post("/v1/images/generations", json=body)
-
-
-def _error(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error object, after checking that it has OpenAI's shape."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert body.keys() == {"error"}
-    assert body["error"].keys() == {"message", "type", "param", "code"}
-    error: dict[str, Any] = body["error"]
-    return error
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 async def test_a_picture_comes_back_in_the_wanted_format(
     client: httpx.AsyncClient, painter: FakePainter, image_format: str
 ) -> None:
-    response = await _post(
+    response = await post(
         client,
         {
             "prompt": "a cat",
@@ -124,7 +42,7 @@ async def test_a_picture_comes_back_in_the_wanted_format(
     assert response.status_code == 200, response.text
     body = response.json()
     [data] = body["data"]
-    image = Image.open(io.BytesIO(base64.b64decode(data["b64_json"])))
+    image = decoded(data["b64_json"])
     assert image.format == image_format.upper()
     assert image.size == (48, 32)
     assert (body["size"], body["output_format"], data["seed"]) == ("48x32", image_format, 7)
@@ -134,7 +52,7 @@ async def test_a_picture_comes_back_in_the_wanted_format(
 async def test_defaults_are_the_models_and_the_seed_is_drawn(
     client: httpx.AsyncClient, painter: FakePainter
 ) -> None:
-    first, second = [(await _post(client, {"prompt": "x"})).json() for _ in range(2)]
+    first, second = [(await post(client, {"prompt": "x"})).json() for _ in range(2)]
     assert first["size"] == "64x64"
     assert first["data"][0]["seed"] != second["data"][0]["seed"]
     assert painter.asked[0].num_inference_steps == 20
@@ -143,7 +61,7 @@ async def test_defaults_are_the_models_and_the_seed_is_drawn(
 async def test_n_pictures_have_seeds_of_their_own(
     client: httpx.AsyncClient, painter: FakePainter
 ) -> None:
-    response = await _post(client, {"prompt": "x", "n": 4, "seed": MAX_SEED - 1})
+    response = await post(client, {"prompt": "x", "n": 4, "seed": MAX_SEED - 1})
     seeds = [data["seed"] for data in response.json()["data"]]
     assert len(set(seeds)) == 4
     assert seeds[0] == MAX_SEED - 1
@@ -165,7 +83,7 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": None}, "prompt", "string"),
         ({"prompt": 3}, "prompt", "string"),
-        ({"n": 0}, "n", "from 1 to 4"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
         ({"n": 5}, "n", "from 1 to 4"),
         ({"n": "2"}, "n", "integer"),
         ({"n": True}, "n", "integer"),
@@ -174,18 +92,30 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
         ({"size": "0x0"}, "size", "multiples of 8"),
         ({"size": "136x128"}, "size", "at most 16384"),
         ({"size": "٦٤x64"}, "size", "WIDTHxHEIGHT"),
-        ({"num_inference_steps": 0}, "num_inference_steps", "from 1 to 50"),
+        ({"num_inference_steps": 0}, "num_inference_steps", "greater than or equal to 1"),
         ({"num_inference_steps": 51}, "num_inference_steps", "from 1 to 50"),
         ({"num_inference_steps": 2.5}, "num_inference_steps", "integer"),
-        ({"guidance_scale": -1}, "guidance_scale", "from 0 to 100"),
+        ({"guidance_scale": -1}, "guidance_scale", "greater than or equal to 0"),
         ({"guidance_scale": "7"}, "guidance_scale", "number"),
-        ({"seed": -1}, "seed", f"from 0 to {MAX_SEED}"),
-        ({"seed": 2**63}, "seed", f"from 0 to {MAX_SEED}"),
-        ({"seed": 10**40}, "seed", f"from 0 to {MAX_SEED}"),
+        ({"seed": -1}, "seed", "greater than or equal to 0"),
+        ({"seed": 2**63}, "seed", f"less than or equal to {MAX_SEED}"),
+        ({"seed": 10**40}, "seed", f"less than or equal to {MAX_SEED}"),
         ({"response_format": "url"}, "response_format", "b64_json"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"negative_prompt": []}, "negative_prompt", "string"),
-        ({"quality": "hd"}, "quality", "unknown field"),
+        ({"quality": "hd"}, "quality", "'low', 'medium' or 'high'"),
+        ({"style": "vivid"}, "style", "unknown field"),
+        ({"response_format": "url"}, "response_format", "no URLs"),
+        ({"background": "transparent"}, "background", "opaque"),
+        ({"output_compression": 50}, "output_compression", "leave it out for png"),
+        ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "100"),
+        ({"deadline_s": 31.0}, "deadline_s", "at most 30"),
+        ({"deadline_s": 0}, "deadline_s", "greater than 0"),
+        ({"partial_images": 1}, "partial_images", "needs stream"),
+        ({"progress": True}, "progress", "needs stream"),
+        ({"stream": True, "partial_images": 4}, "partial_images", "3"),
+        ({"stream": True, "n": 2}, "n", "one picture"),
+        ({"strength": 0.5}, "strength", "unknown field"),
     ],
 )
 async def test_bad_fields_are_named_with_what_is_allowed(
@@ -195,7 +125,9 @@ async def test_bad_fields_are_named_with_what_is_allowed(
     param: str,
     allowed: str,
 ) -> None:
-    error = _error(await _post(client, {"prompt": "x"} | change), 400)
+    response = await post(client, {"prompt": "x"} | change)
+    error = error_of(response, 400)
+    assert response.headers["x-should-retry"] == "false"
     assert error["param"] == param
     assert param in error["message"]
     assert allowed in error["message"]
@@ -220,19 +152,19 @@ async def test_bad_fields_are_named_with_what_is_allowed(
 async def test_what_is_not_a_json_object_is_a_400(
     client: httpx.AsyncClient, content: bytes
 ) -> None:
-    error = _error(await client.post("/v1/images/generations", content=content), 400)
+    error = error_of(await client.post("/v1/images/generations", content=content), 400)
     assert "JSON" in error["message"]
 
 
 async def test_infinities_are_refused(client: httpx.AsyncClient) -> None:
     for number in ("NaN", "Infinity", "1e999"):
         content = f'{{"prompt": "x", "guidance_scale": {number}}}'
-        error = _error(await client.post("/v1/images/generations", content=content), 400)
+        error = error_of(await client.post("/v1/images/generations", content=content), 400)
         assert error["param"] == "guidance_scale"
 
 
 async def test_a_missing_prompt_is_named(client: httpx.AsyncClient) -> None:
-    assert _error(await _post(client, {}), 400)["param"] == "prompt"
+    assert error_of(await post(client, {}), 400)["param"] == "prompt"
 
 
 @pytest.mark.parametrize(
@@ -246,13 +178,13 @@ async def test_a_missing_prompt_is_named(client: httpx.AsyncClient) -> None:
 async def test_adapters_are_named_with_or_without_scales(
     client: httpx.AsyncClient, painter: FakePainter, lora: object, adapters: object
 ) -> None:
-    response = await _post(client, {"prompt": "a", "lora": lora})
+    response = await post(client, {"prompt": "a", "lora": lora})
     assert response.status_code == 200, response.text
     assert painter.asked[0].lora == adapters
 
 
 async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.AsyncClient) -> None:
-    error = _error(await _post(client, {"prompt": "a", "lora": "oil"}), 404)
+    error = error_of(await post(client, {"prompt": "a", "lora": "oil"}), 404)
     assert error["param"] == "lora"
     assert error["code"] == "lora_not_found"
     assert "pixel, ink" in error["message"]
@@ -260,13 +192,13 @@ async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.As
 
 @pytest.mark.parametrize("lora", [["ink"], {"ink": "1"}, {"ink": 11}, {"ink": None}, 3])
 async def test_other_adapters_are_a_400(client: httpx.AsyncClient, lora: object) -> None:
-    error = _error(await _post(client, {"prompt": "a", "lora": lora}), 400)
+    error = error_of(await post(client, {"prompt": "a", "lora": lora}), 400)
     assert error["param"] is not None
     assert error["param"].startswith("lora")
 
 
 async def test_another_model_is_a_404(client: httpx.AsyncClient) -> None:
-    error = _error(await _post(client, {"prompt": "x", "model": "dall-e"}), 404)
+    error = error_of(await post(client, {"prompt": "x", "model": "dall-e"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert "'demo'" in error["message"]
 
@@ -281,15 +213,15 @@ async def test_long_bodies_are_refused_whatever_they_claim(
             yield body[start : start + 100]
 
     for content in (body, in_pieces()):
-        error = _error(await client.post("/v1/images/generations", content=content), 413)
+        error = error_of(await client.post("/v1/images/generations", content=content), 413)
         assert "2000 bytes" in error["message"]
     assert painter.asked == []
 
 
 async def test_unknown_paths_and_methods_have_the_same_shape(client: httpx.AsyncClient) -> None:
-    assert "/v2" in _error(await client.get("/v2"), 404)["message"]
+    assert "/v2" in error_of(await client.get("/v2"), 404)["message"]
     response = await client.get("/v1/images/generations")
-    _error(response, 405)
+    error_of(response, 405)
     assert response.headers["allow"] == "POST"
 
 
@@ -298,7 +230,7 @@ async def test_the_inside_of_a_failure_stays_inside(
 ) -> None:
     failures: list[Exception] = [GenerationFailed("/secret/path"), RuntimeError("/secret/path")]
     for painter.error in failures:
-        error = _error(await _post(client, {"prompt": "x"}), 500)
+        error = error_of(await post(client, {"prompt": "x"}), 500)
         assert "secret" not in error["message"]
         assert error["type"] == "server_error"
     assert "/secret/path" in caplog.text
@@ -307,18 +239,28 @@ async def test_the_inside_of_a_failure_stays_inside(
 async def test_unavailable_says_when_to_come_back(
     client: httpx.AsyncClient, painter: FakePainter
 ) -> None:
-    painter.error = Unavailable("too many requests")
-    response = await _post(client, {"prompt": "x"})
-    assert _error(response, 503)["message"] == "too many requests"
+    painter.error = Unavailable("no replica")
+    response = await post(client, {"prompt": "x"})
+    assert error_of(response, 503)["message"] == "no replica"
     assert int(response.headers["retry-after"]) > 0
+    painter.error = Overloaded("too many requests", retry_after_s=7.2)
+    response = await post(client, {"prompt": "x"})
+    assert error_of(response, 429)["code"] == "overloaded"
+    assert response.headers["retry-after"] == "8"
+    assert "x-should-retry" not in response.headers
 
 
-async def test_health_follows_the_replicas(client: httpx.AsyncClient, painter: FakePainter) -> None:
-    assert (await client.get("/health")).json() == {"status": "ok"}
+async def test_readiness_follows_the_replicas_and_liveness_does_not(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    assert (await client.get("/ready")).json() == {"status": "ok"}
     painter.ready = False
-    for path in ("/health", "/v1/models"):
-        _error(await client.get(path), 503)
-    _error(await _post(client, {"prompt": "x"}), 503)
+    for path in ("/ready", "/v1/models", "/v1/models/demo"):
+        response = await client.get(path)
+        error_of(response, 503)
+        assert int(response.headers["retry-after"]) > 0
+    error_of(await post(client, {"prompt": "x"}), 503)
+    assert (await client.get("/health")).json() == {"status": "ok"}
 
 
 async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
@@ -327,6 +269,163 @@ async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     [model] = body["data"]
     assert (model["id"], model["object"]) == ("demo", "model")
     assert (model["size_multiple"], model["max_steps"], model["batching"]) == (8, 50, "on")
+    assert model["quality_steps"] == {"low": 10, "medium": 20, "high": 40}
+    assert (await client.get("/v1/models/demo")).json() == model
+    assert error_of(await client.get("/v1/models/sd"), 404)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("change", "quality", "steps"),
+    [
+        ({}, "medium", 20),
+        ({"quality": "auto"}, "medium", 20),
+        ({"quality": "low"}, "low", 10),
+        ({"quality": "high"}, "high", 40),
+        ({"quality": "high", "num_inference_steps": 3}, "high", 3),
+    ],
+)
+async def test_quality_is_a_number_of_steps(
+    client: httpx.AsyncClient,
+    painter: FakePainter,
+    change: dict[str, Any],
+    quality: str,
+    steps: int,
+) -> None:
+    response = await post(client, {"prompt": "x"} | change)
+    assert response.json()["quality"] == quality
+    assert painter.asked[0].num_inference_steps == steps
+
+
+async def test_the_answer_says_what_it_cost(client: httpx.AsyncClient) -> None:
+    answer = (await post(client, {"prompt": "x", "n": 2, "size": "48x24"})).json()
+    assert answer["usage"] == {
+        "input_tokens": 14,
+        "input_tokens_details": {"text_tokens": 14, "image_tokens": 0},
+        "output_tokens": 12,  # 3 x 2 squares of 16 pixels, twice
+        "total_tokens": 26,
+    }
+    timings = answer["timings"]
+    assert (timings["queue_s"], timings["denoise_s"], timings["decode_s"]) == (0.25, 1.0, 0.125)
+    assert timings["total_s"] > 0
+    assert answer["warnings"] == ["a warning"]
+    assert answer["background"] == "opaque"
+
+
+async def test_compression_makes_files_smaller(client: httpx.AsyncClient) -> None:
+    lengths = []
+    for compression in (5, 100):
+        body = {"prompt": "x", "output_format": "jpeg", "output_compression": compression}
+        [data] = (await post(client, body)).json()["data"]
+        assert decoded(data["b64_json"]).format == "JPEG"
+        lengths.append(len(data["b64_json"]))
+    assert lengths[0] < lengths[1]
+
+
+async def test_who_takes_too_long_is_given_up(painter: FakePainter) -> None:
+    limits = LIMITS.model_copy(update={"max_deadline_s": 0.05})
+    config = CONFIG.model_copy(update={"engine": EngineConfig(limits=limits)})
+    api = create_api(config, painter, KeyRing(None, None))
+    painter.slow_seed = 3
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api), base_url="http://test"
+    ) as client:
+        error = error_of(await post(client, {"prompt": "x", "seed": 3}), 504)
+    assert error["code"] == "deadline_exceeded"
+    assert painter.cancelled == 1
+
+
+async def test_failures_of_ours_are_told_with_the_number_of_the_request(
+    client: httpx.AsyncClient, painter: FakePainter, caplog: pytest.LogCaptureFixture
+) -> None:
+    painter.error = RuntimeError("a bug")
+    response = await client.post(
+        "/v1/images/generations", json={"prompt": "x"}, headers={"x-request-id": "call-42"}
+    )
+    assert "call-42" in error_of(response, 500)["message"]
+    assert "call-42" in caplog.text
+
+
+@pytest.mark.parametrize("logged", [False, True])
+async def test_prompts_are_in_the_log_only_if_asked_for(
+    painter: FakePainter, caplog: pytest.LogCaptureFixture, logged: bool
+) -> None:
+    caplog.set_level("INFO")
+    config = CONFIG.model_copy(update={"gateway": GatewayConfig(log_prompts=logged)})
+    api = create_api(config, painter, KeyRing(None, None))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api, raise_app_exceptions=False), base_url="http://test"
+    ) as client:
+        await post(client, {"prompt": "something private", "seed": 5})
+        await post(client, {"prompt": "something private", "size": "1x1"})
+        painter.error = RuntimeError("a bug")
+        await post(client, {"prompt": "something private", "seed": 5})
+    assert "64x64, 20 steps, seed 5: completed" in caplog.text
+    assert "seed 5: internal_error" in caplog.text
+    assert ("private" in caplog.text) == logged
+
+
+async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
+    painter: FakePainter,
+) -> None:
+    """Which it does not for clients that send it x-request-disconnect-disabled."""
+    painter.slow_seed = 1
+    body = json.dumps({"prompt": "x", "seed": 1}).encode()
+    messages = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if messages:
+            return messages.pop()
+        while not painter.asked:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        pass
+
+    api = create_api(CONFIG, painter, KeyRing(None, None))
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/images/generations",
+        "raw_path": b"/v1/images/generations",
+        "root_path": "",
+        "scheme": "http",
+        "query_string": b"",
+        "headers": [],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+    }
+    await api(scope, receive, send)  # type: ignore[arg-type]
+    assert painter.cancelled == 1
+
+
+async def test_the_page_is_one_document_that_may_load_nothing_else(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    response = await client.get("/")
+    assert response.status_code == 200
+    assert "default-src 'none'" in response.headers["content-security-policy"]
+    for tag in ("style", "script"):
+        text = response.text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    config = CONFIG.model_copy(update={"gateway": GatewayConfig(page=False)})
+    api = create_api(config, painter, KeyRing(None, None))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api), base_url="http://test"
+    ) as other:
+        error_of(await other.get("/"), 404)
+
+
+async def test_the_documentation_needs_no_other_host(client: httpx.AsyncClient) -> None:
+    text = (await client.get("/docs")).text
+    addresses = re.findall(r'(?:src|href)="([^"]+)"', text)
+    assert addresses
+    for address in addresses:
+        assert address.startswith("/")
+        assert (await client.get(address)).status_code == 200
 
 
 async def test_when_one_of_n_fails_the_others_are_dropped(
@@ -334,13 +433,26 @@ async def test_when_one_of_n_fails_the_others_are_dropped(
 ) -> None:
     painter.slow_seed = 1
     painter.error = DiffusionServeError("broken")
-    _error(await _post(client, {"prompt": "x", "n": 2, "seed": 1}), 500)
+    error_of(await post(client, {"prompt": "x", "n": 2, "seed": 1}), 500)
     assert painter.cancelled == 1
 
 
 async def test_the_description_is_complete(client: httpx.AsyncClient) -> None:
-    paths = (await client.get("/openapi.json")).json()["paths"]
-    operation = paths["/v1/images/generations"]["post"]
-    schema = operation["requestBody"]["content"]["application/json"]["schema"]
-    assert "num_inference_steps" in schema["properties"]
-    assert {"200", "400", "404", "413", "500", "503"} <= operation["responses"].keys()
+    description = (await client.get("/openapi.json")).json()
+    for path, media_type in (
+        ("/v1/images/generations", "application/json"),
+        ("/v1/images/edits", "multipart/form-data"),
+    ):
+        operation = description["paths"][path]["post"]
+        schema = operation["requestBody"]["content"][media_type]["schema"]
+        for name, field in schema["properties"].items():
+            assert "description" in field or "enum" in field, name
+        steps = schema["properties"]["num_inference_steps"]["anyOf"][0]
+        assert (steps["minimum"], steps["maximum"]) == (1, 50)
+        assert {"400", "401", "404", "413", "429", "500", "503", "504"} < operation[
+            "responses"
+        ].keys()
+        assert operation["responses"]["200"]["content"].keys() == {
+            "application/json",
+            "text/event-stream",
+        }

@@ -1,0 +1,193 @@
+"""Who may use the API, and how much: keys by their hashes, with a name and limits each."""
+
+import hashlib
+import hmac
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import MovingWindowRateLimiter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from serve_app.errors import ConfigError, DiffusionServeError, InvalidKey, RateLimited
+from serve_app.gateway.errors import problem_of
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
+"""How often the file is looked at, so that keys can be changed without a restart."""
+
+
+class ApiKey(BaseModel):
+    """One entry of the file or of the environment. The key itself is written nowhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=64, description="In logs and metrics.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the key, in hexadecimal.")
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_concurrent: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Requests at a time."
+    )
+
+
+def digest(key: str) -> str:
+    """As entries have it. Keys are random and long, so that a fast hash is enough."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def parse_keys(text: str, source: str) -> list[ApiKey]:
+    """The entries in ``text``, which is YAML.
+
+    Raises:
+        ConfigError: naming ``source`` and the entry. It does not repeat the entry.
+    """
+    try:
+        keys = TypeAdapter(list[ApiKey]).validate_python(yaml.safe_load(text) or [])
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" (line {mark.line + 1})"
+        raise ConfigError(f"{source}: the API keys are not YAML{where}.") from None
+    except ValidationError as error:
+        problem = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "the whole"
+        raise ConfigError(
+            f"{source}: {where}: {problem['msg']}. It must be a list of entries with name, sha256, "
+            "and, if wanted, requests_per_minute and max_concurrent; `diffusion-serve key` makes "
+            "them."
+        ) from None
+    return keys
+
+
+def _check_distinct(keys: Sequence[ApiKey]) -> None:
+    for field in ("name", "sha256"):
+        counts = Counter(getattr(key, field) for key in keys)
+        twice = [value for value, count in counts.items() if count > 1]
+        if twice:
+            raise ConfigError(f"two API keys have the {field} {twice[0]!r}.")
+
+
+class KeyRing:
+    """The keys of one gateway replica. Without any, everybody is let in."""
+
+    def __init__(self, path: Path | None, environment: str | None) -> None:
+        """``environment``: entries beside those of the file.
+
+        Raises:
+            ConfigError: if entries are wrong, or the file cannot be read.
+        """
+        self._path = path
+        self._environment = environment or ""
+        self._version: tuple[float, int] | None = None
+        self._looked_at = -math.inf
+        self._keys: list[ApiKey] = []
+        self._running: Counter[str] = Counter()
+        self._rates = MovingWindowRateLimiter(MemoryStorage())
+        self._look()
+
+    def __bool__(self) -> bool:
+        """Whether a key is asked for: also while a file without entries is configured."""
+        return bool(self._keys) or self._path is not None
+
+    def enter(self, authorization: str | None) -> str:
+        """The name of the key, for `leave` when the request is done.
+
+        Raises:
+            InvalidKey: without a key that is known.
+            RateLimited: if the key has used what it has.
+        """
+        self._refresh()
+        if not self:
+            return "anonymous"
+        key = self._find(authorization)
+        if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
+            raise RateLimited(
+                f"the key {key.name!r} may have {key.max_concurrent} requests at a time.",
+                retry_after_s=1.0,
+            )
+        if key.requests_per_minute is not None:
+            rate = RateLimitItemPerMinute(key.requests_per_minute)
+            if not self._rates.hit(rate, key.name):
+                wait_s = self._rates.get_window_stats(rate, key.name).reset_time - time.time()
+                raise RateLimited(
+                    f"the key {key.name!r} may send {key.requests_per_minute} requests a minute.",
+                    retry_after_s=max(1.0, wait_s),
+                )
+        self._running[key.name] += 1
+        return key.name
+
+    def leave(self, name: str) -> None:
+        self._running[name] -= 1
+
+    def _find(self, authorization: str | None) -> ApiKey:
+        scheme, _, given = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not given.strip():
+            raise InvalidKey("no API key: send the header 'Authorization: Bearer KEY'.")
+        presented = digest(given.strip())
+        found = None
+        for key in self._keys:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(presented, key.sha256):
+                found = key
+        if found is None:
+            raise InvalidKey("this API key is not known here.")
+        return found
+
+    def _refresh(self) -> None:
+        now = time.monotonic()
+        if self._path is None or now - self._looked_at < LOOK_EVERY_S:
+            return
+        self._looked_at = now
+        try:
+            self._look()
+        except ConfigError as error:
+            logger.error("the API keys are kept as they were: %s", error)
+
+    def _look(self) -> None:
+        """Read the entries, if the file has changed."""
+        keys = parse_keys(self._environment, "the environment")
+        if self._path is not None:
+            try:
+                status = self._path.stat()
+                version = (status.st_mtime, status.st_size)
+                if version == self._version:
+                    return
+                self._version = version
+                text = self._path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"the API keys in {self._path} cannot be read: {error}") from None
+            keys += parse_keys(text, str(self._path))
+        _check_distinct(keys)
+        self._keys = keys
+
+
+class KeyGuard:
+    """Lets requests to ``/v1/`` in if their key may. Plain ASGI: a stream counts until it ends."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        try:
+            name = self._keys.enter(authorization)
+        except DiffusionServeError as error:
+            await problem_of(error, scope).response()(scope, receive, send)
+            return
+        scope.setdefault("state", {})["key_name"] = name
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._keys.leave(name)

@@ -1,0 +1,206 @@
+"""From a parsed request to pictures: what the two image endpoints have in common."""
+
+import asyncio
+import base64
+import functools
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from serve_app.config import AppConfig
+from serve_app.engine.encoding import EncodedImage
+from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
+from serve_app.errors import DiffusionServeError, InvalidRequest, ModelNotFound
+from serve_app.gateway.painter import Painter, PainterEvent, within
+from serve_app.gateway.schemas import (
+    ImageData,
+    ImageEditRequest,
+    ImageRequest,
+    ImagesResponse,
+    InputTokensDetails,
+    Kind,
+    Timings,
+    Usage,
+)
+from serve_app.gateway.uploads import apart, read_image, read_mask
+
+logger = logging.getLogger(__name__)
+
+TOKEN_PX = 16
+"""Side of the square that counts as one token: what models with patches of latents work on."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that was found right, with everything that an answer repeats of it."""
+
+    kind: Kind
+    body: ImageRequest
+    pictures: tuple[GenerationParams, ...]
+    """Resolved; one for each picture."""
+    request_id: str
+    key_name: str
+    received_at: float
+    """By `time.perf_counter`."""
+
+    @property
+    def size(self) -> str:
+        return f"{self.pictures[0].width}x{self.pictures[0].height}"
+
+    @property
+    def steps(self) -> int:
+        return self.pictures[0].steps_to_run
+
+    def usage(self, images: Sequence[EncodedImage]) -> Usage:
+        text_tokens = sum(image.prompt_tokens for image in images)
+        one = math.prod(math.ceil(side / TOKEN_PX) for side in (images[0].width, images[0].height))
+        image_tokens = one * len(images) if self.kind == "image_edit" else 0
+        output_tokens = one * len(images)
+        return Usage(
+            input_tokens=text_tokens + image_tokens,
+            input_tokens_details=InputTokensDetails(
+                text_tokens=text_tokens, image_tokens=image_tokens
+            ),
+            output_tokens=output_tokens,
+            total_tokens=text_tokens + image_tokens + output_tokens,
+        )
+
+    def timings(self, images: Sequence[EncodedImage]) -> Timings:
+        return Timings(
+            queue_s=max(image.queue_s for image in images),
+            denoise_s=max(image.denoise_s for image in images),
+            decode_s=max(image.decode_s for image in images),
+            total_s=time.perf_counter() - self.received_at,
+        )
+
+
+class Studio:
+    """Takes orders and has them painted."""
+
+    def __init__(self, config: AppConfig, painter: Painter) -> None:
+        self._config = config
+        self._limits = config.engine.limits
+        self._painter = painter
+
+    async def take(
+        self,
+        kind: Kind,
+        body: ImageRequest,
+        request_id: str,
+        key_name: str,
+        image: bytes | None = None,
+        mask: bytes | None = None,
+    ) -> Order:
+        """Check everything about a request that can be checked before it is painted.
+
+        Raises:
+            InvalidRequest: naming the field and what is allowed.
+            Unavailable: if no replica is there to say what the model takes.
+        """
+        received_at = time.perf_counter()
+        body.check()
+        if body.model is not None and body.model != self._config.model.id:
+            raise ModelNotFound(
+                f"no model {body.model[:100]!r} here; there is {self._config.model.id!r}.", "model"
+            )
+        if body.n > self._limits.max_images:
+            raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
+        model = await self._painter.describe()
+        params = self._params(body, model)
+        if image is None:
+            params = params.resolved(model)
+        else:
+            params = await apart(functools.partial(self._with_pictures, params, image, mask, model))
+        params = params.with_previews(body.partial_images)
+        # The seeds of several pictures follow each other, downwards at the end of the range.
+        step = 1 if params.seed <= MAX_SEED - body.n else -1
+        pictures = tuple(
+            replace(params, seed=params.seed + step * index) for index in range(body.n)
+        )
+        return Order(kind, body, pictures, request_id, key_name, received_at)
+
+    async def paint_all(self, order: Order) -> ImagesResponse:
+        """All pictures or none: when one fails, or the client goes away, the others are dropped."""
+        tasks = [asyncio.ensure_future(self._paint(order, params)) for params in order.pictures]
+        try:
+            images = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return ImagesResponse(
+            created=int(time.time()),
+            data=[
+                ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
+                for image in images
+            ],
+            size=order.size,
+            output_format=order.body.output_format,
+            quality=order.body.painted_quality,
+            usage=order.usage(images),
+            timings=order.timings(images),
+            warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
+        )
+
+    async def paint(
+        self, order: Order, params: GenerationParams
+    ) -> AsyncGenerator[PainterEvent, None]:
+        """The events of one of its pictures, within the time that the server allows."""
+        outcome = "cancelled"
+        try:
+            painting = self._painter.paint(params, order.body.encoding(), order.body.progress)
+            async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
+                async for event in events:
+                    if isinstance(event, EncodedImage):
+                        outcome = "completed"
+                    yield event
+        except Exception as error:
+            outcome = error.code if isinstance(error, DiffusionServeError) else "internal_error"
+            raise
+        finally:
+            logger.info(
+                "request %s of %s: %s, %d steps, seed %d: %s after %.2f s%s",
+                order.request_id,
+                order.key_name,
+                order.size,
+                params.steps_to_run,
+                params.seed,
+                outcome,
+                time.perf_counter() - order.received_at,
+                f": {params.prompt!r}" if self._config.gateway.log_prompts else "",
+            )
+
+    async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:
+        async with aclosing(self.paint(order, params)) as events:
+            async for event in events:
+                if isinstance(event, EncodedImage):
+                    return event
+        raise AssertionError("the painter ended without a picture")
+
+    def _params(self, body: ImageRequest, model: ModelInfo) -> GenerationParams:
+        width, height = body.size_px()
+        return GenerationParams(
+            prompt=body.prompt,
+            # Drawn here, so that a retry on another replica paints the same picture.
+            seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
+            negative_prompt=body.negative_prompt,
+            width=width,
+            height=height,
+            num_inference_steps=body.steps(model),
+            guidance_scale=body.guidance_scale,
+            noise_scheduler=body.scheduler,
+            lora=body.adapters(),
+            deadline_s=body.deadline_s,
+            strength=body.strength if isinstance(body, ImageEditRequest) else None,
+        )
+
+    def _with_pictures(
+        self, params: GenerationParams, image: bytes, mask: bytes | None, model: ModelInfo
+    ) -> GenerationParams:
+        picture = read_image(image, self._limits)
+        mask_image = None if mask is None else read_mask(mask, self._limits, picture.size)
+        return replace(params, image=picture, mask_image=mask_image).resolved(model)

@@ -1,0 +1,86 @@
+"""Pictures that clients send: looked at before they are decoded, in threads of their own."""
+
+import asyncio
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from serve_app.config import LimitsConfig
+from serve_app.errors import InvalidRequest
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_THREADS = ThreadPoolExecutor(2, "pictures")
+"""A decoded picture may be a hundred times its file: few at a time."""
+
+_BROKEN = (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError)
+"""What Pillow raises of broken files is not listed anywhere."""
+
+Result = TypeVar("Result")
+
+
+async def apart(work: Callable[[], Result]) -> Result:
+    """Run work on large pictures in a thread, two at a time."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+
+
+def read_image(data: bytes, limits: LimitsConfig) -> Image.Image:
+    """The picture as one would see it: turned as its EXIF says, transparent parts on white.
+
+    Raises:
+        InvalidRequest: if it is no such picture, or a huge one.
+    """
+    image = _decode(data, "image", limits)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+
+
+def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image.Image:
+    """White where the mask is transparent, which is what shall be painted anew.
+
+    Raises:
+        InvalidRequest: if it is no such picture, not of this size, or without transparency.
+    """
+    image = _decode(data, "mask", limits)
+    if image.size != size:
+        raise InvalidRequest(
+            f"mask has {image.width}x{image.height} pixels and image {size[0]}x{size[1]}: both "
+            "must have the same size.",
+            "mask",
+        )
+    if not image.has_transparency_data:
+        raise InvalidRequest(
+            "mask has no transparency: make transparent what shall be painted anew.", "mask"
+        )
+    opaque = image.convert("RGBA").getchannel("A")
+    if opaque.getextrema()[0] == 255:
+        raise InvalidRequest("mask is opaque everywhere: there is nothing to paint anew.", "mask")
+    return ImageOps.invert(opaque)
+
+
+def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
+    most = limits.max_image_pixels
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > most:
+            raise InvalidRequest(
+                f"{param} has {image.width}x{image.height} pixels; at most {most} are allowed.",
+                param,
+            )
+        image.load()
+        return ImageOps.exif_transpose(image)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InvalidRequest(
+            f"{param} has too many pixels; at most {most} are allowed.", param
+        ) from None
+    except _BROKEN as error:
+        # Of what is no picture at all, Pillow only tells where in memory it is.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise InvalidRequest(
+            f"{param} cannot be read as one of {', '.join(FORMATS)}{reason}.", param
+        ) from None

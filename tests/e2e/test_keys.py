@@ -1,0 +1,72 @@
+"""A server that asks for keys, as OpenAI's client meets it."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+
+from serve_app.config import KEYS_VARIABLE
+from serve_app.gateway.auth import digest
+from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.serve
+
+KEYS = f"""
+- {{name: plain, sha256: {digest("sk-plain")}}}
+- {{name: narrow, sha256: {digest("sk-narrow")}, max_concurrent: 1}}
+"""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    port = free_port()
+    running = start_serve(demo_config(port), {KEYS_VARIABLE: KEYS})
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        yield url
+    finally:
+        running.stop()
+
+
+def client_of(url: str, key: str, retries: int = 0) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=retries)
+
+
+def test_an_unknown_key_is_an_authentication_error(url: str) -> None:
+    with client_of(url, "sk-other") as client:
+        with pytest.raises(openai.AuthenticationError, match="not known") as caught:
+            client.images.generate(prompt="x")
+        assert caught.value.code == "invalid_api_key"
+    with client_of(url, "sk-plain") as client:
+        assert client.images.generate(prompt="x").data
+
+
+def test_one_too_many_is_a_rate_limit_error_and_a_retry_gets_in(url: str) -> None:
+    with client_of(url, "sk-narrow") as client, ThreadPoolExecutor(1) as pool:
+        long = {"num_inference_steps": 200}
+        first = pool.submit(client.images.generate, prompt="x", size="96x96", extra_body=long)  # type: ignore[call-overload]
+
+        def refused() -> openai.RateLimitError | None:
+            try:
+                client.models.list()
+            except openai.RateLimitError as error:
+                return error
+            return None
+
+        error = wait_until(refused, every_s=0.01, what="a refusal")
+        assert error.code == "rate_limit_exceeded"
+        assert error.response.headers["retry-after"] == "1"
+        with client_of(url, "sk-narrow", retries=10) as patient:
+            assert patient.images.generate(prompt="x").data
+        assert first.result().data

@@ -1,0 +1,133 @@
+"""A painter that paints at once, and the API in front of it."""
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
+from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
+from serve_app.engine.events import Progress, Queued
+from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.errors import Unavailable
+from serve_app.gateway.auth import KeyRing
+from serve_app.gateway.painter import PainterEvent
+from serve_app.gateway.routes import create_api
+
+LIMITS = LimitsConfig(
+    max_pixels=128 * 128,
+    max_steps=50,
+    max_images=4,
+    max_image_pixels=1_000_000,
+    max_body_bytes=2_000,
+    max_upload_bytes=200_000,
+    max_deadline_s=30.0,
+)
+CONFIG = AppConfig(model=ModelConfig(id="demo"), engine=EngineConfig(limits=LIMITS))
+INFO = ModelInfo(
+    id="demo",
+    pipeline="SomePipeline",
+    dtype="float32",
+    device="cpu",
+    default_width=64,
+    default_height=64,
+    size_multiple=8,
+    default_steps=20,
+    takes_negative_prompt=True,
+    tasks=("text-to-image", "image-to-image", "inpainting"),
+    default_strengths={"image-to-image": 0.5, "inpainting": 1.0},
+    noise_schedulers=("euler", "ddim"),
+    loras=("pixel", "ink"),
+    sharing="batched",
+    sharing_difference=1e-6,
+    sharing_note="",
+    limits=LIMITS,
+)
+
+
+class FakePainter:
+    """Paints plain pictures and remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[GenerationParams] = []
+        self.error: Exception | None = None
+        self.error_in_the_middle: Exception | None = None
+        self.ready = True
+        self.cancelled = 0
+        self.slow_seed: int | None = None
+        """Its picture never gets done."""
+        self.accepting = asyncio.Event()
+        self.accepting.set()
+
+    async def paint(
+        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+    ) -> AsyncGenerator[PainterEvent, None]:
+        self.asked.append(params)
+        assert params.width is not None
+        assert params.height is not None
+        try:
+            await self.accepting.wait()
+            if params.seed == self.slow_seed:
+                yield Queued(0, 1.5)
+                await asyncio.Event().wait()
+            if self.error is not None:
+                raise self.error
+            yield Queued(0, 1.5)
+            picture = Image.new("RGB", (params.width, params.height), "red")
+            for index, step in enumerate(params.preview_steps):
+                if progress:
+                    yield Progress(step, params.steps_to_run, 0.5)
+                yield PartialImage(index, encoding.encode(picture))
+            if self.error_in_the_middle is not None:
+                raise self.error_in_the_middle
+            data = encoding.encode(picture)
+            yield EncodedImage(
+                data, params.seed, *picture.size, ("a warning",), 7, 0.25, 1.0, 0.125
+            )
+        except (asyncio.CancelledError, GeneratorExit):
+            self.cancelled += 1
+            raise
+
+    async def describe(self) -> ModelInfo:
+        await self.check_ready()
+        return INFO
+
+    async def check_ready(self) -> None:
+        if not self.ready:
+            raise Unavailable("no replica is ready yet")
+
+
+@pytest.fixture
+def painter() -> FakePainter:
+    return FakePainter()
+
+
+@pytest.fixture
+async def client(painter: FakePainter) -> AsyncIterator[httpx.AsyncClient]:
+    api = create_api(CONFIG, painter, KeyRing(None, None))
+    transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+        yield session
+
+
+async def post(client: httpx.AsyncClient, body: object) -> httpx.Response:
+    return await client.post("/v1/images/generations", json=body)
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object, after checking that it has OpenAI's shape."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert body.keys() == {"error"}
+    assert body["error"].keys() == {"message", "type", "param", "code"}
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+def decoded(b64_json: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(b64_json)))

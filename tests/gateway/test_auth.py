@@ -1,0 +1,172 @@
+"""Keys: who is let in, how often, how many at a time."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from serve_app.errors import ConfigError
+from serve_app.gateway import auth
+from serve_app.gateway.auth import KeyRing, digest
+from serve_app.gateway.routes import create_api
+from tests.gateway.conftest import CONFIG, FakePainter, error_of, post
+
+pytestmark = pytest.mark.anyio
+
+PLAIN = f"- {{name: plain, sha256: {digest('sk-plain')}}}\n"
+RATED = f"- {{name: rated, sha256: {digest('sk-rated')}, requests_per_minute: 2}}\n"
+NARROW = f"- {{name: narrow, sha256: {digest('sk-narrow')}, max_concurrent: 1}}\n"
+
+
+@asynccontextmanager
+async def client_of(painter: FakePainter, keys: KeyRing) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_api(CONFIG, painter, keys))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+        yield session
+
+
+def using(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+async def test_only_known_keys_are_let_in(painter: FakePainter) -> None:
+    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+        for headers in (
+            {},
+            using("sk-other"),
+            using(""),
+            using(digest("sk-plain")),
+            {"authorization": "Basic sk-plain"},
+            {"authorization": "sk-plain"},
+            using("\xff"),
+        ):
+            for path in ("/v1/models", "/v1/nothing"):
+                encoded = {name: value.encode("latin-1") for name, value in headers.items()}
+                response = await client.get(path, headers=encoded)
+                assert error_of(response, 401)["code"] == "invalid_api_key"
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert response.headers["x-should-retry"] == "false"
+        error_of(await post(client, {"prompt": "x"}), 401)
+        assert painter.asked == []
+        assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
+        for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
+            assert (await client.get(path)).status_code == 200
+
+
+async def test_the_name_of_the_key_is_in_the_log_and_the_key_is_not(
+    painter: FakePainter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+        body = {"prompt": "x"}
+        await client.post("/v1/images/generations", json=body, headers=using("sk-plain"))
+    assert "of plain" in caplog.text
+    assert "sk-plain" not in caplog.text
+
+
+async def test_a_key_may_send_so_many_a_minute(painter: FakePainter) -> None:
+    async with client_of(painter, KeyRing(None, PLAIN + RATED)) as client:
+        statuses = []
+        for _ in range(4):
+            response = await client.get("/v1/models", headers=using("sk-rated"))
+            statuses.append(response.status_code)
+        assert statuses == [200, 200, 429, 429]
+        assert error_of(response, 429)["code"] == "rate_limit_exceeded"
+        assert 50 <= int(response.headers["retry-after"]) <= 61
+        assert "x-should-retry" not in response.headers
+        assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
+
+
+async def test_a_key_may_have_so_many_at_a_time_streams_included(painter: FakePainter) -> None:
+    painter.slow_seed = 1
+    async with client_of(painter, KeyRing(None, NARROW)) as client:
+        body = {"prompt": "x", "seed": 1, "stream": True}
+
+        def send(seed: int) -> "asyncio.Task[httpx.Response]":
+            coroutine = client.post(
+                "/v1/images/generations", json=body | {"seed": seed}, headers=using("sk-narrow")
+            )
+            return asyncio.ensure_future(coroutine)
+
+        first = send(1)
+        while not painter.asked:
+            await asyncio.sleep(0)
+        response = await send(2)
+        assert error_of(response, 429)["message"].startswith("the key 'narrow' may have 1")
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        assert (await send(2)).status_code == 200
+
+
+async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
+    painter: FakePainter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.0)
+    path = tmp_path / "keys.yaml"
+
+    def write(text: str) -> None:
+        path.write_text(text)
+        written = path.stat().st_mtime + len(text)  # clocks of file systems are coarse
+        os.utime(path, (written, written))
+
+    write(PLAIN)
+    async with client_of(painter, KeyRing(path, RATED)) as client:
+
+        async def status(key: str) -> int:
+            return (await client.get("/v1/models", headers=using(key))).status_code
+
+        assert [await status(key) for key in ("sk-plain", "sk-narrow", "sk-rated")] == [
+            200,
+            401,
+            200,
+        ]
+        write(NARROW)
+        assert [await status(key) for key in ("sk-plain", "sk-narrow", "sk-rated")] == [
+            401,
+            200,
+            200,
+        ]
+        write("nonsense: [")
+        assert await status("sk-narrow") == 200
+        assert "kept as they were" in caplog.text
+        path.unlink()
+        assert await status("sk-narrow") == 200
+        write("[]")
+        assert await status("sk-narrow") == 401  # and not: open to all
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: b", "list"),
+        ("- {name: a}", "sha256"),
+        ("- {name: a, key: sk-secret}", "sha256"),
+        (f"- {{name: a, sha256: {digest('x')}, key: sk-secret}}", "0.key"),
+        ("- {name: a, sha256: sk-secret}", "sha256"),
+        (PLAIN + PLAIN, "two API keys have the name 'plain'"),
+        (PLAIN + PLAIN.replace("plain", "other"), "sha256"),
+        (f"- {{name: a, sha256: {digest('x')}, requests_per_minute: 0}}", "requests_per_minute"),
+        ("- [", "line"),
+    ],
+)
+def test_wrong_entries_are_named_and_never_repeated(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text(text)
+    for ring in (lambda: KeyRing(None, text), lambda: KeyRing(path, None)):
+        with pytest.raises(ConfigError, match=message) as caught:
+            ring()
+        assert "sk-secret" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read"):
+        KeyRing(tmp_path / "nothing.yaml", None)

@@ -1,0 +1,276 @@
+"""Pictures that come with a request: read as one sees them, or refused."""
+
+import io
+import json
+import struct
+import zlib
+from typing import Any
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.gateway.conftest import FakePainter, decoded, error_of
+
+pytestmark = pytest.mark.anyio
+
+
+def file_of(image: Image.Image, image_format: str = "png", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def halves(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """Red on the left, blue on the right."""
+    image = Image.new("RGB", size, "blue")
+    image.paste("red", (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def mask_of(size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """Transparent on the left."""
+    mask = Image.new("RGBA", size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    return mask
+
+
+async def edit(
+    client: httpx.AsyncClient, image: bytes | None, mask: bytes | None = None, /, **fields: str
+) -> httpx.Response:
+    files = {"image": image, "mask": mask}
+    return await client.post(
+        "/v1/images/edits",
+        data={"prompt": "x"} | fields,
+        files={name: (f"{name}.png", data) for name, data in files.items() if data is not None},
+    )
+
+
+@pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
+async def test_a_picture_without_a_mask_is_painted_over(
+    client: httpx.AsyncClient, painter: FakePainter, image_format: str
+) -> None:
+    response = await edit(client, file_of(halves(), image_format), strength="0.5", seed="3")
+    assert response.status_code == 200, response.text
+    [asked] = painter.asked
+    assert (asked.task, asked.strength, asked.seed) == ("image-to-image", 0.5, 3)
+    assert asked.image is not None
+    left, right = asked.image.getpixel((8, 32)), asked.image.getpixel((56, 32))
+    assert left[0] > 200 > right[0]  # type: ignore[index, operator]
+    assert decoded(response.json()["data"][0]["b64_json"]).size == (64, 64)
+    assert response.json()["usage"]["input_tokens_details"]["image_tokens"] == 16
+
+
+async def test_what_is_transparent_in_the_mask_is_painted_anew(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    response = await edit(client, file_of(halves()), file_of(mask_of()))
+    assert response.status_code == 200, response.text
+    [asked] = painter.asked
+    assert asked.task == "inpainting"
+    assert asked.mask_image is not None
+    assert asked.mask_image.getpixel((8, 32)) == 255
+    assert asked.mask_image.getpixel((56, 32)) == 0
+
+
+async def test_every_field_of_a_form_is_understood(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    response = await edit(
+        client,
+        file_of(halves()),
+        model="demo",
+        n="2",
+        size="48x32",
+        quality="high",
+        output_format="jpeg",
+        output_compression="50",
+        negative_prompt="y",
+        num_inference_steps="9",
+        guidance_scale="2.5",
+        scheduler="ddim",
+        deadline_s="20",
+        stream="false",
+        **{"lora[ink]": "0.5", "lora[pixel]": "1"},
+    )
+    assert response.status_code == 200, response.text
+    first, second = painter.asked
+    assert (first.width, first.height, first.num_inference_steps) == (48, 32, 9)
+    assert (first.guidance_scale, first.noise_scheduler, first.deadline_s) == (2.5, "ddim", 20)
+    assert first.lora == (("ink", 0.5), ("pixel", 1.0))
+    assert second.seed == first.seed + 1
+    await edit(client, file_of(halves()), lora='{"ink": 0.25}')
+    assert painter.asked[-1].lora == (("ink", 0.25),)
+    await edit(client, file_of(halves()), lora="ink")
+    assert painter.asked[-1].lora == (("ink", 1.0),)
+
+
+async def test_edits_stream_events_of_their_own(client: httpx.AsyncClient) -> None:
+    response = await edit(
+        client, file_of(halves()), stream="true", partial_images="2", progress="true"
+    )
+    names = [line[7:] for line in response.text.splitlines() if line.startswith("event: ")]
+    assert names == ["image_edit.progress"] + 2 * [
+        "image_edit.progress",
+        "image_edit.partial_image",
+    ] + ["image_edit.completed"]
+
+
+async def test_a_photo_is_turned_as_its_camera_was(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter: what is stored left is shown on top
+    response = await edit(client, file_of(halves((64, 32)), "jpeg", exif=exif))
+    assert response.json()["size"] == "32x64"
+    image = painter.asked[0].image
+    assert image is not None
+    top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
+    assert top[0] > 200 > bottom[0]  # type: ignore[index, operator]
+
+
+@pytest.mark.parametrize(
+    ("given", "size", "painted"),
+    [
+        ((640, 480), None, "72x56"),  # as many pixels as the model's own size, about
+        ((50, 30), None, "48x32"),
+        ((3, 3), None, "8x8"),
+        ((640, 480), "64x64", "64x64"),
+        ((640, 480), "auto", "72x56"),
+    ],
+)
+async def test_a_picture_is_fitted_to_what_the_model_takes(
+    client: httpx.AsyncClient, given: tuple[int, int], size: str | None, painted: str
+) -> None:
+    fields = {} if size is None else {"size": size}
+    response = await edit(client, file_of(halves(given)), **fields)
+    assert response.json()["size"] == painted
+
+
+async def test_another_shape_is_cropped_rather_than_squeezed(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    image = Image.new("RGB", (192, 64), "blue")
+    image.paste("red", (64, 0, 128, 64))
+    mask = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    mask.paste((0, 0, 0, 255), (0, 0, 64, 64))
+    await edit(client, file_of(image), file_of(mask), size="64x64")
+    asked = painter.asked[0]
+    assert asked.image is not None
+    assert asked.mask_image is not None
+    assert set(asked.image.get_flattened_data()) == {(255, 0, 0)}
+    assert asked.mask_image.getextrema() == (255, 255)
+
+
+async def test_transparent_parts_become_white(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    await edit(client, file_of(mask_of()))
+    image = painter.asked[0].image
+    assert image is not None
+    assert image.getpixel((8, 32)) == (255, 255, 255)
+    assert image.getpixel((56, 32)) == (0, 0, 0)
+
+
+def png_that_claims(width: int, height: int) -> bytes:
+    """A small file whose header promises a huge picture."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1_000)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "fields", "param", "message"),
+    [
+        (None, None, {}, "image", "required"),
+        (b"", None, {}, "image", "cannot be read"),
+        (b"GIF89a", None, {}, "image", "PNG, JPEG, WEBP"),
+        (file_of(halves(), "gif"), None, {}, "image", "PNG, JPEG, WEBP"),
+        (file_of(halves())[:90], None, {}, "image", "cannot be read"),
+        (png_that_claims(1001, 1000), None, {}, "image", "at most 1000000"),
+        (png_that_claims(12_000, 12_000), None, {}, "image", "at most 1000000"),
+        (png_that_claims(60_000, 60_000), None, {}, "image", "at most 1000000"),
+        (png_that_claims(900, 900), None, {}, "image", "cannot be read"),
+        (file_of(halves()), file_of(mask_of((8, 8))), {}, "mask", "same size"),
+        (file_of(halves()), file_of(halves()), {}, "mask", "no transparency"),
+        (
+            file_of(halves()),
+            file_of(Image.new("RGBA", (64, 64), "red")),
+            {},
+            "mask",
+            "opaque everywhere",
+        ),
+        (file_of(halves()), b"nothing", {}, "mask", "cannot be read"),
+        (file_of(halves()), None, {"strength": "0"}, "strength", "greater than 0"),
+        (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps to run"),
+        (file_of(halves()), None, {"n": "many"}, "n", "integer"),
+        (file_of(halves()), None, {"input_fidelity": "high"}, "input_fidelity", "unknown field"),
+        (file_of(halves()), None, {"image": "text"}, "image", "must be a file"),
+        (file_of(halves()), None, {"lora": "{"}, "lora", "not JSON"),
+        (file_of(halves()), None, {"lora": "[" * 2_000}, "lora", "no LoRA adapter"),
+        (file_of(halves()), None, {"lora": '{"a":' * 5_000}, "lora", "not JSON"),
+        (file_of(halves()), None, {"lora[": "1"}, "lora[", "unknown field"),
+        (file_of(halves()), None, {"seed[a]": "1"}, "seed", "integer"),
+    ],
+)
+async def test_what_cannot_be_used_is_refused_by_name(
+    client: httpx.AsyncClient,
+    painter: FakePainter,
+    image: bytes | None,
+    mask: bytes | None,
+    fields: dict[str, str],
+    param: str,
+    message: str,
+) -> None:
+    response = await edit(client, image, mask, **fields)
+    if image is None:
+        assert "multipart" in error_of(response, 400)["message"]
+        return
+    error = error_of(response, 404 if "LoRA" in message else 400)
+    assert error["param"] == param
+    assert message in error["message"]
+    assert "0x" not in error["message"]
+    assert painter.asked == []
+
+
+async def test_one_picture_is_taken(client: httpx.AsyncClient) -> None:
+    image = file_of(halves())
+    for names in (("image", "image"), ("image[]", "image[]"), ("image", "image[]")):
+        response = await client.post(
+            "/v1/images/edits",
+            data={"prompt": "x"},
+            files=[(name, ("a.png", image)) for name in names],
+        )
+        assert "twice" in error_of(response, 400)["message"]
+    response = await client.post(
+        "/v1/images/edits", data={"prompt": "x"}, files=[("image[]", ("a.png", image))]
+    )
+    assert response.status_code == 200
+
+
+async def test_an_upload_may_be_longer_than_json_and_not_endless(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    noise = Image.effect_noise((200, 200), 90)
+    assert len(file_of(noise)) > 10_000
+    assert (await edit(client, file_of(noise))).status_code == 200
+    error = error_of(await edit(client, b"x" * 200_001), 413)
+    assert "200000 bytes" in error["message"]
+
+
+async def test_another_kind_of_body_is_refused(client: httpx.AsyncClient) -> None:
+    response = await client.post("/v1/images/edits", content=json.dumps({"prompt": "x"}))
+    assert "multipart/form-data" in error_of(response, 400)["message"]
+    headers = {"content-type": "multipart/form-data; boundary=x"}
+    for content in (b"", b"--x", b"--x\r\n\r\nno end", b"--x\r\nContent-Disposition: a\r\n\r\n"):
+        response = await client.post("/v1/images/edits", content=content, headers=headers)
+        error_of(response, 400)
+    headers = {"content-type": "multipart/form-data"}
+    error_of(await client.post("/v1/images/edits", content=b"x", headers=headers), 400)
