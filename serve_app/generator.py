@@ -24,6 +24,7 @@ from serve_app.engine.events import (
 )
 from serve_app.engine.params import GenerationParams, ModelInfo
 from serve_app.errors import ConfigError
+from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Generator:
     """Paints pictures. Methods run on the replica's event loop, the engine on its own thread."""
 
     def __init__(self, config: AppConfig) -> None:
+        log_through_serve()
         check_assigned_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
         self._engine = Engine.load(config.model, config.engine)
 

@@ -15,6 +15,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidKey, RateLimited
@@ -179,10 +180,8 @@ class KeyGuard:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
         try:
-            name = self._keys.enter(authorization)
+            name = self._keys.enter(Headers(scope=scope).get("authorization"))
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)
             return

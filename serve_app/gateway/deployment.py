@@ -21,6 +21,7 @@ from serve_app.errors import DiffusionServeError, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.routes import create_api
+from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class Gateway:
     """Answers HTTP for the whole application."""
 
     def __init__(self, config: AppConfig, generator: "DeploymentHandle[Any]") -> None:
-        logging.getLogger("serve_app").setLevel(logging.INFO)
+        log_through_serve()
         self._config = config
         self._painter = HandlePainter(generator)
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
@@ -151,5 +152,8 @@ def _listens_beyond_loopback() -> str | None:
     """The address at which Serve's proxies listen, if others than this machine reach it."""
     client: Any = _get_global_client()
     host: str = client.http_config.host or ""
-    local = host == "localhost" or (host and ip_address(host).is_loopback)
+    try:
+        local = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        local = False  # a name
     return None if local else host or "every address"

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -37,10 +38,7 @@ _REASONS = {
 
 def request_id(scope: Scope) -> str:
     """Serve's proxy gives every request an id, the client's own if it sent one, and returns it."""
-    return next(
-        (value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"),
-        "none",
-    )
+    return Headers(scope=scope).get("x-request-id", "none")[:200]
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,28 @@
 
 from typing import Any
 
+from fastapi import FastAPI
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 
 from serve_app.config import AppConfig, LimitsConfig
-from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest, Kind
+from serve_app.gateway.schemas import (
+    CompletedEvent,
+    ErrorResponse,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    Kind,
+    PartialImageEvent,
+    ProgressEvent,
+)
+
+EVENTS: dict[str, type[BaseModel]] = {
+    "partial_image": PartialImageEvent,
+    "progress": ProgressEvent,
+    "completed": CompletedEvent,
+}
+
+_REFERENCE = "#/components/schemas/{model}"
 
 _FILE = {"type": "string", "format": "binary"}
 
@@ -48,15 +66,49 @@ def edit_body(limits: LimitsConfig) -> dict[str, Any]:
 
 
 def streamed(kind: Kind) -> dict[int | str, dict[str, Any]]:
-    """The other form of a good answer."""
-    text = (
-        f"With `stream`: server-sent events. `{kind}.partial_image` carries a preview, "
-        f"`{kind}.progress` (with `progress`) how far the picture is, `{kind}.completed` the "
-        "picture, and is the last. An `error` event carries an `error` object, and is the last as "
-        "well."
-    )
-    content = {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+    """The other form of a good answer.
+
+    Its schema is that of one event: OpenAPI 3.1 has no word for a stream of them.
+    """
+    names = [*(f"{kind}.{name}" for name in EVENTS), "error"]
+    models: list[type[BaseModel]] = [*EVENTS.values(), ErrorResponse]
+    event = {
+        "type": "object",
+        "description": "With `stream`: server-sent events. The picture, or an error, is the last.",
+        "properties": {
+            "event": {"enum": names},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {
+                    "oneOf": [{"$ref": _REFERENCE.format(model=model.__name__)} for model in models]
+                },
+            },
+        },
+        "required": ["event", "data"],
+    }
+    content = {"text/event-stream": {"schema": event}}
     return {200: {"description": "The pictures.", "content": content}}
+
+
+def complete(api: FastAPI, with_keys: bool) -> None:
+    """Describe the events too, which no endpoint returns by itself, and the keys, if any."""
+    stock = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        described = stock()
+        models = [(model, "serialization") for model in EVENTS.values()]
+        _, definitions = models_json_schema(models, ref_template=_REFERENCE)  # type: ignore[arg-type]
+        described["components"]["schemas"] |= definitions["$defs"]
+        if with_keys:
+            scheme = {"type": "http", "scheme": "bearer"}
+            described["components"]["securitySchemes"] = {"key": scheme}
+            for path, operations in described["paths"].items():
+                for operation in operations.values() if path.startswith("/v1/") else ():
+                    operation["security"] = [{"key": []}]
+        return described
+
+    api.openapi = openapi  # type: ignore[method-assign]
 
 
 def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:

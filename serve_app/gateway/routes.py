@@ -20,7 +20,7 @@ from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.errors import add_error_handlers, documented, request_id
 from serve_app.gateway.forms import read_edit, read_generation
 from serve_app.gateway.images import Studio
-from serve_app.gateway.openapi import described, edit_body, generation_body, streamed
+from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
 from serve_app.gateway.painter import Painter
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
 from serve_app.gateway.streaming import stream
@@ -47,6 +47,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(KeyGuard, keys=keys)
     add_error_handlers(api)
+    complete(api, with_keys=bool(keys))
 
     @api.post(
         "/v1/images/generations",

@@ -170,3 +170,13 @@ def test_wrong_entries_are_named_and_never_repeated(
 def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read"):
         KeyRing(tmp_path / "nothing.yaml", None)
+
+
+async def test_the_description_asks_for_a_key_where_the_server_does(painter: FakePainter) -> None:
+    for keys in (KeyRing(None, PLAIN), KeyRing(None, None)):
+        async with client_of(painter, keys) as client:
+            described = (await client.get("/openapi.json")).json()
+        paths = described["paths"]
+        assert ("securitySchemes" in described["components"]) == bool(keys)
+        assert ("security" in paths["/v1/models"]["get"]) == bool(keys)
+        assert "security" not in paths["/health"]["get"]

@@ -162,3 +162,25 @@ async def test_the_model_is_asked_for_once_and_readiness_each_time() -> None:
     with pytest.raises(Unavailable, match="stopped"):
         await painter.check_ready()
     assert await painter.describe() == "model"
+
+
+@pytest.mark.parametrize(
+    ("host", "open_to"),
+    [
+        ("127.0.0.1", None),
+        ("127.0.0.2", None),
+        ("::1", None),
+        ("localhost", None),
+        ("0.0.0.0", "0.0.0.0"),
+        ("::", "::"),
+        ("10.1.2.3", "10.1.2.3"),
+        ("gpu-box.example", "gpu-box.example"),
+        (None, "every address"),
+    ],
+)
+def test_addresses_beyond_this_machine_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, host: str | None, open_to: str | None
+) -> None:
+    client = SimpleNamespace(http_config=SimpleNamespace(host=host))
+    monkeypatch.setattr(deployment, "_get_global_client", lambda: client)
+    assert deployment._listens_beyond_loopback() == open_to

@@ -1,0 +1,30 @@
+"""Loaded by schemathesis: some of the files that it sends are pictures."""
+
+import io
+
+import schemathesis
+from hypothesis import strategies as st
+from PIL import Image
+
+
+def _file_of(width: int, height: int, mode: str, color: int, kind: str) -> bytes:
+    image = Image.new(mode, (width, height), color)
+    if mode == "RGBA":
+        image.putpixel((0, 0), (0, 0, 0, 0))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    return buffer.getvalue()
+
+
+_SIDES = st.sampled_from([1, 7, 64, 100])
+_PICTURES = st.builds(
+    _file_of,
+    _SIDES,
+    _SIDES,
+    st.sampled_from(["L", "RGB", "RGBA"]),
+    st.integers(0, 255),
+    st.sampled_from(["png", "webp"]),
+)
+_BROKEN = st.builds(lambda data, end: data[:end], _PICTURES, st.integers(0, 200))
+
+schemathesis.openapi.format("binary", st.one_of(_PICTURES, _PICTURES, _BROKEN, st.binary()))

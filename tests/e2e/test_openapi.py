@@ -1,0 +1,80 @@
+"""The description keeps its word: schemathesis sends what it allows, and what it does not."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.serve
+
+CASES = int(os.environ.get("SCHEMATHESIS_CASES", "1000"))
+"""How many to send, at least."""
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+)
+
+
+@pytest.fixture
+def small_server() -> Iterator[str]:
+    """One whose limits leave only what is quickly painted."""
+    port = free_port()
+    config: Any = demo_config(port)
+    arguments = config["applications"][0]["args"]
+    arguments["model"]["default_steps"] = 2
+    arguments["engine"]["limits"] = {"max_steps": 4, "max_pixels": 4096, "max_images": 2}
+    running = start_serve(config)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        yield url
+    finally:
+        running.stop()
+
+
+@pytest.mark.timeout(1_800)
+def test_the_description_is_true(small_server: str, report: Callable[[str], None]) -> None:
+    sent = seed = 0
+    while sent < CASES:
+        seed += 1
+        done = subprocess.run(
+            [
+                Path(sys.executable).with_name("schemathesis"),
+                *("run", f"{small_server}/openapi.json", "--seed", str(seed)),
+                *("--phases", "examples,coverage,fuzzing", "--max-examples", "150"),
+                *("--checks", ",".join(CHECKS), "--suppress-health-check", "all"),
+                *("--workers", "2", "--continue-on-failure"),
+            ],
+            env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.e2e.schemathesis_hooks"},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-8_000:] + done.stderr[-2_000:]
+        found = re.search(r"(\d+) generated", done.stdout)
+        assert found is not None, done.stdout
+        sent += int(found[1])
+    report(f"schemathesis: {sent} cases, all answered as described")
