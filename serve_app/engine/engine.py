@@ -192,6 +192,7 @@ class Engine:
             tasks=self._certificate.tasks,
             default_strengths=pipeline.default_strengths,
             noise_schedulers=pipeline.noise_schedulers,
+            fewest_steps=pipeline.fewest_steps,
             loras=pipeline.adapters.names,
             sharing=self._certificate.sharing,
             sharing_difference=self._certificate.difference,

@@ -45,6 +45,8 @@ class ModelInfo:
     """Of those that start from an image."""
     noise_schedulers: tuple[str, ...]
     """Names that a request may give; none for models with a single one of their own."""
+    fewest_steps: Mapping[str, int]
+    """That each of them can do: some begin with several evaluations."""
     loras: tuple[str, ...]
     """Names of the LoRA adapters that are loaded."""
     sharing: Sharing
@@ -142,6 +144,13 @@ class GenerationParams:
         if not 1 <= steps <= limits.max_steps or self.num_inference_steps == 0:
             raise InvalidRequest(
                 f"num_inference_steps must be from 1 to {limits.max_steps}.", "num_inference_steps"
+            )
+        fewest = model.fewest_steps.get(self.noise_scheduler or "", 1)
+        if steps < fewest:
+            raise InvalidRequest(
+                f"num_inference_steps must be at least {fewest} for the scheduler "
+                f"{self.noise_scheduler!r}.",
+                "num_inference_steps",
             )
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
             raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")

@@ -181,6 +181,15 @@ def _default_strengths(pipelines: dict[Task, DiffusionPipeline]) -> dict[Task, f
     return found
 
 
+def _fewest_steps(noise_scheduler: Any) -> int:
+    """That it can be set to: those that begin with several evaluations raise for fewer."""
+    for steps in range(1, 10):
+        with contextlib.suppress(ValueError):
+            noise_scheduler.set_timesteps(steps)
+            return steps
+    return 1  # it needs more than a number of steps, which its pipeline knows
+
+
 class LoadedPipeline:
     """A stock pipeline on its device, with what the engine needs to know of it."""
 
@@ -247,6 +256,10 @@ class LoadedPipeline:
         self.noise_schedulers = tuple(
             name for name, kind in NOISE_SCHEDULERS.items() if kind in compatible
         )
+        self.fewest_steps = {
+            name: _fewest_steps(NOISE_SCHEDULERS[name].from_config(pipeline.scheduler.config))
+            for name in self.noise_schedulers
+        }
         self._tokenizer = self._find_tokenizer()
         self.takes_negative_prompt = self._heeds_negative_prompt()
 

@@ -19,16 +19,6 @@ pytestmark = pytest.mark.serve
 CASES = int(os.environ.get("SCHEMATHESIS_CASES", "1000"))
 """How many to send, at least."""
 
-CHECKS = (
-    "not_a_server_error",
-    "status_code_conformance",
-    "content_type_conformance",
-    "response_headers_conformance",
-    "response_schema_conformance",
-    "negative_data_rejection",
-    "unsupported_method",
-)
-
 
 @pytest.fixture
 def small_server() -> Iterator[str]:
@@ -62,10 +52,9 @@ def test_the_description_is_true(small_server: str, report: Callable[[str], None
         done = subprocess.run(
             [
                 Path(sys.executable).with_name("schemathesis"),
+                *("--config-file", Path(__file__).with_name("schemathesis.toml")),
                 *("run", f"{small_server}/openapi.json", "--seed", str(seed)),
                 *("--phases", "examples,coverage,fuzzing", "--max-examples", "150"),
-                *("--checks", ",".join(CHECKS), "--suppress-health-check", "all"),
-                *("--workers", "2", "--continue-on-failure"),
             ],
             env=os.environ | {"SCHEMATHESIS_HOOKS": "tests.e2e.schemathesis_hooks"},
             cwd=Path(__file__).parents[2],

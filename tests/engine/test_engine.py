@@ -177,6 +177,16 @@ def test_a_request_joins_and_leaves_at_any_step(demo_pipeline: LoadedPipeline) -
     assert 8 < steps_of_long_when_short_ended[0] < 25
 
 
+@pytest.mark.parametrize("name", NOISE_SCHEDULERS)
+def test_every_noise_scheduler_paints_with_as_few_steps_as_it_says(
+    demo_engine: Engine, name: str
+) -> None:
+    fewest = demo_engine.info.fewest_steps[name]
+    request = params(noise_scheduler=name, num_inference_steps=fewest)
+    assert torch.isfinite(demo_engine.generate(request).pixels).all()
+    assert fewest == (4 if name == "pndm" else 1)  # Runge-Kutta, to begin with
+
+
 def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline) -> None:
     """Their timesteps are integers in one and reals in the other; some call twice a step."""
     assert demo_pipeline.noise_schedulers == tuple(NOISE_SCHEDULERS)

@@ -42,6 +42,7 @@ INFO = ModelInfo(
     tasks=("text-to-image", "image-to-image", "inpainting"),
     default_strengths={"image-to-image": 0.5, "inpainting": 1.0},
     noise_schedulers=("euler", "ddim"),
+    fewest_steps={"euler": 1, "ddim": 1},
     loras=("pixel", "ink"),
     sharing="batched",
     sharing_difference=1e-6,
