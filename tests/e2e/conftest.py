@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import httpx
 import pytest
+import ray
 import yaml
+from ray import serve
 from ray.util import get_node_ip_address
 
 from tests.waiting import wait_until
@@ -128,3 +131,11 @@ def server(report: Callable[[str], None]) -> Iterator[Server]:
         yield Server(url, running.ray_address, running.log, took_s)
     finally:
         running.stop()
+
+
+@pytest.fixture(scope="module")
+def generator(server: Server) -> Iterator[Any]:
+    """A handle to the running generator, to look into its engine."""
+    ray.init(address=server.ray_address, namespace="serve", log_to_driver=False)
+    yield serve.get_deployment_handle("Generator", "diffusion-serve")
+    ray.shutdown()

@@ -5,7 +5,7 @@ import base64
 import io
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,7 +16,6 @@ import openai
 import pytest
 import ray
 from PIL import Image
-from ray import serve
 
 from serve_app.demo.judge import read
 from serve_app.demo.scenes import Scene, SceneObject, render
@@ -42,14 +41,6 @@ def _post(server: Server, **body: Any) -> httpx.Response:
 
 def _ready(server: Server) -> int:
     return httpx.get(f"{server.url}/ready", timeout=20).status_code
-
-
-@pytest.fixture(scope="module")
-def generator(server: Server) -> Iterator[Any]:
-    """A handle to the running generator, to look into its engine."""
-    ray.init(address=server.ray_address, namespace="serve", log_to_driver=False)
-    yield serve.get_deployment_handle("Generator", "diffusion-serve")
-    ray.shutdown()
 
 
 def _kill_replica() -> None:

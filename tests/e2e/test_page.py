@@ -1,0 +1,333 @@
+"""The page in a real browser, in front of the real server."""
+
+import base64
+import io
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
+
+from serve_app.demo.scenes import Scene, SceneObject, render
+from tests.e2e.conftest import Server
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.serve
+
+PREVIEW = ".card.painting .canvas.seen img"
+DONE = ".card.done"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        reason = "no Chromium is installed (Debian: apt-get install chromium)"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # As root, which continuous integration often is, Chromium has no sandbox. It shall not phone.
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Path:
+    """Where screenshots go, to be looked at: a folder of one's own with SCREENSHOTS=folder."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+Open = Callable[..., Page]
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: Server) -> Iterator[Open]:
+    """Opens the page in a context of its own; nothing may be complained of or asked elsewhere."""
+    complaints: list[str] = []
+    expected: list[str] = []
+    contexts = []
+
+    def open_(
+        before: Callable[[Page], None] = lambda page: None, complains: str = "", **options: Any
+    ) -> Page:
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
+        contexts.append(context)
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        expected.extend([complains] if complains else [])
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: complaints.append(message.text) if message.type == "error" else None,
+        )
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((server.url, "data:", "blob:"))
+                else complaints.append(f"asked {request.url}")
+            ),
+        )
+        before(page)
+        page.goto(server.url)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    unexpected = [text for text in complaints if not any(part in text for part in expected)]
+    assert unexpected == []
+
+
+def ready(page: Page) -> Page:
+    """When it knows the model."""
+    expect(page.locator("#size option").nth(1)).to_be_attached()
+    return page
+
+
+def paint(page: Page, prompt: str, steps: int | None = None, seed: int | None = None) -> None:
+    page.fill("#prompt", prompt)
+    page.fill("#num_inference_steps", "" if steps is None else str(steps))
+    page.fill("#seed", "" if seed is None else str(seed))
+    page.click("#paint")
+
+
+def picture_of(page: Page, card: str = DONE) -> np.ndarray:
+    source = page.locator(f"{card} .canvas img").first.get_attribute("src")
+    assert source is not None
+    assert source.startswith("data:image/png;base64,")
+    data = base64.b64decode(source.split(",")[1])
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(float)
+
+
+def running_on(generator: Any) -> int:
+    """How many the engine paints. Asked in a thread: Playwright has a loop in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        stats = pool.submit(lambda: generator.stats.remote().result(timeout_s=20)).result()
+    running: int = stats.running
+    return running
+
+
+def test_a_prompt_becomes_a_picture_before_ones_eyes(open_page: Open, shots: Path) -> None:
+    page = ready(open_page())
+    page.screenshot(path=shots / "idle.png")
+    expect(page.locator("#prompt")).to_be_focused()
+    # By keyboard alone.
+    page.keyboard.type("a red circle on a blue background")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(DONE)).to_have_count(1)
+    paint(page, "a small cyan cross at the top left, orange background", steps=150, seed=11)
+    page.wait_for_selector(PREVIEW)
+    expect(page.locator(".card.painting .state")).to_contain_text("of 150")
+    page.screenshot(path=shots / "painting.png")
+    preview = picture_of(page, ".card.painting")
+    expect(page.locator(DONE)).to_have_count(2)
+    picture = picture_of(page)
+    assert preview.shape == picture.shape == (64, 64, 3)
+    assert 1 < np.abs(preview - picture).mean() < 40
+    facts = page.locator(".facts").first
+    expect(facts).to_contain_text("64 × 64 · 150 steps · seed 11")  # noqa: RUF001
+    paint(page, "a large pink star on black")
+    expect(page.locator(DONE)).to_have_count(3)
+    page.screenshot(path=shots / "gallery.png")
+    # What was painted can be had again.
+    page.locator(".card", has_text="cyan cross").get_by_role("button", name="Use these").click()
+    assert page.input_value("#seed") == "11"
+    assert page.input_value("#num_inference_steps") == "150"
+    page.locator(".card", has_text="red circle").get_by_role("button", name="Run again").click()
+    expect(page.locator(DONE)).to_have_count(4)
+    seeds = [text.split("seed ")[1] for text in page.locator(".facts").all_inner_texts()]
+    assert len(set(seeds)) == 4
+
+
+def test_cancelling_frees_the_place_and_a_reload_begins_anew(
+    open_page: Open, generator: Any
+) -> None:
+    page = ready(open_page())
+    paint(page, "a blue star on pink", steps=200)
+    page.wait_for_selector(PREVIEW)
+    assert running_on(generator) == 1
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.locator(".card.cancelled .state")).to_have_text("Cancelled.")
+    wait_until(lambda: running_on(generator) == 0, what="the place to be free")
+    paint(page, "a blue star on pink", steps=200)
+    page.wait_for_selector(".card.painting")
+    page.keyboard.press("Escape")
+    expect(page.locator(".card.cancelled")).to_have_count(2)
+    paint(page, "a blue star on pink", steps=200)
+    page.wait_for_selector(PREVIEW)
+    ready(page).reload()
+    wait_until(lambda: running_on(generator) == 0, what="the place to be free")
+    ready(page)
+    expect(page.locator(".card")).to_have_count(0)
+    paint(page, "a blue star on pink", steps=4)
+    expect(page.locator(DONE)).to_have_count(1)
+
+
+def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: Path) -> None:
+    page = ready(open_page())
+    star = SceneObject("star", "red", 0.78, 0.5, 0.2)
+    source = render(Scene("blue", (star,)), 320, 320)
+    buffer = io.BytesIO()
+    Image.fromarray(source).save(buffer, "png")
+    file: Any = {"name": "it's mine.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    page.set_input_files("#file", file)
+    page.fill("#brush", "30")
+    page.locator("#mask").scroll_into_view_if_needed()
+    box = page.locator("#mask").bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.2, box["y"] + box["height"] - 5, steps=10)
+    page.mouse.up()
+    page.screenshot(path=shots / "mask.png")
+    page.fill("#strength", "1")
+    paint(page, "a yellow square on white", seed=3)
+    expect(page.locator(DONE)).to_have_count(1)
+    picture = picture_of(page)
+    before = np.asarray(Image.fromarray(source).resize((64, 64))).astype(float)
+    assert np.abs(picture - before)[:, 36:].mean() < 15  # kept
+    assert np.abs(picture - before)[:, 4:20].mean() > 40  # painted anew
+    # Without the mask all of it changes, by as much as one says.
+    page.get_by_role("button", name="Clear mask").click()
+    paint(page, "a yellow square on white", seed=3)
+    expect(page.locator(DONE)).to_have_count(2)
+    assert np.abs(picture_of(page) - before)[:, 36:].mean() > 40
+    page.get_by_role("button", name="Remove picture").click()
+    paint(page, "a yellow square on white", seed=3)
+    expect(page.locator(DONE)).to_have_count(3)
+
+
+@pytest.mark.parametrize("edit", [False, True])
+def test_the_copied_command_paints_the_same_picture(
+    open_page: Open, tmp_path: Path, edit: bool
+) -> None:
+    page = ready(open_page(permissions=["clipboard-read", "clipboard-write"]))
+    if edit:
+        path = tmp_path / "it's mine.png"
+        Image.new("RGB", (64, 64), "red").save(path)
+        page.set_input_files("#file", path)
+    paint(page, "a 'red' circle; $HOME on \"blue\"", steps=5)
+    expect(page.locator(DONE)).to_have_count(1)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator(".card .state")).to_have_text("Copied.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+    )
+    [data] = json.loads(done.stdout)["data"]
+    again = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).convert("RGB"))
+    assert np.abs(again - picture_of(page)).max() <= 1
+
+
+def test_it_fits_a_phone_and_the_dark(open_page: Open, shots: Path) -> None:
+    phone = ready(open_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True))
+    paint(phone, "a green ring on white", steps=8)
+    expect(phone.locator(DONE)).to_have_count(1)
+    assert phone.evaluate("document.documentElement.scrollWidth") == 390
+    low = phone.evaluate(
+        "[...document.querySelectorAll('button, select, input:not(.quiet), .buttons a')]"
+        ".filter((e) => e.checkVisibility() && e.getBoundingClientRect().height > 1)"
+        ".filter((e) => e.getBoundingClientRect().height < 40).map((e) => e.outerHTML)"
+    )
+    assert low == []
+    phone.screenshot(path=shots / "phone.png", full_page=True)
+    colors = []
+    for scheme in ("light", "dark"):
+        page = ready(open_page(color_scheme=scheme))
+        colors.append(
+            page.evaluate(
+                "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name])"
+            )
+        )
+        paint(page, "a green ring on white", steps=8)
+        expect(page.locator(DONE)).to_have_count(1)
+        page.screenshot(path=shots / f"{scheme}.png")
+    assert colors[0][0] != colors[1][0]
+    assert colors[0][1] != colors[1][1]
+
+
+def test_what_goes_wrong_is_said(open_page: Open) -> None:
+    answers = [
+        {"status": 500, "json": {"error": {"message": "Call 42 has it.", "param": None}}},
+        {
+            "status": 400,
+            "json": {"error": {"message": "seed must be prime.", "param": "seed"}},
+        },
+        {
+            "status": 429,
+            "headers": {"Retry-After": "1"},
+            "json": {"error": {"message": "Too many.", "param": None}},
+        },
+    ]
+
+    def answer(route: Route) -> None:
+        if answers:
+            route.fulfill(**answers.pop(0))
+        else:
+            route.continue_()
+
+    page = ready(
+        open_page(
+            before=lambda page: page.route("**/v1/images/generations", answer),
+            complains="Failed to load resource",
+        )
+    )
+    page.click("#paint")
+    expect(page.locator("#prompt-wrong")).to_have_text("Say what the picture shows.")
+    paint(page, "a red circle", steps=4)
+    expect(page.locator(".card.failed .state").first).to_have_text("Call 42 has it.")
+    paint(page, "a red circle", steps=4)
+    expect(page.locator("#seed-wrong")).to_have_text("seed must be prime.")
+    expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
+    paint(page, "a red circle", steps=4)
+    expect(page.locator(".card.painting .state")).to_contain_text("Trying again in 1 s")
+    expect(page.locator(DONE)).to_have_count(1)
+    expect(page.locator("#seed-wrong")).to_have_count(0)
+
+
+def test_it_asks_for_the_key_that_the_server_wants(open_page: Open) -> None:
+    def guard(route: Route) -> None:
+        given = route.request.headers.get("authorization")
+        if given == "Bearer sk-right":
+            route.continue_()
+        else:
+            message = "this API key is not known here."
+            route.fulfill(status=401, json={"error": {"message": message, "param": None}})
+
+    page = open_page(
+        before=lambda page: page.route("**/v1/**", guard),
+        complains="Failed to load resource",
+        permissions=["clipboard-read", "clipboard-write"],
+    )
+    expect(page.locator("#key-dialog")).to_be_visible()
+    page.fill("#key", "sk-wrong")
+    page.keyboard.press("Enter")
+    expect(page.locator("#key-reason")).to_have_text("this API key is not known here.")
+    page.fill("#key", "sk-right")
+    page.keyboard.press("Enter")
+    ready(page)
+    expect(page.locator("#key-dialog")).to_be_hidden()
+    paint(page, "a red circle", steps=4)
+    expect(page.locator(DONE)).to_have_count(1)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator(".card .state")).to_have_text("Copied.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert "$KEY" in command
+    assert "sk-right" not in command
