@@ -1,0 +1,51 @@
+"""Ray Serve's default policy, by the count of requests, for the simulator to compare with.
+
+The same arithmetic as `ray.serve.autoscaling_policy` in Ray 2.60, without Ray: a test holds the two
+against each other.
+"""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class QueueParams:
+    """Serve's ``autoscaling_config`` with its shipped settings."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing_requests: float = 2.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
+    look_back_period_s: float = 30.0
+
+
+@dataclass
+class QueuePolicy:
+    """Remembers since when it has wanted to go up or down."""
+
+    params: QueueParams
+    _direction: int = 0
+    _since_s: float = 0.0
+
+    def decide(self, at_s: float, running: int, target: int, requests: float) -> int:
+        """The number of replicas; ``requests``: all that are not done, averaged over a while."""
+        params = self.params
+        if running == 0:
+            return max(1, target) if requests > 0 else self._bounded(target)
+        wanted = math.ceil(requests / params.target_ongoing_requests)
+        direction = (wanted > target) - (wanted < target)
+        if direction != self._direction:
+            self._direction, self._since_s = direction, at_s
+        if direction == 0:
+            return self._bounded(target)
+        delay_s = params.upscale_delay_s if direction > 0 else params.downscale_delay_s
+        if direction < 0 and target > 1:
+            wanted = max(1, wanted)
+        if at_s - self._since_s + 1e-6 < delay_s:
+            return self._bounded(target)
+        self._direction = 0
+        return self._bounded(wanted)
+
+    def _bounded(self, replicas: int) -> int:
+        return max(self.params.min_replicas, min(self.params.max_replicas, replicas))
