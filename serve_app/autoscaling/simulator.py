@@ -48,8 +48,9 @@ class ClusterParams:
     failures_per_hour: float = 0.0
     """Of one running replica: it is lost with its node, its requests go to others."""
     routing: Routing = "count"
-    choices: int = 2
-    """Replicas that are drawn for a request, to choose one of them; Serve draws two."""
+    choices: int = 8
+    """Replicas that are drawn for a request, to choose one of them: as `router` has it; Serve's own
+    router draws two."""
     slo_scale: float = 3.0
     """Deadline of a request, in multiples of its time alone."""
     max_running: int = 32
