@@ -8,6 +8,7 @@ that we think of. Of what cannot be known it says something that is never the sa
 
 import hashlib
 import json
+import logging
 import platform
 import sys
 import uuid
@@ -19,7 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from serve_app import __version__
 from serve_app.config import painting_environment
+
+logger = logging.getLogger(__name__)
 
 Fingerprint = dict[str, str]
 """By name, what may change: equal values mean that it has not."""
@@ -38,7 +42,8 @@ def of_code() -> Fingerprint:
     package from a repository is the same for weeks.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    found = {"engine": _digest(*(part for file in sources for part in _named_content(file)))}
+    source = _digest(*(part for file in sources for part in _named_content(file)))
+    found = {"diffusion-serve": f"{__version__} {source}"}
     for folder in dict.fromkeys(sys.path):
         for info in sorted(Path(folder or ".").glob("*.dist-info")):
             if not info.name.startswith(_OURS):
@@ -93,20 +98,29 @@ def of_component(component: Any) -> str:
 
     Whoever changes the methods of a network in memory is not found out; one with a hook is.
     """
-    parts = [f"{type(component).__module__}.{type(component).__qualname__}".encode()]
-    if (config := getattr(component, "config", None)) is not None:
-        content = config if isinstance(config, dict) else config.to_dict()
-        parts.append(json.dumps(content, sort_keys=True, default=repr).encode())
+    try:
+        return _digest(*_parts(component))
+    except Exception:
+        name = type(component).__name__
+        logger.warning("%s has no fingerprint, and counts as changed", name, exc_info=True)
+        return _never_the_same()
+
+
+def _parts(component: Any) -> Iterator[bytes]:
+    yield f"{type(component).__module__}.{type(component).__qualname__}".encode()
+    config = getattr(component, "config", None)
+    if config is None:
+        yield repr(component).encode()
     else:
-        parts.append(repr(component).encode())
+        content = config if isinstance(config, dict) else config.to_dict()
+        yield json.dumps(content, sort_keys=True, default=repr).encode()
     if (tokenizer := getattr(component, "backend_tokenizer", None)) is not None:
         # Without what its last call set.
         content = json.loads(tokenizer.to_str()) | {"padding": None, "truncation": None}
-        parts.append(json.dumps(content).encode())
+        yield json.dumps(content).encode()
     if isinstance(component, nn.Module):
-        parts.append(_layers(component).encode())
-        parts += _weights(component)
-    return _digest(*parts)
+        yield _layers(component).encode()
+        yield from _weights(component)
 
 
 def _layers(network: nn.Module) -> str:

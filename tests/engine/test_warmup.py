@@ -265,6 +265,40 @@ def test_another_sharing_is_certified_anew(
     assert lines.messages[-1].endswith(f"changed: engine.{name}")
 
 
+def test_what_has_no_fingerprint_is_never_the_same(lines: pytest.LogCaptureFixture) -> None:
+    class Odd:
+        config = 7
+
+    assert fingerprint.of_component(Odd()) != fingerprint.of_component(Odd())
+    assert "Odd has no fingerprint" in lines.text
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.int8, torch.bool],
+)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3), (4, 3, 3, 3), (0, 2)])
+def test_every_number_counts(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """With each kind of number, as the CPU adds them and as `torch.hash_tensor` does."""
+    zeros = torch.zeros(shape).to(dtype)
+
+    def digest(tensor: torch.Tensor) -> bytes:
+        return b"".join(fingerprint._content(tensor))
+
+    assert digest(zeros) == digest(zeros.clone())
+    for index in range(zeros.numel()):
+        other = torch.zeros(zeros.numel())
+        other[index] = 1
+        changed = other.to(dtype).reshape(shape)
+        assert digest(changed) != digest(zeros)
+    if zeros.ndim == 2 and zeros.numel() and not dtype.is_complex:
+        rows = zeros.view(torch.int8)
+        rows[0, 0] = 5
+        assert torch.equal(
+            fingerprint._sums(rows), torch.hash_tensor(rows, dim=1).view(torch.int64)
+        )
+
+
 def test_another_environment_is_certified_anew(
     profile: Path,
     tmp_path: Path,
@@ -310,7 +344,7 @@ def test_another_environment_is_certified_anew(
         with (sources / "batch.py").open("a") as file:
             file.write("\n")
         patch.setattr(fingerprint, "__file__", str(sources / "fingerprint.py"))
-        assert changed() == "engine"
+        assert changed() == "diffusion-serve"
     assert Profile(profile, _found_with(pipeline, config(profile))).read() is not None
 
 
