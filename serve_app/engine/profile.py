@@ -6,8 +6,8 @@ changed is decided here, and nowhere else.
 
 import json
 import logging
+import uuid
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from serve_app.engine.fingerprint import Fingerprint
@@ -74,17 +74,15 @@ class Profile:
     def write(self, found: dict[str, Any]) -> None:
         """Replace the file, in one go. If that cannot be done, it is logged."""
         content = {"format": FORMAT, "found_with": self._found_with, "found": found}
+        # Not in place: another replica may read it, or write its own, at the same time.
+        new = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Not in place: another replica may read it, or write its own, at the same time.
-            with NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                try:
-                    file.write(json.dumps(content, indent=1))
-                    file.close()
-                    Path(file.name).replace(self.path)
-                except BaseException:
-                    Path(file.name).unlink()
-                    raise
+            try:
+                new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+                new.replace(self.path)
+            finally:
+                new.unlink(missing_ok=True)
         except OSError as error:
             logger.warning(
                 "%s cannot be written, the next start finds out all anew: %s", self.path, error
