@@ -52,7 +52,7 @@ class Profile:
                 raise TypeError("no JSON object")
             changed = self._changes(content)
             kept = None if changed else dict(content["found"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.damaged(error) from None
         if changed:
             logger.info("%s is not used and will be replaced, changed: %s", self.path, changed)

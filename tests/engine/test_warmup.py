@@ -433,7 +433,7 @@ def test_specs_that_do_not_fit_are_found_out(
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "\x00", '{"format": 2}', '{"format": 2, "found_with": 1, "found": {}}'],
+    ["{", "[]", "\x00", '{"format": 2}', '{"format": 2, "found_with": [], "found": {}}'],
 )
 def test_a_damaged_file_is_named(content: str, profile: Path) -> None:
     profile.write_text(content)
