@@ -215,7 +215,10 @@ class EngineConfig(_Config):
         "without any, max_batch_size is the only cap.",
     )
     profile_path: str | None = Field(
-        None, description="File that keeps what was measured, so that the next start is quick."
+        None,
+        description="File that keeps what the start-up found out, so that the next start is quick: "
+        "how requests share the pipeline, previews, times. It is used as long as nothing changed: "
+        "weights, packages, device, settings.",
     )
     prompt_cache_mib: int = Field(
         128, ge=0, description="Device memory for what text encoders said of prompts."
@@ -242,6 +245,15 @@ class GatewayConfig(_Config):
 def keys_in_environment() -> str | None:
     """Entries of API keys, for containers that get their secrets so."""
     return os.environ.get(KEYS_VARIABLE)
+
+
+_NUMERIC = ("ATEN_", "CUBLAS", "CUDNN", "DNNL_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_")
+_PAINTING = ("DIFFUSERS_", "PYTORCH_", "TORCH", *_NUMERIC)
+
+
+def painting_environment() -> dict[str, str]:
+    """What the environment tells the libraries that paint, about kernels, memory and precision."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PAINTING)}
 
 
 class AppConfig(_Config):

@@ -3,9 +3,11 @@
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
+import psutil
 import ray
 import torch
 from ray import serve
@@ -89,6 +91,9 @@ class Generator:
     def __init__(self, config: AppConfig) -> None:
         log_through_serve()
         check_assigned_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+        # Imports for the most part; but Ray may have had it waiting for work before.
+        age_s = time.time() - psutil.Process().create_time()
+        logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)
         self._engine = Engine.load(config.model, config.engine)
 
     async def generate(

@@ -24,3 +24,9 @@ FORECAST_ERROR = Histogram(
     ["model"],
     buckets=(0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0),
 )
+
+COLD_START = Gauge(
+    "diffusion_serve_cold_start_seconds",
+    "How long the last start of the engine took, by phase; the phases add up to the whole.",
+    ["model", "phase"],
+)

@@ -7,9 +7,10 @@ picture with the same call for two. Pure functions of tensors; knows no pipeline
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from types import NoneType
 from typing import Any
 
 import torch
@@ -59,6 +60,49 @@ class Branch:
 
 
 Axis = Rows | Shared | PerRow | Branch
+
+_KINDS: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (Tensor, NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
+}
+"""Of shared values, those that can be written down: a name from a file must never import code."""
+
+
+class NotWritable(Exception):
+    """What was learned has no form in JSON."""
+
+
+def _axis_to_json(axis: Axis) -> Any:
+    match axis:
+        case Rows(per_image):
+            return {"rows": per_image}
+        case PerRow():
+            return {"per_row": True}
+        case Shared(kind):
+            if _KINDS.get(kind.__name__) is not kind:
+                raise NotWritable(f"an argument is a {kind.__module__}.{kind.__qualname__}")
+            return {"shared": kind.__name__}
+        case Branch(children):
+            if not all(type(key) in (str, int) for key, _ in children):
+                raise NotWritable("the keys of an argument are neither names nor numbers")
+            return {"branch": [[key, _axis_to_json(child)] for key, child in children]}
+
+
+def _axis_from_json(value: Any) -> Axis:
+    [(what, content)] = value.items()
+    match what:
+        case "rows":
+            if not (isinstance(content, int) and content > 0):
+                raise ValueError(f"{content!r} rows")
+            return Rows(content)
+        case "per_row":
+            return PerRow()
+        case "shared":
+            return Shared(_KINDS[content])
+        case "branch":
+            return Branch(tuple((key, _axis_from_json(child)) for key, child in content))
+        case _:
+            raise ValueError(f"{what!r} is no axis")
 
 
 def _items(value: Any) -> list[tuple[Hashable, Any]]:
@@ -143,6 +187,15 @@ def _item_key(value: Any, digests: _Digests) -> Hashable:
         items = tuple((key, _item_key(item, digests)) for key, item in _items(value))
         return (type(value), items)
     return _shared_key(value, digests)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Those in an argument or an output, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for _, item in _items(value):
+            yield from tensors(item)
 
 
 def _key(axis: Axis, value: Any, lengths: list[Fraction], digests: _Digests) -> Hashable:
@@ -305,6 +358,22 @@ class BatchSpec:
         if _input_of(arguments, parameters) is None:
             raise NotMergeable("no tensor among the arguments grows with the number of pictures")
         return cls(signature, arguments, _compare("output", one[1], two[1]))
+
+    def to_json(self) -> dict[str, Any]:
+        """What was learned, without the network. Raises `NotWritable`."""
+        return {"arguments": _axis_to_json(self.arguments), "output": _axis_to_json(self.output)}
+
+    @classmethod
+    def from_json(cls, forward: Callable[..., Any], value: dict[str, Any]) -> "BatchSpec":
+        """What `to_json` gave, for the same network.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: if it did not come from there.
+        """
+        arguments = _axis_from_json(value["arguments"])
+        if not isinstance(arguments, Branch):
+            raise ValueError("the arguments are no branch")
+        return cls(inspect.signature(forward), arguments, _axis_from_json(value["output"]))
 
     def prepare(self, call: Call) -> MergeableCall:
         """Find out with which other calls this one may be merged. Raises `NotMergeable`."""

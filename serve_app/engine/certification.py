@@ -9,13 +9,13 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from serve_app.engine.batch import BatchSpec, NotMergeable
+from serve_app.engine.batch import BatchSpec, NotMergeable, tensors
 from serve_app.engine.params import GenerationParams, Sharing, Task, probe
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
@@ -42,6 +42,39 @@ class Certificate:
     """Why they share no more than that; empty when batched."""
     tasks: tuple[Task, ...]
     """For which that holds; the others are not offered."""
+    lasting: bool = True
+    """Whether another start would find the same; not where only memory ran out."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For a file. Raises `NotWritable`."""
+        return {
+            "sharing": self.sharing,
+            "specs": {site: spec.to_json() for site, spec in self.specs.items()},
+            "difference": self.difference,
+            "note": self.note,
+            "tasks": self.tasks,
+        }
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any], rendezvous: Rendezvous) -> "Certificate":
+        """What `to_json` gave, of the same pipeline.
+
+        Raises:
+            ValueError, KeyError, TypeError, AttributeError: if it did not come from there.
+        """
+        if value["sharing"] not in get_args(Sharing) or not set(value["tasks"]) <= set(
+            get_args(Task)
+        ):
+            raise ValueError(f"{value['sharing']!r} for {value['tasks']!r}")
+        if not isinstance(value["difference"], float | None):
+            raise TypeError(f"a difference of {value['difference']!r}")
+        specs = {
+            site: BatchSpec.from_json(rendezvous.signature_of(site), spec)
+            for site, spec in value["specs"].items()
+        }
+        return cls(
+            value["sharing"], specs, value["difference"], value["note"], tuple(value["tasks"])
+        )
 
 
 def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
@@ -65,29 +98,75 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
         together = _together(pipeline, rendezvous, specs, (first, second), must_merge=bool(specs))
         return _checked((first_alone, second_alone), together, tolerance)
 
-    difference = None
+    difference, lasting = None, True
     try:
         two, _ = _record(pipeline, rendezvous, first, images=2)
         specs = _learn(rendezvous, one, two)
         difference = compare(specs)
-        tasks = _certify_tasks(pipeline, rendezvous, specs, (first, second), tolerance)
-        return Certificate("batched", specs, difference, "", tasks)
+        tasks, lasting = _certify_tasks(pipeline, rendezvous, specs, (first, second), tolerance)
+        return Certificate("batched", specs, difference, "", tasks, lasting)
     except NotMergeable as reason:
         note = f"calls cannot be merged: {reason}"
     except _Different as error:
         difference, note = error.difference, f"batched pictures {error}"
     except Exception as error:
         note = f"a call for two pictures failed: {type(error).__name__}: {error}"
+        lasting = not isinstance(error, torch.OutOfMemoryError)
     try:
         compare({})
     except _Different as error:
         note += f"; pictures painted in turns {error}"
     except Exception as error:
         note += f"; painting in turns failed: {type(error).__name__}: {error}"
+        lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
     else:
-        tasks = _certify_tasks(pipeline, rendezvous, {}, (first, second), tolerance)
-        return Certificate("interleaved", {}, difference, note, tasks)
-    return Certificate("alone", {}, difference, note, pipeline.tasks)
+        tasks, found = _certify_tasks(pipeline, rendezvous, {}, (first, second), tolerance)
+        return Certificate("interleaved", {}, difference, note, tasks, lasting and found)
+    return Certificate("alone", {}, difference, note, pipeline.tasks, lasting)
+
+
+def contradiction(
+    pipeline: LoadedPipeline, rendezvous: Rendezvous, specs: dict[str, BatchSpec]
+) -> str | None:
+    """Why specs of an earlier start are wrong after all; none if they seem right.
+
+    Paints one picture in two steps, and asks each denoiser once more for twice the same: cheap,
+    and it warms up what a certification would. That the pictures come out the same for requests
+    that differ is not seen here; that follows from the fingerprint.
+    """
+    tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
+    job = Job(functools.partial(pipeline.paint, probe(pipeline.default_size_px)))
+    unseen = dict(specs)
+    try:
+        job.start()
+        while (call := job.call) is not None:
+            output = rendezvous.forward(call)
+            if call.site in pipeline.denoisers and call.site not in specs:
+                return f"{call.site} is called, and was not"
+            if (spec := unseen.pop(call.site, None)) is not None:
+                pair = [spec.prepare(call)] * 2
+                for half in spec.split(rendezvous.forward(spec.merge(pair)), pair):
+                    if not _alike(output, half, tolerance):
+                        return f"{call.site} returns other values for two than for one"
+            job.resume(output)
+        _finished(job)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        job.kill()
+        pipeline.restore_networks()
+    return f"{', '.join(unseen)} is not called, and was" if unseen else None
+
+
+def _alike(one: Any, two: Any, tolerance: float) -> bool:
+    """Whether the tensors in two outputs differ by no more than that, as a share of the largest."""
+    pairs = list(zip(tensors(one), tensors(two), strict=True))
+    return bool(pairs) and all(
+        a.shape == b.shape
+        and float((a.float() - b.float()).abs().max())
+        <= tolerance * max(1.0, float(a.float().abs().max()))
+        for a, b in pairs
+    )
 
 
 def _certify_tasks(
@@ -96,12 +175,14 @@ def _certify_tasks(
     specs: dict[str, BatchSpec],
     requests: Sequence[GenerationParams],
     tolerance: float,
-) -> tuple[Task, ...]:
-    """Those for which such sharing is right too, text-to-image among them."""
+) -> tuple[tuple[Task, ...], bool]:
+    """Those for which such sharing is right too, text-to-image among them; and whether that lasts,
+    no task being left out for want of memory alone."""
     width, height = pipeline.default_size_px
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     mask_image = Image.radial_gradient("L").resize((width, height))
     certified: list[Task] = []
+    lasting = True
     for task in pipeline.tasks:
         if task == "text-to-image":
             certified.append(task)
@@ -115,9 +196,10 @@ def _certify_tasks(
             _checked(alone, _together(pipeline, rendezvous, specs, pair), tolerance)
         except Exception as error:
             logger.warning("%s is not offered: its pictures %s", task, error)
+            lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
         else:
             certified.append(task)
-    return tuple(certified)
+    return tuple(certified), lasting
 
 
 def _checked(alone: Sequence[Tensor], together: Sequence[Tensor], tolerance: float) -> float:

@@ -4,19 +4,11 @@ Knows sizes, batch sizes and seconds; no torch, no pipeline. The engine measures
 starts, and reports what every later call really took, so that predictions follow the device.
 """
 
-import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
-
-from serve_app.errors import ConfigError
-
-logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -80,18 +72,23 @@ class CostModel:
     """By size: what it costs after its last denoiser call, the VAE as a rule."""
     stage_s: dict[str, dict[Size, float]] = field(default_factory=dict)
     """By site, then by size: one call of a module other than the denoiser."""
+    out_of_memory: set[Size] = field(default_factory=set)
+    """Those at which the warm-up measured no larger batch for want of memory."""
     calls_per_step: float = 1.0
     """Denoiser calls that one step of one request makes; two where guidance has its own."""
     _fitting: dict[Size, tuple[int, int]] = field(default_factory=dict)
     """By size where memory ran out: how many fit, and how often that many have since."""
 
-    def measured(self, size: Size, measurement: Measurement) -> None:
-        """Take over what a warm-up found."""
+    def measured(self, size: Size, measurement: Measurement, capped: bool = True) -> None:
+        """Take over what a warm-up found; not ``capped``: with single calls, which set no cap."""
         calls = measurement.call_s
         self.call_s[size] = {float(batch): seconds for batch, seconds in calls.items()}
-        self.caps[size] = worthwhile_batch(calls)
+        if capped:
+            self.caps[size] = worthwhile_batch(calls)
         self.encode_s[size] = measurement.encode_s
         self.decode_s[size] = measurement.decode_s
+        if measurement.out_of_memory:
+            self.out_of_memory.add(size)
 
     def observe_call(self, size: Size, rows: float, requests: int, seconds: float) -> None:
         """A call for ``requests`` requests, of ``rows`` together, took so long."""
@@ -178,52 +175,37 @@ class CostModel:
         self._fitting[size] = (fitting, 0)
         return fitting
 
-    def save(self, path: Path, subject: str) -> None:
-        """Keep what the warm-up measured of ``subject``, for the next start."""
-        sizes = [
+    def to_json(self) -> list[dict[str, Any]]:
+        """What the warm-up measured; not the sizes where memory ran out, of which more may fit
+        another time."""
+        return [
             {
                 "size": size,
-                "cap": cap,
-                "call_s": sorted(self.call_s.get(size, {}).items()),
-                "encode_s": self.encode_s[size],
+                "cap": self.caps.get(size),
+                "call_s": sorted(self.call_s[size].items()),
+                "encode_s": encode_s,
                 "decode_s": self.decode_s[size],
             }
-            for size, cap in self.caps.items()
+            for size, encode_s in self.encode_s.items()
+            if size not in self.out_of_memory
         ]
-        content = json.dumps({"subject": subject, "sizes": sizes}, indent=2)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # Another replica may write its own at the same time.
-            with NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-                file.write(content)
-            Path(file.name).replace(path)
-        except OSError as error:
-            logger.warning("%s cannot be written, the next start measures again: %s", path, error)
 
-    def load(self, path: Path, subject: str) -> None:
-        """Take over what `save` kept. Does nothing if there is no such file, or of something else.
+    def add_json(self, entries: list[dict[str, Any]]) -> None:
+        """Take over what `to_json` gave.
 
         Raises:
-            ConfigError: if the file cannot be read, or is not one of `save`.
+            ValueError, KeyError, TypeError: if it did not come from there.
         """
-        try:
-            if not path.is_file():
-                return
-            profile = json.loads(path.read_text())
-            if profile["subject"] != subject:
-                return
-            for entry in profile["sizes"]:
-                width, height = entry["size"]
-                self.call_s[width, height] = {float(rows): float(s) for rows, s in entry["call_s"]}
+        for entry in entries:
+            width, height = entry["size"]
+            call_s = {float(rows): float(seconds) for rows, seconds in entry["call_s"]}
+            if not call_s:
+                raise ValueError("a size without a call")
+            self.call_s[width, height] = call_s
+            self.encode_s[width, height] = float(entry["encode_s"])
+            self.decode_s[width, height] = float(entry["decode_s"])
+            if entry["cap"] is not None:
                 self.caps[width, height] = int(entry["cap"])
-                self.encode_s[width, height] = float(entry["encode_s"])
-                self.decode_s[width, height] = float(entry["decode_s"])
-        except OSError as error:
-            raise ConfigError(f"engine.profile_path: {path} cannot be read: {error}") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path} is not a profile of this program ({error!r}); delete it."
-            ) from None
 
 
 def _mixed(known: float | None, new: float) -> float:

@@ -24,6 +24,7 @@ from torch import Tensor
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate
+from serve_app.engine.cold_start import ColdStart
 from serve_app.engine.cost import CostModel
 from serve_app.engine.events import (
     Completed,
@@ -120,6 +121,8 @@ class Engine:
     """
 
     info: ModelInfo
+    cold_start_s: float
+    """From the beginning of `load`, or of the constructor, until it was ready."""
 
     def __init__(
         self,
@@ -127,8 +130,11 @@ class Engine:
         model: ModelConfig,
         config: EngineConfig | None = None,
         policy: Policy | None = None,
+        start: ColdStart | None = None,
     ) -> None:
         """Start the engine's thread and wait until the pipeline is certified.
+
+        ``start`` is a stopwatch that runs already, if the model was loaded for this engine.
 
         Raises:
             ModelLoadError: if the pipeline cannot paint.
@@ -146,6 +152,7 @@ class Engine:
         self._certificate: Certificate
         self._previews: PreviewMap | None
         self._prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
+        self._start = start or ColdStart()
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -208,6 +215,8 @@ class Engine:
                 f"model {model.id!r}: what a request that names nothing gets breaks the engine's "
                 f"limits: {error} Set model.default_steps, model.default_size_px or engine.limits."
             ) from None
+        self.cold_start_s = self._start.total_s
+        self._start.report(model.id)
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
@@ -216,7 +225,10 @@ class Engine:
         Raises:
             ConfigError: if the model or the device cannot be used.
         """
-        return cls(LoadedPipeline.load(model), model, config)
+        start = ColdStart()
+        pipeline = LoadedPipeline.load(model)
+        start.ended("load")
+        return cls(pipeline, model, config, start=start)
 
     # ---- for everybody -------------------------------------------------------------------------
 
@@ -342,7 +354,12 @@ class Engine:
             with torch.no_grad():
                 with compiling(self._speed):
                     self._certificate, self._previews = warm_up(
-                        self._pipeline, self._rendezvous, self._config, self._speed, self._cost
+                        self._pipeline,
+                        self._rendezvous,
+                        self._config,
+                        self._speed,
+                        self._cost,
+                        self._start,
                     )
                 with compiled(self._speed):
                     self._ready.set()

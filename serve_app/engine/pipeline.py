@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config import ModelConfig, check_model_folder, find_loras
 from serve_app.engine.adapters import Adapters
+from serve_app.engine.fingerprint import Fingerprint, of_component
 from serve_app.engine.params import AdapterSet, GenerationParams, Task, fitted
 from serve_app.engine.prompt_cache import NotCacheable, PromptCache, content_key
 from serve_app.engine.rendezvous import Site
@@ -190,6 +191,48 @@ def _fewest_steps(noise_scheduler: Any) -> int:
     return 1  # it needs more than a number of steps, which its pipeline knows
 
 
+def _read(config: ModelConfig, device: torch.device) -> DiffusionPipeline:
+    """The pipeline with its weights, which lie on ``device`` where they could be read to it."""
+
+    def read(**placement: str) -> DiffusionPipeline:
+        return DiffusionPipeline.from_pretrained(
+            config.source,
+            revision=config.revision,
+            variant=config.variant,
+            dtype=_resolve_dtype(config.dtype, device),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=Path(config.source).is_dir(),
+            **placement,
+        )
+
+    # Not where that would hold on the GPU what is not to stay there: offloading keeps most networks
+    # elsewhere, and 8-bit weights are made layer by layer so that the others never are there.
+    speed = config.speed
+    if device.type == "cpu" or speed.offload != "none" or speed.quantize != "none":
+        return read()
+    try:
+        pipeline = read(device_map=device.type)
+    except NotImplementedError:  # diffusers refuses, before it reads, for pipelines in two parts
+        return read()
+    _forget_placement(pipeline)
+    return pipeline
+
+
+def _forget_placement(pipeline: DiffusionPipeline) -> None:
+    """Leave a pipeline that was read with one device for a ``device_map`` as if it had been moved.
+
+    For a single device diffusers 0.42 gives each weight its place as it is read from the file
+    (`load_model_dict_into_meta`), as transformers 5 does, instead of making the network on the CPU
+    first. accelerate then puts no hooks on it (`dispatch_model` without ``force_hooks``), but notes
+    of the map stay: with one, the pipeline loads adapters in another way and is not to be moved.
+    """
+    pipeline.hf_device_map = None
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            vars(part).pop("hf_device_map", None)
+
+
 class LoadedPipeline:
     """A stock pipeline on its device, with what the engine needs to know of it."""
 
@@ -263,16 +306,23 @@ class LoadedPipeline:
         self._tokenizer = self._find_tokenizer()
         self.takes_negative_prompt = self._heeds_negative_prompt()
 
-    @property
-    def description(self) -> str:
-        """What the time of a call depends on."""
-        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
-        model = self._config.model_dump_json(exclude={"id", "device"})
-        return (
-            f"{self.class_name} of {model}, {self.dtype}, on {device} with "
-            f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-            f"diffusers {diffusers.__version__}"
-        )
+    def fingerprint(self) -> Fingerprint:
+        """What certificates and times depend on, of the pipeline: its class and config, each of its
+        components as it is in memory, adapters included, and how the model is configured.
+
+        Takes as long as reading the weights from memory once.
+        """
+        pipeline = self._pipeline
+        model = self._config.model_dump(mode="json", exclude={"id", "device"})
+        return {
+            "pipeline": f"{type(pipeline).__module__}.{self.class_name} {dict(pipeline.config)!r}",
+            **{
+                f"component {name}": of_component(part)
+                for name, part in pipeline.components.items()
+            },
+            **{f"model.{name}": repr(value) for name, value in model.items()},
+            "adapters": repr(self.adapters.names),
+        }
 
     @classmethod
     def load(cls, config: ModelConfig) -> "LoadedPipeline":
@@ -286,15 +336,7 @@ class LoadedPipeline:
         device = resolve_device(config.device)
         _quiet_libraries()
         try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                config.source,
-                revision=config.revision,
-                variant=config.variant,
-                dtype=_resolve_dtype(config.dtype, device),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=Path(config.source).is_dir(),
-            )
+            pipeline = _read(config, device)
         except Exception as error:
             raise ModelLoadError(
                 f"model {config.id!r} cannot be loaded from {config.source}: "

@@ -52,6 +52,19 @@ class PreviewMap:
         solution = torch.linalg.lstsq(torch.cat(cells).cpu(), torch.cat(colors).cpu()).solution
         return cls(solution.to(pipeline.device))
 
+    def to_json(self) -> list[list[float]]:
+        """The weights, row by row."""
+        rows: list[list[float]] = self._weights.tolist()
+        return rows
+
+    @classmethod
+    def from_json(cls, value: list[list[float]], device: torch.device) -> "PreviewMap":
+        """What `to_json` gave. Raises `ValueError` or `TypeError` if it did not."""
+        weights = torch.tensor(value, dtype=torch.float32)
+        if weights.ndim != 2 or weights.shape[1] != 3:
+            raise ValueError(f"preview weights of shape {list(weights.shape)}")
+        return cls(weights.to(device))
+
     def __call__(self, latents: Tensor, width: int, height: int) -> Tensor | None:
         """``[3, rows, columns]`` in [0, 1], for latents of a picture of this size in pixels."""
         grid = _grid(latents, width, height)

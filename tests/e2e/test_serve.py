@@ -4,6 +4,7 @@ import asyncio
 import base64
 import io
 import json
+import re
 import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,15 @@ def test_a_picture_shows_what_the_prompt_said(server: Server) -> None:
     seen = read(np.asarray(image))
     assert seen.background == "blue"
     assert [(item.color, item.shape) for item in seen.objects] == [("red", "circle")]
+
+
+def test_the_log_tells_a_replicas_start(server: Server) -> None:
+    """How old its process was, and what the engine did with its time."""
+    log = server.log.read_text()
+    assert re.search(r"model demo: loading in a process that is \d+\.\d s old", log)
+    assert re.search(
+        r"model demo: ready after \d+\.\d\d s: load .* compile 0\.00 s; nothing reused", log
+    )
 
 
 def test_the_openai_client_works(server: Server) -> None:

@@ -1,13 +1,12 @@
 """Predictions from measurements, and the batches that pay."""
 
-from pathlib import Path
+import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.engine.cost import CostModel, Measurement, worthwhile_batch
-from serve_app.errors import ConfigError
 
 SMALL, LARGE = (512, 512), (1024, 1024)
 
@@ -114,25 +113,22 @@ def test_predictions_are_positive(
     assert 1 <= cost.cap(size) <= 16
 
 
-def test_what_was_measured_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "profiles" / "model.json"
+def test_what_was_measured_is_kept() -> None:
     cost = CostModel(max_batch_size=16)
-    cost.load(path, "a model")  # not there yet
     cost.measured(SMALL, measurement(linear(0.5, 1.0)))
-    cost.observe_call(LARGE, 1.5, 2, 7.0)
-    cost.save(path, "a model")
+    cost.measured((256, 256), measurement({1: 0.5}), capped=False)
+    cost.measured(LARGE, Measurement({1: 4.0}, 0.5, 3.0, out_of_memory=True))
+    cost.observe_call((64, 64), 1.5, 2, 7.0)
     again = CostModel(max_batch_size=16)
-    again.load(path, "another model")
-    assert not again.caps
-    again.load(path, "a model")
-    assert again.caps == cost.caps
-    assert again.call_s == {SMALL: cost.call_s[SMALL]}  # not what passing load coloured
-    assert again.encode_s == cost.encode_s
-    assert again.decode_s == cost.decode_s
-    for wrong in ("{", "[]", '{"subject": "a model", "sizes": [{"size": 3}]}'):
-        path.write_text(wrong)
-        with pytest.raises(ConfigError, match="delete it"):
-            again.load(path, "a model")
+    again.add_json(json.loads(json.dumps(cost.to_json())))
+    # Not what passing load coloured, and not a cap that a lack of memory set.
+    assert again.call_s == {SMALL: cost.call_s[SMALL], (256, 256): {1.0: 0.5}}
+    assert again.caps == {SMALL: 8}
+    assert again.encode_s == {SMALL: 0.5, (256, 256): 0.5}
+    assert again.decode_s == {SMALL: 3.0, (256, 256): 3.0}
+    for wrong in ({"size": 3}, {}, cost.to_json()[0] | {"call_s": []}):
+        with pytest.raises((ValueError, KeyError, TypeError)):
+            again.add_json([wrong])
 
 
 def test_clients_cannot_fill_the_memory_with_sizes() -> None:

@@ -5,7 +5,6 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -356,35 +355,6 @@ def test_out_of_memory_halves_the_batch_and_fails_nobody(demo_pipeline: LoadedPi
     assert max(sizes[-6:]) <= 3
 
 
-def test_start_up_measures_what_pays_and_remembers(
-    demo_pipeline: LoadedPipeline, tmp_path: Path
-) -> None:
-    config = EngineConfig(
-        max_batch_size=4,
-        warmup_sizes_px=((32, 32), (64, 64)),
-        profile_path=str(tmp_path / "profile.json"),
-    )
-    rows: list[int] = []
-    handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(
-        lambda _, args: rows.append(args[0].shape[0])
-    )
-    try:
-        with Engine(demo_pipeline, DEMO, config) as engine:
-            caps = dict(engine._cost.caps)
-            measured = len(rows)
-        assert caps.keys() == {(32, 32), (64, 64)}
-        assert all(1 <= cap <= 4 for cap in caps.values())
-        rows.clear()
-        with Engine(demo_pipeline, DEMO, config) as engine:
-            assert engine._cost.caps == caps
-    finally:
-        handle.remove()
-    assert len(rows) <= measured - 2 * 2 * 4  # two sizes, one and two pictures, four calls each
-    (tmp_path / "profile.json").write_text("{")
-    with pytest.raises(ConfigError, match="delete it"):
-        Engine(demo_pipeline, DEMO, config)
-
-
 def test_a_short_urgent_request_overtakes_a_long_one(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         engine.generate(params(num_inference_steps=4))  # so that it knows what a step costs
@@ -517,20 +487,3 @@ def test_the_strength_of_the_model_is_checked_too(demo_engine: Engine) -> None:
         demo_engine.submit(params(num_inference_steps=1, image=image), lambda _: None)
     result = demo_engine.generate(params(num_inference_steps=5, image=image))
     assert result.params.strength == 0.8
-
-
-def test_a_profile_that_cannot_be_written_stops_nobody(
-    demo_pipeline: LoadedPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "file").write_text("")
-    config = EngineConfig(
-        max_batch_size=1, warmup_sizes_px=((32, 32),), profile_path=str(tmp_path / "file" / "p")
-    )
-    with Engine(demo_pipeline, DEMO, config) as engine:
-        engine.generate(params(num_inference_steps=1))
-    assert "the next start measures again" in caplog.text
-
-
-def test_a_size_to_measure_must_be_one_of_the_model(demo_pipeline: LoadedPipeline) -> None:
-    with pytest.raises(ConfigError, match="warmup_sizes_px: 33x32"):
-        Engine(demo_pipeline, DEMO, EngineConfig(warmup_sizes_px=((33, 32),)))

@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from diffusers import DiffusionPipeline
+from diffusers.pipelines import pipeline_utils
+from torch import Tensor, nn
 
-from serve_app.config import ModelConfig, parse_app_config
+from serve_app.config import ModelConfig, SpeedConfig, parse_app_config
 from serve_app.engine.engine import Engine
 from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline, resolve_device
+from serve_app.engine.pipeline import LoadedPipeline, _read, resolve_device
 from serve_app.errors import ConfigError, ModelLoadError
 from tests.tiny_pipelines import FAMILIES
 
@@ -146,3 +149,72 @@ def test_a_gpu_that_torch_cannot_use_is_explained() -> None:
     with pytest.raises(ConfigError, match=r"install a CUDA build|nvidia-smi"):
         resolve_device("cuda")
     assert resolve_device("auto").type == "cpu"
+
+
+def _networks(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
+    return {
+        f"{type(network).__name__} {name}": weights
+        for network in _networks(pipeline)
+        for name, weights in network.state_dict().items()
+    }
+
+
+META = torch.device("meta")
+"""Stands in for a GPU: not the CPU, and what is moved there cannot come back."""
+
+
+@pytest.fixture
+def meta_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a place for ``device_map``; diffusers lists the CPU and what torch finds of GPUs."""
+    monkeypatch.setattr(
+        pipeline_utils, "SUPPORTED_DEVICE_MAP", [*pipeline_utils.SUPPORTED_DEVICE_MAP, "meta"]
+    )
+
+
+@pytest.mark.parametrize("family", ["stable-diffusion", "sd3"])
+@pytest.mark.usefixtures("meta_is_supported")
+def test_weights_are_read_to_the_device(tmp_path: Path, family: str) -> None:
+    FAMILIES[family]().save_pretrained(tmp_path)
+    pipeline = _read(ModelConfig(id="m", path=str(tmp_path)), META)
+    assert {weights.device for weights in _weights(pipeline).values()} == {META}
+    # As if it had been moved: free to be moved again, or to be offloaded.
+    assert pipeline.hf_device_map is None
+    for network in _networks(pipeline):
+        assert "to" not in vars(network)
+        assert not hasattr(network, "hf_device_map")
+        assert not any(hasattr(layer, "_hf_hook") for layer in network.modules())
+        assert not any(layer._forward_pre_hooks for layer in network.modules())
+
+
+@pytest.mark.parametrize("speed", [SpeedConfig(offload="model"), SpeedConfig(quantize="int8")])
+@pytest.mark.usefixtures("meta_is_supported")
+def test_weights_that_are_not_to_stay_there_are_not_read_to_it(
+    folder: Path, speed: SpeedConfig
+) -> None:
+    pipeline = _read(ModelConfig(id="m", path=str(folder), speed=speed), META)
+    assert {weights.device.type for weights in _weights(pipeline).values()} == {"cpu"}
+
+
+def test_where_diffusers_cannot_read_to_a_device_it_reads_as_ever(folder: Path) -> None:
+    """It refuses so for a place that it does not know, and for pipelines in two parts."""
+    expected = _weights(FAMILIES["stable-diffusion"]())
+    found = _weights(_read(ModelConfig(id="m", path=str(folder)), META))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_device_map_changes_no_weights(folder: Path) -> None:
+    """What diffusers and transformers do for a GPU, done for the CPU."""
+    plain, mapped = (
+        DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16, **placement)
+        for placement in ({}, {"device_map": "cpu"})
+    )
+    expected, found = _weights(plain), _weights(mapped)
+    assert found.keys() == expected.keys()
+    for name, weights in expected.items():
+        assert torch.equal(found[name], weights), name
+        assert found[name].dtype == weights.dtype, name

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from serve_app.engine.pipeline import LoadedPipeline
 from tests.benchmarks.saturation import psnr
 from tests.conftest import FIFO
 from tests.full_size import MODELS
+from tests.tiny_pipelines import FAMILIES
 from tests.waiting import wait_until
 
 pytestmark = [
@@ -191,3 +193,27 @@ def test_without_memory_for_all_fewer_are_painted_at_a_time(
     assert "OutOfMemoryError" in caplog.text
     alone = [pipeline.paint(params)[0].cpu() for params in requests[:4]]
     assert largest_difference(alone, pictures[:4]) <= DIFFERENCE
+
+
+def test_weights_that_were_read_to_the_gpu_are_those_that_were_moved_there(tmp_path: Path) -> None:
+    FAMILIES["sdxl"]().save_pretrained(tmp_path)
+    model = ModelConfig(id="m", path=str(tmp_path), device="cuda", dtype="float32")
+    read = LoadedPipeline.load(model)
+    moved = LoadedPipeline(FAMILIES["sdxl"]().to(DEVICE), model)
+    params = GenerationParams("a cat", 1, width=64, height=32, num_inference_steps=2)
+    assert torch.equal(read.paint(params), moved.paint(params))
+    for name, network in read._pipeline.components.items():
+        if isinstance(network, torch.nn.Module):
+            other = moved._pipeline.components[name].state_dict()
+            for key, weights in network.state_dict().items():
+                assert weights.device.type == "cuda"
+                assert torch.equal(weights, other[key])
+
+
+def test_a_start_on_the_gpu_is_taken_over(tmp_path: Path) -> None:
+    FAMILIES["sdxl"]().save_pretrained(tmp_path / "model")
+    model = ModelConfig(id="m", path=str(tmp_path / "model"), device="cuda")
+    config = EngineConfig(profile_path=str(tmp_path / "profile.json"), max_batch_size=4)
+    for reuse in ("certification and caps found anew", "certification reused"):
+        with Engine.load(model, config) as engine:
+            assert engine._start.reuse.startswith(reuse)
