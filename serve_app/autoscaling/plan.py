@@ -27,7 +27,7 @@ from serve_app.autoscaling.simulator import (
 )
 from serve_app.autoscaling.simulator import costs as costs_of
 from serve_app.autoscaling.trace import Trace, drawn, parse_mix, poisson, read_arrivals
-from serve_app.engine.cost import CostModel, Measurement
+from serve_app.engine.cost import CostModel
 from serve_app.engine.scheduler import POLICIES
 from serve_app.errors import ConfigError
 
@@ -152,18 +152,15 @@ def read_costs(path: Path, max_batch_size: int) -> CostModel:
     """
     costs = CostModel(max_batch_size)
     try:
-        for entry in json.loads(path.read_text(encoding="utf-8"))["sizes"]:
-            width, height = entry["size"]
-            call_s = {float(rows): float(seconds) for rows, seconds in entry["call_s"]}
-            times_s = [*call_s.values(), float(entry["encode_s"]), float(entry["decode_s"])]
-            if not call_s or min(times_s) < 0 or not min(call_s.values()) > 0:
-                raise ValueError(f"a time of {width}x{height} is not over 0")
-            size = int(width), int(height)
-            costs.measured(size, Measurement(call_s, times_s[-2], times_s[-1]))  # type: ignore[arg-type]
-            costs.caps[size] = int(entry["cap"])
+        content = json.loads(path.read_text(encoding="utf-8"))
+        costs.add_json(content.get("found", content)["sizes"])
+        for size, call_s in costs.call_s.items():
+            rest_s = costs.encode_s[size], costs.decode_s[size]
+            if not min(call_s.values()) > 0 or not min(rest_s) >= 0:
+                raise ValueError(f"the times of {size[0]}x{size[1]} are none")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} is no table of step times ({error!r}); write one by starting an engine with "
             "engine.profile_path and engine.warmup_sizes_px, or see configs/costs/."
