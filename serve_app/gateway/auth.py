@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -170,14 +171,21 @@ class KeyRing:
 
 
 class KeyGuard:
-    """Lets requests to ``/v1/`` in if their key may. Plain ASGI: a stream counts until it ends."""
+    """Lets requests in if their key may. Plain ASGI: a stream counts until it ends.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    A path that is not known to be open is guarded. It is taken without the prefix at which the
+    application is mounted, by the function by which Starlette's routes take theirs.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
+        """``open_paths``: need no key; with those that end in a slash, all below."""
         self._app = app
         self._keys = keys
+        self._open = frozenset(open_paths)
+        self._open_below = tuple(path for path in open_paths if path.endswith("/") and path != "/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or self._is_open(get_route_path(scope)):
             await self._app(scope, receive, send)
             return
         try:
@@ -190,3 +198,6 @@ class KeyGuard:
             await self._app(scope, receive, send)
         finally:
             self._keys.leave(name)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open or path.startswith(self._open_below)

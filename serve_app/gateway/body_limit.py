@@ -5,6 +5,7 @@ Starlette has one as well, which answers in plain text rather than with OpenAI's
 
 from collections.abc import Callable
 
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -16,7 +17,7 @@ class BodyLimit:
     """Reads a body as far as its path allows, whatever length it claims, then calls ``app``."""
 
     def __init__(self, app: ASGIApp, max_bytes: Callable[[str], int]) -> None:
-        """``max_bytes``: by the path of the request."""
+        """``max_bytes``: by the path of the request, as routes have it."""
         self._app = app
         self._max_bytes = max_bytes
 
@@ -24,7 +25,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        most = self._max_bytes(scope["path"])
+        most = self._max_bytes(get_route_path(scope))
         claimed = Headers(scope=scope).get("content-length", "0")
         # What is no number, or one beyond reason, is found out by counting.
         size = int(claimed) if claimed.isdecimal() and len(claimed) < 20 else 0

@@ -27,6 +27,9 @@ from serve_app.gateway.streaming import stream
 
 EDITS = "/v1/images/edits"
 
+OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
+"""What needs no key: whether it lives, what it takes, the page. "" leads to the page."""
+
 
 def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
     """The ASGI application of one gateway replica."""
@@ -45,7 +48,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
 
     # The last one added is the first to see a request: no body is read for who has no key.
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    api.add_middleware(KeyGuard, keys=keys)
+    api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
     add_error_handlers(api)
     complete(api, with_keys=bool(keys))
 
