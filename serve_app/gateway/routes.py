@@ -99,7 +99,8 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
         info = await painter.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
-    @api.get("/v1/models/{model}", responses=documented(401, 404, 429, 503), tags=["models"])
+    # Names of the hub have a slash.
+    @api.get("/v1/models/{model:path}", responses=documented(401, 404, 429, 503), tags=["models"])
     async def retrieve_model(model: str) -> ModelObject:
         """One model by its name."""
         if model != config.model.id:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.config import EngineConfig, GatewayConfig
+from serve_app.config import EngineConfig, GatewayConfig, ModelConfig
 from serve_app.engine.params import MAX_SEED, GenerationParams
 from serve_app.errors import DiffusionServeError, GenerationFailed, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
@@ -272,6 +272,22 @@ async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     assert model["quality_steps"] == {"low": 10, "medium": 20, "high": 40}
     assert (await client.get("/v1/models/demo")).json() == model
     assert error_of(await client.get("/v1/models/sd"), 404)["code"] == "model_not_found"
+
+
+async def test_names_of_the_hub_have_a_slash(painter: FakePainter) -> None:
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    config = CONFIG.model_copy(update={"model": ModelConfig(id=name)})
+    api = create_api(config, painter, KeyRing(None, None))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api), base_url="http://test"
+    ) as client:
+        for path in (name, name.replace("/", "%2F")):
+            assert (await client.get(f"/v1/models/{path}")).status_code == 200
+        for path in ("", "stabilityai", f"{name}/"):
+            error = error_of(await client.get(f"/v1/models/{path}"), 404)
+            assert error["code"] == "model_not_found"
+        described = (await client.get("/openapi.json")).json()
+        assert "/v1/models/{model}" in described["paths"]
 
 
 @pytest.mark.parametrize(
