@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from serve_app.config import LimitsConfig
 from serve_app.errors import InvalidRequest
@@ -16,8 +16,17 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 _THREADS = ThreadPoolExecutor(2, "pictures")
 """A decoded picture may be a hundred times its file: few at a time."""
 
-_BROKEN = (OSError, ValueError, SyntaxError, ArithmeticError, LookupError, TypeError)
-"""What Pillow raises of broken files is not listed anywhere."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation. Pillow's exif_transpose also writes the rest of EXIF anew, and fails where
+that is malformed."""
 
 Result = TypeVar("Result")
 
@@ -73,12 +82,15 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
                 param,
             )
         image.load()
-        return ImageOps.exif_transpose(image)
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        return image if turn is None else image.transpose(turn)
+    except InvalidRequest:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(
             f"{param} has too many pixels; at most {most} are allowed.", param
         ) from None
-    except _BROKEN as error:
+    except Exception as error:  # noqa: BLE001  what Pillow raises of broken files is listed nowhere
         # Of what is no picture at all, Pillow only tells where in memory it is.
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise InvalidRequest(

@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from tests.gateway.conftest import FakePainter, decoded, error_of
+from serve_app.gateway.uploads import read_image
+from tests.gateway.conftest import LIMITS, FakePainter, decoded, error_of
 
 pytestmark = pytest.mark.anyio
 
@@ -127,6 +128,36 @@ async def test_a_photo_is_turned_as_its_camera_was(
     assert image is not None
     top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
     assert top[0] > 200 > bottom[0]  # type: ignore[index, operator]
+
+
+def exif_with(tag: int, kind: int, value: int) -> bytes:
+    """A quarter turn, and one more entry as it is."""
+    entries = struct.pack("<HHIIHHII", 0x0112, 3, 1, 6, tag, kind, 1, value)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [(0x010E, 5, 0), (0x0100, 2, 0), (0xA005, 9, 2**32 - 1), (0xA005, 7, 0)],
+    ids=str,
+)
+async def test_the_rest_of_exif_may_be_malformed(
+    client: httpx.AsyncClient, malformed: tuple[int, int, int]
+) -> None:
+    data = file_of(halves((64, 32)), "jpeg", exif=exif_with(*malformed))
+    response = await edit(client, data)
+    assert response.status_code == 200, response.text
+    assert response.json()["size"] == "32x64"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+async def test_pictures_are_turned_as_pillow_turns_them(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.effect_noise((5, 3), 90).convert("RGB")
+    data = file_of(image, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert read_image(data, LIMITS).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
