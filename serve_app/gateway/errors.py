@@ -113,7 +113,7 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
             message = f"unknown field {param!r}; known are {', '.join(model.model_fields)}."
         case "missing":
             message = f"the field {param!r} is required."
-        case _ if param is None:
+        case "model_type":
             message = f"the body must be a JSON object, not {type(problem['input']).__name__}."
         case _:
             message = f"{param}: {problem['msg'][0].lower()}{problem['msg'][1:]}."

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from serve_app.errors import InvalidRequest
@@ -42,11 +43,16 @@ async def read_edit(request: Request) -> EditForm:
     Raises:
         InvalidRequest: naming the field and what is allowed.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    given, options = parse_options_header(request.headers.get("content-type"))
+    kind = given.decode("latin-1").lower()
     if kind != "multipart/form-data":
         raise InvalidRequest(
             f"the body must be multipart/form-data, not {kind[:100] or 'without a content type'}."
         )
+    # Starlette would decode by any codec of Python's, some of which raise whatever they are given.
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise InvalidRequest(f"the body must be in UTF-8, not {charset[:100]!r}.")
     texts: dict[str, object] = {}
     files: dict[str, bytes] = {}
     async with request.form(max_files=len(_FILES) + 1, max_fields=MAX_FIELDS) as form:

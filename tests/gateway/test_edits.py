@@ -296,6 +296,27 @@ async def test_an_upload_may_be_longer_than_json_and_not_endless(
     assert "200000 bytes" in error["message"]
 
 
+async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, painter: FakePainter) -> None:
+    image = file_of(halves()).replace(b"\r\n--", b"")
+
+    async def answer(charset: str, prompt: bytes) -> httpx.Response:
+        part = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+        content = (
+            part % (b"prompt", prompt)
+            + part.replace(b'"\r\n', b'"; filename="a.png"\r\n') % (b"image", image)
+            + b"--x--\r\n"
+        )
+        headers = {"content-type": f"multipart/form-data; boundary=x{charset}"}
+        return await client.post("/v1/images/edits", content=content, headers=headers)
+
+    for charset in ("", "; charset=utf-8", '; charset="UTF-8"'):
+        assert (await answer(charset, "ä".encode())).status_code == 200
+        assert painter.asked[-1].prompt == "ä"
+    for name in ("undefined", "punycode", "utf-16", "idna", "x" * 1_000):
+        error = error_of(await answer(f"; charset={name}", b"\xe9-x"), 400)
+        assert f"in UTF-8, not '{name[:100]}'" in error["message"]
+
+
 async def test_another_kind_of_body_is_refused(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/images/edits", content=json.dumps({"prompt": "x"}))
     assert "multipart/form-data" in error_of(response, 400)["message"]
