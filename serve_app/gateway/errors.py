@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5.0
 """Where an error does not say when to try again."""
+
+MOST_SHOWN = 100
+"""Characters of what a client named, where an error repeats it."""
 
 _REASONS = {
     400: "The request is wrong; the message says where.",
@@ -91,7 +95,7 @@ class _HttpError(InvalidRequest):
 
 
 def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
-    path = scope["path"]
+    path = scope["path"][:MOST_SHOWN]
     match error.status_code:
         case 404:
             return _HttpError(404, f"no such path: {path}")
@@ -104,7 +108,7 @@ def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
 def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first problem that pydantic found, in words that name the field and what is allowed."""
     problem = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in problem["loc"]) or None
+    param = _param(problem["loc"], model)
     match problem["type"]:
         case "json_invalid":
             reason = problem["msg"].removeprefix("Invalid JSON: ")
@@ -115,12 +119,25 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
             message = f"the field {param!r} is required."
         case "model_type":
             message = f"the body must be a JSON object, not {type(problem['input']).__name__}."
+        case _ if param is None:
+            message = f"the body: {problem['msg'][0].lower()}{problem['msg'][1:]}."
         case _:
             message = f"{param}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
             field = model.model_fields.get(str(problem["loc"][0]))
             if field is not None and field.description is not None:
                 message = f"{message} {field.description}"
     return InvalidRequest(message, param)
+
+
+def _param(loc: tuple[int | str, ...], model: type[BaseModel]) -> str | None:
+    """``lora.ink``: where the problem is, without pydantic's names of what a union is made of."""
+    if not loc:
+        return None
+    name, *within = map(str, loc)
+    field = model.model_fields.get(name)
+    if field is not None and isinstance(field.annotation, UnionType):
+        within = within[1:]
+    return ".".join([name, *within])[:MOST_SHOWN]
 
 
 def add_error_handlers(api: FastAPI) -> None:

@@ -9,7 +9,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.errors import from_validation
+from serve_app.gateway.errors import MOST_SHOWN, from_validation
 from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest
 
 MAX_FIELDS = 64
@@ -58,11 +58,12 @@ async def read_edit(request: Request) -> EditForm:
     async with request.form(max_files=len(_FILES) + 1, max_fields=MAX_FIELDS) as form:
         for name, value in form.multi_items():
             field = name.removesuffix("[]")
+            shown = field[:MOST_SHOWN]
             if isinstance(value, UploadFile) != (field in _FILES):
                 wanted = "a file" if field in _FILES else "text"
-                raise InvalidRequest(f"{field} must be {wanted}.", field)
+                raise InvalidRequest(f"{shown} must be {wanted}.", shown)
             if field in files or field in texts:
-                raise InvalidRequest(f"{field} is given twice; one is taken.", field)
+                raise InvalidRequest(f"{shown} is given twice; one is taken.", shown)
             if isinstance(value, UploadFile):
                 files[field] = await value.read()
             else:
@@ -82,7 +83,7 @@ def _add(texts: dict[str, object], field: str, value: str) -> None:
     if bracket and key.endswith("]"):
         within = texts.setdefault(name, {})
         if not isinstance(within, dict) or key[:-1] in within:
-            raise InvalidRequest(f"{name} is given twice.", name)
+            raise InvalidRequest(f"{name[:MOST_SHOWN]} is given twice.", name[:MOST_SHOWN])
         within[key[:-1]] = value
     elif field == "lora" and value.startswith("{"):
         try:

@@ -190,11 +190,40 @@ async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.As
     assert "pixel, ink" in error["message"]
 
 
-@pytest.mark.parametrize("lora", [["ink"], {"ink": "1"}, {"ink": 11}, {"ink": None}, 3])
-async def test_other_adapters_are_a_400(client: httpx.AsyncClient, lora: object) -> None:
+@pytest.mark.parametrize(
+    ("lora", "param"),
+    [
+        (["ink"], "lora"),
+        ({"ink": "1"}, "lora.ink"),
+        ({"ink": 11}, "lora"),
+        ({"str": None}, "lora.str"),
+        (3, "lora"),
+    ],
+)
+async def test_other_adapters_are_a_400(
+    client: httpx.AsyncClient, lora: object, param: str
+) -> None:
     error = error_of(await post(client, {"prompt": "a", "lora": lora}), 400)
-    assert error["param"] is not None
-    assert error["param"].startswith("lora")
+    assert error["param"] == param
+    assert "dict[" not in error["message"]
+
+
+async def test_errors_repeat_no_more_than_a_line_of_what_was_sent(
+    client: httpx.AsyncClient,
+) -> None:
+    long = "x" * 1_500
+    for body in ({"prompt": "a", long: 1}, {"prompt": "a", "lora": {long: "1"}}):
+        error = error_of(await post(client, body), 400)
+        assert len(error["param"]) == 100
+        assert len(error["message"]) < 600
+    for files in ({long: ("a.png", b"x")}, {"image": ("a.png", b"x")}):
+        response = await client.post(
+            "/v1/images/edits", data={"prompt": "a", long: ["1", "2"]}, files=files
+        )
+        error = error_of(response, 400)
+        assert len(error["param"]) == 100
+        assert len(error["message"]) < 600
+    assert len(error_of(await client.get(f"/{long}"), 404)["message"]) < 200
 
 
 async def test_another_model_is_a_404(client: httpx.AsyncClient) -> None:
