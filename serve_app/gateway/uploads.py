@@ -43,10 +43,11 @@ def read_image(data: bytes, limits: LimitsConfig) -> Image.Image:
         InvalidRequest: if it is no such picture, or a huge one.
     """
     image = _decode(data, "image", limits)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
 
 
 def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image.Image:
@@ -62,17 +63,18 @@ def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image
             "must have the same size.",
             "mask",
         )
-    if not image.has_transparency_data:
+    if image.mode == "RGB":
         raise InvalidRequest(
             "mask has no transparency: make transparent what shall be painted anew.", "mask"
         )
-    opaque = image.convert("RGBA").getchannel("A")
+    opaque = image.getchannel("A")
     if opaque.getextrema()[0] == 255:
         raise InvalidRequest("mask is opaque everywhere: there is nothing to paint anew.", "mask")
     return ImageOps.invert(opaque)
 
 
 def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
+    """In RGBA if anything of it is transparent, else in RGB; never more than two copies at once."""
     most = limits.max_image_pixels
     try:
         image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -83,7 +85,12 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
             )
         image.load()
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-        return image if turn is None else image.transpose(turn)
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.mode == "I;16":  # Pillow would clip what is over 255 to white
+            image = image.point(lambda value: value * (1 / 256)).convert("L")
+            image.info.pop("transparency", None)  # a grey of 16 bits
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
     except InvalidRequest:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

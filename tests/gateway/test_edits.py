@@ -3,6 +3,8 @@
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
@@ -10,6 +12,7 @@ import httpx
 import pytest
 from PIL import Image, ImageOps
 
+from serve_app.config import LimitsConfig
 from serve_app.gateway.uploads import read_image
 from tests.gateway.conftest import LIMITS, FakePainter, decoded, error_of
 
@@ -201,6 +204,48 @@ async def test_transparent_parts_become_white(
     assert image is not None
     assert image.getpixel((8, 32)) == (255, 255, 255)
     assert image.getpixel((56, 32)) == (0, 0, 0)
+
+
+async def test_sixteen_bits_of_grey_are_read_as_eight(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    row = struct.pack("<64H", *(column * 1024 for column in range(64)))
+    data = file_of(Image.frombytes("I;16", (64, 64), row * 64))
+    assert (await edit(client, data)).status_code == 200
+    read = painter.asked[0].image
+    assert read is not None
+    assert [read.getpixel((column, 5)) for column in (0, 20, 63)] == [
+        (value, value, value) for value in (0, 80, 252)
+    ]
+
+
+READ = """
+import resource, sys
+from serve_app.config import LimitsConfig
+from serve_app.config import LimitsConfig
+from serve_app.gateway.uploads import read_image
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+data, before = sys.stdin.buffer.read(), peak()
+print(*read_image(data, LimitsConfig()).size, peak() - before)
+"""
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA"])
+def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(mode: str) -> None:
+    """All of one color, the largest that is let in: a few kilobytes."""
+    side = 4_096
+    assert LimitsConfig().max_image_pixels == side * side
+    data = file_of(Image.new(mode, (side, side)))
+    assert len(data) < 100_000
+    done = subprocess.run(
+        [sys.executable, "-c", READ], input=data, capture_output=True, check=True, timeout=120
+    )
+    width, height, held_bytes = map(int, done.stdout.split())
+    assert (width, height) == (side, side)
+    assert held_bytes < 9 * side * side
 
 
 def png_that_claims(width: int, height: int) -> bytes:
