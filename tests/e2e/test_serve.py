@@ -117,6 +117,16 @@ def test_the_openai_client_streams_previews(server: Server) -> None:
     assert events[-1].usage.output_tokens == 16
 
 
+def test_the_openai_client_hands_on_events_that_it_does_not_know(server: Server) -> None:
+    body = {"seed": 1, "progress": True, "num_inference_steps": 8}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.images.generate(prompt="x", stream=True, extra_body=body)
+        *progress, finished = stream
+    assert finished.type == "image_generation.completed"
+    assert {event.type for event in progress} == {"image_generation.progress"}
+    assert [event.total_steps for event in progress] == [8] * len(progress)  # type: ignore[union-attr]
+
+
 def test_the_openai_client_edits_with_a_mask(server: Server) -> None:
     star = SceneObject("star", "red", 0.75, 0.5, 0.2)
     source = Image.fromarray(render(Scene("blue", (star,)), 128, 128))

@@ -16,6 +16,7 @@ from serve_app.engine.params import MAX_SEED, GenerationParams
 from serve_app.errors import DiffusionServeError, GenerationFailed, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
+from serve_app.gateway.schemas import ImageGenerationRequest
 from tests.gateway.conftest import CONFIG, LIMITS, FakePainter, decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +106,7 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
         ({"negative_prompt": []}, "negative_prompt", "string"),
         ({"quality": "hd"}, "quality", "'low', 'medium' or 'high'"),
         ({"style": "vivid"}, "style", "unknown field"),
+        ({"style": None}, "style", "unknown field"),
         ({"response_format": "url"}, "response_format", "no URLs"),
         ({"background": "transparent"}, "background", "opaque"),
         ({"output_compression": 50}, "output_compression", "leave it out for png"),
@@ -161,6 +163,18 @@ async def test_infinities_are_refused(client: httpx.AsyncClient) -> None:
         content = f'{{"prompt": "x", "guidance_scale": {number}}}'
         error = error_of(await client.post("/v1/images/generations", content=content), 400)
         assert error["param"] == "guidance_scale"
+
+
+async def test_null_is_a_field_left_out(client: httpx.AsyncClient, painter: FakePainter) -> None:
+    body = dict.fromkeys(ImageGenerationRequest.model_fields.keys() - {"prompt"})
+    response = await post(client, {"prompt": "x"} | body)
+    assert response.status_code == 200, response.text
+    assert response.json()["output_format"] == "png"
+    described = (await client.get("/openapi.json")).json()
+    operation = described["paths"]["/v1/images/generations"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    for name in body:
+        assert {"type": "null"} in schema["properties"][name]["anyOf"], name
 
 
 async def test_a_missing_prompt_is_named(client: httpx.AsyncClient) -> None:
