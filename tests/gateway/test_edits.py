@@ -65,6 +65,16 @@ async def test_a_picture_without_a_mask_is_painted_over(
     assert response.json()["usage"]["input_tokens_details"]["image_tokens"] == 16
 
 
+async def test_what_is_sent_counts_as_it_is_painted_from(client: httpx.AsyncClient) -> None:
+    """At the size that is painted, once for each picture, as its description says."""
+    answer = (await edit(client, file_of(halves((640, 480))), n="2", size="48x32")).json()
+    details = answer["usage"]["input_tokens_details"]
+    assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    described = schemas["InputTokensDetails"]["properties"]["image_tokens"]["description"]
+    assert "size that is painted; once for each picture" in described
+
+
 async def test_what_is_transparent_in_the_mask_is_painted_anew(
     client: httpx.AsyncClient, painter: FakePainter
 ) -> None:
@@ -169,6 +179,7 @@ async def test_pictures_are_turned_as_pillow_turns_them(orientation: int) -> Non
         ((640, 480), None, "72x56"),  # as many pixels as the model's own size, about
         ((50, 30), None, "48x32"),
         ((3, 3), None, "8x8"),
+        ((1, 20_000), None, "8x512"),
         ((640, 480), "64x64", "64x64"),
         ((640, 480), "auto", "72x56"),
     ],
