@@ -19,7 +19,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.errors import ConfigError, DiffusionServeError, InvalidKey, RateLimited
+from serve_app.errors import ConfigError, CrossSite, DiffusionServeError, InvalidKey, RateLimited
 from serve_app.gateway.errors import problem_of
 
 logger = logging.getLogger(__name__)
@@ -161,8 +161,8 @@ class KeyRing:
                 version = (status.st_mtime, status.st_size)
                 if version == self._version:
                     return
-                self._version = version
                 text = self._path.read_text(encoding="utf-8")
+                self._version = version  # now, so that a reading that failed is tried again
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"the API keys in {self._path} cannot be read: {error}") from None
             keys += parse_keys(text, str(self._path))
@@ -173,8 +173,9 @@ class KeyRing:
 class KeyGuard:
     """Lets requests in if their key may. Plain ASGI: a stream counts until it ends.
 
-    A path that is not known to be open is guarded. It is taken without the prefix at which the
-    application is mounted, by the function by which Starlette's routes take theirs.
+    Without keys everybody may, but for pages of other web sites, whose JSON browsers send as plain
+    text without asking first. A path that is not known to be open is guarded. It is taken without
+    the prefix at which the application is mounted, by the function that Starlette's routes use.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
@@ -188,8 +189,13 @@ class KeyGuard:
         if scope["type"] != "http" or self._is_open(get_route_path(scope)):
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            name = self._keys.enter(Headers(scope=scope).get("authorization"))
+            if not self._keys and headers.get("sec-fetch-site") == "cross-site":
+                raise CrossSite(
+                    "a page of another web site may not use this server, which asks for no key."
+                )
+            name = self._keys.enter(headers.get("authorization"))
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)
             return

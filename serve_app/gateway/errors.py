@@ -17,6 +17,8 @@ from serve_app.errors import (
     DiffusionServeError,
     InvalidKey,
     InvalidRequest,
+    Overloaded,
+    Unavailable,
 )
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 
@@ -31,7 +33,9 @@ MOST_SHOWN = 100
 _REASONS = {
     400: "The request is wrong; the message says where.",
     401: "No API key, or an unknown one.",
+    403: "A page of another web site asks, and there are no API keys.",
     404: "No such model, LoRA adapter or path.",
+    408: "The body did not come in time.",
     413: "The body is too long.",
     429: "Too many requests.",
     500: "The picture could not be made.",
@@ -76,8 +80,8 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(math.ceil(ours.retry_after_s or RETRY_AFTER_S))
-    elif status < 500:
-        # OpenAI's clients heed it; trying again changes nothing.
+    elif status < 500 or status == 504:
+        # OpenAI's clients heed it; trying again changes nothing, or takes as long again.
         headers["x-should-retry"] = "false"
     if isinstance(ours, InvalidKey):
         headers["WWW-Authenticate"] = "Bearer"
@@ -85,7 +89,7 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
 
 
 class _HttpError(InvalidRequest):
-    """One that Starlette found, such as a path that does not exist."""
+    """One that Starlette or Serve's proxy found, such as a path that does not exist."""
 
     code = "http_error"
 
@@ -101,6 +105,14 @@ def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
             return _HttpError(404, f"no such path: {path}")
         case 405:
             return _HttpError(405, f"{scope['method']} is not allowed on {path}")
+        case 408:
+            return _HttpError(408, "the request took longer than this server allows.")
+        case 429:
+            return Overloaded("too many requests are waiting; try again later.")
+        case 503:
+            return Unavailable("no replica can take the request; try again in a few seconds.")
+        case status if status >= 500:
+            return DiffusionServeError(str(error.detail))
         case status:
             return _HttpError(status, str(error.detail))
 

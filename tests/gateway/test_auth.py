@@ -171,6 +171,48 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
         assert await status("sk-narrow") == 401  # and not: open to all
 
 
+async def test_a_reading_that_failed_is_tried_again(
+    painter: FakePainter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.0)
+    path = tmp_path / "keys.yaml"
+    path.write_text("[]")
+    keys = KeyRing(path, None)
+    path.write_text(PLAIN)
+    read_text = Path.read_text
+    failures = [OSError("stale file handle")]
+
+    def failing(self: Path, encoding: str) -> str:
+        if failures and self == path:
+            raise failures.pop()
+        return read_text(self, encoding)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    async with client_of(painter, keys) as client:
+        statuses = [
+            (await client.get("/v1/models", headers=using("sk-plain"))).status_code
+            for _ in range(2)
+        ]
+    assert statuses == [401, 200]
+
+
+async def test_pages_of_other_sites_may_not_use_a_server_without_keys(painter: FakePainter) -> None:
+    from_elsewhere = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
+    async with client_of(painter, KeyRing(None, None)) as client:
+        response = await client.post(
+            "/v1/images/generations", content='{"prompt": "x"}', headers=from_elsewhere
+        )
+        assert error_of(response, 403)["code"] == "cross_site"
+        assert painter.asked == []
+        assert (await client.get("/", headers=from_elsewhere)).status_code == 200  # by a link
+        for site in ("same-origin", "same-site", "none"):
+            response = await client.get("/v1/models", headers={"sec-fetch-site": site})
+            assert response.status_code == 200
+    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+        response = await client.get("/v1/models", headers=from_elsewhere | using("sk-plain"))
+        assert response.status_code == 200
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -306,6 +306,12 @@ async def test_readiness_follows_the_replicas_and_liveness_does_not(
     assert (await client.get("/health")).json() == {"status": "ok"}
 
 
+async def test_probes_may_ask_for_the_head_alone(client: httpx.AsyncClient) -> None:
+    for path in ("/", "/health", "/ready"):
+        response = await client.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+
+
 async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/models")).json()
     assert body["object"] == "list"
@@ -388,8 +394,9 @@ async def test_who_takes_too_long_is_given_up(painter: FakePainter) -> None:
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(api), base_url="http://test"
     ) as client:
-        error = error_of(await post(client, {"prompt": "x", "seed": 3}), 504)
-    assert error["code"] == "deadline_exceeded"
+        response = await post(client, {"prompt": "x", "seed": 3})
+    assert error_of(response, 504)["code"] == "deadline_exceeded"
+    assert response.headers["x-should-retry"] == "false"
     assert painter.cancelled == 1
 
 
