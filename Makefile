@@ -16,10 +16,12 @@ install: .venv/installed
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The check answers a wrong configuration at once, before Ray is started.
+# The check answers a wrong configuration at once, before Ray is started. The variable is read by
+# Serve's proxies: serve_app/gateway/proxy.py says what for.
 serve: install
 	$(BIN)/diffusion-serve check $(CONFIG)
-	$(BIN)/serve run $(CONFIG)
+	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.gateway.proxy:middlewares \
+		$(BIN)/serve run $(CONFIG)
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed

@@ -174,7 +174,10 @@ class LimitsConfig(_Config):
         4096, ge=8, description="Longer side; the position embeddings of a model end somewhere."
     )
     max_image_pixels: int = Field(
-        64 * 1024 * 1024, ge=64, description="Width times height of a picture to start from."
+        16 * 1024 * 1024,
+        ge=64,
+        description="Width times height of a picture to start from. While it is read, the gateway "
+        "holds 8 bytes for each of them.",
     )
     max_steps: int = Field(100, ge=1)
     max_images: int = Field(10, ge=1, description="Pictures per HTTP request (n).")

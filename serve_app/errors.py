@@ -7,6 +7,8 @@
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
     │   ├── BodyTooLarge                413  body_too_large
+    │   ├── BodyTooSlow                 408  body_too_slow
+    │   ├── CrossSite                   403  cross_site          another web site's page asks
     │   └── InvalidKey                  401  invalid_api_key
     ├── RateLimited                     429  rate_limit_exceeded of one key; try again later
     ├── Overloaded                      429  overloaded          of all; try again later
@@ -73,6 +75,20 @@ class BodyTooLarge(InvalidRequest):
 
     status = 413
     code = "body_too_large"
+
+
+class BodyTooSlow(InvalidRequest):
+    """The request's body did not come in time."""
+
+    status = 408
+    code = "body_too_slow"
+
+
+class CrossSite(InvalidRequest):
+    """A page of another web site makes a browser ask, of a server that wants no key."""
+
+    status = 403
+    code = "cross_site"
 
 
 class InvalidKey(InvalidRequest):

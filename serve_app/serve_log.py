@@ -4,7 +4,7 @@ import logging
 
 
 def log_through_serve() -> None:
-    """Called once in each replica. Serve leaves all loggers but its own to the root's handlers."""
+    """Called once in each replica and proxy: Serve leaves loggers not its own to the root's."""
     ours = logging.getLogger("serve_app")
     ours.setLevel(logging.INFO)
     ours.parent = logging.getLogger("ray.serve")

@@ -164,7 +164,7 @@ class GenerationParams:
         step = model.size_multiple
         default_size = model.default_width, model.default_height
         if self.image is not None:
-            default_size = _near(self.image.size, default_size, step)
+            default_size = _near(self.image.size, default_size, step, limits)
         width = default_size[0] if self.width is None else self.width
         height = default_size[1] if self.height is None else self.height
         if width <= 0 or height <= 0 or width % step or height % step:
@@ -276,14 +276,20 @@ def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
     return image if image.size == size else ImageOps.fit(image, size)
 
 
-def _near(size: tuple[int, int], native: tuple[int, int], multiple: int) -> tuple[int, int]:
-    """``size`` in multiples of that, made smaller where it has more pixels than ``native``."""
-    most = math.prod(native)
+def _near(
+    size: tuple[int, int], native: tuple[int, int], multiple: int, limits: LimitsConfig
+) -> tuple[int, int]:
+    """``size`` in multiples of that, made smaller where it has more pixels than ``native``.
+
+    The longer side of extreme shapes is cut, so that the shorter one is still a multiple.
+    """
+    most = min(math.prod(native), limits.max_pixels)
+    longest = min(limits.max_side_px, most // multiple) // multiple
     scale = min(1.0, math.sqrt(most / math.prod(size)))
     cells = [side * scale / multiple for side in size]
     if math.prod(round(cell) * multiple for cell in cells) > most:
         cells = [math.floor(cell) for cell in cells]
-    width, height = (max(1, round(cell)) * multiple for cell in cells)
+    width, height = (min(max(1, round(cell)), longest) * multiple for cell in cells)
     return width, height
 
 

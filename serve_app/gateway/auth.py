@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +15,11 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import MovingWindowRateLimiter
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.errors import ConfigError, DiffusionServeError, InvalidKey, RateLimited
+from serve_app.errors import ConfigError, CrossSite, DiffusionServeError, InvalidKey, RateLimited
 from serve_app.gateway.errors import problem_of
 
 logger = logging.getLogger(__name__)
@@ -160,8 +161,8 @@ class KeyRing:
                 version = (status.st_mtime, status.st_size)
                 if version == self._version:
                     return
-                self._version = version
                 text = self._path.read_text(encoding="utf-8")
+                self._version = version  # now, so that a reading that failed is tried again
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"the API keys in {self._path} cannot be read: {error}") from None
             keys += parse_keys(text, str(self._path))
@@ -170,18 +171,31 @@ class KeyRing:
 
 
 class KeyGuard:
-    """Lets requests to ``/v1/`` in if their key may. Plain ASGI: a stream counts until it ends."""
+    """Lets requests in if their key may. Plain ASGI: a stream counts until it ends.
 
-    def __init__(self, app: ASGIApp, keys: KeyRing) -> None:
+    Without keys everybody may, but for pages of other web sites, whose JSON browsers send as plain
+    text without asking first. A path that is not known to be open is guarded. It is taken without
+    the prefix at which the application is mounted, by the function that Starlette's routes use.
+    """
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
+        """``open_paths``: need no key; with those that end in a slash, all below."""
         self._app = app
         self._keys = keys
+        self._open = frozenset(open_paths)
+        self._open_below = tuple(path for path in open_paths if path.endswith("/") and path != "/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or self._is_open(get_route_path(scope)):
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            name = self._keys.enter(Headers(scope=scope).get("authorization"))
+            if not self._keys and headers.get("sec-fetch-site") == "cross-site":
+                raise CrossSite(
+                    "a page of another web site may not use this server, which asks for no key."
+                )
+            name = self._keys.enter(headers.get("authorization"))
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)
             return
@@ -190,3 +204,6 @@ class KeyGuard:
             await self._app(scope, receive, send)
         finally:
             self._keys.leave(name)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self._open or path.startswith(self._open_below)

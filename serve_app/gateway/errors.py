@@ -3,6 +3,7 @@
 import logging
 import math
 from dataclasses import dataclass
+from types import UnionType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,8 @@ from serve_app.errors import (
     DiffusionServeError,
     InvalidKey,
     InvalidRequest,
+    Overloaded,
+    Unavailable,
 )
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 
@@ -24,10 +27,15 @@ logger = logging.getLogger(__name__)
 RETRY_AFTER_S = 5.0
 """Where an error does not say when to try again."""
 
+MOST_SHOWN = 100
+"""Characters of what a client named, where an error repeats it."""
+
 _REASONS = {
     400: "The request is wrong; the message says where.",
     401: "No API key, or an unknown one.",
+    403: "A page of another web site asks, and there are no API keys.",
     404: "No such model, LoRA adapter or path.",
+    408: "The body did not come in time.",
     413: "The body is too long.",
     429: "Too many requests.",
     500: "The picture could not be made.",
@@ -72,8 +80,8 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(math.ceil(ours.retry_after_s or RETRY_AFTER_S))
-    elif status < 500:
-        # OpenAI's clients heed it; trying again changes nothing.
+    elif status < 500 or status == 504:
+        # OpenAI's clients heed it; trying again changes nothing, or takes as long again.
         headers["x-should-retry"] = "false"
     if isinstance(ours, InvalidKey):
         headers["WWW-Authenticate"] = "Bearer"
@@ -81,7 +89,7 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
 
 
 class _HttpError(InvalidRequest):
-    """One that Starlette found, such as a path that does not exist."""
+    """One that Starlette or Serve's proxy found, such as a path that does not exist."""
 
     code = "http_error"
 
@@ -91,12 +99,20 @@ class _HttpError(InvalidRequest):
 
 
 def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
-    path = scope["path"]
+    path = scope["path"][:MOST_SHOWN]
     match error.status_code:
         case 404:
             return _HttpError(404, f"no such path: {path}")
         case 405:
             return _HttpError(405, f"{scope['method']} is not allowed on {path}")
+        case 408:
+            return _HttpError(408, "the request took longer than this server allows.")
+        case 429:
+            return Overloaded("too many requests are waiting; try again later.")
+        case 503:
+            return Unavailable("no replica can take the request; try again in a few seconds.")
+        case status if status >= 500:
+            return DiffusionServeError(str(error.detail))
         case status:
             return _HttpError(status, str(error.detail))
 
@@ -104,7 +120,7 @@ def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
 def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
     """The first problem that pydantic found, in words that name the field and what is allowed."""
     problem = error.errors(include_url=False)[0]
-    param = ".".join(str(part) for part in problem["loc"]) or None
+    param = _param(problem["loc"], model)
     match problem["type"]:
         case "json_invalid":
             reason = problem["msg"].removeprefix("Invalid JSON: ")
@@ -113,14 +129,27 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
             message = f"unknown field {param!r}; known are {', '.join(model.model_fields)}."
         case "missing":
             message = f"the field {param!r} is required."
-        case _ if param is None:
+        case "model_type":
             message = f"the body must be a JSON object, not {type(problem['input']).__name__}."
+        case _ if param is None:
+            message = f"the body: {problem['msg'][0].lower()}{problem['msg'][1:]}."
         case _:
             message = f"{param}: {problem['msg'][0].lower()}{problem['msg'][1:]}."
             field = model.model_fields.get(str(problem["loc"][0]))
             if field is not None and field.description is not None:
                 message = f"{message} {field.description}"
     return InvalidRequest(message, param)
+
+
+def _param(loc: tuple[int | str, ...], model: type[BaseModel]) -> str | None:
+    """``lora.ink``: where the problem is, without pydantic's names of what a union is made of."""
+    if not loc:
+        return None
+    name, *within = map(str, loc)
+    field = model.model_fields.get(name)
+    if field is not None and isinstance(field.annotation, UnionType):
+        within = within[1:]
+    return ".".join([name, *within])[:MOST_SHOWN]
 
 
 def add_error_handlers(api: FastAPI) -> None:

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 from fastapi import Request
 from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.errors import from_validation
+from serve_app.gateway.errors import MOST_SHOWN, from_validation
 from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest
 
 MAX_FIELDS = 64
@@ -42,21 +43,27 @@ async def read_edit(request: Request) -> EditForm:
     Raises:
         InvalidRequest: naming the field and what is allowed.
     """
-    kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    given, options = parse_options_header(request.headers.get("content-type"))
+    kind = given.decode("latin-1").lower()
     if kind != "multipart/form-data":
         raise InvalidRequest(
             f"the body must be multipart/form-data, not {kind[:100] or 'without a content type'}."
         )
+    # Starlette would decode by any codec of Python's, some of which raise whatever they are given.
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise InvalidRequest(f"the body must be in UTF-8, not {charset[:100]!r}.")
     texts: dict[str, object] = {}
     files: dict[str, bytes] = {}
     async with request.form(max_files=len(_FILES) + 1, max_fields=MAX_FIELDS) as form:
         for name, value in form.multi_items():
             field = name.removesuffix("[]")
+            shown = field[:MOST_SHOWN]
             if isinstance(value, UploadFile) != (field in _FILES):
                 wanted = "a file" if field in _FILES else "text"
-                raise InvalidRequest(f"{field} must be {wanted}.", field)
+                raise InvalidRequest(f"{shown} must be {wanted}.", shown)
             if field in files or field in texts:
-                raise InvalidRequest(f"{field} is given twice; one is taken.", field)
+                raise InvalidRequest(f"{shown} is given twice; one is taken.", shown)
             if isinstance(value, UploadFile):
                 files[field] = await value.read()
             else:
@@ -76,7 +83,7 @@ def _add(texts: dict[str, object], field: str, value: str) -> None:
     if bracket and key.endswith("]"):
         within = texts.setdefault(name, {})
         if not isinstance(within, dict) or key[:-1] in within:
-            raise InvalidRequest(f"{name} is given twice.", name)
+            raise InvalidRequest(f"{name[:MOST_SHOWN]} is given twice.", name[:MOST_SHOWN])
         within[key[:-1]] = value
     elif field == "lora" and value.startswith("{"):
         try:

@@ -41,7 +41,11 @@ def described(config: AppConfig) -> str:
 
 def generation_body(limits: LimitsConfig) -> dict[str, Any]:
     """Of ``POST /v1/images/generations``."""
-    return _body("application/json", _schema(ImageGenerationRequest, limits))
+    schema = _schema(ImageGenerationRequest, limits)
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            schema["properties"][name] = _nullable(field)
+    return _body("application/json", schema)
 
 
 def edit_body(limits: LimitsConfig) -> dict[str, Any]:
@@ -113,6 +117,15 @@ def complete(api: FastAPI, with_keys: bool) -> None:
 
 def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+
+
+def _nullable(field: dict[str, Any]) -> dict[str, Any]:
+    """The same, or null: left out. Forms have no null."""
+    if "anyOf" in field:
+        return field
+    names = [name for name in ("title", "description", "default") if name in field]
+    about = {name: field.pop(name) for name in names}
+    return {"anyOf": [field, {"type": "null"}]} | about
 
 
 def _schema(body: type[BaseModel], limits: LimitsConfig) -> dict[str, Any]:

@@ -27,6 +27,11 @@ from serve_app.gateway.streaming import stream
 
 EDITS = "/v1/images/edits"
 
+PAINT_ERRORS = documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+
+OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
+"""What needs no key: whether it lives, what it takes, the page. "" leads to the page."""
+
 
 def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
     """The ASGI application of one gateway replica."""
@@ -45,14 +50,14 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
 
     # The last one added is the first to see a request: no body is read for who has no key.
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    api.add_middleware(KeyGuard, keys=keys)
+    api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
     add_error_handlers(api)
     complete(api, with_keys=bool(keys))
 
     @api.post(
         "/v1/images/generations",
         response_model=ImagesResponse,
-        responses=streamed("image_generation") | documented(400, 401, 404, 413, 429, 500, 503, 504),
+        responses=streamed("image_generation") | PAINT_ERRORS,
         openapi_extra=generation_body(limits),
         tags=["images"],
     )
@@ -70,7 +75,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
     @api.post(
         EDITS,
         response_model=ImagesResponse,
-        responses=streamed("image_edit") | documented(400, 401, 404, 413, 429, 500, 503, 504),
+        responses=streamed("image_edit") | PAINT_ERRORS,
         openapi_extra=edit_body(limits),
         tags=["images"],
     )
@@ -90,24 +95,29 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
             return await stream(studio, order, scope)
         return await _while_connected(request, studio.paint_all(order))
 
-    @api.get("/v1/models", responses=documented(401, 429, 503), tags=["models"])
+    @api.get("/v1/models", responses=documented(401, 403, 429, 503), tags=["models"])
     async def list_models() -> ModelList:
         """The model that is served, and what it takes."""
         info = await painter.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
-    @api.get("/v1/models/{model}", responses=documented(401, 404, 429, 503), tags=["models"])
+    # Names of the hub have a slash.
+    @api.get(
+        "/v1/models/{model:path}", responses=documented(401, 403, 404, 429, 503), tags=["models"]
+    )
     async def retrieve_model(model: str) -> ModelObject:
         """One model by its name."""
         if model != config.model.id:
             raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
         return _model_object(await painter.describe(), started_at)
 
+    @api.head("/health", include_in_schema=False)
     @api.get("/health", tags=["health"])
     async def health() -> Health:
         """Liveness: 200 as long as the gateway answers."""
         return Health()
 
+    @api.head("/ready", include_in_schema=False)
     @api.get("/ready", responses=documented(503), tags=["health"])
     async def ready() -> Health:
         """Readiness: 200 if a replica can paint now, else 503."""
@@ -117,6 +127,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
     if config.gateway.page:
         content, policy = page.render()
 
+        @api.head("/", include_in_schema=False)
         @api.get("/", include_in_schema=False)
         async def show_page() -> HTMLResponse:
             return HTMLResponse(content, headers={"Content-Security-Policy": policy})

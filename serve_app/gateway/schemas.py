@@ -1,8 +1,8 @@
 """Requests, responses and events of the HTTP API, as pydantic models."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.engine.encoding import Encoding, ImageFormat
 from serve_app.engine.params import MAX_SEED, AdapterSet, ModelInfo
@@ -46,7 +46,7 @@ class ImageRequest(BaseModel):
         "b64_json",
         description="Pictures come inside the answer; there are no URLs, for none is stored.",
     )
-    output_format: ImageFormat = "png"
+    output_format: ImageFormat = Field("png", description="Kind of file.")
     output_compression: int | None = Field(
         None,
         ge=0,
@@ -106,6 +106,17 @@ class ImageRequest(BaseModel):
     progress: bool = Field(
         False, description="With `stream`: also send how far the picture is, and when it is due."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_left_out(cls, body: Any) -> Any:
+        """OpenAI's schema, and its clients' types, have null for what is not given."""
+        if not isinstance(body, dict):
+            return body
+        optional = cls.model_fields.keys() - {"prompt"}
+        return {
+            name: value for name, value in body.items() if value is not None or name not in optional
+        }
 
     def adapters(self) -> AdapterSet:
         if isinstance(self.lora, str):
@@ -174,8 +185,13 @@ class ImageData(BaseModel):
 class InputTokensDetails(BaseModel):
     """Of what the model read."""
 
-    text_tokens: int = Field(description="Of the prompt; 0 if the tokenizer is not known.")
-    image_tokens: int = Field(description="Squares of 16 x 16 pixels of the picture sent.")
+    text_tokens: int = Field(
+        description="Of the prompt, once for each picture; 0 if the tokenizer is not known."
+    )
+    image_tokens: int = Field(
+        description="Squares of 16 x 16 pixels of the picture sent, brought to the size that is "
+        "painted; once for each picture painted."
+    )
 
 
 class Usage(BaseModel):

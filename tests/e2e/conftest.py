@@ -84,6 +84,7 @@ def start_serve(
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.gateway.proxy:middlewares",
         **(variables or {}),
     }
     with log.open("wb") as output:

@@ -1,7 +1,8 @@
-"""A server that asks for keys, as OpenAI's client meets it."""
+"""A server that asks for keys, below a route prefix, as OpenAI's client meets it."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import openai
@@ -23,8 +24,10 @@ KEYS = f"""
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     port = free_port()
-    running = start_serve(demo_config(port), {KEYS_VARIABLE: KEYS})
-    url = f"http://127.0.0.1:{port}"
+    config: Any = demo_config(port)
+    config["applications"][0]["route_prefix"] = "/sd"
+    running = start_serve(config, {KEYS_VARIABLE: KEYS})
+    url = f"http://127.0.0.1:{port}/sd"
 
     def ready() -> bool:
         try:
@@ -67,6 +70,21 @@ def test_one_too_many_is_a_rate_limit_error_and_a_retry_gets_in(url: str) -> Non
         error = wait_until(refused, every_s=0.01, what="a refusal")
         assert error.code == "rate_limit_exceeded"
         assert error.response.headers["retry-after"] == "1"
-        with client_of(url, "sk-narrow", retries=10) as patient:
+        with client_of(url, "sk-narrow", retries=60) as patient:
             assert patient.images.generate(prompt="x").data
         assert first.result().data
+
+
+def test_a_prefix_opens_nothing_and_is_no_path_by_itself(url: str) -> None:
+    key = {"authorization": "Bearer sk-plain"}
+    for path in ("/v1/models", "/nothing"):
+        assert httpx.get(f"{url}{path}", timeout=20).status_code == 401
+    assert httpx.get(f"{url}/v1/models", headers=key, timeout=20).status_code == 200
+    for path in ("", "/", "/docs", "/openapi.json", "/health", "/ready"):
+        answer = httpx.get(f"{url}{path}", timeout=20, follow_redirects=True)
+        assert answer.status_code == 200, path
+    # Where no application is, Serve's proxy answers.
+    answer = httpx.get(url.replace("/sd", "/v1/models"), headers=key, timeout=20)
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == "no such path: /v1/models"
+    assert len(answer.headers.get_list("x-request-id")) == 1

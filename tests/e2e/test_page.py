@@ -25,6 +25,9 @@ pytestmark = pytest.mark.serve
 PREVIEW = ".card.painting .canvas.seen img"
 DONE = ".card.done"
 
+ELSEWHERE = "gpu-box.example"
+"""Another name of this machine, which browsers take for another one: not secure without TLS."""
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
@@ -38,7 +41,8 @@ def browser() -> Iterator[Browser]:
         pytest.skip(reason)
     # As root, which continuous integration often is, Chromium has no sandbox. It shall not phone.
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet]
+    names = [f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1", "--no-proxy-server"]
+    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet, *names]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=options)
         yield browser
@@ -64,8 +68,12 @@ def open_page(browser: Browser, server: Server) -> Iterator[Open]:
     contexts = []
 
     def open_(
-        before: Callable[[Page], None] = lambda page: None, complains: str = "", **options: Any
+        before: Callable[[Page], None] = lambda page: None,
+        complains: str = "",
+        host: str = "127.0.0.1",
+        **options: Any,
     ) -> Page:
+        url = server.url.replace("127.0.0.1", host)
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
         contexts.append(context)
         context.set_default_timeout(30_000)
@@ -80,12 +88,12 @@ def open_page(browser: Browser, server: Server) -> Iterator[Open]:
             "request",
             lambda request: (
                 None
-                if request.url.startswith((server.url, "data:", "blob:"))
+                if request.url.startswith((url, "data:", "blob:"))
                 else complaints.append(f"asked {request.url}")
             ),
         )
         before(page)
-        page.goto(server.url)
+        page.goto(url)
         return page
 
     yield open_
@@ -180,13 +188,24 @@ def test_cancelling_frees_the_place_and_a_reload_begins_anew(
     expect(page.locator(DONE)).to_have_count(1)
 
 
+def star_on_blue() -> tuple[np.ndarray, Any]:
+    """A picture with a star on the right, and its file as one chooses it."""
+    star = SceneObject("star", "red", 0.78, 0.5, 0.2)
+    picture = render(Scene("blue", (star,)), 320, 320)
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return picture, {"name": "star.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def brushed(page: Page) -> np.ndarray:
+    """Where the mask is painted: 255, rows by columns."""
+    data = page.evaluate("document.getElementById('mask').toDataURL()")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))))[..., 3]
+
+
 def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: Path) -> None:
     page = ready(open_page())
-    star = SceneObject("star", "red", 0.78, 0.5, 0.2)
-    source = render(Scene("blue", (star,)), 320, 320)
-    buffer = io.BytesIO()
-    Image.fromarray(source).save(buffer, "png")
-    file: Any = {"name": "it's mine.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    source, file = star_on_blue()
     page.set_input_files("#file", file)
     page.fill("#brush", "30")
     page.locator("#mask").scroll_into_view_if_needed()
@@ -204,6 +223,7 @@ def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: P
     before = np.asarray(Image.fromarray(source).resize((64, 64))).astype(float)
     assert np.abs(picture - before)[:, 36:].mean() < 15  # kept
     assert np.abs(picture - before)[:, 4:20].mean() > 40  # painted anew
+    mask = brushed(page)
     # Without the mask all of it changes, by as much as one says.
     page.get_by_role("button", name="Clear mask").click()
     paint(page, "a yellow square on white", seed=3)
@@ -212,6 +232,45 @@ def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: P
     page.get_by_role("button", name="Remove picture").click()
     paint(page, "a yellow square on white", seed=3)
     expect(page.locator(DONE)).to_have_count(3)
+    # The settings of an edit are its picture, its mask and its strength, too.
+    page.locator(DONE).nth(2).get_by_role("button", name="Use these").click()
+    expect(page.locator("#editor")).to_be_visible()
+    expect(page.locator("#strength-shown")).to_have_text("1")
+    wait_until(lambda: np.array_equal(brushed(page) > 0, mask > 0), what="the mask")
+    page.click("#paint")
+    expect(page.locator(DONE)).to_have_count(4)
+    assert np.abs(picture_of(page) - picture).max() <= 1
+    page.locator(DONE).nth(1).get_by_role("button", name="Use these").click()
+    expect(page.locator("#editor")).to_be_hidden()
+    expect(page.locator("#strength-shown")).to_have_text("the model's own")
+
+
+def test_a_mask_can_be_brushed_by_keyboard(open_page: Open, shots: Path) -> None:
+    page = ready(open_page())
+    _, file = star_on_blue()
+    page.set_input_files("#file", file)
+    wait_until(lambda: brushed(page).shape == (320, 320), what="the picture")
+    page.focus("#file")
+    page.keyboard.press("Tab")
+    expect(page.locator("#mask")).to_be_focused()
+    expect(page.locator("#cursor")).to_be_visible()
+    for _ in range(15):
+        page.keyboard.press("ArrowLeft")
+    assert not brushed(page).any()
+    page.keyboard.press("Space")
+    for _ in range(10):
+        page.keyboard.press("ArrowUp")
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowRight")
+    page.screenshot(path=shots / "keyboard.png")
+    rows, columns = np.nonzero(brushed(page))
+    assert 60 < np.median(columns) < 68  # at 0.5 - 15/50 of the width
+    assert rows.min() < 100
+    assert rows.max() < 200
+    page.fill("#prompt", "a yellow square on white")
+    page.keyboard.press("Control+Enter")
+    expect(page.locator(DONE)).to_have_count(1)
+    expect(page.locator(".download-mask")).to_be_visible()
 
 
 @pytest.mark.parametrize("edit", [False, True])
@@ -220,7 +279,7 @@ def test_the_copied_command_paints_the_same_picture(
 ) -> None:
     page = ready(open_page(permissions=["clipboard-read", "clipboard-write"]))
     if edit:
-        path = tmp_path / "it's mine.png"
+        path = tmp_path / 'it\'s "mine"; a, b\\c.png'
         Image.new("RGB", (64, 64), "red").save(path)
         page.set_input_files("#file", path)
     paint(page, "a 'red' circle; $HOME on \"blue\"", steps=5)
@@ -234,6 +293,33 @@ def test_the_copied_command_paints_the_same_picture(
     [data] = json.loads(done.stdout)["data"]
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).convert("RGB"))
     assert np.abs(again - picture_of(page)).max() <= 1
+
+
+def test_over_plain_http_from_another_machine_it_copies_as_well(open_page: Open) -> None:
+    page = ready(open_page(host=ELSEWHERE))
+    assert page.evaluate("[window.isSecureContext, typeof navigator.clipboard]") == [
+        False,
+        "undefined",
+    ]
+    paint(page, "a red circle", steps=2, seed=5)
+    expect(page.locator(DONE)).to_have_count(1)
+    page.get_by_role("button", name="Copy as curl").click()
+    expect(page.locator(".card .state")).to_have_text("Copied.")
+    page.fill("#prompt", "")
+    page.focus("#prompt")
+    page.keyboard.press("Control+V")
+    command = page.input_value("#prompt")
+    assert command.startswith("curl -sS 'http://gpu-box.example:")
+    assert '"seed":5' in command
+
+
+def test_seeds_that_javascript_cannot_hold_are_refused(open_page: Open) -> None:
+    page = ready(open_page())
+    paint(page, "a red circle", steps=2, seed=2**53 + 1)
+    expect(page.locator("#seed-wrong")).to_be_visible()
+    expect(page.locator(".card")).to_have_count(0)
+    paint(page, "a red circle", steps=2, seed=2**53 - 1)
+    expect(page.locator(".card .facts")).to_contain_text(f"seed {2**53 - 1}")
 
 
 def test_it_fits_a_phone_and_the_dark(open_page: Open, shots: Path) -> None:
@@ -270,6 +356,7 @@ def test_what_goes_wrong_is_said(open_page: Open) -> None:
             "status": 400,
             "json": {"error": {"message": "seed must be prime.", "param": "seed"}},
         },
+        {"status": 400, "json": {"error": {"message": "no such scale.", "param": "lora.ink"}}},
         {
             "status": 429,
             "headers": {"Retry-After": "1"},
@@ -296,13 +383,17 @@ def test_what_goes_wrong_is_said(open_page: Open) -> None:
     paint(page, "a red circle", steps=4)
     expect(page.locator("#seed-wrong")).to_have_text("seed must be prime.")
     expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
+    page.evaluate("blame('seed', 'twice.')")
+    expect(page.locator("#seed-wrong")).to_have_text("twice.")
+    paint(page, "a red circle", steps=4)
+    expect(page.locator("#lora-wrong")).to_have_count(1)
     paint(page, "a red circle", steps=4)
     expect(page.locator(".card.painting .state")).to_contain_text("Trying again in 1 s")
     expect(page.locator(DONE)).to_have_count(1)
     expect(page.locator("#seed-wrong")).to_have_count(0)
 
 
-def test_it_asks_for_the_key_that_the_server_wants(open_page: Open) -> None:
+def test_it_asks_for_the_key_that_the_server_wants(open_page: Open, shots: Path) -> None:
     def guard(route: Route) -> None:
         given = route.request.headers.get("authorization")
         if given == "Bearer sk-right":
@@ -311,19 +402,40 @@ def test_it_asks_for_the_key_that_the_server_wants(open_page: Open) -> None:
             message = "this API key is not known here."
             route.fulfill(status=401, json={"error": {"message": message, "param": None}})
 
+    def prepare(page: Page) -> None:
+        page.clock.install()
+        page.route("**/v1/**", guard)
+
     page = open_page(
-        before=lambda page: page.route("**/v1/**", guard),
+        before=prepare,
         complains="Failed to load resource",
         permissions=["clipboard-read", "clipboard-write"],
     )
     expect(page.locator("#key-dialog")).to_be_visible()
+    # Who does not want to give one is left alone.
+    page.get_by_role("button", name="Not now").click()
+    expect(page.locator("#model")).to_have_text("This server asks for an API key.")
+    page.clock.run_for(20_000)
+    expect(page.locator("#key-dialog")).to_be_hidden()
+    page.screenshot(path=shots / "no-key.png")
+    page.get_by_role("button", name="Enter key").click()
+    expect(page.locator("#key-dialog")).to_be_visible()
+    # What cannot be sent is not kept.
+    for unsendable in ("ключ", "sk-äöü", "sk right", "sk-…"):
+        page.fill("#key", unsendable)
+        page.keyboard.press("Enter")
+        assert page.evaluate("[document.getElementById('key').validity.customError]") == [True]
+        expect(page.locator("#key-dialog")).to_be_visible()
+        assert page.evaluate("sessionStorage.getItem('key')") is None
     page.fill("#key", "sk-wrong")
     page.keyboard.press("Enter")
     expect(page.locator("#key-reason")).to_have_text("this API key is not known here.")
+    page.screenshot(path=shots / "key.png")
     page.fill("#key", "sk-right")
     page.keyboard.press("Enter")
     ready(page)
     expect(page.locator("#key-dialog")).to_be_hidden()
+    expect(page.locator("#enter-key")).to_be_hidden()
     paint(page, "a red circle", steps=4)
     expect(page.locator(DONE)).to_have_count(1)
     page.get_by_role("button", name="Copy as curl").click()

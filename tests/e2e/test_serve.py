@@ -127,6 +127,16 @@ def test_the_openai_client_streams_previews(server: Server) -> None:
     assert events[-1].usage.output_tokens == 16
 
 
+def test_the_openai_client_hands_on_events_that_it_does_not_know(server: Server) -> None:
+    body = {"seed": 1, "progress": True, "num_inference_steps": 8}
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.images.generate(prompt="x", stream=True, extra_body=body)
+        *progress, finished = stream
+    assert finished.type == "image_generation.completed"
+    assert {event.type for event in progress} == {"image_generation.progress"}
+    assert [event.total_steps for event in progress] == [8] * len(progress)  # type: ignore[union-attr]
+
+
 def test_the_openai_client_edits_with_a_mask(server: Server) -> None:
     star = SceneObject("star", "red", 0.75, 0.5, 0.2)
     source = Image.fromarray(render(Scene("blue", (star,)), 128, 128))
@@ -186,6 +196,22 @@ def test_every_response_has_one_request_id_the_clients_own_if_it_sent_one(server
         assert own.headers.get_list("x-request-id") == ["call-7"]
         [drawn] = httpx.get(f"{server.url}{path}", timeout=20).headers.get_list("x-request-id")
         assert len(drawn) > 20
+        for wrong in (b"", b"\xe9", b"a b", b"x" * 201):
+            headers = [(b"x-request-id", wrong)]
+            response = httpx.get(f"{server.url}{path}", headers=headers, timeout=20)
+            assert response.status_code == own.status_code
+            [drawn] = response.headers.get_list("x-request-id")
+            assert len(drawn) == 36
+
+
+def test_no_header_takes_the_servers_time_limit(server: Server) -> None:
+    response = httpx.post(
+        f"{server.url}/v1/images/generations",
+        json={"prompt": "x", "num_inference_steps": 20},
+        headers={"x-request-timeout-seconds": "0.01"},
+        timeout=60,
+    )
+    assert response.status_code == 200, response.text
 
 
 def test_a_seed_paints_the_same_picture_whoever_else_paints(server: Server) -> None:
@@ -357,6 +383,8 @@ def test_a_wrong_config_is_named_and_serves_nothing() -> None:
             deadline_s=60,
             what="the error",
         )
-        assert httpx.get(f"http://127.0.0.1:{port}/health", timeout=20).status_code == 404
+        answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=20)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["type"] == "invalid_request_error"
     finally:
         running.stop()

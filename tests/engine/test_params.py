@@ -1,13 +1,16 @@
 import dataclasses
 import io
+import math
 import pickle
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from serve_app.config import LimitsConfig
-from serve_app.engine.params import MAX_SEED, AdapterSet, GenerationParams, ModelInfo
+from serve_app.engine.params import MAX_SEED, AdapterSet, GenerationParams, ModelInfo, _near
 from serve_app.errors import InvalidRequest, LoraNotFound
 
 MODEL = ModelInfo(
@@ -45,23 +48,35 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "painted"),
+    ("sent", "painted"),
     [
         ((32, 48), (32, 48)),
         ((35, 44), (32, 48)),
         ((3, 3), (16, 16)),
         ((48, 96), (32, 64)),  # as many pixels as the model's own size, in its shape
         ((4000, 3000), (48, 32)),
+        ((1, 20_000), (16, 128)),  # cut: the shorter side is a multiple, and no side too long
+        ((20_000, 1), (128, 16)),
+        ((16, 120), (16, 128)),
+        ((3_000, 9), (128, 16)),
     ],
 )
 def test_the_size_of_an_image_is_the_default(
-    given: tuple[int, int], painted: tuple[int, int]
+    sent: tuple[int, int], painted: tuple[int, int]
 ) -> None:
-    image = Image.new("RGB", given)
+    image = Image.new("RGB", sent)
     resolved = GenerationParams("a cat", 1, image=image).resolved(MODEL)
     assert (resolved.width, resolved.height) == painted
     resolved = GenerationParams("a cat", 1, image=image, width=32).resolved(MODEL)
     assert (resolved.width, resolved.height) == (32, painted[1])
+
+
+@given(st.integers(1, 30_000), st.integers(1, 30_000))
+def test_an_image_of_any_shape_has_a_size_that_is_on_offer(width: int, height: int) -> None:
+    for limits in (MODEL.limits, LimitsConfig(max_pixels=1024, max_side_px=40)):
+        size = _near((width, height), (64, 32), 16, limits)
+        assert all(side % 16 == 0 and 16 <= side <= limits.max_side_px for side in size)
+        assert math.prod(size) <= min(64 * 32, limits.max_pixels)
 
 
 def test_another_shape_is_cropped() -> None:

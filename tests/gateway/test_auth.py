@@ -1,6 +1,7 @@
 """Keys: who is let in, how often, how many at a time."""
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from serve_app.errors import ConfigError
 from serve_app.gateway import auth
 from serve_app.gateway.auth import KeyRing, digest
 from serve_app.gateway.routes import create_api
-from tests.gateway.conftest import CONFIG, FakePainter, error_of, post
+from tests.gateway.conftest import CONFIG, LIMITS, FakePainter, error_of, post
 
 pytestmark = pytest.mark.anyio
 
@@ -23,9 +25,11 @@ NARROW = f"- {{name: narrow, sha256: {digest('sk-narrow')}, max_concurrent: 1}}\
 
 
 @asynccontextmanager
-async def client_of(painter: FakePainter, keys: KeyRing) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_api(CONFIG, painter, keys))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
+async def client_of(
+    painter: FakePainter, keys: KeyRing, prefix: str = ""
+) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(create_api(CONFIG, painter, keys), root_path=prefix)
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://test{prefix}") as session:
         yield session
 
 
@@ -44,7 +48,7 @@ async def test_only_known_keys_are_let_in(painter: FakePainter) -> None:
             {"authorization": "sk-plain"},
             using("\xff"),
         ):
-            for path in ("/v1/models", "/v1/nothing"):
+            for path in ("/v1/models", "/v1/nothing", "/nothing", "/docs/nothing", "//v1/models"):
                 encoded = {name: value.encode("latin-1") for name, value in headers.items()}
                 response = await client.get(path, headers=encoded)
                 assert error_of(response, 401)["code"] == "invalid_api_key"
@@ -55,6 +59,31 @@ async def test_only_known_keys_are_let_in(painter: FakePainter) -> None:
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
+
+
+async def test_a_prefix_opens_nothing(painter: FakePainter) -> None:
+    """As Serve has it with ``route_prefix: /sd``: the path still has the prefix."""
+    body = {"prompt": "x"}
+    picture = io.BytesIO()
+    Image.effect_noise((100, 100), 90).save(picture, "png")
+    assert len(picture.getvalue()) > LIMITS.max_body_bytes
+    async with client_of(painter, KeyRing(None, PLAIN), "/sd") as client:
+        for path in ("/v1/models", "/sd/v1/models", "/nothing"):
+            error_of(await client.get(path), 401)
+        error_of(await post(client, body), 401)
+        assert painter.asked == []
+        client.headers = httpx.Headers(using("sk-plain"))
+        assert (await post(client, body)).status_code == 200
+        error_of(await post(client, {"prompt": "x" * LIMITS.max_body_bytes}), 413)
+        response = await client.post(
+            "/v1/images/edits", data=body, files={"image": ("a.png", picture.getvalue())}
+        )
+        assert response.status_code == 200, response.text
+        client.headers = httpx.Headers()
+        for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
+            assert (await client.get(path)).status_code == 200
+        page = await client.get("http://test/sd")  # whose links are relative
+        assert page.headers["location"] == "http://test/sd/"
 
 
 async def test_the_name_of_the_key_is_in_the_log_and_the_key_is_not(
@@ -140,6 +169,48 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
         assert await status("sk-narrow") == 200
         write("[]")
         assert await status("sk-narrow") == 401  # and not: open to all
+
+
+async def test_a_reading_that_failed_is_tried_again(
+    painter: FakePainter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.0)
+    path = tmp_path / "keys.yaml"
+    path.write_text("[]")
+    keys = KeyRing(path, None)
+    path.write_text(PLAIN)
+    read_text = Path.read_text
+    failures = [OSError("stale file handle")]
+
+    def failing(self: Path, encoding: str) -> str:
+        if failures and self == path:
+            raise failures.pop()
+        return read_text(self, encoding)
+
+    monkeypatch.setattr(Path, "read_text", failing)
+    async with client_of(painter, keys) as client:
+        statuses = [
+            (await client.get("/v1/models", headers=using("sk-plain"))).status_code
+            for _ in range(2)
+        ]
+    assert statuses == [401, 200]
+
+
+async def test_pages_of_other_sites_may_not_use_a_server_without_keys(painter: FakePainter) -> None:
+    from_elsewhere = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
+    async with client_of(painter, KeyRing(None, None)) as client:
+        response = await client.post(
+            "/v1/images/generations", content='{"prompt": "x"}', headers=from_elsewhere
+        )
+        assert error_of(response, 403)["code"] == "cross_site"
+        assert painter.asked == []
+        assert (await client.get("/", headers=from_elsewhere)).status_code == 200  # by a link
+        for site in ("same-origin", "same-site", "none"):
+            response = await client.get("/v1/models", headers={"sec-fetch-site": site})
+            assert response.status_code == 200
+    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+        response = await client.get("/v1/models", headers=from_elsewhere | using("sk-plain"))
+        assert response.status_code == 200
 
 
 @pytest.mark.parametrize(

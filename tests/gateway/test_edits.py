@@ -3,14 +3,18 @@
 import io
 import json
 import struct
+import subprocess
+import sys
 import zlib
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from tests.gateway.conftest import FakePainter, decoded, error_of
+from serve_app.config import LimitsConfig
+from serve_app.gateway.uploads import read_image
+from tests.gateway.conftest import LIMITS, FakePainter, decoded, error_of
 
 pytestmark = pytest.mark.anyio
 
@@ -59,6 +63,16 @@ async def test_a_picture_without_a_mask_is_painted_over(
     assert left[0] > 200 > right[0]  # type: ignore[index, operator]
     assert decoded(response.json()["data"][0]["b64_json"]).size == (64, 64)
     assert response.json()["usage"]["input_tokens_details"]["image_tokens"] == 16
+
+
+async def test_what_is_sent_counts_as_it_is_painted_from(client: httpx.AsyncClient) -> None:
+    """At the size that is painted, once for each picture, as its description says."""
+    answer = (await edit(client, file_of(halves((640, 480))), n="2", size="48x32")).json()
+    details = answer["usage"]["input_tokens_details"]
+    assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
+    schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
+    described = schemas["InputTokensDetails"]["properties"]["image_tokens"]["description"]
+    assert "size that is painted; once for each picture" in described
 
 
 async def test_what_is_transparent_in_the_mask_is_painted_anew(
@@ -129,12 +143,43 @@ async def test_a_photo_is_turned_as_its_camera_was(
     assert top[0] > 200 > bottom[0]  # type: ignore[index, operator]
 
 
+def exif_with(tag: int, kind: int, value: int) -> bytes:
+    """A quarter turn, and one more entry as it is."""
+    entries = struct.pack("<HHIIHHII", 0x0112, 3, 1, 6, tag, kind, 1, value)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
+
+
+@pytest.mark.parametrize(
+    "malformed",
+    [(0x010E, 5, 0), (0x0100, 2, 0), (0xA005, 9, 2**32 - 1), (0xA005, 7, 0)],
+    ids=str,
+)
+async def test_the_rest_of_exif_may_be_malformed(
+    client: httpx.AsyncClient, malformed: tuple[int, int, int]
+) -> None:
+    data = file_of(halves((64, 32)), "jpeg", exif=exif_with(*malformed))
+    response = await edit(client, data)
+    assert response.status_code == 200, response.text
+    assert response.json()["size"] == "32x64"
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+async def test_pictures_are_turned_as_pillow_turns_them(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.effect_noise((5, 3), 90).convert("RGB")
+    data = file_of(image, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert read_image(data, LIMITS).tobytes() == expected.tobytes()
+
+
 @pytest.mark.parametrize(
     ("given", "size", "painted"),
     [
         ((640, 480), None, "72x56"),  # as many pixels as the model's own size, about
         ((50, 30), None, "48x32"),
         ((3, 3), None, "8x8"),
+        ((1, 20_000), None, "8x512"),
         ((640, 480), "64x64", "64x64"),
         ((640, 480), "auto", "72x56"),
     ],
@@ -170,6 +215,48 @@ async def test_transparent_parts_become_white(
     assert image is not None
     assert image.getpixel((8, 32)) == (255, 255, 255)
     assert image.getpixel((56, 32)) == (0, 0, 0)
+
+
+async def test_sixteen_bits_of_grey_are_read_as_eight(
+    client: httpx.AsyncClient, painter: FakePainter
+) -> None:
+    row = struct.pack("<64H", *(column * 1024 for column in range(64)))
+    data = file_of(Image.frombytes("I;16", (64, 64), row * 64))
+    assert (await edit(client, data)).status_code == 200
+    read = painter.asked[0].image
+    assert read is not None
+    assert [read.getpixel((column, 5)) for column in (0, 20, 63)] == [
+        (value, value, value) for value in (0, 80, 252)
+    ]
+
+
+READ = """
+import re, sys
+from pathlib import Path
+from serve_app.config import LimitsConfig
+from serve_app.gateway.uploads import read_image
+
+def peak_bytes():  # of this process alone; getrusage remembers who started it
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+data, before = sys.stdin.buffer.read(), peak_bytes()
+print(*read_image(data, LimitsConfig()).size, peak_bytes() - before)
+"""
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA"])
+def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(mode: str) -> None:
+    """All of one color, the largest that is let in: a few kilobytes."""
+    side = 4_096
+    assert LimitsConfig().max_image_pixels == side * side
+    data = file_of(Image.new(mode, (side, side)))
+    assert len(data) < 100_000
+    done = subprocess.run(
+        [sys.executable, "-c", READ], input=data, capture_output=True, check=True, timeout=120
+    )
+    width, height, held_bytes = map(int, done.stdout.split())
+    assert (width, height) == (side, side)
+    assert held_bytes < 9 * side * side
 
 
 def png_that_claims(width: int, height: int) -> bytes:
@@ -263,6 +350,27 @@ async def test_an_upload_may_be_longer_than_json_and_not_endless(
     assert (await edit(client, file_of(noise))).status_code == 200
     error = error_of(await edit(client, b"x" * 200_001), 413)
     assert "200000 bytes" in error["message"]
+
+
+async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, painter: FakePainter) -> None:
+    image = file_of(halves()).replace(b"\r\n--", b"")
+
+    async def answer(charset: str, prompt: bytes) -> httpx.Response:
+        part = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+        content = (
+            part % (b"prompt", prompt)
+            + part.replace(b'"\r\n', b'"; filename="a.png"\r\n') % (b"image", image)
+            + b"--x--\r\n"
+        )
+        headers = {"content-type": f"multipart/form-data; boundary=x{charset}"}
+        return await client.post("/v1/images/edits", content=content, headers=headers)
+
+    for charset in ("", "; charset=utf-8", '; charset="UTF-8"'):
+        assert (await answer(charset, "ä".encode())).status_code == 200
+        assert painter.asked[-1].prompt == "ä"
+    for name in ("undefined", "punycode", "utf-16", "idna", "x" * 1_000):
+        error = error_of(await answer(f"; charset={name}", b"\xe9-x"), 400)
+        assert f"in UTF-8, not '{name[:100]}'" in error["message"]
 
 
 async def test_another_kind_of_body_is_refused(client: httpx.AsyncClient) -> None:

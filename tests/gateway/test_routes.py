@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.config import EngineConfig, GatewayConfig
+from serve_app.config import EngineConfig, GatewayConfig, ModelConfig
 from serve_app.engine.params import MAX_SEED, GenerationParams
 from serve_app.errors import DiffusionServeError, GenerationFailed, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
+from serve_app.gateway.schemas import ImageGenerationRequest
 from tests.gateway.conftest import CONFIG, LIMITS, FakePainter, decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
@@ -105,6 +106,7 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
         ({"negative_prompt": []}, "negative_prompt", "string"),
         ({"quality": "hd"}, "quality", "'low', 'medium' or 'high'"),
         ({"style": "vivid"}, "style", "unknown field"),
+        ({"style": None}, "style", "unknown field"),
         ({"response_format": "url"}, "response_format", "no URLs"),
         ({"background": "transparent"}, "background", "opaque"),
         ({"output_compression": 50}, "output_compression", "leave it out for png"),
@@ -163,6 +165,18 @@ async def test_infinities_are_refused(client: httpx.AsyncClient) -> None:
         assert error["param"] == "guidance_scale"
 
 
+async def test_null_is_a_field_left_out(client: httpx.AsyncClient, painter: FakePainter) -> None:
+    body = dict.fromkeys(ImageGenerationRequest.model_fields.keys() - {"prompt"})
+    response = await post(client, {"prompt": "x"} | body)
+    assert response.status_code == 200, response.text
+    assert response.json()["output_format"] == "png"
+    described = (await client.get("/openapi.json")).json()
+    operation = described["paths"]["/v1/images/generations"]["post"]
+    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+    for name in body:
+        assert {"type": "null"} in schema["properties"][name]["anyOf"], name
+
+
 async def test_a_missing_prompt_is_named(client: httpx.AsyncClient) -> None:
     assert error_of(await post(client, {}), 400)["param"] == "prompt"
 
@@ -190,11 +204,40 @@ async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.As
     assert "pixel, ink" in error["message"]
 
 
-@pytest.mark.parametrize("lora", [["ink"], {"ink": "1"}, {"ink": 11}, {"ink": None}, 3])
-async def test_other_adapters_are_a_400(client: httpx.AsyncClient, lora: object) -> None:
+@pytest.mark.parametrize(
+    ("lora", "param"),
+    [
+        (["ink"], "lora"),
+        ({"ink": "1"}, "lora.ink"),
+        ({"ink": 11}, "lora"),
+        ({"str": None}, "lora.str"),
+        (3, "lora"),
+    ],
+)
+async def test_other_adapters_are_a_400(
+    client: httpx.AsyncClient, lora: object, param: str
+) -> None:
     error = error_of(await post(client, {"prompt": "a", "lora": lora}), 400)
-    assert error["param"] is not None
-    assert error["param"].startswith("lora")
+    assert error["param"] == param
+    assert "dict[" not in error["message"]
+
+
+async def test_errors_repeat_no_more_than_a_line_of_what_was_sent(
+    client: httpx.AsyncClient,
+) -> None:
+    long = "x" * 1_500
+    for body in ({"prompt": "a", long: 1}, {"prompt": "a", "lora": {long: "1"}}):
+        error = error_of(await post(client, body), 400)
+        assert len(error["param"]) == 100
+        assert len(error["message"]) < 600
+    for files in ({long: ("a.png", b"x")}, {"image": ("a.png", b"x")}):
+        response = await client.post(
+            "/v1/images/edits", data={"prompt": "a", long: ["1", "2"]}, files=files
+        )
+        error = error_of(response, 400)
+        assert len(error["param"]) == 100
+        assert len(error["message"]) < 600
+    assert len(error_of(await client.get(f"/{long}"), 404)["message"]) < 200
 
 
 async def test_another_model_is_a_404(client: httpx.AsyncClient) -> None:
@@ -263,6 +306,12 @@ async def test_readiness_follows_the_replicas_and_liveness_does_not(
     assert (await client.get("/health")).json() == {"status": "ok"}
 
 
+async def test_probes_may_ask_for_the_head_alone(client: httpx.AsyncClient) -> None:
+    for path in ("/", "/health", "/ready"):
+        response = await client.head(path)
+        assert (response.status_code, response.content) == (200, b"")
+
+
 async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/models")).json()
     assert body["object"] == "list"
@@ -272,6 +321,22 @@ async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     assert model["quality_steps"] == {"low": 10, "medium": 20, "high": 40}
     assert (await client.get("/v1/models/demo")).json() == model
     assert error_of(await client.get("/v1/models/sd"), 404)["code"] == "model_not_found"
+
+
+async def test_names_of_the_hub_have_a_slash(painter: FakePainter) -> None:
+    name = "stabilityai/stable-diffusion-xl-base-1.0"
+    config = CONFIG.model_copy(update={"model": ModelConfig(id=name)})
+    api = create_api(config, painter, KeyRing(None, None))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api), base_url="http://test"
+    ) as client:
+        for path in (name, name.replace("/", "%2F")):
+            assert (await client.get(f"/v1/models/{path}")).status_code == 200
+        for path in ("", "stabilityai", f"{name}/"):
+            error = error_of(await client.get(f"/v1/models/{path}"), 404)
+            assert error["code"] == "model_not_found"
+        described = (await client.get("/openapi.json")).json()
+        assert "/v1/models/{model}" in described["paths"]
 
 
 @pytest.mark.parametrize(
@@ -329,8 +394,9 @@ async def test_who_takes_too_long_is_given_up(painter: FakePainter) -> None:
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(api), base_url="http://test"
     ) as client:
-        error = error_of(await post(client, {"prompt": "x", "seed": 3}), 504)
-    assert error["code"] == "deadline_exceeded"
+        response = await post(client, {"prompt": "x", "seed": 3})
+    assert error_of(response, 504)["code"] == "deadline_exceeded"
+    assert response.headers["x-should-retry"] == "false"
     assert painter.cancelled == 1
 
 

@@ -11,6 +11,9 @@ class ServerError extends Error {
   }
 }
 
+// The question for a key was turned down: nothing is asked again by itself.
+class KeyRefused extends ServerError {}
+
 const pause = (seconds, signal) =>
   new Promise((resolve, reject) => {
     const timer = setTimeout(resolve, 1000 * seconds);
@@ -86,6 +89,23 @@ const announce = (text) => {
   byId("news").textContent = text;
 };
 
+// Browsers keep the clipboard from pages that came over plain http from another machine.
+async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    return true;
+  } catch {
+    const focused = document.activeElement;
+    const area = Object.assign(document.createElement("textarea"), { className: "quiet", value: text });
+    document.body.append(area);
+    area.select();
+    const copied = document.execCommand("copy");
+    area.remove();
+    focused?.focus();
+    return copied;
+  }
+}
+
 function addOption(select, value, text = value) {
   select.append(new Option(text, value));
 }
@@ -104,10 +124,13 @@ function askForKey(reason) {
       };
       dialog.onclose = () => {
         keyQuestion = null;
-        if (dialog.returnValue === "given") resolve();
-        else reject(new ServerError("This server asks for an API key.", null));
+        if (dialog.returnValue === "given") {
+          resolve();
+          if (!byId("enter-key").hidden) learnModel();
+        } else reject(new KeyRefused("This server asks for an API key.", null));
         dialog.returnValue = "";
         byId("key").value = "";
+        byId("key").setCustomValidity("");
       };
       dialog.showModal();
     });
@@ -115,12 +138,17 @@ function askForKey(reason) {
   return keyQuestion;
 }
 byId("no-key").addEventListener("click", () => byId("key-dialog").close());
+byId("key").addEventListener("input", ({ target }) => {
+  const sendable = /^[\x21-\x7e]*$/.test(target.value.trim()); // as a header
+  target.setCustomValidity(sendable ? "" : "A key has only ASCII letters, digits and signs, and no spaces.");
+});
 
 // ---- the model ----------------------------------------------------------------------------------
 
 let tasks = [];
 
 async function learnModel() {
+  byId("enter-key").hidden = true;
   for (;;) {
     try {
       const response = await call("v1/models", {}, () => {
@@ -131,10 +159,16 @@ async function learnModel() {
       return;
     } catch (error) {
       byId("model").textContent = error.message;
+      if (error instanceof KeyRefused) {
+        byId("enter-key").hidden = false;
+        return;
+      }
       await pause(3);
     }
   }
 }
+
+byId("enter-key").addEventListener("click", learnModel);
 
 function showModel(model) {
   tasks = model.tasks;
@@ -173,24 +207,40 @@ function sizesOf(model) {
 
 // ---- the picture to start from ------------------------------------------------------------------
 
-let source = null; // {file, brushed}
+let source = null; // {file, brushed, shown}
 
-function startFrom(file) {
+function startFrom(file, mask = null) {
   if (!file?.type.startsWith("image/") || !tasks.includes("image-to-image")) return;
   URL.revokeObjectURL(sourceImage.src);
-  source = { file, brushed: false };
-  sourceImage.onload = () => {
-    // As wide and high as the file, so that a mask fits it pixel by pixel.
-    maskCanvas.width = sourceImage.naturalWidth;
-    maskCanvas.height = sourceImage.naturalHeight;
-  };
-  sourceImage.onerror = () => {
+  const started = (source = { file, brushed: false });
+  sourceImage.src = URL.createObjectURL(file);
+  started.shown = showSource(started, mask).catch(() => {
+    if (source !== started) return; // another one came meanwhile
     removeSource();
     announce("This file is no picture that the browser can read.");
-  };
-  sourceImage.src = URL.createObjectURL(file);
+  });
   byId("drop").hidden = true;
   byId("editor").hidden = false;
+}
+
+async function showSource(started, mask) {
+  await sourceImage.decode();
+  const brushed = mask && (await createImageBitmap(mask));
+  if (source !== started) return;
+  // As wide and high as the file, so that a mask fits it pixel by pixel.
+  maskCanvas.width = sourceImage.naturalWidth;
+  maskCanvas.height = sourceImage.naturalHeight;
+  Object.assign(cursor, { x: maskCanvas.width / 2, y: maskCanvas.height / 2 });
+  showCursor();
+  if (!brushed) return;
+  // What `maskFile` made, back into what was brushed.
+  const pen = maskCanvas.getContext("2d");
+  pen.fillStyle = brushColor();
+  pen.fillRect(0, 0, maskCanvas.width, maskCanvas.height);
+  pen.globalCompositeOperation = "destination-out";
+  pen.drawImage(brushed, 0, 0);
+  pen.globalCompositeOperation = "source-over";
+  started.brushed = true;
 }
 
 function removeSource() {
@@ -198,15 +248,36 @@ function removeSource() {
   URL.revokeObjectURL(sourceImage.src);
   sourceImage.removeAttribute("src");
   fileInput.value = "";
-  strength.dataset.touched = "";
-  byId("strength-shown").value = "the model's own";
+  setStrength(null);
   byId("drop").hidden = false;
   byId("editor").hidden = true;
+}
+
+// Null: the model's own.
+function setStrength(value) {
+  strength.dataset.touched = value === null ? "" : "yes";
+  strength.value = value ?? strength.defaultValue;
+  byId("strength-shown").value = value ?? "the model's own";
 }
 
 function clearMask() {
   if (source) source.brushed = false;
   maskCanvas.getContext("2d").clearRect(0, 0, maskCanvas.width, maskCanvas.height);
+}
+
+const brushColor = () => getComputedStyle(document.documentElement).getPropertyValue("--brush");
+
+// Through points in pixels of the mask.
+function stroke(points) {
+  const pen = maskCanvas.getContext("2d");
+  pen.strokeStyle = brushColor();
+  pen.lineCap = pen.lineJoin = "round";
+  pen.lineWidth = (byId("brush").value / 100) * maskCanvas.width;
+  pen.beginPath();
+  pen.moveTo(...points[0]);
+  for (const point of points) pen.lineTo(...point);
+  pen.stroke();
+  source.brushed = true;
 }
 
 function brush(event) {
@@ -215,17 +286,37 @@ function brush(event) {
   const box = maskCanvas.getBoundingClientRect();
   const scale = maskCanvas.width / box.width;
   const at = (point) => [(point.clientX - box.left) * scale, (point.clientY - box.top) * scale];
-  const pen = maskCanvas.getContext("2d");
-  pen.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--brush");
-  pen.lineCap = pen.lineJoin = "round";
-  pen.lineWidth = (byId("brush").value / 100) * maskCanvas.width;
-  pen.beginPath();
-  pen.moveTo(...(brush.last ?? at(event)));
-  for (const point of event.getCoalescedEvents?.() ?? [event]) pen.lineTo(...at(point));
-  pen.lineTo(...at(event));
-  pen.stroke();
+  stroke([brush.last ?? at(event), ...(event.getCoalescedEvents?.() ?? []).map(at), at(event)]);
   brush.last = at(event);
-  source.brushed = true;
+}
+
+// The keyboard's brush, in pixels of the mask.
+const cursor = { x: 0, y: 0, down: false };
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+function showCursor() {
+  const { style, classList } = byId("cursor");
+  style.left = `${(100 * cursor.x) / maskCanvas.width}%`;
+  style.top = `${(100 * cursor.y) / maskCanvas.height}%`;
+  style.width = `${byId("brush").value}%`;
+  classList.toggle("down", cursor.down);
+}
+
+function brushByKey(event) {
+  const arrow = ARROWS[event.key];
+  if (!source || (!arrow && event.key !== " ")) return;
+  event.preventDefault();
+  const from = [cursor.x, cursor.y];
+  if (arrow) {
+    const [x, y] = arrow.map((side) => (side * maskCanvas.width) / 50);
+    cursor.x = Math.min(maskCanvas.width, Math.max(0, cursor.x + x));
+    cursor.y = Math.min(maskCanvas.height, Math.max(0, cursor.y + y));
+  } else if (!event.repeat) {
+    cursor.down = !cursor.down;
+    announce(cursor.down ? "The brush is down." : "The brush is up.");
+  }
+  if (cursor.down) stroke([from, [cursor.x, cursor.y]]);
+  showCursor();
 }
 
 // Opaque, and transparent where it was brushed: what shall be painted anew.
@@ -241,16 +332,19 @@ function maskFile() {
 fileInput.addEventListener("change", () => startFrom(fileInput.files[0]));
 byId("clear-mask").addEventListener("click", clearMask);
 byId("remove-source").addEventListener("click", removeSource);
-strength.addEventListener("input", () => {
-  strength.dataset.touched = "yes";
-  byId("strength-shown").value = strength.value;
-});
+strength.addEventListener("input", () => setStrength(strength.value));
 maskCanvas.addEventListener("pointerdown", (event) => {
   brush.last = null;
   maskCanvas.setPointerCapture(event.pointerId);
   brush(event);
 });
 maskCanvas.addEventListener("pointermove", brush);
+maskCanvas.addEventListener("keydown", brushByKey);
+maskCanvas.addEventListener("blur", () => {
+  cursor.down = false;
+  showCursor();
+});
+byId("brush").addEventListener("input", showCursor);
 document.addEventListener("paste", (event) => startFrom(event.clipboardData.files[0]));
 document.addEventListener("dragover", (event) => {
   event.preventDefault();
@@ -269,6 +363,7 @@ const NUMBERS = ["num_inference_steps", "guidance_scale", "seed", "strength"];
 
 // {fields, image, mask}: everything that paints the same picture again, but a drawn seed.
 async function wanted() {
+  await source?.shown;
   const fields = {};
   for (const name of ["prompt", "size", "negative_prompt", "scheduler", ...NUMBERS]) {
     const value = form.elements[name].value;
@@ -284,7 +379,7 @@ async function wanted() {
   };
 }
 
-function fill({ fields }) {
+function fill({ fields, image, mask }) {
   for (const name of ["prompt", "size", "negative_prompt", "scheduler", ...NUMBERS]) {
     const field = form.elements[name];
     if (name === "size" && ![...field.options].some((option) => option.value === fields.size)) {
@@ -292,10 +387,9 @@ function fill({ fields }) {
     }
     if (name !== "strength") field.value = fields[name] ?? "";
   }
-  if (fields.strength) {
-    strength.value = byId("strength-shown").value = fields.strength;
-    strength.dataset.touched = "yes";
-  }
+  if (image) startFrom(image, mask);
+  else removeSource();
+  setStrength(fields.strength ?? null);
   const [[lora, scale]] = [...Object.entries(fields.lora ?? {}), ["", 1]];
   form.elements.lora.value = lora;
   byId("lora-scale").value = scale;
@@ -326,7 +420,8 @@ function curl({ fields, image, mask }) {
   if (!image) {
     lines.push("-H 'Content-Type: application/json'", `-d ${quoted(JSON.stringify(fields))}`);
   } else {
-    lines.push(`-F image=@${quoted(image.name || "image.png")}`);
+    const name = (image.name || "image.png").replaceAll(/[\\"]/g, "\\$&");
+    lines.push(`-F ${quoted(`image=@"${name}"`)}`);
     if (mask) lines.push("-F mask=@mask.png");
     for (const [name, value] of Object.entries(fields)) {
       const text = typeof value === "object" ? JSON.stringify(value) : value;
@@ -357,9 +452,9 @@ class Card {
       paint({ ...this.request, fields });
     };
     this.part(".curl").onclick = async () => {
-      await navigator.clipboard.writeText(curl(this.request));
-      announce("The command is copied.");
-      this.say("Copied.");
+      const copied = await copy(curl(this.request));
+      this.say(copied ? "Copied." : "The browser lets nothing be copied.");
+      announce(this.part(".state").textContent);
     };
     byId("empty").hidden = true;
     byId("gallery").prepend(this.root);
@@ -459,10 +554,12 @@ function paint(request) {
 // ---- the form -----------------------------------------------------------------------------------
 
 function blame(param, message) {
-  const field = form.elements[param];
+  const [name] = param?.split(".") ?? []; // of lora.ink the first
+  const field = form.elements[name];
   if (!field?.after) return;
+  byId(`${name}-wrong`)?.remove();
   const text = Object.assign(document.createElement("p"), { className: "wrong", textContent: message });
-  text.id = `${param}-wrong`;
+  text.id = `${name}-wrong`;
   field.setAttribute("aria-invalid", "true");
   field.setAttribute("aria-describedby", text.id);
   field.closest("details")?.setAttribute("open", "");
