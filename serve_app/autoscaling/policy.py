@@ -57,14 +57,14 @@ class ScalingParams:
     """Share of the time in which replicas should be busy: what arrives, over this, is bought."""
     spare_replicas: int = 0
     """More than that: idle ones, paid for what comes faster than a replica starts."""
-    target_drain_s: float = 60.0
+    target_drain_s: float = 120.0
     """Work that waits should be gone within this time, counted from when replicas that would be
     started now could help."""
-    smoothing_s: float = 45.0
+    smoothing_s: float = 60.0
     """The arrival of work is averaged over about this time."""
-    hold_s: float = 60.0
-    """A surplus must have lasted this long, or a cold start if that is longer, before replicas are
-    given up."""
+    hold_s: float = 45.0
+    """A surplus must have lasted this long, or half a cold start if that is longer, before replicas
+    are given up."""
     cold_start_s: float = 60.0
     """From asking for a replica until it paints; assumed until it has been measured."""
     mean_work_s: float = 2.0
@@ -151,8 +151,8 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
     Enough of them that what arrives keeps them busy for ``target_utilization`` of the time, and
     that what waits is done within ``target_drain_s`` from when new ones could help. Those that are
     starting count: one burst is answered once. A surplus is given up when nothing larger was wanted
-    for ``hold_s`` or a cold start: who gives up a replica that is wanted again pays that start with
-    late requests.
+    for ``hold_s`` or half a cold start: who gives up a replica that is wanted again pays that start
+    with late requests.
     """
     memory = _observed(load, params, memory)
     cold_start_s = _cold_start(load, params, memory)
@@ -168,7 +168,7 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
         wanted, term = 1, "batch"
 
     recent = [entry for entry in memory.wanted if entry[1] > wanted]
-    since_s = load.at_s - max(params.hold_s, cold_start_s)
+    since_s = load.at_s - max(params.hold_s, cold_start_s / 2)
     recent = [entry for entry in recent if entry[0] >= since_s]
     memory = replace(memory, wanted=(*recent, (load.at_s, wanted)))
     replicas = wanted

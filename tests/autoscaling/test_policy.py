@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParams, decide
 
 PARAMS = ScalingParams(
-    min_replicas=1, max_replicas=50, target_utilization=0.9, target_drain_s=30.0, cold_start_s=20.0
+    min_replicas=1,
+    max_replicas=50,
+    target_utilization=0.9,
+    target_drain_s=30.0,
+    smoothing_s=45.0,
+    hold_s=60.0,
+    cold_start_s=20.0,
 )
 
 rates = st.floats(0, 20)
@@ -211,7 +217,7 @@ def test_a_long_cold_start_makes_it_more_patient() -> None:
             cluster.tick(4.5)
         gave_up.append(next(n for n, target in enumerate(cluster.targets) if target < 10))
     assert gave_up[0] == 62
-    assert gave_up[1] == 202
+    assert gave_up[1] == 102
 
 
 def test_the_cold_start_is_measured() -> None:
