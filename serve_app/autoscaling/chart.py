@@ -91,7 +91,7 @@ def _draw_front(axes: Axes, rows: Sequence[Row], slo_share: float) -> None:
 
 def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     bars = axes.barh(
-        [row.label for row in rows],
+        [row.label.replace(", ", ",\n") for row in rows],
         [row.gpu_hours for row in rows],
         color=[COLORS[row.family] for row in rows],
     )
