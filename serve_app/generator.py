@@ -32,8 +32,16 @@ PLACE_EVERY_S = 0.5
 """How often a request that reports its progress says where it stands."""
 
 
-def check_assigned_gpus(gpu_ids: list[str]) -> None:
-    """Raise `ConfigError` if Ray assigned a GPU to this process that torch cannot use."""
+def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
+    """Raise `ConfigError` if Ray assigned a GPU to this process that torch cannot use.
+
+    ``device`` is ``model.device``: who says "cpu" there does not ask for the GPU.
+    """
+    if gpu_ids and device == "cpu":
+        logger.warning(
+            "Ray assigned GPU %s, and model.device is 'cpu': it is not used", ", ".join(gpu_ids)
+        )
+        return
     if not gpu_ids or torch.cuda.is_available():
         return
     if torch.version.cuda is None:
@@ -88,7 +96,8 @@ class Generator:
 
     def __init__(self, config: AppConfig) -> None:
         log_through_serve()
-        check_assigned_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+        gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        check_assigned_gpus(gpu_ids, config.model.device)
         self._engine = Engine.load(config.model, config.engine)
 
     async def generate(
