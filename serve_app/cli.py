@@ -17,6 +17,7 @@ from serve_app.config import (
     check_model_folder,
     is_path,
     keys_in_environment,
+    read_policy_kwargs,
     read_serve_config,
 )
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
@@ -69,9 +70,12 @@ def check(
 ) -> None:
     """Look for mistakes in a config file, in a second, before Ray is started with it."""
     # Late, so that --help does not wait for what serves HTTP.
+    from serve_app.autoscaling.knobs import read_knobs
     from serve_app.gateway.auth import KeyRing
 
     try:
+        for knobs in read_policy_kwargs(config):
+            read_knobs(knobs)
         for application in read_serve_config(config):
             check_model_folder(application.model)
             KeyRing(application.gateway.keys_file, keys_in_environment())

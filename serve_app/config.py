@@ -7,7 +7,7 @@ configuration is found before either is started.
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
@@ -28,6 +28,9 @@ DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 
 KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
 """Of the environment: entries of API keys."""
+
+WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
+"""What a Serve config names to have replicas scaled by the work that waits."""
 
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
@@ -268,6 +271,31 @@ def read_serve_config(path: Path) -> list[AppConfig]:
     Raises:
         ConfigError: if the file cannot be read, or an application's ``args`` are wrong.
     """
+    return [parse_app_config(one.get("args", {})) for one in _applications(path)]
+
+
+def read_policy_kwargs(path: Path) -> list[dict[str, object]]:
+    """What a Serve config file tells `WORK_POLICY`, for each deployment that it scales.
+
+    Raises:
+        ConfigError: if the file cannot be read, or ``policy_kwargs`` are no mapping.
+    """
+    found = []
+    for application in _applications(path):
+        for deployment in application.get("deployments") or []:
+            scaling = deployment.get("autoscaling_config") if isinstance(deployment, dict) else None
+            policy = scaling.get("policy") if isinstance(scaling, dict) else None
+            if not isinstance(policy, dict) or policy.get("policy_function") != WORK_POLICY:
+                continue
+            given = policy.get("policy_kwargs") or {}
+            if not isinstance(given, dict):
+                raise ConfigError(f"policy_kwargs must be a mapping; it is {given!r}.")
+            found.append(given)
+    return found
+
+
+def _applications(path: Path) -> list[dict[str, Any]]:
+    """Those of ours, as they are written."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -285,7 +313,7 @@ def read_serve_config(path: Path) -> list[AppConfig]:
             f"{path} has no application with import_path 'serve_app.app:build'; see configs/ for "
             "examples."
         )
-    return [parse_app_config(application.get("args", {})) for application in ours]
+    return ours
 
 
 def parse_app_config(value: object) -> AppConfig:

@@ -125,3 +125,13 @@ def test_check_looks_at_the_keys(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["check", str(config)])
     assert done.exit_code == 2
     assert "/no/keys.yaml cannot be read" in done.output
+
+
+def test_check_looks_at_the_knobs_of_the_scaling_policy(tmp_path: Path) -> None:
+    good = ROOT / "configs" / "sdxl.yaml"
+    assert CliRunner().invoke(cli, ["check", str(good)]).exit_code == 0
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(good.read_text().replace("hold_s:", "hold:"))
+    done = CliRunner().invoke(cli, ["check", str(bad)])
+    assert done.exit_code == 2
+    assert "policy_kwargs.hold: unknown key" in done.output
