@@ -10,6 +10,7 @@ import ray
 import torch
 from ray import serve
 
+from serve_app.autoscaling.router import ShortestOfSeveral
 from serve_app.config import AppConfig
 from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
 from serve_app.engine.engine import Engine, EngineStats
@@ -90,6 +91,7 @@ def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage
     max_queued_requests=1_024,
     max_constructor_retry_count=2,
     graceful_shutdown_timeout_s=120,
+    request_router_config={"request_router_class": ShortestOfSeveral},
 )
 class Generator:
     """Paints pictures. Methods run on the replica's event loop, the engine on its own thread."""
