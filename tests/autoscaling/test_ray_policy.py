@@ -84,6 +84,11 @@ def context(
     )
 
 
+def memory_of(policy: WorkPolicy) -> Memory:
+    assert policy._memory is not None
+    return policy._memory
+
+
 def test_the_latest_figures_of_each_replica_count() -> None:
     load = load_of(context({"a": FIGURES, "b": FIGURES | {"backlog_s": 7.0}}, queued=2.0, target=3))
     assert (load.at_s, load.running, load.target, load.queued_requests) == (NOW, 2, 3, 2.0)
@@ -160,14 +165,22 @@ def test_the_start_of_the_first_replica_is_measured_though_serve_decided_it() ->
     # Nobody asks while none runs and a request waits: Serve starts one by itself.
     up = {"last_scale_up_time": NOW + 1, "target": 1}
     policy(context({"a": FIGURES}, at_s=NOW + 31, **up))  # type: ignore[arg-type]
-    assert policy._memory.cold_start_s == pytest.approx(30)
-    assert not policy._memory.starts
+    assert memory_of(policy).cold_start_s == pytest.approx(30)
+    assert not memory_of(policy).starts
 
 
 def test_an_old_start_is_not_taken_for_a_long_one() -> None:
     policy = WorkPolicy()
     policy(context({"a": FIGURES}, last_scale_up_time=NOW - 5_000))
-    assert policy._memory.cold_start_s is None
+    assert memory_of(policy).cold_start_s is None
+
+
+def test_what_there_is_when_it_is_made_was_wanted() -> None:
+    idle = dict.fromkeys("abc", FIGURES | {"backlog_s": 0.0, "arrival_rate": 0.0})
+    policy = WorkPolicy(hold_s=20, cold_start_s=1)
+    assert policy(context(idle))[0] == 3
+    assert policy(context(idle, at_s=NOW + 19))[0] == 3
+    assert policy(context(idle, at_s=NOW + 21))[0] < 3
 
 
 def test_a_start_that_was_decided_here_is_measured_once() -> None:
@@ -177,10 +190,10 @@ def test_a_start_that_was_decided_here_is_measured_once() -> None:
     assert wanted == 3
     up = {"target": 3, "last_scale_up_time": NOW + 0.05, "bounds": (0, 3)}
     policy(context(busy, at_s=NOW + 0.1, **up))  # type: ignore[arg-type]
-    assert [start.at_s for start in policy._memory.starts] == [NOW]
+    assert [start.at_s for start in memory_of(policy).starts] == [NOW]
     said = dict.fromkeys("abc", FIGURES)
     policy(context(said, at_s=NOW + 20, **up))  # type: ignore[arg-type]
-    assert policy._memory.cold_start_s == pytest.approx(20)
+    assert memory_of(policy).cold_start_s == pytest.approx(20)
 
 
 def test_serve_builds_it_from_what_a_config_file_says() -> None:
@@ -191,7 +204,6 @@ def test_serve_builds_it_from_what_a_config_file_says() -> None:
     ).get_policy()
     policy = built(**written.policy_kwargs)
     assert policy(context({"a": FIGURES | {"backlog_s": 100.0}}))[0] > 1
-    assert isinstance(policy._memory, Memory)
 
 
 def test_a_wrong_knob_is_said_and_scales_by_the_defaults(

@@ -13,17 +13,20 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import httpx
 from ray.util import get_node_ip_address
 
+from serve_app.config import WORK_POLICY
+from tests.e2e.conftest import ROOT, demo_config
 from tests.waiting import wait_until
 
-ROOT = Path(__file__).parents[2]
 RAY = Path(sys.executable).with_name("ray")
 
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
@@ -219,3 +222,97 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2) -> Iterator[Cluster]:
         yield cluster
     finally:
         cluster.stop()
+
+
+def scaling_config(port: int, knobs: dict[str, float]) -> dict[str, Any]:
+    """The demo with a GPU for each replica, from none to two of them, scaled by our policy."""
+    config: dict[str, Any] = demo_config(port)
+    # All nodes have the address of this machine, and one port serves it.
+    config["proxy_location"] = "HeadOnly"
+    [application] = config["applications"]
+    application["args"]["model"]["device"] = "cpu"
+    [generator] = application["deployments"]
+    generator["ray_actor_options"] = {"num_gpus": 1, "num_cpus": 1}
+    generator["autoscaling_config"] = {
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 3,
+        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": knobs},
+    }
+    return config
+
+
+class Watch:
+    """Looks at a cluster once in a while, on a thread of its own; a context manager."""
+
+    def __init__(self, cluster: Cluster, every_s: float = 0.5) -> None:
+        self._cluster = cluster
+        self._every_s = every_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch")
+        self.seen: list[tuple[float, Seen]] = []
+        """(`monotonic` time, what was seen), oldest first."""
+        self.failure: BaseException | None = None
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def now(self) -> Seen:
+        """The last look."""
+        if self.failure is not None:
+            raise self.failure
+        return self.seen[-1][1]
+
+    def wait(self, probe: Callable[[Seen], bool], deadline_s: float, what: str) -> float:
+        """The `monotonic` time at which it was first true, from now on."""
+        begun = len(self.seen)
+
+        def found() -> float | None:
+            if self.failure is not None:
+                raise self.failure
+            return next((at for at, seen in self.seen[begun:] if probe(seen)), None)
+
+        return wait_until(found, deadline_s, every_s=0.1, what=f"{what}; {self.seen[-1:]}") or 0.0
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                seen = self._cluster.look()
+                self.seen.append((monotonic(), seen))
+                self._over.wait(self._every_s)
+        except (AssertionError, httpx.HTTPError) as error:
+            self.failure = error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one request."""
+
+    asked_at: float
+    """By `monotonic`."""
+    ended_at: float
+    refusals: int
+    """Each one a 429 that said when to come again."""
+
+
+def ask(url: str, seed: int, steps: int, patience_s: float = 180.0) -> Answer:
+    """Paint a picture; who is refused comes again when told to. All else is a failure."""
+    asked_at, refusals = monotonic(), 0
+    body = {"prompt": "a red circle on blue", "seed": seed, "num_inference_steps": steps}
+    while True:
+        response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=patience_s)
+        if response.status_code != 429:
+            assert response.status_code == 200, response.text
+            return Answer(asked_at, monotonic(), refusals)
+        refusals += 1
+        assert monotonic() - asked_at < patience_s, f"refused {refusals} times"
+        threading.Event().wait(float(response.headers["retry-after"]))
