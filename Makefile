@@ -23,7 +23,7 @@ serve: install
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,quantize]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,plan,quantize]'
 	touch $@
 
 test: lint types imports tests

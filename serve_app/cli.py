@@ -1,5 +1,6 @@
 """The command line: ``diffusion-serve``."""
 
+import json
 import re
 import secrets
 import time
@@ -107,6 +108,104 @@ def key(
         raise typer.Exit(2) from None
     typer.echo(entry, nl=False)
     typer.echo(f"The key, which is written nowhere else: {secret}", err=True)
+
+
+@cli.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="A Serve config file: engine and scaling.")],
+    costs: Annotated[
+        Path,
+        typer.Option(help="Step times: what an engine wrote to engine.profile_path, or alike."),
+    ],
+    trace: Annotated[
+        Path | None,
+        typer.Option(help="Arrivals: CSV with at_s, size, steps; or a time in ms a line."),
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Or so many requests a second.")] = None,
+    minutes: Annotated[float, typer.Option(help="For so long, with --rate.")] = 60.0,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="What requests ask for: WIDTHxHEIGHT/STEPS:SHARE, with commas."),
+    ] = None,
+    mix_at_end: Annotated[
+        str | None, typer.Option(help="The mix drifts to this one over the trace.")
+    ] = None,
+    stretch: Annotated[float, typer.Option(help="Times of the trace are multiplied by it.")] = 1.0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="work (this project's), count (Ray Serve's default) or fixed; all, if none. "
+            "'configured' tries what the config says, and nothing else."
+        ),
+    ] = None,
+    max_replicas: Annotated[int | None, typer.Option(help="Instead of the config's.")] = None,
+    node_start_s: Annotated[float, typer.Option(help="From asking for a GPU node to it.")] = 60.0,
+    replica_start_s: Annotated[float, typer.Option(help="From there until it paints.")] = 30.0,
+    node_idle_s: Annotated[float, typer.Option(help="A node without a replica is kept.")] = 60.0,
+    failures_per_hour: Annotated[float, typer.Option(help="Of one replica with its node.")] = 0.0,
+    slo: Annotated[float, typer.Option(help="Share of requests that must be in time.")] = 0.95,
+    price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="So often, with other draws of what requests ask for.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same outcome.")] = 1,
+    chart: Annotated[Path | None, typer.Option(help="Draw it: a .png file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write all figures: a .json file.")] = None,
+) -> None:
+    """Size a cluster before it is bought: replay arrivals in simulated time."""
+    from serve_app.autoscaling import plan as planner
+    from serve_app.autoscaling.simulator import ClusterParams
+
+    try:
+        if (trace is None) == (rate is None):
+            raise ConfigError("give either --trace or --rate.")
+        if not (stretch > 0 and (rate is None or rate > 0) and minutes > 0 and 0 < slo <= 1):
+            raise ConfigError("--stretch, --rate and --minutes must be over 0, --slo up to 1.")
+        families = planner.parse_families(policy or ["work", "count", "fixed"])
+        application = read_serve_config(config)[0]
+        engine = application.engine
+        scaling = planner.read_scaling(config, max_replicas)
+        scenario = planner.Scenario(
+            [
+                planner.arrivals(trace, rate, minutes * 60, mix, mix_at_end, stretch, number)
+                for number in range(seed, seed + repeats)
+            ],
+            planner.read_costs(costs, engine.max_batch_size),
+            engine.scheduling,
+            ClusterParams(
+                node_start_s=node_start_s,
+                replica_start_s=replica_start_s,
+                node_idle_s=node_idle_s,
+                failures_per_hour=failures_per_hour,
+                slo_scale=engine.slo_scale,
+                max_running=engine.max_running,
+                seed=seed,
+            ),
+        )
+        draw = None if chart is None else planner.drawing()
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    tried = list(planner.candidates(scaling, families, scenario.mean_busy))
+    with tqdm(total=len(tried), unit="policy", desc="simulating", disable=None) as bar:
+        rows = planner.compare(scenario, tried, lambda row: bar.update())
+    first, cold_start_s = scenario.traces[0], node_start_s + replica_start_s
+    title = (
+        f"{len(first.at_s)} requests in {first.duration_s / 60:.0f} minutes, "
+        f"{rows[0].work_hours:.2f} GPU-hours of work, cold start {cold_start_s:g} s"
+    )
+    typer.echo(title)
+    typer.echo(planner.table(planner.shown(rows, slo), price))
+    typer.echo(planner.verdict(rows, slo))
+    try:
+        if output is not None:
+            content = {"title": title, "slo": slo, "rows": planner.as_json(rows)}
+            output.write_text(json.dumps(content, indent=1) + "\n")
+        if draw is not None and chart is not None:
+            draw(rows, slo, title, chart)
+    except OSError as error:
+        typer.echo(f"error: {error.filename} cannot be written: {error.strerror}", err=True)
+        raise typer.Exit(2) from None
 
 
 @cli.command()

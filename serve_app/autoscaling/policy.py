@@ -55,10 +55,12 @@ class ScalingParams:
     max_replicas: int = 1
     target_utilization: float = 0.95
     """Share of the time in which replicas should be busy: what arrives, over this, is bought."""
+    spare_replicas: int = 0
+    """More than that: idle ones, paid for what comes faster than a replica starts."""
     target_drain_s: float = 60.0
     """Work that waits should be gone within this time, counted from when replicas that would be
     started now could help."""
-    smoothing_s: float = 60.0
+    smoothing_s: float = 45.0
     """The arrival of work is averaged over about this time."""
     hold_s: float = 60.0
     """A surplus must have lasted this long, or a cold start if that is longer, before replicas are
@@ -78,6 +80,8 @@ class ScalingParams:
             )
         if not 0 <= self.hold_s < math.inf:
             raise ValueError(f"hold_s must not be negative; it is {self.hold_s}")
+        if self.spare_replicas < 0:
+            raise ValueError(f"spare_replicas must not be negative; it is {self.spare_replicas}")
         if not 0 <= self.min_replicas <= self.max_replicas:
             raise ValueError(
                 f"min_replicas is {self.min_replicas} and max_replicas {self.max_replicas}: there "
@@ -136,6 +140,8 @@ _WEIGHT = 0.3
 
 _SLOWER = 3.0
 
+_MOST_OVERDUE = 4.0
+
 _ROUNDING = 1e-6
 
 
@@ -149,10 +155,13 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
     late requests.
     """
     memory = _observed(load, params, memory)
-    cold_start_s = memory.cold_start_s or params.cold_start_s
-    rate, waiting_s = _forecast(params, memory), _waiting(load, params, memory)
+    cold_start_s = _cold_start(load, params, memory)
+    rate = _forecast(params, memory, cold_start_s)
+    waiting_s = _waiting(load, params, memory)
     by_arrivals = math.ceil(rate / params.target_utilization - _ROUNDING)
-    by_backlog = _for_backlog(load, params, memory, rate, waiting_s)
+    if rate > _ROUNDING:
+        by_arrivals += params.spare_replicas
+    by_backlog = _for_backlog(load, params, memory, rate, waiting_s, cold_start_s)
     wanted = max(by_arrivals, by_backlog)
     term: Term = "backlog" if by_backlog > by_arrivals else "arrivals"
     if wanted < 1 and any(one.batch_backlog_s > 0 for one in load.replicas):
@@ -210,6 +219,8 @@ def _observed(load: Load, params: ScalingParams, memory: Memory) -> Memory:
         took_s = load.at_s - starts.pop(0).at_s
         known = took_s if cold_start_s is None else cold_start_s
         cold_start_s = known + _WEIGHT * (took_s - known)
+    # Whoever has only just begun to look takes what is there for wanted.
+    wanted = ((load.at_s, load.target),) if memory.at_s is None else memory.wanted
     return Memory(
         at_s=load.at_s,
         arrival_rate=rate,
@@ -217,12 +228,24 @@ def _observed(load: Load, params: ScalingParams, memory: Memory) -> Memory:
         cold_start_s=cold_start_s,
         mean_work_s=sum(means) / len(means) if means else memory.mean_work_s,
         # What was given up before it was there is no longer awaited.
-        starts=tuple(start for start in starts if start.to <= load.target),
-        wanted=memory.wanted,
+        starts=tuple(
+            replace(start, to=min(start.to, load.target))
+            for number, start in enumerate(starts)
+            if load.running < load.target and (number == 0 or starts[number - 1].to < load.target)
+        ),
+        wanted=wanted,
     )
 
 
-def _forecast(params: ScalingParams, memory: Memory) -> float:
+def _cold_start(load: Load, params: ScalingParams, memory: Memory) -> float:
+    """As measured, or assumed; more while a start takes longer than that."""
+    known_s = memory.cold_start_s or params.cold_start_s
+    overdue_s = load.at_s - memory.starts[0].at_s if memory.starts else 0.0
+    # One that never comes, for want of a GPU, shall not stop the rest of the arithmetic.
+    return max(known_s, min(overdue_s, _MOST_OVERDUE * known_s))
+
+
+def _forecast(params: ScalingParams, memory: Memory, cold_start_s: float) -> float:
     """What will arrive when a replica that is asked for now is there, in replicas kept busy.
 
     An average over a time lags behind a steady rise by that time, so two of them tell its slope:
@@ -232,8 +255,7 @@ def _forecast(params: ScalingParams, memory: Memory) -> float:
         return 0.0
     rate = memory.arrival_rate
     slope = (rate - memory.slow_rate) / ((_SLOWER - 1) * params.smoothing_s)
-    ahead_s = params.smoothing_s + (memory.cold_start_s or params.cold_start_s)
-    return max(0.0, rate + slope * ahead_s)
+    return max(0.0, rate + slope * (params.smoothing_s + cold_start_s))
 
 
 def _waiting(load: Load, params: ScalingParams, memory: Memory) -> float:
@@ -245,10 +267,14 @@ def _waiting(load: Load, params: ScalingParams, memory: Memory) -> float:
 
 
 def _for_backlog(
-    load: Load, params: ScalingParams, memory: Memory, rate: float, waiting_s: float
+    load: Load,
+    params: ScalingParams,
+    memory: Memory,
+    rate: float,
+    waiting_s: float,
+    cold_start_s: float,
 ) -> int:
     """As many as have it done in time, with those that are there or starting."""
-    cold_start_s = memory.cold_start_s or params.cold_start_s
     horizon_s = cold_start_s + params.target_drain_s
     supply_s = load.running * horizon_s
     there = load.running

@@ -18,6 +18,9 @@ class QueueParams:
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
     look_back_period_s: float = 30.0
+    """Requests are averaged over it."""
+    metrics_interval_s: float = 10.0
+    """How often handles and replicas report."""
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """A cluster in simulated time: the engine's scheduler on every replica, a policy that scales them.
 
 Each replica decides with the scheduler that the engine has, on costs from the same kind of file
-that the engine writes; a scaling policy sees what Serve would show it, as late as Serve would. What
-is left out: text encoding is part of a request's first step, the scheduler is asked again after half
-a second of steps or when a request comes rather than after every step, and predictions are exact.
+that the engine writes; a scaling policy sees what Serve would show it, as late as Serve would.
+
+What is simpler than in reality: text encoding is part of a request's first step, decoding of its
+last; the scheduler is asked again after half a second of steps, or when a request comes, rather
+than after every step; predictions are exact; a client that is refused does not come again.
 """
 
 import heapq
@@ -46,8 +48,9 @@ class ClusterParams:
     failures_per_hour: float = 0.0
     """Of one running replica: it is lost with its node, its requests go to others."""
     routing: Routing = "count"
-    choices: int = 2
-    """Replicas that are drawn for a request, to choose one of them; Serve draws two."""
+    choices: int = 8
+    """Replicas that are drawn for a request, to choose one of them: as `router` has it; Serve's own
+    router draws two."""
     slo_scale: float = 3.0
     """Deadline of a request, in multiples of its time alone."""
     max_running: int = 32
@@ -73,8 +76,8 @@ class View:
     running: int
     target: int
     replicas: Sequence[ReplicaLoad]
-    requests: float
-    """Accepted or waiting, not done; averaged over the last 30 s."""
+    requests: int
+    """Accepted or waiting, not done."""
     queued: int
     """Of them, waiting for a replica."""
 
@@ -90,15 +93,24 @@ class Fixed:
 
 
 class ByCount:
-    """Ray Serve's default policy."""
+    """Ray Serve's default policy, on what handles report now and then."""
 
     def __init__(self, params: QueueParams) -> None:
+        self._params = params
         self._policy = QueuePolicy(params)
+        self._seen: deque[tuple[float, int]] = deque()
+        self._reported_at = -math.inf
+        self._reported = 0.0
 
     def decide(self, cluster: View) -> tuple[int, str]:
-        number = self._policy.decide(
-            cluster.at_s, cluster.running, cluster.target, cluster.requests
-        )
+        now, seen = cluster.at_s, self._seen
+        seen.append((now, cluster.requests))
+        while seen[0][0] <= now - self._params.look_back_period_s:
+            seen.popleft()
+        if now - self._reported_at >= self._params.metrics_interval_s:
+            self._reported_at = now
+            self._reported = sum(requests for _, requests in seen) / len(seen)
+        number = self._policy.decide(now, cluster.running, cluster.target, self._reported)
         return number, "count"
 
 
@@ -277,7 +289,6 @@ class Simulator:
         self._outcome = Outcome(requests=len(trace.at_s))
         self._offered: deque[tuple[float, float]] = deque()
         self._offered_s = 0.0
-        self._counts: deque[float] = deque(maxlen=max(1, round(30.0 / params.report_every_s)))
         self._mean_work_s = 0.0
         for _ in range(initial_replicas):
             self._nodes += 1
@@ -472,7 +483,6 @@ class Simulator:
 
     def _report(self, now: float) -> None:
         self._pay(now)
-        self._counts.append(float(self._outstanding))
         while self._offered and self._offered[0][0] < now - RATE_WINDOW_S:
             self._offered_s -= self._offered.popleft()[1]
         if self._offered:
@@ -494,7 +504,7 @@ class Simulator:
             len(up),
             self._target,
             loads,
-            sum(self._counts) / len(self._counts),
+            self._outstanding,
             len(self._held),
         )
         target, term = self._scaler.decide(view)

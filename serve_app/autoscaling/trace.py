@@ -49,7 +49,7 @@ def parse_mix(text: str) -> Mix:
     mix: Mix = {}
     for entry in text.split(","):
         match = re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})/(\d{1,4}):(\d+(?:\.\d+)?)\s*", entry)
-        if match is None or not (0 < int(match[3]) and 0 < int(match[1]) and 0 < int(match[2])):
+        if match is None or not all(int(number) for number in match.groups()[:3]):
             raise ConfigError(
                 f"the mix has {entry.strip()!r}; write WIDTHxHEIGHT/STEPS:SHARE, such as "
                 "512x512/20:15, with commas in between."
@@ -93,8 +93,8 @@ def poisson(rate: float, duration_s: float, seed: int) -> list[float]:
 def read_arrivals(path: Path, stretch: float) -> tuple[list[float], list[Kind] | None]:
     """When requests come, and what each asks for where the file says so.
 
-    Either a CSV file with the columns ``at_s``, ``size`` (WIDTHxHEIGHT) and ``steps``, or one time a
-    line in milliseconds, as in DiffServe's traces. Times are multiplied by ``stretch``.
+    Either a CSV file with the columns ``at_s``, ``size`` (WIDTHxHEIGHT) and ``steps``, or one time
+    a line in milliseconds, as in DiffServe's traces. Times are multiplied by ``stretch``.
 
     Raises:
         ConfigError: naming the line that is wrong.

@@ -1,0 +1,314 @@
+import itertools
+import math
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParams, decide
+
+PARAMS = ScalingParams(
+    min_replicas=1, max_replicas=50, target_utilization=0.9, target_drain_s=30.0, cold_start_s=20.0
+)
+
+rates = st.floats(0, 20)
+backlogs = st.floats(0, 500)
+
+
+@st.composite
+def replica_loads(draw: st.DrawFn) -> ReplicaLoad:
+    return ReplicaLoad(
+        backlog_s=draw(backlogs),
+        arrival_rate=draw(rates),
+        throughput=draw(st.floats(0.5, 4)),
+        mean_work_s=draw(st.floats(0, 10)),
+        batch_backlog_s=draw(st.sampled_from([0.0, 50.0])),
+    )
+
+
+@st.composite
+def loads(draw: st.DrawFn, at_s: float = 0.0) -> Load:
+    known = draw(st.lists(replica_loads(), max_size=6))
+    running = len(known) + draw(st.integers(0, 2))
+    return Load(
+        at_s=at_s,
+        running=running,
+        target=running + draw(st.integers(0, 3)),
+        replicas=known,
+        queued_requests=draw(st.integers(0, 50)),
+    )
+
+
+@st.composite
+def all_params(draw: st.DrawFn) -> ScalingParams:
+    fewest = draw(st.integers(0, 3))
+    return ScalingParams(
+        min_replicas=fewest,
+        max_replicas=fewest + draw(st.integers(0, 30)),
+        target_utilization=draw(st.floats(0.3, 1)),
+        spare_replicas=draw(st.integers(0, 2)),
+        target_drain_s=draw(st.floats(1, 300)),
+        cold_start_s=draw(st.floats(1, 300)),
+    )
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> Memory:
+    """What a few decisions leave behind."""
+    memory, params = Memory(), draw(all_params())
+    for number in range(draw(st.integers(0, 4))):
+        _, memory = decide(draw(loads(at_s=10.0 * number - 100)), params, memory)
+    return memory
+
+
+@given(loads(), all_params(), histories())
+def test_within_bounds(load: Load, params: ScalingParams, memory: Memory) -> None:
+    decision, _ = decide(load, params, memory)
+    assert params.min_replicas <= decision.replicas <= params.max_replicas
+
+
+@given(loads(), all_params(), histories(), st.floats(1, 3), st.integers(0, 100))
+def test_more_load_never_wants_fewer(
+    load: Load, params: ScalingParams, memory: Memory, factor: float, queued: int
+) -> None:
+    more = replace(
+        load,
+        queued_requests=load.queued_requests + queued,
+        replicas=[
+            replace(one, backlog_s=one.backlog_s * factor, arrival_rate=one.arrival_rate * factor)
+            for one in load.replicas
+        ],
+    )
+    assert decide(more, params, memory)[0].replicas >= decide(load, params, memory)[0].replicas
+
+
+@given(loads(), all_params(), histories())
+def test_never_below_what_the_backlog_needs(
+    load: Load, params: ScalingParams, memory: Memory
+) -> None:
+    decision, _ = decide(load, params, memory)
+    backlog_s = sum(one.backlog_s for one in load.replicas)
+    needed = math.ceil(backlog_s / params.target_drain_s - 1e-6)
+    assert decision.replicas >= min(load.target, needed, params.max_replicas)
+
+
+@given(loads(), all_params(), histories())
+def test_what_is_not_known_is_not_given_up(
+    load: Load, params: ScalingParams, memory: Memory
+) -> None:
+    if len(load.replicas) < load.running:
+        decision, _ = decide(load, params, memory)
+        assert decision.replicas >= min(load.target, params.max_replicas)
+
+
+class Cluster:
+    """Replicas that follow the policy, each decision a second after the last."""
+
+    def __init__(self, params: ScalingParams, running: int, cold_start_s: float = 20.0) -> None:
+        self.params = params
+        self.cold_start_s = cold_start_s
+        self.memory = Memory()
+        self.now = 0.0
+        self.running = self.target = running
+        self.ready_at: list[float] = []
+        self.targets = [running]
+        self.terms: list[str] = []
+
+    def tick(self, busy: float, backlog_s: float = 0.0, known: int | None = None) -> None:
+        """``busy``: replicas that arriving work keeps busy; ``known``: how many tell of it."""
+        self.now += 1
+        self.running += sum(at <= self.now for at in self.ready_at)
+        self.ready_at = [at for at in self.ready_at if at > self.now]
+        number = self.running if known is None else min(known, self.running)
+        each = ReplicaLoad(
+            backlog_s / max(1, self.running), busy / max(1, self.running), mean_work_s=2.0
+        )
+        load = Load(self.now, self.running, self.target, [each] * number)
+        decision, self.memory = decide(load, self.params, self.memory)
+        new = decision.replicas - self.target
+        self.ready_at += [self.now + self.cold_start_s] * max(0, new)
+        for _ in range(max(0, -new)):
+            if self.ready_at:
+                self.ready_at.pop()
+            else:
+                self.running -= 1
+        self.target = decision.replicas
+        self.targets.append(self.target)
+        self.terms.append(decision.term)
+
+    @property
+    def changes(self) -> list[int]:
+        steps = [after - before for before, after in itertools.pairwise(self.targets)]
+        return [step for step in steps if step]
+
+
+@pytest.mark.parametrize("busy", [0.4, 1.7, 8.9, 9.0, 30.0])
+def test_a_steady_load_changes_nothing_once_it_is_answered(busy: float) -> None:
+    cluster = Cluster(PARAMS, 1)
+    for _ in range(300):
+        cluster.tick(busy)
+    assert cluster.target == max(1, math.ceil(busy / PARAMS.target_utilization - 1e-6))
+    settled = len(cluster.changes)
+    for _ in range(1_000):
+        cluster.tick(busy)
+    assert len(cluster.changes) == settled
+
+
+@pytest.mark.parametrize("mean", [2.0, 8.0, 25.0])
+def test_a_steady_load_that_is_drawn_does_not_flap(mean: float) -> None:
+    """Poisson arrivals of 2 s each, counted over 30 s as replicas do, for an hour."""
+    rng = Random(1)
+    cluster = Cluster(PARAMS, 1)
+    window = [0.0] * 30
+    for second in range(4_200):
+        count = sum(rng.random() < mean / 2 / 50 for _ in range(50))
+        window[second % 30] = 2.0 * count
+        cluster.tick(sum(window) / 30)
+        if second == 600:
+            settled = len(cluster.changes)
+    turns = cluster.changes[settled:]
+    there_and_back = sum((a > 0) != (b > 0) for a, b in itertools.pairwise(turns))
+    assert there_and_back <= 3_600 / 60  # not more often than once in its patience
+    assert max(cluster.targets[600:]) - min(cluster.targets[600:]) <= 2 + mean / 2
+
+
+def test_one_burst_is_one_scale_up() -> None:
+    """A backlog that new replicas will see to is not answered again while they start."""
+    cluster = Cluster(PARAMS, 2)
+    for _ in range(60):
+        cluster.tick(1.0)
+    assert cluster.target == 2
+    backlog_s = 400.0
+    while backlog_s > 0:
+        cluster.tick(1.0, backlog_s)
+        backlog_s += 1.0 - cluster.running
+    assert [step > 0 for step in cluster.changes].count(True) == 1
+    assert "backlog" in cluster.terms
+
+
+def test_a_surplus_must_last() -> None:
+    cluster = Cluster(replace(PARAMS, hold_s=60.0), 1)
+    for _ in range(300):
+        cluster.tick(9.0)
+    assert cluster.target == 10
+    for _ in range(40):
+        cluster.tick(4.5)
+    assert cluster.target == 10
+    assert cluster.terms[-1] == "held"
+    for _ in range(300):
+        cluster.tick(4.5)
+    assert cluster.target == 5
+
+
+def test_a_long_cold_start_makes_it_more_patient() -> None:
+    quick, slow = Cluster(PARAMS, 10, 20.0), Cluster(PARAMS, 10, 200.0)
+    slow.memory = Memory(cold_start_s=200.0)
+    gave_up = []
+    for cluster in (quick, slow):
+        for _ in range(600):
+            cluster.tick(4.5)
+        gave_up.append(next(n for n, target in enumerate(cluster.targets) if target < 10))
+    assert gave_up[0] == 62
+    assert gave_up[1] == 202
+
+
+def test_the_cold_start_is_measured() -> None:
+    cluster = Cluster(PARAMS, 1, cold_start_s=70.0)
+    for _ in range(200):
+        cluster.tick(5.0)
+    assert cluster.memory.cold_start_s == pytest.approx(70, abs=1)
+
+
+def test_starts_that_are_given_up_do_not_count_as_measured() -> None:
+    cluster = Cluster(replace(PARAMS, hold_s=0.0), 1, cold_start_s=10_000.0)
+    cluster.memory = Memory(cold_start_s=5.0)
+    for _ in range(20):
+        cluster.tick(5.0)
+    assert cluster.target > 1
+    for _ in range(600):
+        cluster.tick(0.1)
+    assert cluster.target == 1
+    assert cluster.memory.cold_start_s == 5.0
+    assert cluster.memory.starts == ()
+
+
+def test_a_rise_is_answered_ahead() -> None:
+    """What will have come when a replica is there is bought, not what has come."""
+    cluster = Cluster(PARAMS, 1, cold_start_s=60.0)
+    cluster.memory = Memory(cold_start_s=60.0)
+    for second in range(600):
+        cluster.tick(second / 60)
+    assert cluster.target >= math.ceil((600 / 60 + 0.9) / 0.9)
+
+
+def test_missing_figures_hold_what_is_there_and_then_let_go() -> None:
+    cluster = Cluster(PARAMS, 1)
+    for _ in range(300):
+        cluster.tick(9.0)
+    for _ in range(200):
+        cluster.tick(9.0, known=0)
+        assert cluster.target == 10
+    for _ in range(200):
+        cluster.tick(0.9, known=5)
+        assert cluster.target == 10
+    for _ in range(40):
+        cluster.tick(0.9)
+    assert cluster.terms[-1] == "held"
+    for _ in range(200):
+        cluster.tick(0.9, known=0)
+        assert cluster.target == 10
+    assert cluster.terms[-1] == "blind"
+    for _ in range(400):
+        cluster.tick(0.9)
+    assert cluster.target == 1
+
+
+def test_to_zero_and_from_zero() -> None:
+    params = replace(PARAMS, min_replicas=0)
+    cluster = Cluster(params, 1)
+    for _ in range(100):
+        cluster.tick(0.0)
+    assert cluster.target == 0
+    load = Load(cluster.now + 1, 0, 0, [], queued_requests=30)
+    decision, _ = decide(load, params, replace(cluster.memory, mean_work_s=4.0))
+    assert decision.replicas == math.ceil(30 * 4 / params.target_drain_s)
+    assert decision.term == "backlog"
+
+
+def test_batch_work_keeps_one_replica_and_buys_none() -> None:
+    params = replace(PARAMS, min_replicas=0)
+    busy = ReplicaLoad(batch_backlog_s=10_000.0)
+    decision, _ = decide(Load(1_000.0, 1, 1, [busy]), params, Memory())
+    assert (decision.replicas, decision.term) == (1, "batch")
+
+
+def test_spare_replicas_are_on_top_while_there_is_work() -> None:
+    params = replace(PARAMS, min_replicas=0, spare_replicas=2)
+    one = ReplicaLoad(arrival_rate=0.5)
+    assert decide(Load(0.0, 1, 1, [one]), params, Memory())[0].replicas == 3
+    assert decide(Load(0.0, 0, 0, []), params, Memory())[0].replicas == 0
+
+
+def test_a_decision_says_what_ruled_and_from_what() -> None:
+    decision, _ = decide(Load(0.0, 1, 1, [ReplicaLoad(backlog_s=900.0)]), PARAMS, Memory())
+    assert str(decision).startswith(f"{decision.replicas} replicas, by backlog: running 1, ")
+    assert "waiting_s 900" in str(decision)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"target_utilization": 0.0}, "target_utilization must be over 0"),
+        ({"target_utilization": 1.5}, "at most 1"),
+        ({"target_drain_s": 0.0}, "target_drain_s must be over 0"),
+        ({"cold_start_s": math.inf}, "cold_start_s"),
+        ({"hold_s": -1.0}, "hold_s must not be negative"),
+        ({"spare_replicas": -1}, "spare_replicas"),
+        ({"min_replicas": 5, "max_replicas": 4}, "min_replicas is 5 and max_replicas 4"),
+    ],
+)
+def test_wrong_params_are_named(change: dict[str, float], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        replace(PARAMS, **change)  # type: ignore[arg-type]
