@@ -39,6 +39,5 @@ BACKLOG = Gauge(
 
 HELD = Gauge(
     "diffusion_serve_held_requests",
-    "Requests that were refused and wait in the gateway for a replica that is starting.",
-    ["model"],
+    "Requests that wait in this gateway replica for a replica that is starting, refused by others.",
 )

@@ -256,8 +256,8 @@ class Engine:
             number = next(self._numbers)
             now = time.perf_counter()
             task = Task(number, now, 0.0, background=params.priority == "batch")
-            sent_at = now - standing.waited_s
-            request = Request(number, resolved, standing, on_event, sent_at, task)
+            waited_s = 0.0 if standing.sent_at is None else max(0.0, time.time() - standing.sent_at)
+            request = Request(number, resolved, standing, on_event, now - waited_s, task)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -471,7 +471,7 @@ class Engine:
         else:
             why = "more is not taken in"
         return Overloaded(
-            f"about {backlog_s:.1f} s of work are waiting, and {why}; try again later.",
+            f"about {backlog_s:.1f} s of work are waiting, and {why}.",
             "deadline_s" if refusal.reason == "deadline" else None,
             retry_after_s=max(1.0, refusal.excess_s),
             work_s=alone_s / self._demand.throughput(),

@@ -273,8 +273,8 @@ class Standing:
 
     order: str = ""
     """Requests of one order are taken in together: they do not count as each other's backlog."""
-    waited_s: float = 0.0
-    """Since it was sent."""
+    sent_at: float | None = None
+    """In Unix time, if it was not sent just now: another machine may have taken it."""
     returning: bool = False
     """It was refused, and comes again as it was told to, or was held until it could."""
     promised_s: float = 0.0

@@ -3,6 +3,7 @@
 import gc
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -655,8 +656,10 @@ def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100, deadline_s=2 * long_s)
-        refused(submitted(engine, long, Standing(waited_s=1.5 * long_s))[1])
-        _, event, inbox = submitted(engine, params(num_inference_steps=1), Standing(waited_s=3.0))
+        refused(submitted(engine, long, Standing(sent_at=time.time() - 1.5 * long_s))[1])
+        _, event, inbox = submitted(
+            engine, params(num_inference_steps=1), Standing(sent_at=time.time() - 3.0)
+        )
         while not isinstance(event, Completed):
             event = inbox.get(timeout=30)
         assert event.result.queue_s >= 3
