@@ -210,6 +210,13 @@ class EngineConfig(_Config):
         gt=0,
         description="The deadline of a request that names none, in multiples of its time alone.",
     )
+    max_backlog_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds of interactive work, as predicted, that a request may find when it "
+        "comes; who would wait longer is told when to come again. Longer queues finish no more "
+        "pictures, and people and HTTP clients give up: most after 30 to 60 s.",
+    )
     warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
         (),
         max_length=64,
@@ -234,6 +241,12 @@ class GatewayConfig(_Config):
         None,
         description="File with the API keys that are let in; `diffusion-serve key` writes entries "
         f"for it. The environment variable {KEYS_VARIABLE} holds such entries, too.",
+    )
+    max_hold_s: float = Field(
+        300.0,
+        gt=0,
+        description="How long a request waits for a replica that is starting, before it is told "
+        "to come again.",
     )
     log_prompts: bool = Field(False, description="Write prompts into the log.")
 

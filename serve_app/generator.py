@@ -4,7 +4,7 @@ import asyncio
 import itertools
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import ray
 import torch
@@ -23,7 +23,7 @@ from serve_app.engine.events import (
     Progress,
     Queued,
 )
-from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import ConfigError
 from serve_app.serve_log import log_through_serve
 
@@ -103,7 +103,11 @@ class Generator:
         self._engine = Engine.load(config.model, config.engine)
 
     async def generate(
-        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
     ) -> AsyncIterator[Queued | Progress | PartialImage | EncodedImage]:
         """Paint one picture.
 
@@ -114,6 +118,7 @@ class Generator:
         If the caller goes away, the engine drops the request before its next step.
 
         Raises:
+            Overloaded: instead of the first event, if it is not taken in.
             DiffusionServeError: what the engine raised.
         """
         loop = asyncio.get_running_loop()
@@ -123,7 +128,7 @@ class Generator:
             if progress or not isinstance(event, Progress):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        number = self._engine.submit(params, on_event)
+        number = self._engine.submit(params, on_event, standing)
         partial_images = itertools.count()
         end_at = located_at = loop.time()
         ended = False
@@ -172,6 +177,14 @@ class Generator:
     async def stats(self) -> EngineStats:
         """A snapshot of the engine, for people who look into a replica."""
         return self._engine.stats()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The figures of `EngineLoad`, by name. Called by Serve, for the autoscaling policy."""
+        return asdict(self._engine.demand())
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Called by Serve, for whoever picks a replica for a request."""
+        return {"backlog_s": self._engine.demand().backlog_s}
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""

@@ -3,7 +3,7 @@
 In the default registry of the process that sets them.
 """
 
-from prometheus_client import Enum, Gauge, Histogram
+from prometheus_client import Counter, Enum, Gauge, Histogram
 
 SHARING = Enum(
     "diffusion_serve_sharing",
@@ -23,4 +23,21 @@ FORECAST_ERROR = Histogram(
     "By how much the predicted time of a finished request was off, as a share of the time it took.",
     ["model"],
     buckets=(0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0),
+)
+
+REFUSALS = Counter(
+    "diffusion_serve_refusals_total",
+    "Requests that an engine did not take in, by the limit that they would have broken.",
+    ["model", "reason"],
+)
+
+BACKLOG = Gauge(
+    "diffusion_serve_backlog_seconds",
+    "Predicted seconds to finish all accepted work of a class.",
+    ["model", "priority"],
+)
+
+HELD = Gauge(
+    "diffusion_serve_held_requests",
+    "Requests that wait in this gateway replica for a replica that is starting, refused by others.",
 )
