@@ -58,7 +58,7 @@ class WorkPolicy:
                 "finds such mistakes before they are deployed.",
                 error,
             )
-        self._memory: Memory | None = None
+        self._memory = Memory()
         self._wanted: int | None = None
         self._gauges = _Gauges()
 
@@ -70,12 +70,7 @@ class WorkPolicy:
             max_replicas=ctx.capacity_adjusted_max_replicas,
         )
         load = load_of(ctx)
-        if self._memory is None:
-            # Serve forgets the last one at every deployment: what there is was wanted until now.
-            memory = Memory(wanted=((load.at_s, load.target),))
-        else:
-            memory = _with_starts_of_serve(self._memory, ctx)
-        decision, self._memory = decide(load, params, memory)
+        decision, self._memory = decide(load, params, _with_starts_of_serve(self._memory, ctx))
         if decision.replicas != self._wanted:
             self._wanted = decision.replicas
             logger.info("%s/%s: %s", ctx.app_name, ctx.deployment_name, decision)

@@ -11,6 +11,7 @@ from serve_app.errors import ConfigError
 def test_what_is_not_said_is_as_the_policy_has_it() -> None:
     assert read_knobs({}) == ScalingParams()
     assert read_knobs({"hold_s": 5}) == ScalingParams(hold_s=5.0)
+    assert isinstance(read_knobs({"spare_replicas": 1.0}).spare_replicas, int)
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,9 @@ def test_what_is_not_said_is_as_the_policy_has_it() -> None:
         ({"hold_s": "60"}, "hold_s must be a number; it is '60'"),
         ({"hold_s": True}, "hold_s must be a number"),
         ({"hold_s": None}, "hold_s must be a number"),
-        ({"hold_s": float("nan")}, "hold_s must be a number"),
+        ({"hold_s": float("nan")}, "hold_s must be finite"),
+        ({"spare_replicas": float("inf")}, "spare_replicas must be finite"),
+        ({"spare_replicas": 0.5}, "spare_replicas must be a whole number; it is 0.5"),
         ({"target_utilization": 1.5}, "target_utilization must be over 0 and at most 1"),
         ({"smoothing_s": 0}, "smoothing_s must be over 0"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from serve_app.autoscaling.policy import Memory, ReplicaLoad
+from serve_app.autoscaling.policy import ReplicaLoad
 from serve_app.autoscaling.ray_policy import WorkPolicy, load_of
 from serve_app.config import WORK_POLICY
 
@@ -82,11 +82,6 @@ def context(
         current_time=at_s,
         config=config,
     )
-
-
-def memory_of(policy: WorkPolicy) -> Memory:
-    assert policy._memory is not None
-    return policy._memory
 
 
 def test_the_latest_figures_of_each_replica_count() -> None:
@@ -165,14 +160,14 @@ def test_the_start_of_the_first_replica_is_measured_though_serve_decided_it() ->
     # Nobody asks while none runs and a request waits: Serve starts one by itself.
     up = {"last_scale_up_time": NOW + 1, "target": 1}
     policy(context({"a": FIGURES}, at_s=NOW + 31, **up))  # type: ignore[arg-type]
-    assert memory_of(policy).cold_start_s == pytest.approx(30)
-    assert not memory_of(policy).starts
+    assert policy._memory.cold_start_s == pytest.approx(30)
+    assert not policy._memory.starts
 
 
 def test_an_old_start_is_not_taken_for_a_long_one() -> None:
     policy = WorkPolicy()
     policy(context({"a": FIGURES}, last_scale_up_time=NOW - 5_000))
-    assert memory_of(policy).cold_start_s is None
+    assert policy._memory.cold_start_s is None
 
 
 def test_what_there_is_when_it_is_made_was_wanted() -> None:
@@ -190,10 +185,10 @@ def test_a_start_that_was_decided_here_is_measured_once() -> None:
     assert wanted == 3
     up = {"target": 3, "last_scale_up_time": NOW + 0.05, "bounds": (0, 3)}
     policy(context(busy, at_s=NOW + 0.1, **up))  # type: ignore[arg-type]
-    assert [start.at_s for start in memory_of(policy).starts] == [NOW]
+    assert [start.at_s for start in policy._memory.starts] == [NOW]
     said = dict.fromkeys("abc", FIGURES)
     policy(context(said, at_s=NOW + 20, **up))  # type: ignore[arg-type]
-    assert memory_of(policy).cold_start_s == pytest.approx(20)
+    assert policy._memory.cold_start_s == pytest.approx(20)
 
 
 def test_serve_builds_it_from_what_a_config_file_says() -> None:

@@ -113,6 +113,8 @@ class Cluster:
     folder: Path
     dashboard: str
     """Ray's REST API, with which Serve is told what to run."""
+    metrics_port: int
+    """Of the head."""
 
     def deploy(self, config: dict[str, Any]) -> None:
         """As ``serve deploy`` does, and as KubeRay does."""
@@ -140,6 +142,10 @@ class Cluster:
         answer = httpx.get(f"{self.dashboard}{path}", timeout=20)
         assert answer.status_code == 200, answer.text
         return answer.json()
+
+    def metrics(self) -> str:
+        """Of the processes on the head, Serve's controller among them."""
+        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20).text
 
     def logs(self, pattern: str) -> str:
         """What Ray's processes wrote into their files."""
@@ -198,7 +204,7 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2) -> Iterator[Cluster]:
     log = folder / "ray.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [RAY, "start", "--head", "--block", "--include-dashboard=true"]
+            [str(RAY), "start", "--head", "--block", "--include-dashboard=true"]
             + [f"--{name}={value}" for name, value in arguments.items()],
             cwd=ROOT,
             env=environment,
@@ -207,7 +213,7 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2) -> Iterator[Cluster]:
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
-    cluster = Cluster(process, folder, f"http://127.0.0.1:{dashboard}")
+    cluster = Cluster(process, folder, f"http://127.0.0.1:{dashboard}", metrics)
 
     def answers() -> bool:
         assert process.poll() is None, log.read_text()

@@ -1,5 +1,6 @@
 """GPU nodes come for work and go without it, on Ray's own autoscaler with fake nodes."""
 
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
@@ -53,6 +54,7 @@ def test_nodes_come_and_go_with_the_work(report: Callable[[str], None]) -> None:
         ended_at = max(answer.ended_at for answer in tail)
         idle_at = watch.wait(lambda seen: seen.target == 0, 60, "the last replica to leave")
         empty_at = watch.wait(lambda seen: seen.nodes == 0, 60, "the nodes to go")
+        metrics = cluster.metrics()
         lines = [
             line.split(" -- ")[-1]
             for line in cluster.logs("serve/controller_*.log").splitlines()
@@ -62,6 +64,12 @@ def test_nodes_come_and_go_with_the_work(report: Callable[[str], None]) -> None:
     # The decisions are in the controller's log, each one once.
     assert any(" 2 replicas, by max" in line or " 2 replicas, by backlog" in line for line in lines)
     assert len(lines) < 20, lines
+    labels = r'application="diffusion-serve",.*deployment="Generator"'
+    for name in ("wanted_replicas", "waiting_seconds", "cold_start_seconds", "forecast_replicas"):
+        assert re.search(f"^ray_diffusion_serve_autoscaling_{name}{{.*{labels}", metrics, re.M), (
+            name
+        )
+    assert re.search(r'autoscaling_term{.*term="arrivals".* 1\.0$', metrics, re.M)
     refusals = sum(answer.refusals for answer in [*answers, *tail])
     report(
         f"fake GPU nodes: from zero to a first replica {first_at - begun_at:.0f} s, to a second "
