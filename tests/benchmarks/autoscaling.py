@@ -37,8 +37,8 @@ from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start
 from tests.e2e.conftest import free_port
 
 SIZE = (64, 64)
-STEPS = 200
-PHASES = ((20.0, 0.15), (25.0, 0.9), (25.0, 0.15))
+STEPS = 100
+PHASES = ((20.0, 0.15), (25.0, 0.6), (25.0, 0.15))
 """(seconds, requests a second)"""
 
 KNOBS: dict[str, float] = {
@@ -47,6 +47,9 @@ KNOBS: dict[str, float] = {
     "hold_s": 10,
     "cold_start_s": 15,
 }
+MAX_BACKLOG_S = 600.0
+"""Nobody is refused: in simulated time, who is refused does not come again."""
+
 NODES = 2
 IDLE_MINUTES = 0.2
 
@@ -96,7 +99,11 @@ def real(at_s: Sequence[float], profile: Path) -> tuple[Curve, list[Answer], lis
     port = free_port()
     config = scaling_config(port, KNOBS)
     engine = config["applications"][0]["args"]["engine"]
-    engine |= {"profile_path": str(profile), "warmup_sizes_px": [list(SIZE)]}
+    engine |= {
+        "profile_path": str(profile),
+        "warmup_sizes_px": [list(SIZE)],
+        "max_backlog_s": MAX_BACKLOG_S,
+    }
     with (
         start_cluster(NODES, IDLE_MINUTES) as cluster,
         ThreadPoolExecutor(len(at_s)) as pool,
@@ -155,13 +162,12 @@ def simulated(
     kinds = [Kind(SIZE, STEPS)] * len(at_s)
     trace = Trace([*at_s, until_s + 60], [*kinds, Kind(SIZE, 1)])
     knobs = asdict(read_knobs(KNOBS)) | {"min_replicas": 0, "max_replicas": NODES}
-    engine = EngineConfig()
     params = ClusterParams(
         node_start_s=node_s,
         replica_start_s=replica_s,
         node_idle_s=60 * IDLE_MINUTES,
-        max_running=engine.max_running,
-        max_backlog_s=engine.max_backlog_s,
+        max_running=EngineConfig().max_running,
+        max_backlog_s=MAX_BACKLOG_S,
     )
     scaler = ByWork(ScalingParams(**knobs))
     samples = Simulator(trace, model, OnTime, scaler, params, initial_replicas=0).run().samples
