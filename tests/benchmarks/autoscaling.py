@@ -9,6 +9,7 @@ curves are laid upon each other. Times count from the first arrival.
 
 import bisect
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,8 +65,8 @@ class Curve:
     running: Sequence[int]
     target: Sequence[int]
     nodes: Sequence[int]
-    requests: Sequence[int]
-    """Not done."""
+    requests: Sequence[int] | None = None
+    """Not done; of the real cluster only."""
 
     def value(self, name: str, at_s: float) -> int:
         """As it last was by then; 0 before the first."""
@@ -173,11 +174,10 @@ def simulated(
     samples = Simulator(trace, model, OnTime, scaler, params, initial_replicas=0).run().samples
     shown = [sample for sample in samples if sample.at_s <= until_s]
     return Curve(
-        [sample.at_s for sample in shown],
-        [sample.running for sample in shown],
-        [sample.target for sample in shown],
-        [sample.nodes for sample in shown],
-        [0 for _ in shown],
+        [0.0, *(sample.at_s for sample in shown)],
+        [0, *(sample.running for sample in shown)],
+        [0, *(sample.target for sample in shown)],
+        [0, *(sample.nodes for sample in shown)],
     )
 
 
@@ -247,6 +247,7 @@ def main(
         result = {
             "command": f"python -m tests.benchmarks.autoscaling --seed {seed}",
             "hardware": hardware(torch.device("cpu")) | {"ray": version("ray")},
+            "load_average": [round(load, 2) for load in os.getloadavg()],
             "knobs": KNOBS,
             "arrivals_s": [round(at, 3) for at in at_s],
             "kind": str(kind),
