@@ -2,8 +2,9 @@
 
 A Serve config names `WorkPolicy` as ``autoscaling_config.policy.policy_function``. Serve makes one
 of it, in its controller, whenever the deployment is deployed, and asks it ten times a second. It
-pickles this module by value, but what is imported here by name: the package must be installed on
-the node of the controller, which is the head. So it must know nothing heavy; and it does no I/O.
+pickles this module by value where the application is built, but what is imported here by name: the
+controller, on the head, imports `policy` and the rest from the package that is installed there,
+once, whatever is deployed later. So nothing heavy is imported here; and no I/O is done.
 
 While no replica runs and a request waits, Serve starts the first one without asking.
 """
