@@ -18,6 +18,7 @@ from serve_app.config import (
     check_model_folder,
     is_path,
     keys_in_environment,
+    read_policy_kwargs,
     read_serve_config,
 )
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
@@ -70,9 +71,12 @@ def check(
 ) -> None:
     """Look for mistakes in a config file, in a second, before Ray is started with it."""
     # Late, so that --help does not wait for what serves HTTP.
+    from serve_app.autoscaling.knobs import read_knobs
     from serve_app.gateway.auth import KeyRing
 
     try:
+        for knobs in read_policy_kwargs(config):
+            read_knobs(knobs)
         for application in read_serve_config(config):
             check_model_folder(application.model)
             KeyRing(application.gateway.keys_file, keys_in_environment())
@@ -87,13 +91,20 @@ def key(
     name: Annotated[str, typer.Argument(help="Of whoever uses it, for logs and metrics.")],
     requests_per_minute: Annotated[int | None, typer.Option(help="At most so many.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(help="At most so many at a time.")] = None,
+    priority: Annotated[
+        str | None, typer.Option(help="'interactive', or 'batch': when no interactive one can run.")
+    ] = None,
 ) -> None:
     """Make an API key. The entry goes to stdout, for the file of keys; the key to stderr, once."""
     from serve_app.gateway.auth import digest, parse_keys
 
     secret = f"sk-{secrets.token_urlsafe(32)}"
-    limits = {"requests_per_minute": requests_per_minute, "max_concurrent": max_concurrent}
-    given = {limit: value for limit, value in limits.items() if value is not None}
+    fields = {
+        "requests_per_minute": requests_per_minute,
+        "max_concurrent": max_concurrent,
+        "priority": priority,
+    }
+    given = {field: value for field, value in fields.items() if value is not None}
     entry = yaml.safe_dump(
         [{"name": name, "sha256": digest(secret)} | given], sort_keys=False, allow_unicode=True
     )

@@ -7,7 +7,7 @@ configuration is found before either is started.
 import json
 import os
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import (
@@ -28,6 +28,9 @@ DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 
 KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
 """Of the environment: entries of API keys."""
+
+WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
+"""What a Serve config names to have replicas scaled by the work that waits."""
 
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
@@ -210,6 +213,13 @@ class EngineConfig(_Config):
         gt=0,
         description="The deadline of a request that names none, in multiples of its time alone.",
     )
+    max_backlog_s: float = Field(
+        30.0,
+        gt=0,
+        description="Seconds of interactive work, as predicted, that a request may find when it "
+        "comes; who would wait longer is told when to come again. Longer queues finish no more "
+        "pictures, and people and HTTP clients give up: most after 30 to 60 s.",
+    )
     warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
         (),
         max_length=64,
@@ -237,6 +247,12 @@ class GatewayConfig(_Config):
         None,
         description="File with the API keys that are let in; `diffusion-serve key` writes entries "
         f"for it. The environment variable {KEYS_VARIABLE} holds such entries, too.",
+    )
+    max_hold_s: float = Field(
+        300.0,
+        gt=0,
+        description="How long a request waits for a replica that is starting, before it is told "
+        "to come again.",
     )
     log_prompts: bool = Field(False, description="Write prompts into the log.")
 
@@ -283,6 +299,31 @@ def read_serve_config(path: Path) -> list[AppConfig]:
     Raises:
         ConfigError: if the file cannot be read, or an application's ``args`` are wrong.
     """
+    return [parse_app_config(one.get("args", {})) for one in _applications(path)]
+
+
+def read_policy_kwargs(path: Path) -> list[dict[str, object]]:
+    """What a Serve config file tells `WORK_POLICY`, for each deployment that it scales.
+
+    Raises:
+        ConfigError: if the file cannot be read, or ``policy_kwargs`` are no mapping.
+    """
+    found = []
+    for application in _applications(path):
+        for deployment in application.get("deployments") or []:
+            scaling = deployment.get("autoscaling_config") if isinstance(deployment, dict) else None
+            policy = scaling.get("policy") if isinstance(scaling, dict) else None
+            if not isinstance(policy, dict) or policy.get("policy_function") != WORK_POLICY:
+                continue
+            given = policy.get("policy_kwargs") or {}
+            if not isinstance(given, dict):
+                raise ConfigError(f"policy_kwargs must be a mapping; it is {given!r}.")
+            found.append(given)
+    return found
+
+
+def _applications(path: Path) -> list[dict[str, Any]]:
+    """Those of ours, as they are written."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -300,7 +341,7 @@ def read_serve_config(path: Path) -> list[AppConfig]:
             f"{path} has no application with import_path 'serve_app.app:build'; see configs/ for "
             "examples."
         )
-    return [parse_app_config(application.get("args", {})) for application in ours]
+    return ours
 
 
 def parse_app_config(value: object) -> AppConfig:

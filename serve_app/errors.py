@@ -107,11 +107,26 @@ class RateLimited(DiffusionServeError):
 
 
 class Overloaded(DiffusionServeError):
-    """More requests wait than the server takes in."""
+    """More work waits than can be done in time.
+
+    ``work_s`` is what of it this request would have been: so much later the next one is told to
+    come.
+    """
 
     status = 429
     code = "overloaded"
     type = "rate_limit_error"
+
+    def __init__(
+        self,
+        message: str,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        work_s: float = 0.0,
+    ) -> None:
+        super().__init__(message, param, retry_after_s)
+        self.args = (message, param, retry_after_s, work_s)
+        self.work_s = work_s
 
 
 class DeadlineExceeded(DiffusionServeError):

@@ -5,13 +5,14 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import psutil
 import ray
 import torch
 from ray import serve
 
+from serve_app.autoscaling.router import ShortestOfSeveral
 from serve_app.config import AppConfig
 from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
 from serve_app.engine.engine import Engine, EngineStats
@@ -24,7 +25,7 @@ from serve_app.engine.events import (
     Progress,
     Queued,
 )
-from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import ConfigError
 from serve_app.serve_log import log_through_serve
 
@@ -34,8 +35,16 @@ PLACE_EVERY_S = 0.5
 """How often a request that reports its progress says where it stands."""
 
 
-def check_assigned_gpus(gpu_ids: list[str]) -> None:
-    """Raise `ConfigError` if Ray assigned a GPU to this process that torch cannot use."""
+def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
+    """Raise `ConfigError` if Ray assigned a GPU to this process that torch cannot use.
+
+    ``device`` is ``model.device``: who says "cpu" there does not ask for the GPU.
+    """
+    if gpu_ids and device == "cpu":
+        logger.warning(
+            "Ray assigned GPU %s, and model.device is 'cpu': it is not used", ", ".join(gpu_ids)
+        )
+        return
     if not gpu_ids or torch.cuda.is_available():
         return
     if torch.version.cuda is None:
@@ -84,20 +93,26 @@ def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage
     max_queued_requests=1_024,
     max_constructor_retry_count=2,
     graceful_shutdown_timeout_s=120,
+    request_router_config={"request_router_class": ShortestOfSeveral},
 )
 class Generator:
     """Paints pictures. Methods run on the replica's event loop, the engine on its own thread."""
 
     def __init__(self, config: AppConfig) -> None:
         log_through_serve()
-        check_assigned_gpus(ray.get_runtime_context().get_accelerator_ids().get("GPU", []))
+        gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        check_assigned_gpus(gpu_ids, config.model.device)
         # Imports for the most part; but Ray may have had it waiting for work before.
         age_s = time.time() - psutil.Process().create_time()
         logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)
         self._engine = Engine.load(config.model, config.engine)
 
     async def generate(
-        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
     ) -> AsyncIterator[Queued | Progress | PartialImage | EncodedImage]:
         """Paint one picture.
 
@@ -108,6 +123,7 @@ class Generator:
         If the caller goes away, the engine drops the request before its next step.
 
         Raises:
+            Overloaded: instead of the first event, if it is not taken in.
             DiffusionServeError: what the engine raised.
         """
         loop = asyncio.get_running_loop()
@@ -117,7 +133,7 @@ class Generator:
             if progress or not isinstance(event, Progress):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        number = self._engine.submit(params, on_event)
+        number = self._engine.submit(params, on_event, standing)
         partial_images = itertools.count()
         end_at = located_at = loop.time()
         ended = False
@@ -166,6 +182,14 @@ class Generator:
     async def stats(self) -> EngineStats:
         """A snapshot of the engine, for people who look into a replica."""
         return self._engine.stats()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """The figures of `EngineLoad`, by name. Called by Serve, for the autoscaling policy."""
+        return asdict(self._engine.demand())
+
+    def record_routing_stats(self) -> dict[str, float]:
+        """Called by Serve, for whoever picks a replica for a request."""
+        return {"backlog_s": self._engine.demand().backlog_s}
 
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""

@@ -3,7 +3,7 @@
 In the default registry of the process that sets them.
 """
 
-from prometheus_client import Enum, Gauge, Histogram
+from prometheus_client import Counter, Enum, Gauge, Histogram
 
 SHARING = Enum(
     "diffusion_serve_sharing",
@@ -29,4 +29,21 @@ COLD_START = Gauge(
     "diffusion_serve_cold_start_seconds",
     "How long the last start of the engine took, by phase; the phases add up to the whole.",
     ["model", "phase"],
+)
+
+REFUSALS = Counter(
+    "diffusion_serve_refusals_total",
+    "Requests that an engine did not take in, by the limit that they would have broken.",
+    ["model", "reason"],
+)
+
+BACKLOG = Gauge(
+    "diffusion_serve_backlog_seconds",
+    "Predicted seconds to finish all accepted work of a class.",
+    ["model", "priority"],
+)
+
+HELD = Gauge(
+    "diffusion_serve_held_requests",
+    "Requests that wait in this gateway replica for a replica that is starting, refused by others.",
 )

@@ -101,7 +101,7 @@ def test_version() -> None:
 def test_a_key_is_made_and_only_its_hash_is_written(tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     secrets = []
-    for arguments in (["mobile app"], ["nightly", "--requests-per-minute", "5"]):
+    for arguments in (["mobile app"], ["nightly", "--priority", "batch"]):
         made = CliRunner().invoke(cli, ["key", *arguments])
         assert made.exit_code == 0, made.output
         secrets.append(made.stderr.split()[-1])
@@ -109,12 +109,16 @@ def test_a_key_is_made_and_only_its_hash_is_written(tmp_path: Path) -> None:
         with path.open("a") as file:
             file.write(made.stdout)
     keys = KeyRing(path, None)
-    assert [keys.enter(f"Bearer {secret}") for secret in secrets] == ["mobile app", "nightly"]
+    assert [keys.enter(f"Bearer {secret}") for secret in secrets] == [
+        ("mobile app", "interactive"),
+        ("nightly", "batch"),
+    ]
     with pytest.raises(InvalidKey):
         keys.enter("Bearer sk-guessed")
-    wrong = CliRunner().invoke(cli, ["key", "x", "--max-concurrent", "0"])
-    assert wrong.exit_code == 2
-    assert "max_concurrent" in wrong.output
+    for option, value in (("max-concurrent", "0"), ("priority", "high")):
+        wrong = CliRunner().invoke(cli, ["key", "x", f"--{option}", value])
+        assert wrong.exit_code == 2
+        assert option.replace("-", "_") in wrong.output
 
 
 def test_check_looks_at_the_keys(tmp_path: Path) -> None:
@@ -125,3 +129,13 @@ def test_check_looks_at_the_keys(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["check", str(config)])
     assert done.exit_code == 2
     assert "/no/keys.yaml cannot be read" in done.output
+
+
+def test_check_looks_at_the_knobs_of_the_scaling_policy(tmp_path: Path) -> None:
+    good = ROOT / "configs" / "sdxl.yaml"
+    assert CliRunner().invoke(cli, ["check", str(good)]).exit_code == 0
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(good.read_text().replace("hold_s:", "hold:"))
+    done = CliRunner().invoke(cli, ["check", str(bad)])
+    assert done.exit_code == 2
+    assert "policy_kwargs.hold: unknown key" in done.output

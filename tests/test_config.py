@@ -1,14 +1,17 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from serve_app.config import (
     DEMO_MODEL_DIR,
+    WORK_POLICY,
     AppConfig,
     ModelConfig,
     check_model_folder,
     parse_app_config,
+    read_policy_kwargs,
     read_serve_config,
 )
 from serve_app.errors import ConfigError
@@ -79,6 +82,27 @@ def test_a_wrong_serve_config_is_explained(tmp_path: Path, content: str, words: 
         read_serve_config(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_serve_config(tmp_path / "none.yaml")
+
+
+def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+
+    def write(policy: object) -> None:
+        scaling = {"min_replicas": 0, "policy": policy}
+        deployments = [{"name": "Gateway"}, {"name": "Generator", "autoscaling_config": scaling}]
+        ours = {"import_path": "serve_app.app:build", "deployments": deployments}
+        path.write_text(yaml.safe_dump({"applications": [ours]}))
+
+    write({"policy_function": WORK_POLICY, "policy_kwargs": {"hold_s": 3}})
+    assert read_policy_kwargs(path) == [{"hold_s": 3}]
+    write({"policy_function": WORK_POLICY})
+    assert read_policy_kwargs(path) == [{}]
+    for other in (None, {"policy_function": "somebody:else", "policy_kwargs": {"x": 1}}):
+        write(other)
+        assert read_policy_kwargs(path) == []
+    write({"policy_function": WORK_POLICY, "policy_kwargs": [3]})
+    with pytest.raises(ConfigError, match=r"policy_kwargs must be a mapping; it is \[3\]"):
+        read_policy_kwargs(path)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,16 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_explained() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU that torch can use")
     with pytest.raises(ConfigError, match=r"GPU 0, 3 .*num_gpus of the deployment Generator to 0"):
-        check_assigned_gpus(["0", "3"])
+        check_assigned_gpus(["0", "3"], "auto")
 
 
 def test_without_an_assigned_gpu_nothing_is_asked_of_torch() -> None:
-    check_assigned_gpus([])
+    check_assigned_gpus([], "auto")
+
+
+def test_a_gpu_that_the_config_does_not_want_stops_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    check_assigned_gpus(["0", "3"], "cpu")
+    assert "GPU 0, 3" in caplog.text
+    assert "not used" in caplog.text

@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, judge
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate
 from serve_app.engine.cold_start import ColdStart
 from serve_app.engine.cost import CostModel
+from serve_app.engine.demand import Demand, EngineLoad
 from serve_app.engine.events import (
     Completed,
     Event,
@@ -36,13 +38,13 @@ from serve_app.engine.events import (
     Queued,
 )
 from serve_app.engine.forecast import Forecast, Work
-from serve_app.engine.params import AdapterSet, GenerationParams, ModelInfo
+from serve_app.engine.params import FRESH, AdapterSet, GenerationParams, ModelInfo, Standing
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
 from serve_app.engine.prompt_cache import PromptCache
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.request import EventCallback, Request
-from serve_app.engine.scheduler import POLICIES, Policy, Task
+from serve_app.engine.scheduler import POLICIES, RankedPolicy, Task, Yielding
 from serve_app.engine.speed import compiled, compiling, largest_bucket, padded
 from serve_app.engine.timer import CallTimer
 from serve_app.engine.warmup import warm_up
@@ -53,9 +55,10 @@ from serve_app.errors import (
     GenerationFailed,
     InvalidRequest,
     ModelLoadError,
+    Overloaded,
     Unavailable,
 )
-from serve_app.metrics import FORECAST_ERROR, SHARING, SHARING_DIFFERENCE
+from serve_app.metrics import BACKLOG, FORECAST_ERROR, REFUSALS, SHARING, SHARING_DIFFERENCE
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,9 @@ class LogEntry:
     tick: int
     """Denoiser calls made before it."""
     request: int
-    what: Literal["queued", "started", "cancel_requested", "completed", "failed", "cancelled"]
+    what: Literal[
+        "queued", "refused", "started", "cancel_requested", "completed", "failed", "cancelled"
+    ]
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,14 @@ class EngineStats:
     @property
     def mean_batch_size(self) -> float:
         return self.steps / self.ticks if self.ticks else 0.0
+
+
+def _hopeless(alone_s: float, deadline_s: float) -> InvalidRequest:
+    return InvalidRequest(
+        f"deadline_s is {deadline_s:g}, and this picture takes about {alone_s:.2g} s when nobody "
+        "else is here; allow more, or ask for a smaller picture or fewer steps.",
+        "deadline_s",
+    )
 
 
 def _let_go(error: BaseException) -> None:
@@ -115,9 +128,9 @@ def _check_device(error: BaseException) -> None:
 class Engine:
     """Paints many requests together, step by step, with one stock pipeline.
 
-    Thread-safe: `submit`, `cancel`, `locate`, `stats`, `generate`, `stream` and `close` may be
-    called from anywhere. A context manager: leaving it drains, or drops all if an exception is on
-    its way.
+    Thread-safe: `submit`, `cancel`, `locate`, `stats`, `demand`, `generate`, `stream` and `close`
+    may be called from anywhere. A context manager: leaving it drains, or drops all if an exception
+    is on its way.
     """
 
     info: ModelInfo
@@ -129,7 +142,7 @@ class Engine:
         pipeline: LoadedPipeline,
         model: ModelConfig,
         config: EngineConfig | None = None,
-        policy: Policy | None = None,
+        policy: RankedPolicy | None = None,
         start: ColdStart | None = None,
     ) -> None:
         """Start the engine's thread and wait until the pipeline is certified.
@@ -146,8 +159,9 @@ class Engine:
         self._model_id = model.id
         self._speed = model.speed
         self._cost = CostModel(self._config.max_batch_size)
-        self._policy = policy or POLICIES[self._config.scheduling]()
+        self._policy = Yielding(policy or POLICIES[self._config.scheduling]())
         self._forecast = Forecast(self._cost)
+        self._demand = Demand()
         self._rendezvous = Rendezvous(pipeline.sites)
         self._certificate: Certificate
         self._previews: PreviewMap | None
@@ -232,8 +246,16 @@ class Engine:
 
     # ---- for everybody -------------------------------------------------------------------------
 
-    def submit(self, params: GenerationParams, on_event: EventCallback) -> int:
+    def submit(
+        self,
+        params: GenerationParams,
+        on_event: EventCallback,
+        standing: Standing = FRESH,
+    ) -> int:
         """Queue a request; its number, for `cancel`. The last event is `Completed` or `Failed`.
+
+        The only one is `Failed` with `Overloaded` if it is not taken in, and with `InvalidRequest`
+        if its deadline is shorter than its time alone.
 
         Raises:
             InvalidRequest: if this model cannot do what is asked.
@@ -245,7 +267,9 @@ class Engine:
                 raise Unavailable("the engine is closing; send the request to another replica.")
             number = next(self._numbers)
             now = time.perf_counter()
-            request = Request(number, resolved, on_event, now, Task(number, now, 0.0))
+            task = Task(number, now, 0.0, background=params.priority == "batch")
+            waited_s = 0.0 if standing.sent_at is None else max(0.0, time.time() - standing.sent_at)
+            request = Request(number, resolved, standing, on_event, now - waited_s, task)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -300,6 +324,10 @@ class Engine:
             forecast_error=self._forecast.error,
             log=tuple(self._log),
         )
+
+    def demand(self) -> EngineLoad:
+        """What is asked of this engine, for whoever decides how many there are; quick."""
+        return self._demand.load(time.perf_counter(), cold_start_s=self.cold_start_s)
 
     def check(self) -> None:
         """Raise `Unavailable` if the engine no longer works."""
@@ -400,18 +428,76 @@ class Engine:
             command()
 
     def _accept(self, request: Request) -> None:
+        task, deadline_s = request.task, request.params.deadline_s
+        alone_s = task.remaining_s = self._predict_remaining(request)
+        if not (task.background or request.standing.returning):
+            self._demand.offered(time.perf_counter(), alone_s)
+        if deadline_s is not None and alone_s > deadline_s:
+            self._refuse(request, "deadline", _hopeless(alone_s, deadline_s))
+            return
+        wanted_s = deadline_s or self._config.slo_scale * alone_s
+        task.deadline_at = request.submitted_at + wanted_s
+        can_be_late = {other for other in self._by_number.values() if other.task.late}
+        self._by_number[request.number] = request
+        self._policy.add(task)
+        now = request.accepted_at = time.perf_counter()
+        order = self._in_order(now, request)
+        finish_s = self._forecast.predict_all_s([self._work_left(other) for other in order])
+        index = order.index(request)
+        wishes = [
+            Wish(finish, other.task.deadline_at - now)
+            for other, finish in zip(order[index:], finish_s[index:], strict=True)
+            if other.params.deadline_s is not None and other not in can_be_late
+        ]
+        if refusal := self._judge(request, alone_s, wishes):
+            self._policy.drop(task)
+            del self._by_number[request.number]
+            self._refuse(request, refusal.reason, self._overloaded(request, refusal, alone_s))
+            return
         self._note(request.number, "queued")
         self._waiting.append(request)
-        self._by_number[request.number] = request
-        alone_s = self._predict_remaining(request)
-        request.task.remaining_s = alone_s
-        wanted_s = request.params.deadline_s or self._config.slo_scale * alone_s
-        request.task.deadline_at = request.submitted_at + wanted_s
-        self._policy.add(request.task)
-        request.accepted_at = time.perf_counter()
-        place = self._place(request)
-        request.predicted_s = place.eta_s
-        self._tell(request, place)
+        self._demand.accepted(now, alone_s, task.background)
+        self._report_backlog()
+        request.predicted_s = finish_s[index]
+        before = sum(other.job is None for other in order[:index])
+        self._tell(request, Queued(before, request.predicted_s))
+
+    def _judge(self, request: Request, alone_s: float, wishes: list[Wish]) -> Refusal | None:
+        """``wishes``: of those that name a deadline, its own first, then those that it delays."""
+        standing, background = request.standing, request.task.background
+        joined_s = sum(
+            other.task.remaining_s
+            for other in self._by_number.values()
+            if other.task.background <= background
+            and other is not request
+            and not (standing.order and other.standing.order == standing.order)
+        )
+        joined_s /= self._demand.throughput()
+        if background:
+            # It has time until it is given up; half of that, for those who come again.
+            limit_s = self._config.limits.max_deadline_s / RESERVE
+            return judge(joined_s, limit_s, standing)
+        deadline_s = request.params.deadline_s
+        own = None if deadline_s is None else Deadline(deadline_s, alone_s, wishes.pop(0))
+        return judge(joined_s, self._config.max_backlog_s, standing, own, wishes)
+
+    def _overloaded(self, request: Request, refusal: Refusal, alone_s: float) -> Overloaded:
+        backlog_s = self._demand.backlog_s()
+        if refusal.reason == "deadline":
+            why = f"it cannot be done within {request.params.deadline_s:g} s, as deadline_s says"
+        else:
+            why = "more is not taken in"
+        return Overloaded(
+            f"about {backlog_s:.1f} s of work are waiting, and {why}.",
+            "deadline_s" if refusal.reason == "deadline" else None,
+            retry_after_s=max(1.0, refusal.excess_s),
+            work_s=alone_s / self._demand.throughput(),
+        )
+
+    def _refuse(self, request: Request, reason: Reason, error: DiffusionServeError) -> None:
+        self._note(request.number, "refused")
+        REFUSALS.labels(self._model_id, reason).inc()
+        self._tell(request, Failed(error))
 
     def _locate(self, number: int) -> None:
         request = self._by_number.get(number)
@@ -426,11 +512,19 @@ class Engine:
 
     def _place(self, request: Request) -> Queued:
         """Who waits before it, and when it should be done in the company that it has."""
-        order = self._policy.order(time.perf_counter())
-        index = order.index(request.task)
-        works = [self._work_left(self._by_number[task.request]) for task in order]
-        before = sum(self._by_number[task.request].job is None for task in order[:index])
+        order = self._in_order(time.perf_counter(), request)
+        index = order.index(request)
+        works = [self._work_left(other) for other in order]
+        before = sum(other.job is None for other in order[:index])
         return Queued(before, self._forecast.predict_s(works, works[index]))
+
+    def _in_order(self, now: float, request: Request) -> list[Request]:
+        """Who goes before whom, of those that this one can see: the background sees all."""
+        return [
+            self._by_number[task.request]
+            for task in self._policy.order(now)
+            if task.background <= request.task.background
+        ]
 
     def _work_left(self, request: Request) -> Work:
         cost, size = self._cost, request.size
@@ -466,11 +560,17 @@ class Engine:
         while self._waiting and len(self._running) < most:
             now = time.perf_counter()
             by_task = {request.task: request for request in self._waiting}
+            background = sum(request.task.background for request in self._running)
+            if background >= max(1, most // 2):
+                # Those of the background keep their places for as long as others leave no time.
+                by_task = {task: one for task, one in by_task.items() if not task.background}
             if len(self._running) >= most - most // 8:
                 # The last places are for those that can be on time: the late may stay for long.
-                by_task = {task: request for task, request in by_task.items() if not task.late}
-                if not by_task:
-                    return
+                by_task = {
+                    task: one for task, one in by_task.items() if not (task.late or task.background)
+                }
+            if not by_task:
+                return
             request = by_task[self._policy.first(list(by_task), now)]
             self._waiting.remove(request)
             self._running.append(request)
@@ -526,14 +626,17 @@ class Engine:
         that have done their steps one call follows each denoiser call, and more as long as they
         take no longer than that: nobody's step waits longer for another's decoding than for a step,
         or for one block of the decoder. Whoever began to decode ends it before the next one does,
-        for half a decoding holds much memory.
+        for half a decoding holds much memory. The background waits until nobody else can go on.
         """
-        by_task = {request.task: request for request in self._at_stage if request.steps_left}
+        at_stage = self._at_stage
+        if any(not one.task.background for one in self._running if one not in self._cramped):
+            at_stage = [request for request in at_stage if not request.task.background]
+        by_task = {request.task: request for request in at_stage if request.steps_left}
         if by_task:
             return by_task[self._policy.first(list(by_task), now)]
-        if not self._at_stage:
+        if not at_stage:
             return None
-        request = min(self._at_stage, key=lambda request: request.task.turn)
+        request = min(at_stage, key=lambda request: request.task.turn)
         stage_s = self._predict_stage(request)
         fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
         parked_elsewhere = len(self._running) - len(self._at_stage) - len(self._cramped)
@@ -689,7 +792,7 @@ class Engine:
         task = request.task
         if call.site not in self._pipeline.denoisers:
             request.mergeable = None
-            task.remaining_s = self._predict_remaining(request)
+            self._went_on(request)
             self._at_stage.append(request)
             return
         if request.calls:
@@ -701,8 +804,15 @@ class Engine:
         key = request.mergeable.key if request.mergeable else None
         task.key = None if key is None else (key, request.params.lora)
         task.step_s = self._cost.predict_call(request.size, request.rows)
-        task.remaining_s = self._predict_remaining(request)
+        self._went_on(request)
         self._policy.park(task)
+
+    def _went_on(self, request: Request) -> None:
+        """Less of it is left than there was."""
+        task = request.task
+        before_s, task.remaining_s = task.remaining_s, self._predict_remaining(request)
+        now = time.perf_counter()
+        self._demand.worked(now, before_s, task.remaining_s, task.background)
 
     def _predict_remaining(self, request: Request) -> float:
         """Seconds from here to its end, alone on the device."""
@@ -746,8 +856,22 @@ class Engine:
         request.mergeable = None
         self._policy.drop(request.task)
         del self._by_number[request.number]
+        self._count_end(request.task, done=what == "completed")
         self._tell(request, event)
         self._try_cramped_again()
+
+    def _count_end(self, task: Task, done: bool) -> None:
+        now, left_s = time.perf_counter(), task.remaining_s
+        if done:
+            self._demand.worked(now, left_s, 0.0, task.background)
+            left_s = 0.0
+        self._demand.ended(now, left_s, task.background)
+        self._report_backlog()
+
+    def _report_backlog(self) -> None:
+        for priority, background in (("interactive", False), ("batch", True)):
+            backlog_s = self._demand.backlog_s(background)
+            BACKLOG.labels(self._model_id, priority).set(backlog_s)
 
     def _try_cramped_again(self) -> None:
         cramped, self._cramped = self._cramped, []

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from serve_app.engine.cost import CostModel, Size
@@ -44,7 +44,15 @@ class Forecast:
         ``order`` says who goes before whom. Nobody comes in between in this play, and requests do
         come: what that costs on average is known from the last ones.
         """
-        return self._play_s(order, target) * math.exp(self._log_bias)
+        for work, ended_s in self._play(order):
+            if work is target:
+                return ended_s * math.exp(self._log_bias)
+        raise ValueError("the request is not among those in order")
+
+    def predict_all_s(self, order: Sequence[Work]) -> list[float]:
+        """Seconds until each is done, as `predict_s` has it; uses up what is left of all."""
+        ended = {id(work): ended_s for work, ended_s in self._play(order)}
+        return [ended[id(work)] * math.exp(self._log_bias) for work in order]
 
     def observe(self, predicted_s: float, actual_s: float) -> float | None:
         """A request is done, ``actual_s`` after the prediction: the error as a share of that.
@@ -64,24 +72,32 @@ class Forecast:
         """Median of the last few hundred, as a share of the time it took; none before the first."""
         return statistics.median(self._errors) if self._errors else None
 
-    def _play_s(self, order: Sequence[Work], target: Work) -> float:
+    def _play(self, order: Sequence[Work]) -> Iterator[tuple[Work, float]]:
+        """Who is done, and after how many seconds, one after the other."""
         cost = self._cost
         now = sum(work.encode_s for work in order)
-        left = list(order)
-        while left:
-            leader = left[0]
-            cap = cost.cap(leader.size, leader.rows)
-            batch = [work for work in left if work.group == leader.group][:cap]
+        groups: dict[Hashable, list[Work]] = {}
+        place = {id(work): index for index, work in enumerate(order)}
+        for work in order:
+            groups.setdefault(work.group, []).append(work)
+        caps = {key: cost.cap(left[0].size, left[0].rows) for key, left in groups.items()}
+        while groups:
+            key = min(groups, key=lambda key: place[id(groups[key][0])])
+            left = groups[key]
+            batch = left[: caps[key]]
             rows = sum(work.rows for work in batch)
-            call_s = cost.predict_call(leader.size, rows)
-            call_s += len(batch) * cost.predict_between(leader.size)
+            call_s = cost.predict_call(batch[0].size, rows)
+            call_s += len(batch) * cost.predict_between(batch[0].size)
             calls = min(work.calls for work in batch)
             now += calls * call_s
+            staying = []
             for work in batch:
                 work.calls -= calls
-                if work.calls <= 0:
+                if work.calls > 0:
+                    staying.append(work)
+                else:
                     now += work.decode_s
-                    if work is target:
-                        return now
-                    left.remove(work)
-        raise ValueError("the request is not among those in order")
+                    yield work, now
+            left[: len(batch)] = staying
+            if not left:
+                del groups[key]

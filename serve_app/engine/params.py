@@ -19,6 +19,9 @@ Sharing = Literal["batched", "interleaved", "alone"]
 """Whether requests share denoiser calls, take turns at them, or run one after another."""
 
 
+Priority = Literal["interactive", "batch"]
+"""Batch work runs when no interactive one can."""
+
 AdapterSet = tuple[tuple[str, float], ...]
 """LoRA adapters by name, each with its scale, sorted."""
 
@@ -91,9 +94,11 @@ class GenerationParams:
     preview_steps: tuple[int, ...] = ()
     """After which steps to send a preview, counted from 1."""
     deadline_s: float | None = None
-    """Seconds from its submission in which it is wanted. Default: a multiple of its time alone."""
+    """Seconds from its sending in which it must be done, or it is refused. Without one it is wanted
+    in a multiple of its time alone, which only orders it among the others."""
     strength: float | None = None
     """How much of ``image`` may change, over 0 to 1; also the share of the steps that run."""
+    priority: Priority = "interactive"
 
     @property
     def task(self) -> Task:
@@ -260,6 +265,24 @@ class GenerationParams:
                 "strength",
             )
         return strength
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a request comes, beside what it asks for."""
+
+    order: str = ""
+    """Requests of one order are taken in together: they do not count as each other's backlog."""
+    sent_at: float | None = None
+    """In Unix time, if it was not sent just now: another machine may have taken it."""
+    returning: bool = False
+    """It was refused, and comes again as it was told to, or was held until it could."""
+    promised_s: float = 0.0
+    """Seconds of work of others who were told to come before it must be done."""
+
+
+FRESH = Standing()
+"""Of who comes for the first time, alone."""
 
 
 def probe(size: tuple[int, int]) -> GenerationParams:

@@ -8,7 +8,7 @@ from torch import Tensor
 from serve_app.engine.batch import MergeableCall
 from serve_app.engine.cost import Size
 from serve_app.engine.events import Event
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import GenerationParams, Standing
 from serve_app.engine.rendezvous import Call, Job
 from serve_app.engine.scheduler import Task
 
@@ -22,8 +22,10 @@ class Request:
 
     number: int
     params: GenerationParams
+    standing: Standing
     on_event: EventCallback
     submitted_at: float
+    """When it was sent: before it came here, if it was held on its way."""
     task: Task
     accepted_at: float = 0.0
     predicted_s: float = 0.0

@@ -32,6 +32,8 @@ class Task:
     """It cannot be done in time any more, or only at the cost of more than one other."""
     whole_s: float = 0.0
     """The work when it came; a policy sets it."""
+    background: bool = False
+    """It runs when no other can."""
     _entry: tuple[Any, int] | None = field(default=None, repr=False)
     """Where it stands in its group; none while it is not parked."""
 
@@ -112,6 +114,17 @@ class RankedPolicy(ABC):
         if not self._groups:
             return []
         return self._take(self._leader()[0], now, cap)
+
+    def company(self, key: Hashable, most: int) -> list[Task]:
+        """At most so many of the parked calls with this key; they count as parked no more."""
+        if key is None or most <= 0 or key not in self._groups:
+            return []
+        return self._take(key, 0.0, lambda *_: most)
+
+    @property
+    def count(self) -> int:
+        """Requests, parked or not."""
+        return len(self._tasks)
 
     def _leader(self) -> tuple[Hashable, Task]:
         """The first of all, and its group."""
@@ -316,6 +329,58 @@ class OnTime(RankedPolicy):
         if not fill or group not in self._groups:
             return [leader]
         return [leader, *self._take(group, now, lambda *_: fill)]
+
+
+class FirstCome(RankedPolicy):
+    """Whoever came first leads until it is done."""
+
+    def rank(self, task: Task) -> int:
+        return task.request
+
+
+class Yielding:
+    """Two policies in one: the background runs when no call of the foreground waits.
+
+    It gives way at the next step. It may share a call of the foreground only where all of that is
+    in the call, which waits for nobody else then, and takes no longer than its leader may: so it
+    delays nobody who is not there, and those who are no more than any company does. What the
+    foreground plans knows nothing of it. It has what time is left, which may be none.
+    """
+
+    def __init__(self, foreground: RankedPolicy) -> None:
+        self._foreground = foreground
+        self._background = FirstCome()
+
+    def _of(self, task: Task) -> RankedPolicy:
+        return self._background if task.background else self._foreground
+
+    def add(self, task: Task) -> None:
+        self._of(task).add(task)
+
+    def park(self, task: Task) -> None:
+        self._of(task).park(task)
+
+    def drop(self, task: Task) -> None:
+        self._of(task).drop(task)
+
+    def first(self, tasks: list[Task], now: float) -> Task:
+        foreground = [task for task in tasks if not task.background]
+        if foreground:
+            return self._foreground.first(foreground, now)
+        return self._background.first(tasks, now)
+
+    def order(self, now: float) -> list[Task]:
+        return self._foreground.order(now) + self._background.order(now)
+
+    def choose(self, now: float, cap: Cap) -> list[Task]:
+        chosen = self._foreground.choose(now, cap)
+        if not chosen:
+            return self._background.choose(now, cap)
+        if len(chosen) == self._foreground.count and self._background.count:
+            leader = chosen[0]
+            places = cap(leader, self._foreground.call_s(leader, now)) - len(chosen)
+            chosen += self._background.company(leader.key, places)
+        return chosen
 
 
 POLICIES: dict[str, type[RankedPolicy]] = {

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import yaml
 from limits import RateLimitItemPerMinute
@@ -19,6 +19,7 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.engine.params import Priority
 from serve_app.errors import ConfigError, CrossSite, DiffusionServeError, InvalidKey, RateLimited
 from serve_app.gateway.errors import problem_of
 
@@ -39,6 +40,16 @@ class ApiKey(BaseModel):
     max_concurrent: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Requests at a time."
     )
+    priority: Priority = Field(
+        "interactive", description="'batch': its requests run when no interactive one can."
+    )
+
+
+class Guest(NamedTuple):
+    """Who was let in."""
+
+    name: str
+    priority: Priority
 
 
 def digest(key: str) -> str:
@@ -63,8 +74,8 @@ def parse_keys(text: str, source: str) -> list[ApiKey]:
         where = ".".join(str(part) for part in problem["loc"]) or "the whole"
         raise ConfigError(
             f"{source}: {where}: {problem['msg']}. It must be a list of entries with name, sha256, "
-            "and, if wanted, requests_per_minute and max_concurrent; `diffusion-serve key` makes "
-            "them."
+            "and, if wanted, requests_per_minute, max_concurrent and priority; `diffusion-serve "
+            "key` makes them."
         ) from None
     return keys
 
@@ -99,8 +110,8 @@ class KeyRing:
         """Whether a key is asked for: also while a file without entries is configured."""
         return bool(self._keys) or self._path is not None
 
-    def enter(self, authorization: str | None) -> str:
-        """The name of the key, for `leave` when the request is done.
+    def enter(self, authorization: str | None) -> Guest:
+        """Whose key it is; his name is for `leave` when the request is done.
 
         Raises:
             InvalidKey: without a key that is known.
@@ -108,7 +119,7 @@ class KeyRing:
         """
         self._refresh()
         if not self:
-            return "anonymous"
+            return Guest("anonymous", "interactive")
         key = self._find(authorization)
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise RateLimited(
@@ -124,7 +135,7 @@ class KeyRing:
                     retry_after_s=max(1.0, wait_s),
                 )
         self._running[key.name] += 1
-        return key.name
+        return Guest(key.name, key.priority)
 
     def leave(self, name: str) -> None:
         self._running[name] -= 1
@@ -195,15 +206,15 @@ class KeyGuard:
                 raise CrossSite(
                     "a page of another web site may not use this server, which asks for no key."
                 )
-            name = self._keys.enter(headers.get("authorization"))
+            guest = self._keys.enter(headers.get("authorization"))
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)
             return
-        scope.setdefault("state", {})["key_name"] = name
+        scope.setdefault("state", {})["guest"] = guest
         try:
             await self._app(scope, receive, send)
         finally:
-            self._keys.leave(name)
+            self._keys.leave(guest.name)
 
     def _is_open(self, path: str) -> bool:
         return path in self._open or path.startswith(self._open_below)

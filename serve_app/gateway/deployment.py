@@ -1,9 +1,12 @@
 """The gateway as a Ray Serve deployment, and the handle through which it reaches the generator."""
 
 import asyncio
+import functools
 import logging
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
+from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any
 
@@ -16,11 +19,13 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
 from serve_app.engine.encoding import Encoding, PartialImage
-from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import DiffusionServeError, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
+from serve_app.gateway.replicas import LOOK_EVERY_S, Fleet, Replicas, ask_controller
 from serve_app.gateway.routes import create_api
+from serve_app.metrics import HELD
 from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
@@ -29,8 +34,10 @@ REPLICA_ATTEMPTS = 3
 """Replicas that one request may be sent to, one after the other, when they are lost."""
 
 HEALTH_TIMEOUT_S = 2.0
-START_TIMEOUT_S = 30.0
-"""How long a request waits for the first replica to become ready."""
+
+MOST_HELD = 1_024
+"""Requests that wait for a replica that is starting; as many again may wait for the first one, in
+Serve's own queue."""
 
 OPEN_TO_ALL = f"""
 ****************************************************************************************************
@@ -44,19 +51,37 @@ OPEN_TO_ALL = f"""
 class HandlePainter:
     """A `Painter` behind a Serve handle."""
 
-    def __init__(self, generator: DeploymentHandle[Any]) -> None:
+    def __init__(
+        self, generator: DeploymentHandle[Any], max_hold_s: float, replicas: Replicas | None = None
+    ) -> None:
+        """``max_hold_s``: how long a request may wait for a replica to start."""
         self._generator = generator
+        self._max_hold_s = max_hold_s
+        self._replicas = replicas or Replicas(
+            functools.partial(ask_controller, generator.app_name, generator.deployment_name)
+        )
         self._info: ModelInfo | None = None
+        self._held = 0
 
     async def paint(
-        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
     ) -> AsyncGenerator[PainterEvent, None]:
+        loop = asyncio.get_running_loop()
+        hold_s = min(self._max_hold_s, params.deadline_s or self._max_hold_s)
+        waited_s = 0.0 if standing.sent_at is None else time.time() - standing.sent_at
+        hold_until = loop.time() + hold_s - waited_s
         refusal = Unavailable("the replicas that painted this request were lost; try again.")
         partial_images = 0  # sent so far
+        lost = 0
         # The same seed paints the same picture on another replica, and the same previews.
-        for _ in range(REPLICA_ATTEMPTS):
+        while lost < REPLICA_ATTEMPTS:
             try:
-                async with aclosing(self._events(params, encoding, progress)) as events:
+                painting = self._events(params, encoding, progress, standing)
+                async with aclosing(_beginning(painting, hold_until)) as events:
                     async for event in events:
                         if isinstance(event, PartialImage):
                             if event.index < partial_images:
@@ -65,16 +90,51 @@ class HandlePainter:
                         yield event
                 return
             except (RayActorError, ObjectLostError):
-                continue  # it died, or its node did, with the picture
+                lost += 1  # it died, or its node did, with the picture
+                hold_until = loop.time() + hold_s
             except Unavailable as error:
-                refusal = error  # it is going away; another may not
+                lost += 1  # it is going away; another may not
+                refusal = error
+            except Overloaded as error:
+                if error.retry_after_s is None:
+                    raise  # not the engine: nothing is known of when to come again
+                fleet = await self._replicas.look()
+                if not await self._hold(fleet, hold_until):
+                    raise _by_the_fleet(error, fleet) from None
+                standing = replace(standing, returning=True)
+            except TimeoutError:
+                fleet = await self._replicas.look()
+                raise Unavailable(
+                    f"no replica was ready within {hold_s:g} s; try again later.",
+                    retry_after_s=fleet.ready_in_s,
+                ) from None
         raise refusal
 
+    async def _hold(self, fleet: Fleet, until: float) -> bool:
+        """Wait for a replica that is starting; whether it came."""
+        loop = asyncio.get_running_loop()
+        in_time = loop.time() + (fleet.ready_in_s or 0.0) <= until
+        if not (fleet.coming and in_time and self._held < MOST_HELD):
+            return False
+        wanted = fleet.running + 1
+        self._held += 1
+        HELD.set(self._held)
+        try:
+            while fleet.running < wanted:
+                if not fleet.coming or loop.time() > until:
+                    return False
+                await asyncio.sleep(LOOK_EVERY_S)
+                fleet = await self._replicas.look()
+            return True
+        finally:
+            self._held -= 1
+            HELD.set(self._held)
+
     async def _events(
-        self, params: GenerationParams, encoding: Encoding, progress: bool
+        self, params: GenerationParams, encoding: Encoding, progress: bool, standing: Standing
     ) -> AsyncGenerator[PainterEvent, None]:
         generate: Any = self._generator.options(stream=True).generate
-        events = generate.remote(params, encoding, progress)
+        events = generate.remote(params, encoding, progress, standing)
         ended = False
         try:
             with _as_raised():
@@ -88,7 +148,7 @@ class HandlePainter:
     async def describe(self) -> ModelInfo:
         # Asked for once: all replicas of an application run the same model.
         if self._info is None:
-            self._info = await self._describe(START_TIMEOUT_S)
+            self._info = await self._describe(self._max_hold_s)
         return self._info
 
     async def check_ready(self) -> None:
@@ -109,6 +169,27 @@ class HandlePainter:
         except asyncio.CancelledError:
             response.cancel()
             raise
+
+
+async def _beginning(
+    events: AsyncGenerator[PainterEvent, None], until: float
+) -> AsyncGenerator[PainterEvent, None]:
+    """The same events; `TimeoutError` if the first has not come by then, on the loop's clock."""
+    async with aclosing(events):
+        async with asyncio.timeout_at(until):
+            first = await anext(events)
+        yield first
+        async for event in events:
+            yield event
+
+
+def _by_the_fleet(refusal: Overloaded, fleet: Fleet) -> Overloaded:
+    """One replica refused; others do their share of what is promised, those that come as well."""
+    retry_after_s = refusal.retry_after_s or 0.0
+    if fleet.ready_in_s is not None:
+        retry_after_s = min(retry_after_s, fleet.ready_in_s)
+    work_s = refusal.work_s / max(1, fleet.running)
+    return Overloaded(refusal.message, refusal.param, retry_after_s, work_s)
 
 
 @contextmanager
@@ -139,7 +220,7 @@ class Gateway:
     def __init__(self, config: AppConfig, generator: "DeploymentHandle[Any]") -> None:
         log_through_serve()
         self._config = config
-        self._painter = HandlePainter(generator)
+        self._painter = HandlePainter(generator, config.gateway.max_hold_s)
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
         if not self._keys and (host := _listens_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 from serve_app.config import AppConfig
 from serve_app.engine.encoding import EncodedImage
-from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo
-from serve_app.errors import DiffusionServeError, InvalidRequest, ModelNotFound
+from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo, Priority, Standing
+from serve_app.errors import DiffusionServeError, InvalidRequest, ModelNotFound, Overloaded
+from serve_app.gateway.auth import Guest
 from serve_app.gateway.painter import Painter, PainterEvent, within
+from serve_app.gateway.promises import Promises, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
     ImageEditRequest,
@@ -43,9 +45,12 @@ class Order:
     pictures: tuple[GenerationParams, ...]
     """Resolved; one for each picture."""
     request_id: str
-    key_name: str
+    guest: Guest
     received_at: float
     """By `time.perf_counter`."""
+    fingerprint: bytes
+    """By which it is known if it comes again."""
+    standing: Standing
 
     @property
     def size(self) -> str:
@@ -85,13 +90,17 @@ class Studio:
         self._config = config
         self._limits = config.engine.limits
         self._painter = painter
+        self._promises: dict[Priority, Promises] = {
+            "interactive": Promises(),
+            "batch": Promises(),
+        }
 
     async def take(
         self,
         kind: Kind,
         body: ImageRequest,
         request_id: str,
-        key_name: str,
+        guest: Guest,
         image: bytes | None = None,
         mask: bytes | None = None,
     ) -> Order:
@@ -101,7 +110,7 @@ class Studio:
             InvalidRequest: naming the field and what is allowed.
             Unavailable: if no replica is there to say what the model takes.
         """
-        received_at = time.perf_counter()
+        received_at, sent_at = time.perf_counter(), time.time()
         body.check()
         if body.model is not None and body.model != self._config.model.id:
             raise ModelNotFound(
@@ -110,7 +119,7 @@ class Studio:
         if body.n > self._limits.max_images:
             raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
         model = await self._painter.describe()
-        params = self._params(body, model)
+        params = replace(self._params(body, model), priority=guest.priority)
         if image is None:
             params = params.resolved(model)
         else:
@@ -121,13 +130,33 @@ class Studio:
         pictures = tuple(
             replace(params, seed=params.seed + step * index) for index in range(body.n)
         )
-        return Order(kind, body, pictures, request_id, key_name, received_at)
+        parts = [guest.name.encode(), kind.encode(), body.model_dump_json().encode()]
+        sent = [data for data in (image, mask) if data is not None]
+        known_by = (
+            await apart(functools.partial(fingerprint, parts + sent))
+            if sent
+            else (fingerprint(parts))
+        )
+        promises = self._promises[guest.priority]
+        returning = promises.claim(known_by)
+        most_s = self._config.engine.max_backlog_s
+        standing = Standing(
+            order=secrets.token_hex(8),
+            sent_at=sent_at,
+            returning=returning,
+            promised_s=(
+                0.0 if returning else promises.due_within_s(min(most_s, body.deadline_s or most_s))
+            ),
+        )
+        return Order(kind, body, pictures, request_id, guest, received_at, known_by, standing)
 
     async def paint_all(self, order: Order) -> ImagesResponse:
         """All pictures or none: when one fails, or the client goes away, the others are dropped."""
         tasks = [asyncio.ensure_future(self._paint(order, params)) for params in order.pictures]
         try:
             images = await asyncio.gather(*tasks)
+        except Overloaded as error:
+            raise self._promised(order, error) from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -146,13 +175,38 @@ class Studio:
             warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
         )
 
-    async def paint(
+    async def paint(self, order: Order) -> AsyncGenerator[PainterEvent, None]:
+        """The events of its only picture."""
+        [params] = order.pictures
+        try:
+            async with aclosing(self._events(order, params)) as events:
+                async for event in events:
+                    yield event
+        except Overloaded as error:
+            raise self._promised(order, error) from None
+
+    def _promised(self, order: Order, refusal: Overloaded) -> Overloaded:
+        """With the time to come again: for all of its pictures, that they are taken in together."""
+        if refusal.retry_after_s is None:
+            return refusal
+        whole = Overloaded(
+            refusal.message,
+            refusal.param,
+            refusal.retry_after_s,
+            refusal.work_s * len(order.pictures),
+        )
+        promises = self._promises[order.guest.priority]
+        return promises.promise(order.fingerprint, whole, order.standing.returning)
+
+    async def _events(
         self, order: Order, params: GenerationParams
     ) -> AsyncGenerator[PainterEvent, None]:
         """The events of one of its pictures, within the time that the server allows."""
         outcome = "cancelled"
         try:
-            painting = self._painter.paint(params, order.body.encoding(), order.body.progress)
+            painting = self._painter.paint(
+                params, order.body.encoding(), order.body.progress, order.standing
+            )
             async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
                 async for event in events:
                     if isinstance(event, EncodedImage):
@@ -165,7 +219,7 @@ class Studio:
             logger.info(
                 "request %s of %s: %s, %d steps, seed %d: %s after %.2f s%s",
                 order.request_id,
-                order.key_name,
+                order.guest.name,
                 order.size,
                 params.steps_to_run,
                 params.seed,
@@ -175,7 +229,7 @@ class Studio:
             )
 
     async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:
-        async with aclosing(self.paint(order, params)) as events:
+        async with aclosing(self._events(order, params)) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
                     return event

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
 from serve_app.engine.events import Progress, Queued
-from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import DeadlineExceeded
 
 PainterEvent = Queued | Progress | PartialImage | EncodedImage
@@ -17,11 +17,16 @@ class Painter(Protocol):
     """The generator, wherever that runs."""
 
     def paint(
-        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
     ) -> AsyncGenerator[PainterEvent, None]:
         """One picture, the last event. Raises `DiffusionServeError`.
 
-        `Queued` comes when it was accepted, `Progress` only if asked for. Closing it, or cancelling
+        `Queued` comes when it was accepted, and `Overloaded` is raised instead if it was not;
+        `Progress` comes only if asked for. Closing it, or cancelling
         whoever waits for an event, cancels the work behind it.
         """
         ...

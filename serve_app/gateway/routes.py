@@ -65,9 +65,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
         """Paint pictures that show the prompt."""
         body = await read_generation(request)
         scope = request.scope
-        order = await studio.take(
-            "image_generation", body, request_id(scope), request.state.key_name
-        )
+        order = await studio.take("image_generation", body, request_id(scope), request.state.guest)
         if body.stream:
             return await stream(studio, order, scope)
         return await _while_connected(request, studio.paint_all(order))
@@ -87,7 +85,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
             "image_edit",
             form.fields,
             request_id(scope),
-            request.state.key_name,
+            request.state.guest,
             form.image,
             form.mask,
         )

@@ -99,8 +99,10 @@ class ImageRequest(BaseModel):
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds in which the picture is wanted. It decides who goes first; a multiple "
-        "of the picture's time alone by default. A picture that is late still comes.",
+        description="Seconds in which the picture must be done. A request that would miss it is "
+        "refused with 429 and the time to come again; one that was taken in and is late all the "
+        "same still comes. Without it a multiple of the picture's time alone decides who goes "
+        "first, and nobody is refused for being late.",
         examples=[30.0],
     )
     progress: bool = Field(
@@ -206,7 +208,7 @@ class Usage(BaseModel):
 class Timings(BaseModel):
     """Where the time went, in seconds; of several pictures, the longest of each."""
 
-    queue_s: float = Field(description="From the engine's taking it in to its start.")
+    queue_s: float = Field(description="From the request's arrival to its start.")
     denoise_s: float = Field(description="Text encoding and denoising, with waits in between.")
     decode_s: float = Field(description="From latents to pixels.")
     total_s: float = Field(description="From the request's arrival to this answer.")

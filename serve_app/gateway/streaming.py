@@ -34,7 +34,7 @@ async def stream(studio: Studio, order: Order, scope: Scope) -> EventSourceRespo
     Raises:
         DiffusionServeError: if it is refused at once.
     """
-    events = studio.paint(order, order.pictures[0])
+    events = studio.paint(order)
     first = asyncio.ensure_future(anext(events))
     try:
         await asyncio.wait({first}, timeout=ACCEPTED_WITHIN_S)

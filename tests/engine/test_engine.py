@@ -3,8 +3,10 @@
 import gc
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,10 +17,17 @@ from serve_app.config import EngineConfig, LimitsConfig
 from serve_app.engine import certification
 from serve_app.engine.engine import Engine
 from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import FRESH, GenerationParams, Standing
 from serve_app.engine.pipeline import NOISE_SCHEDULERS, LoadedPipeline
 from serve_app.engine.scheduler import Fifo
-from serve_app.errors import Cancelled, ConfigError, GenerationFailed, InvalidRequest, Unavailable
+from serve_app.errors import (
+    Cancelled,
+    ConfigError,
+    GenerationFailed,
+    InvalidRequest,
+    Overloaded,
+    Unavailable,
+)
 from tests.conftest import DEMO, FIFO
 from tests.waiting import wait_until
 
@@ -449,12 +458,9 @@ def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
 
 
 def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
-    config = EngineConfig(max_running=8)
+    config = EngineConfig(max_running=8, slo_scale=1e-3)
     with Engine(demo_pipeline, DEMO, config) as engine:
-        late = [
-            engine.stream(params(seed=seed, num_inference_steps=40, deadline_s=1e-3))
-            for seed in range(10)
-        ]
+        late = [engine.stream(params(seed=seed, num_inference_steps=40)) for seed in range(10)]
         wait_until(lambda: engine.stats().running == 7)
         urgent = engine.stream(params(seed=11, num_inference_steps=3, deadline_s=600.0))
         result_of(list(urgent))
@@ -487,3 +493,160 @@ def test_the_strength_of_the_model_is_checked_too(demo_engine: Engine) -> None:
         demo_engine.submit(params(num_inference_steps=1, image=image), lambda _: None)
     result = demo_engine.generate(params(num_inference_steps=5, image=image))
     assert result.params.strength == 0.8
+
+
+def measured(engine: Engine) -> float:
+    """Let it learn what ten steps take; the seconds that it predicts for 100 of them."""
+    for _ in range(3):
+        engine.generate(params(num_inference_steps=10))
+    return engine._cost.predict_steps((64, 64), 100)
+
+
+def submitted(
+    engine: Engine, request: GenerationParams, standing: Standing = FRESH
+) -> tuple[int, Event, queue.SimpleQueue[Event]]:
+    """The number, the first event, and where the others come."""
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    number = engine.submit(request, inbox.put, standing)
+    return number, inbox.get(timeout=30), inbox
+
+
+def refused(event: Event) -> Overloaded:
+    assert isinstance(event, Failed), event
+    assert isinstance(event.error, Overloaded), event.error
+    return event.error
+
+
+def test_a_deadline_that_cannot_be_met_is_refused(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO) as engine:
+        long_s = measured(engine)
+        numbers = [submitted(engine, params(num_inference_steps=100))[0] for _ in range(2)]
+        short = params(num_inference_steps=50)
+        error = refused(submitted(engine, replace(short, deadline_s=0.6 * long_s))[1])
+        assert error.param == "deadline_s"
+        assert error.retry_after_s is not None
+        assert 1 <= error.retry_after_s < 3 * long_s + 1
+        assert 0 < error.work_s < long_s
+        assert str(error).startswith("about ")
+        assert [entry.what for entry in engine.stats().log if entry.request > numbers[-1]] == [
+            "refused"
+        ]
+        assert isinstance(submitted(engine, replace(short, deadline_s=100.0))[1], Queued)
+        assert isinstance(submitted(engine, short)[1], Queued)  # it names none
+        engine.close(drain=False)
+
+
+def test_a_deadline_shorter_than_the_picture_is_a_mistake(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO) as engine:
+        long_s = measured(engine)
+        _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=long_s / 2))
+        assert isinstance(event, Failed)
+        assert isinstance(event.error, InvalidRequest)
+        assert event.error.param == "deadline_s"
+        assert "when nobody else is here" in str(event.error)
+
+
+def test_nobody_misses_a_deadline_for_who_comes_later(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO) as engine:
+        long_s = measured(engine)
+        _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=1.5 * long_s))
+        assert isinstance(event, Queued)
+        # Another shape, more urgent: it would go first, and take too long for the other.
+        urgent = params(num_inference_steps=60, width=96, deadline_s=1.4 * long_s)
+        refused(submitted(engine, urgent)[1])
+        engine.close(drain=False)
+
+
+def test_a_backlog_has_a_limit_and_who_was_told_to_come_finds_a_reserve(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    limit_s = 4.0
+    config = EngineConfig(max_backlog_s=limit_s, max_running=2)
+    with Engine(demo_pipeline, DEMO, config) as engine:
+        measured(engine)
+        request = params(num_inference_steps=30)
+
+        def filled(standing: Standing) -> list[Event]:
+            events = []
+            while len(events) < 50:
+                events.append(submitted(engine, request, standing)[1])
+                if isinstance(events[-1], Failed):
+                    break
+            return events
+
+        first = filled(FRESH)
+        error = refused(first[-1])
+        assert "more is not taken in" in str(error)
+        assert error.retry_after_s is not None
+        assert error.retry_after_s >= 1
+        load = engine.demand()
+        assert 0.8 * limit_s < load.backlog_s < 2 * limit_s
+        second = filled(Standing(returning=True))
+        refused(second[-1])
+        assert 1.6 * limit_s < engine.demand().backlog_s < 4 * limit_s
+        # What was offered counts once: what was refused too, what came again not.
+        assert 30 * load.arrival_rate > load.backlog_s
+        assert engine.demand().arrival_rate <= load.arrival_rate
+        engine.close(drain=False)
+
+
+def test_an_idle_engine_takes_in_what_is_longer_than_its_limit(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    config = EngineConfig(max_backlog_s=0.001)
+    with Engine(demo_pipeline, DEMO, config) as engine:
+        measured(engine)
+        order = Standing(order="ten pictures")
+        ten = [submitted(engine, params(seed=seed), order) for seed in range(10)]
+        assert all(isinstance(event, Queued) for _, event, _ in ten)
+        refused(submitted(engine, params())[1])
+        refused(submitted(engine, params(), Standing(order="others"))[1])
+        wait_until(lambda: not engine.demand().backlog_s)
+        assert isinstance(submitted(engine, params())[1], Queued)
+
+
+def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO) as engine:
+        long_s = measured(engine)
+        long = params(num_inference_steps=100, deadline_s=2 * long_s)
+        refused(submitted(engine, long, Standing(sent_at=time.time() - 1.5 * long_s))[1])
+        _, event, inbox = submitted(
+            engine, params(num_inference_steps=1), Standing(sent_at=time.time() - 3.0)
+        )
+        while not isinstance(event, Completed):
+            event = inbox.get(timeout=30)
+        assert event.result.queue_s >= 3
+
+
+def test_batch_work_gives_way_at_the_next_step_and_fills_idle_time(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    """And does not slow the others."""
+    with Engine(demo_pipeline, DEMO) as engine:
+        measured(engine)
+        batch = params(num_inference_steps=100, width=96, height=96, priority="batch")
+        held = [hold(engine, replace(batch, seed=seed)) for seed in range(3)]
+        assert held[0][2].wait(60)
+
+        def step_of(number: int) -> int:
+            steps = [e.step for e in held[number][1] if isinstance(e, Progress)]
+            return max(steps, default=0)
+
+        before = sum(step_of(number) for number in range(3))
+        engine.generate(params(num_inference_steps=20))
+        # At most the call that was running, for each of them, and one after.
+        assert sum(step_of(number) for number in range(3)) <= before + 6
+        wait_until(lambda: sum(step_of(number) for number in range(3)) > before + 6)
+        assert engine.demand().batch_backlog_s > 0
+        assert engine.demand().backlog_s == 0
+        engine.close(drain=False)
+
+
+def test_batch_work_takes_half_of_the_places(demo_pipeline: LoadedPipeline) -> None:
+    with Engine(demo_pipeline, DEMO, EngineConfig(max_running=4)) as engine:
+        for seed in range(6):
+            submitted(engine, params(num_inference_steps=100, seed=seed, priority="batch"))
+        wait_until(lambda: engine.stats().running == 2)
+        engine.generate(params(num_inference_steps=5))
+        assert engine.stats().waiting == 4
+        engine.close(drain=False)

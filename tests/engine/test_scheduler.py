@@ -16,6 +16,7 @@ from serve_app.engine.scheduler import (
     Policy,
     ShortestFirst,
     Task,
+    Yielding,
 )
 
 
@@ -324,3 +325,79 @@ def test_the_on_time_set_meets_more_deadlines(load: float, report: Callable[[str
     assert share["on_time"] >= share["shortest_first"]
     assert share["on_time"] >= share["fifo"] + 0.3
     assert share["on_time"] >= share["least_slack"]
+
+
+def yielding(name: str, foreground: int, background: int, keys: str = "k") -> Yielding:
+    """All of them parked; those of the background have the higher numbers."""
+    policy = Yielding(POLICIES[name]())
+    for number in range(foreground + background):
+        task = Task(number, 100.0, 10.0, keys[number % len(keys)], 1.0)
+        task.background = number >= foreground
+        policy.add(task)
+        policy.park(task)
+    return policy
+
+
+def numbers(tasks: list[Task]) -> list[int]:
+    return [task.request for task in tasks]
+
+
+@policies
+def test_the_background_runs_when_nobody_else_can(name: str) -> None:
+    policy = yielding(name, 0, 3)
+    assert numbers(policy.choose(0.0, lambda *_: 2)) == [0, 1]  # whoever came first
+    late = Task(9, -5.0, 10.0, "other", 1.0)
+    policy.add(late)
+    policy.park(late)
+    assert numbers(policy.choose(0.0, lambda *_: 2)) == [9]  # at the next step, however late
+    assert numbers(policy.choose(0.0, lambda *_: 2)) == [2]
+    assert policy.choose(0.0, lambda *_: 2) == []
+
+
+@policies
+def test_the_background_fills_a_call_that_everybody_else_is_in(name: str) -> None:
+    policy = yielding(name, 2, 4)
+    assert numbers(policy.choose(0.0, lambda *_: 5)) == [0, 1, 2, 3, 4]
+    policy = yielding(name, 2, 2)
+    assert numbers(policy.choose(0.0, lambda *_: 2)) == [0, 1]  # as much as its leader may have
+    policy = yielding(name, 2, 2, keys="ab")
+    assert len(policy.choose(0.0, lambda *_: 5)) == 1  # another would wait for it
+    policy = yielding(name, 1, 2, keys="ab")
+    assert numbers(policy.choose(0.0, lambda *_: 5)) == [0, 2]  # of the same shape
+
+
+def test_company_from_the_background_keeps_to_what_the_leader_may_have() -> None:
+    asked: list[float] = []
+
+    def cap(leader: Task, within_s: float) -> int:
+        asked.append(within_s)
+        return 2
+
+    yielding("on_time", 1, 1).choose(70.0, cap)
+    assert asked == [2.0, 2.0]  # 30 s for 10 s of work: half of the time to spare
+
+
+@policies
+@given(jobs=jobs, share=st.sampled_from([2, 3, 5]))
+def test_none_of_the_background_is_lost(name: str, jobs: list[Job], share: int) -> None:
+    class Mixed(Yielding):
+        def add(self, task: Task) -> None:
+            task.background = task.request % share == 0
+            super().add(task)
+
+    batches, _ = run(Mixed(POLICIES[name]()), jobs)
+    for number, job in enumerate(jobs):
+        assert sum(number in batch for batch in batches) == job.steps
+
+
+@policies
+def test_who_waits_for_a_place_goes_before_the_background(name: str) -> None:
+    policy = Yielding(POLICIES[name]())
+    tasks = [Task(0, 1.0, 1.0, background=True), Task(1, 99.0, 9.0), Task(2, 1.0, 1.0)]
+    tasks[2].background = True
+    for task in tasks:
+        policy.add(task)
+    assert policy.first(tasks, 0.0) is tasks[1]
+    assert numbers(policy.order(0.0)) == [1, 0, 2]
+    policy.drop(tasks[1])
+    assert policy.first([tasks[2], tasks[0]], 0.0) is tasks[0]

@@ -13,7 +13,7 @@ from PIL import Image
 from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
 from serve_app.engine.events import Progress, Queued
-from serve_app.engine.params import GenerationParams, ModelInfo
+from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
@@ -56,6 +56,7 @@ class FakePainter:
 
     def __init__(self) -> None:
         self.asked: list[GenerationParams] = []
+        self.standings: list[Standing] = []
         self.error: Exception | None = None
         self.error_in_the_middle: Exception | None = None
         self.ready = True
@@ -66,9 +67,14 @@ class FakePainter:
         self.accepting.set()
 
     async def paint(
-        self, params: GenerationParams, encoding: Encoding, progress: bool = False
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
     ) -> AsyncGenerator[PainterEvent, None]:
         self.asked.append(params)
+        self.standings.append(standing)
         assert params.width is not None
         assert params.height is not None
         try:

@@ -1,7 +1,9 @@
 """What becomes of Ray's errors at the handle, on a handle that answers as told."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +13,12 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.engine.encoding import Encoding, PartialImage
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import FRESH, GenerationParams
 from serve_app.errors import GenerationFailed, InvalidRequest, Overloaded, Unavailable
-from serve_app.gateway import deployment
+from serve_app.gateway import deployment, replicas
 from serve_app.gateway.deployment import REPLICA_ATTEMPTS, HandlePainter
+from serve_app.gateway.replicas import Fleet, Replicas
+from serve_app.metrics import HELD
 
 pytestmark = pytest.mark.anyio
 
@@ -28,6 +32,8 @@ class Response:
     def __init__(self, *answers: Any) -> None:
         self._answers = answers
         self.cancelled = False
+        self.standing = FRESH
+        """Of the request that it answers."""
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -47,13 +53,30 @@ class Response:
         return answer
 
 
-def painter_of(*calls: Any) -> tuple[HandlePainter, list[Response]]:
+async def fleet_of_one() -> Any:
+    return SimpleNamespace(replicas=[replica("a")], target_num_replicas=1)
+
+
+def replica(name: str, state: str = "RUNNING", start_time_s: float = 0.0) -> Any:
+    return SimpleNamespace(replica_id=name, state=state, start_time_s=start_time_s)
+
+
+def painter_of(
+    *calls: Any, fleet: Any = fleet_of_one, max_hold_s: float = 60.0
+) -> tuple[HandlePainter, list[Response]]:
     """A painter whose handle answers so, one or several answers a call; ``None`` never comes."""
     responses = [Response(*(call if isinstance(call, list) else [call])) for call in calls]
     pending = iter(responses)
-    method = SimpleNamespace(remote=lambda *args: next(pending))
+
+    def answer(*args: Any) -> Response:
+        response = next(pending)
+        if args:
+            response.standing = args[-1]
+        return response
+
+    method = SimpleNamespace(remote=answer)
     handle: Any = SimpleNamespace(generate=method, describe=method, options=lambda stream: handle)
-    return HandlePainter(handle), responses
+    return HandlePainter(handle, max_hold_s, Replicas(fleet)), responses
 
 
 def raised_by_replica(error: Exception) -> Exception:
@@ -62,12 +85,12 @@ def raised_by_replica(error: Exception) -> Exception:
     return wrapped
 
 
-async def events_of(painter: HandlePainter) -> list[Any]:
-    return [event async for event in painter.paint(PARAMS, Encoding())]
+async def events_of(painter: HandlePainter, params: GenerationParams = PARAMS) -> list[Any]:
+    return [event async for event in painter.paint(params, Encoding())]
 
 
-async def paint(painter: HandlePainter) -> Any:
-    return (await events_of(painter))[-1]
+async def paint(painter: HandlePainter, params: GenerationParams = PARAMS) -> Any:
+    return (await events_of(painter, params))[-1]
 
 
 async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
@@ -184,3 +207,113 @@ def test_addresses_beyond_this_machine_are_told_apart(
     client = SimpleNamespace(http_config=SimpleNamespace(host=host))
     monkeypatch.setattr(deployment, "_get_global_client", lambda: client)
     assert deployment._listens_beyond_loopback() == open_to
+
+
+class Growing:
+    """A deployment whose second replica starts to run when told."""
+
+    def __init__(self, target: int = 2, start_time_s: float = 0.0) -> None:
+        self.target = target
+        self.start_time_s = start_time_s
+        self.grown = False
+        self.asked = 0
+
+    async def __call__(self) -> Any:
+        self.asked += 1
+        replicas = [replica("a")]
+        if self.target > 1:
+            state = "RUNNING" if self.grown else "STARTING"
+            replicas.append(replica("b", state, self.start_time_s))
+        return SimpleNamespace(replicas=replicas, target_num_replicas=self.target)
+
+
+@pytest.fixture
+def growing(monkeypatch: pytest.MonkeyPatch) -> Growing:
+    monkeypatch.setattr(deployment, "LOOK_EVERY_S", 0.001)
+    monkeypatch.setattr(replicas, "LOOK_EVERY_S", 0.0)
+    return Growing()
+
+
+OVERLOADED = raised_by_replica(Overloaded("full.", None, 40.0, 8.0))
+
+
+async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing: Growing) -> None:
+    painter, responses = painter_of(OVERLOADED, "picture", fleet=growing)
+    task = asyncio.ensure_future(paint(painter))
+    while growing.asked < 5:
+        await asyncio.sleep(0)
+    assert not task.done()
+    assert HELD._value.get() == 1
+    growing.grown = True
+    assert await task == "picture"
+    assert HELD._value.get() == 0
+    assert [response.standing.returning for response in responses] == [False, True]
+
+
+async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
+    painter, _ = painter_of(OVERLOADED, fleet=growing, max_hold_s=0.05)
+    with pytest.raises(Overloaded, match="full"):
+        await paint(painter)
+    painter, _ = painter_of(OVERLOADED, fleet=growing)
+    with pytest.raises(Overloaded, match="full"):
+        await paint(painter, replace(PARAMS, deadline_s=0.05))
+    assert HELD._value.get() == 0
+
+
+async def test_it_does_not_wait_when_nothing_is_starting(growing: Growing) -> None:
+    growing.target = 1
+    painter, _ = painter_of(OVERLOADED, fleet=growing)
+    with pytest.raises(Overloaded) as caught:
+        await paint(painter)
+    assert (caught.value.retry_after_s, caught.value.work_s) == (40.0, 8.0)
+    assert growing.asked == 1
+
+
+async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
+    growing: Growing,
+) -> None:
+    """Where it may not wait for it; and two replicas do the work in half the time."""
+    fleet = Replicas(growing)
+    growing.start_time_s = time.time() - 9.0
+    await fleet.look()
+    growing.grown = True
+    assert (await fleet.look()) == Fleet(2, 0, None)
+
+    async def three() -> Any:
+        started = replica("c", "STARTING", time.time() - 1.0)
+        both = [replica("a"), replica("b"), started]
+        return SimpleNamespace(replicas=both, target_num_replicas=4)
+
+    fleet._ask = three
+    seen = await fleet.look()
+    assert (seen.running, seen.coming) == (2, 2)
+    assert seen.ready_in_s == pytest.approx(8.0, abs=0.5)
+    painter, _ = painter_of(OVERLOADED, max_hold_s=5.0)
+    painter._replicas = fleet
+    with pytest.raises(Overloaded) as caught:
+        await paint(painter)
+    assert caught.value.retry_after_s == pytest.approx(8.0, abs=0.5)
+    assert caught.value.work_s == 4.0
+
+
+async def test_a_controller_that_does_not_answer_holds_nobody(
+    growing: Growing, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def lost() -> Any:
+        raise ActorDiedError
+
+    painter, _ = painter_of(OVERLOADED, fleet=lost)
+    with pytest.raises(Overloaded):
+        await paint(painter)
+    assert "does not say what is starting" in caplog.text
+
+
+async def test_the_first_replica_is_waited_for_and_no_longer(growing: Growing) -> None:
+    painter, [response] = painter_of(None, fleet=growing, max_hold_s=0.02)
+    with pytest.raises(Unavailable, match=r"no replica was ready within 0\.02 s"):
+        await paint(painter)
+    assert response.cancelled
+    painter, [response] = painter_of(None, max_hold_s=0.02)
+    with pytest.raises(Unavailable, match="no replica is ready"):
+        await painter.describe()
+    assert response.cancelled

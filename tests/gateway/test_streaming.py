@@ -91,9 +91,9 @@ async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
 async def test_what_is_refused_at_once_has_a_status_of_its_own(
     client: httpx.AsyncClient, painter: FakePainter
 ) -> None:
-    painter.error = Overloaded("full", retry_after_s=3)
+    painter.error = Overloaded("full.", retry_after_s=3)
     response = await post(client, {"prompt": "x", "stream": True})
-    assert error_of(response, 429)["message"] == "full"
+    assert error_of(response, 429)["message"] == "full. Try again in 3 s."
     assert response.headers["retry-after"] == "3"
 
 

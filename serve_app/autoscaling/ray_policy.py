@@ -1,0 +1,163 @@
+"""What Ray Serve asks how many replicas there should be: `policy`, fed with Serve's figures.
+
+A Serve config names `WorkPolicy` as ``autoscaling_config.policy.policy_function``. Serve makes one
+of it, in its controller, whenever the deployment is deployed, and asks it ten times a second. It
+pickles this module by value where the application is built, but what is imported here by name: the
+controller, on the head, imports `policy` and the rest from the package that is installed there,
+once, whatever is deployed later. So nothing heavy is imported here; and no I/O is done.
+
+While no replica runs and a request waits, Serve starts the first one without asking.
+"""
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, get_args
+
+from ray.serve.config import AutoscalingContext
+from ray.util.metrics import Gauge
+
+from serve_app.autoscaling.knobs import read_knobs
+from serve_app.autoscaling.policy import (
+    Decision,
+    Load,
+    Memory,
+    ReplicaLoad,
+    ScalingParams,
+    Start,
+    Term,
+    decide,
+)
+from serve_app.errors import ConfigError
+from serve_app.serve_log import log_through_serve
+
+logger = logging.getLogger(__name__)
+
+STALE_S = 10.0
+"""What a replica said longer ago is not known; more than the clocks of two nodes differ by."""
+
+STALE_REPORTS = 3.0
+"""The same in multiples of the interval between reports, where that is long."""
+
+
+class WorkPolicy:
+    """Scales a deployment by the work that waits; kept by Serve, called with its figures.
+
+    ``knobs`` are the fields of `ScalingParams` but for the bounds.
+    """
+
+    def __init__(self, **knobs: float) -> None:
+        log_through_serve()
+        try:
+            self._params = read_knobs(knobs)
+        except ConfigError as error:
+            # Not raised: Serve 2.60 would stay half deployed and answer no question about itself.
+            self._params = ScalingParams()
+            logger.error(
+                "%s It scales by the defaults until that is corrected. `diffusion-serve check` "
+                "finds such mistakes before they are deployed.",
+                error,
+            )
+        self._memory = Memory()
+        self._wanted: int | None = None
+        self._gauges = _Gauges()
+
+    def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+        """The number of replicas, and nothing for Serve to keep."""
+        params = replace(
+            self._params,
+            min_replicas=ctx.capacity_adjusted_min_replicas,
+            max_replicas=ctx.capacity_adjusted_max_replicas,
+        )
+        load = load_of(ctx)
+        decision, self._memory = decide(load, params, _with_starts_of_serve(self._memory, ctx))
+        if decision.replicas != self._wanted:
+            self._wanted = decision.replicas
+            logger.info("%s/%s: %s", ctx.app_name, ctx.deployment_name, decision)
+        self._gauges.set(decision, ctx)
+        return decision.replicas, {}
+
+
+def load_of(ctx: AutoscalingContext) -> Load:
+    """What Serve knows of a deployment, as `decide` takes it."""
+    assert ctx.current_time is not None
+    return Load(
+        at_s=ctx.current_time,
+        running=ctx.current_num_replicas,
+        target=ctx.target_num_replicas,
+        replicas=list(_replicas(ctx)),
+        queued_requests=ctx.total_queued_requests,
+    )
+
+
+def _replicas(ctx: AutoscalingContext) -> Iterator[ReplicaLoad]:
+    """Those that run and have lately said what they do.
+
+    Serve averages over ``look_back_period_s``; what counts is how it is now.
+    """
+    assert ctx.current_time is not None
+    assert ctx.config is not None
+    oldest_at = ctx.current_time - max(STALE_S, STALE_REPORTS * ctx.config.metrics_interval_s)
+    said = ctx.raw_metrics or {}
+    for replica in ctx.running_replicas:
+        figures = {}
+        for field in fields(ReplicaLoad):
+            series = said.get(field.name, {}).get(replica)
+            if series and series[-1].timestamp >= oldest_at and math.isfinite(series[-1].value):
+                figures[field.name] = series[-1].value
+        if len(figures) == len(fields(ReplicaLoad)) and figures["throughput"] > 0:
+            yield ReplicaLoad(**figures)
+
+
+def _with_starts_of_serve(memory: Memory, ctx: AutoscalingContext) -> Memory:
+    """The start of the first replica is Serve's own, and tells how long a start takes as well."""
+    at_s, target = ctx.last_scale_up_time, ctx.target_num_replicas
+    if at_s is None or memory.at_s is None or at_s <= memory.at_s:
+        return memory
+    if any(start.to >= target for start in memory.starts):
+        return memory  # it was decided here
+    return replace(memory, starts=(*memory.starts, Start(at_s, target)))
+
+
+class _Gauges:
+    """The last decision as metrics: on Ray's port, for the controller has no other."""
+
+    def __init__(self) -> None:
+        prefix, tags = "diffusion_serve_autoscaling", ("application", "deployment")
+        self._wanted = Gauge(
+            f"{prefix}_wanted_replicas", "Replicas that the policy wants.", tag_keys=tags
+        )
+        self._by = Gauge(
+            f"{prefix}_needed_replicas",
+            "Replicas that arriving work needs, or waiting work, before a surplus is held.",
+            tag_keys=(*tags, "by"),
+        )
+        self._term = Gauge(
+            f"{prefix}_term", "1 for what the decision came from.", tag_keys=(*tags, "term")
+        )
+        self._inputs = {
+            "forecast": Gauge(
+                f"{prefix}_forecast_replicas",
+                "Replicas that will be kept busy when one asked for now is there.",
+                tag_keys=tags,
+            ),
+            "waiting_s": Gauge(
+                f"{prefix}_waiting_seconds", "Work that waits, of one replica.", tag_keys=tags
+            ),
+            "cold_start_s": Gauge(
+                f"{prefix}_cold_start_seconds",
+                "From asking for a replica until it paints, as measured, or else as configured.",
+                tag_keys=tags,
+            ),
+        }
+
+    def set(self, decision: Decision, ctx: AutoscalingContext) -> None:
+        tags = {"application": ctx.app_name or "", "deployment": ctx.deployment_name}
+        self._wanted.set(decision.replicas, tags)
+        for by in ("arrivals", "backlog"):
+            self._by.set(decision.inputs[f"by_{by}"], tags | {"by": by})
+        for term in get_args(Term):
+            self._term.set(term == decision.term, tags | {"term": term})
+        for name, gauge in self._inputs.items():
+            gauge.set(decision.inputs[name], tags)

@@ -1,0 +1,152 @@
+"""What is asked of an engine and what it gets done: the figures by which replicas are scaled.
+
+Pure Python. The engine's thread reports, any thread may look. Work is counted in *alone-seconds*:
+what a request takes alone on the device, as predicted when it came. A device that paints several
+requests together does more than one of them a second.
+"""
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+WINDOW_S = 30
+"""Over which rates and shares of time are taken."""
+
+_MEAN_WEIGHT = 0.05
+"""Of the last request, in the mean work of one."""
+
+_LEAST_THROUGHPUT = 0.1
+"""Below it something is wrong that no figure mends."""
+
+
+@dataclass(frozen=True)
+class EngineLoad:
+    """What the autoscaler is told of one engine."""
+
+    backlog_s: float
+    """Seconds to finish all accepted interactive work at the measured throughput."""
+    batch_backlog_s: float
+    """The same for work of the batch class."""
+    arrival_rate: float
+    """Alone-seconds of interactive work offered per second, over the last `WINDOW_S`: with what was
+    refused, without what came again."""
+    throughput: float
+    """Alone-seconds of work done per busy second, smoothed; 1 while unknown."""
+    mean_work_s: float
+    """Alone-seconds of an interactive request, smoothed; 0 while unknown."""
+    utilization: float
+    """Share of the last `WINDOW_S` in which there was interactive work."""
+    cold_start_s: float
+    """From the start of a replica to its readiness; 0 while unknown."""
+
+
+class _Window:
+    """The sum of what was added in the last `WINDOW_S`, in steps of a second."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[tuple[int, float]] = deque()
+
+    def add(self, now: float, amount: float) -> None:
+        self._forget(now)
+        second = int(now)
+        if self._seconds and self._seconds[-1][0] == second:
+            amount += self._seconds.pop()[1]
+        self._seconds.append((second, amount))
+
+    def total(self, now: float) -> float:
+        self._forget(now)
+        return sum(amount for _, amount in self._seconds)
+
+    def _forget(self, now: float) -> None:
+        while self._seconds and self._seconds[0][0] <= now - WINDOW_S - 1:
+            self._seconds.popleft()
+
+
+class Demand:
+    """Keeps the figures. Times are in seconds on any one clock; thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left_s = {False: 0.0, True: 0.0}  # by background
+        self._requests = {False: 0, True: 0}
+        self._offered = _Window()
+        self._busy = _Window()
+        self._mean_s = 0.0
+        self._counted_until = 0.0
+        # Sums that forget: of a second that was busy a third is left after WINDOW_S busy ones.
+        self._done_s = 0.0
+        self._took_s = 0.0
+
+    def offered(self, now: float, alone_s: float) -> None:
+        """An interactive request came for the first time, whatever becomes of it."""
+        with self._lock:
+            self._offered.add(now, alone_s)
+            weight = _MEAN_WEIGHT if self._mean_s else 1.0
+            self._mean_s += weight * (alone_s - self._mean_s)
+
+    def accepted(self, now: float, alone_s: float, background: bool) -> None:
+        """A request was taken in."""
+        with self._lock:
+            self._pass_to(now)
+            self._left_s[background] += alone_s
+            self._requests[background] += 1
+
+    def worked(self, now: float, before_s: float, left_s: float, background: bool) -> None:
+        """Of a request that was taken in so much was left, and is now: more, if it turns out to
+        take longer."""
+        with self._lock:
+            self._pass_to(now)
+            self._left_s[background] += left_s - before_s
+            if before_s:  # else nothing was known of it
+                self._done_s += before_s - left_s
+
+    def ended(self, now: float, left_s: float, background: bool) -> None:
+        """A request has ended, with so much of it not done."""
+        with self._lock:
+            self._pass_to(now)
+            self._left_s[background] -= left_s
+            self._requests[background] -= 1
+            if not self._requests[background]:
+                self._left_s[background] = 0.0  # what rounding left
+
+    def throughput(self) -> float:
+        with self._lock:
+            return self._throughput()
+
+    def backlog_s(self, background: bool = False) -> float:
+        """Seconds to finish what was accepted, at the measured throughput."""
+        with self._lock:
+            return self._backlog_s(background)
+
+    def load(self, now: float, cold_start_s: float) -> EngineLoad:
+        """All figures."""
+        with self._lock:
+            self._pass_to(now)
+            return EngineLoad(
+                backlog_s=self._backlog_s(False),
+                batch_backlog_s=self._backlog_s(True),
+                arrival_rate=self._offered.total(now) / WINDOW_S,
+                throughput=self._throughput(),
+                mean_work_s=self._mean_s,
+                utilization=min(1.0, self._busy.total(now) / WINDOW_S),
+                cold_start_s=cold_start_s,
+            )
+
+    def _backlog_s(self, background: bool) -> float:
+        return max(0.0, self._left_s[background]) / self._throughput()
+
+    def _throughput(self) -> float:
+        # Half a second of knowing nothing, so that the first request does not decide alone.
+        return max(_LEAST_THROUGHPUT, (self._done_s + 0.5) / (self._took_s + 0.5))
+
+    def _pass_to(self, now: float) -> None:
+        """Count the time until now, in which as many requests were there as are."""
+        busy_s = max(0.0, now - self._counted_until)  # two threads may come out of order
+        self._counted_until += busy_s
+        if not any(self._requests.values()):
+            return
+        if self._requests[False]:
+            self._busy.add(now, busy_s)
+        fading = max(0.0, 1 - busy_s / WINDOW_S)
+        self._done_s *= fading
+        self._took_s = self._took_s * fading + busy_s

@@ -1,0 +1,268 @@
+"""Whether a cluster scales as the simulator says: ``python -m tests.benchmarks.autoscaling``.
+
+Starts Ray with fake GPU nodes, the demo on them and our policy, and replays one minute of arrivals:
+few, many, few again. Twice a second it is noted how many replicas run and how many are wanted. Then
+the simulator replays the same arrivals through the same policy, with the step times that the first
+replica measured when it started and the starts of nodes and replicas as they were seen, and the two
+curves are laid upon each other. Times count from the first arrival.
+"""
+
+import bisect
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Event
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from serve_app.autoscaling.knobs import read_knobs
+from serve_app.autoscaling.plan import read_costs
+from serve_app.autoscaling.policy import ScalingParams
+from serve_app.autoscaling.simulator import ByWork, ClusterParams, Simulator, costs
+from serve_app.autoscaling.trace import Kind, Trace, poisson
+from serve_app.config import EngineConfig
+from serve_app.engine.cost import CostModel
+from serve_app.engine.scheduler import OnTime
+from tests.benchmarks.engine import hardware
+from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start_cluster
+from tests.e2e.conftest import free_port
+
+SIZE = (64, 64)
+STEPS = 100
+PHASES = ((20.0, 0.15), (25.0, 0.6), (25.0, 0.15))
+"""(seconds, requests a second)"""
+
+KNOBS: dict[str, float] = {
+    "target_drain_s": 5,
+    "smoothing_s": 10,
+    "hold_s": 10,
+    "cold_start_s": 15,
+}
+MAX_BACKLOG_S = 600.0
+"""Nobody is refused: in simulated time, who is refused does not come again."""
+
+NODES = 2
+IDLE_MINUTES = 0.2
+
+MEASURED = ("running", "target", "nodes")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was seen, and when; each holds until the next."""
+
+    at_s: Sequence[float]
+    running: Sequence[int]
+    target: Sequence[int]
+    nodes: Sequence[int]
+    requests: Sequence[int] | None = None
+    """Not done; of the real cluster only."""
+
+    def value(self, name: str, at_s: float) -> int:
+        """As it last was by then; 0 before the first."""
+        index = bisect.bisect_right(self.at_s, at_s) - 1
+        values: Sequence[int] = getattr(self, name)
+        return values[index] if index >= 0 else 0
+
+    def change(self, name: str, happened: Callable[[int, int], bool], last: bool) -> float | None:
+        """When the first or last change of that kind was."""
+        values: Sequence[int] = getattr(self, name)
+        found = [
+            at_s
+            for at_s, (before, now) in zip(self.at_s[1:], pairwise(values), strict=True)
+            if happened(before, now)
+        ]
+        return found[-1 if last else 0] if found else None
+
+
+def arrivals(seed: int) -> list[float]:
+    """In seconds; the first is at 0."""
+    at_s: list[float] = []
+    begins_at = 0.0
+    for number, (duration_s, rate) in enumerate(PHASES):
+        at_s += [begins_at + at for at in poisson(rate, duration_s, seed + number)]
+        begins_at += duration_s
+    return [at - at_s[0] for at in at_s]
+
+
+def real(at_s: Sequence[float], profile: Path) -> tuple[Curve, list[Answer], list[str]]:
+    """Replay on a cluster, until the last node is gone; the log lines of the policy."""
+    port = free_port()
+    config = scaling_config(port, KNOBS)
+    engine = config["applications"][0]["args"]["engine"]
+    engine |= {
+        "profile_path": str(profile),
+        "warmup_sizes_px": [list(SIZE)],
+        "max_backlog_s": MAX_BACKLOG_S,
+    }
+    with (
+        start_cluster(NODES, IDLE_MINUTES) as cluster,
+        ThreadPoolExecutor(len(at_s)) as pool,
+        Watch(cluster) as watch,
+    ):
+        cluster.deploy(config)
+        watch.wait(lambda seen: seen.status == "RUNNING", 120, "the gateway")
+        begun_at = time.monotonic()
+        requests = []
+        for seed, due_s in enumerate(at_s):
+            Event().wait(max(0.0, begun_at + due_s - time.monotonic()))
+            requests.append(pool.submit(ask, f"http://127.0.0.1:{port}", seed, STEPS))
+        answers = [request.result() for request in requests]
+        watch.wait(lambda seen: seen.nodes == 0, 180, "the nodes to go")
+        lines = decisions(cluster)
+    since = [(at - begun_at, seen) for at, seen in watch.seen]
+    curve = Curve(
+        [round(at, 2) for at, _ in since],
+        [seen.running for _, seen in since],
+        [seen.target for _, seen in since],
+        [seen.nodes for _, seen in since],
+        [
+            sum(one.asked_at <= at < one.ended_at for one in answers)
+            for at in (at for at, _ in watch.seen)
+        ],
+    )
+    return curve, answers, lines
+
+
+def decisions(cluster: Cluster) -> list[str]:
+    """What the policy said in the controller's log."""
+    lines = cluster.logs("serve/controller_*.log").splitlines()
+    return [line.split(" -- ")[-1] for line in lines if "diffusion-serve/Generator: " in line]
+
+
+def starts(curve: Curve) -> tuple[float, float]:
+    """Seconds from asking for a replica to its node, and from there until it paints: medians."""
+    nodes_s, replicas_s = [], []
+    for number in range(1, NODES + 1):
+        times = [
+            curve.change(name, lambda before, now: before < number <= now, last=False)  # noqa: B023
+            for name in ("target", "nodes", "running")
+        ]
+        if None not in times:
+            asked_s, node_s, up_s = (at for at in times if at is not None)
+            nodes_s.append(max(0.0, node_s - asked_s))
+            replicas_s.append(up_s - max(node_s, asked_s))
+    return statistics.median(nodes_s), statistics.median(replicas_s)
+
+
+def simulated(
+    at_s: Sequence[float], model: CostModel, node_s: float, replica_s: float, until_s: float
+) -> Curve:
+    """The same arrivals in simulated time."""
+    # The simulator ends with the last request: one more, after all that is compared.
+    kinds = [Kind(SIZE, STEPS)] * len(at_s)
+    trace = Trace([*at_s, until_s + 60], [*kinds, Kind(SIZE, 1)])
+    knobs = asdict(read_knobs(KNOBS)) | {"min_replicas": 0, "max_replicas": NODES}
+    params = ClusterParams(
+        node_start_s=node_s,
+        replica_start_s=replica_s,
+        node_idle_s=60 * IDLE_MINUTES,
+        max_running=EngineConfig().max_running,
+        max_backlog_s=MAX_BACKLOG_S,
+    )
+    scaler = ByWork(ScalingParams(**knobs))
+    samples = Simulator(trace, model, OnTime, scaler, params, initial_replicas=0).run().samples
+    shown = [sample for sample in samples if sample.at_s <= until_s]
+    return Curve(
+        [0.0, *(sample.at_s for sample in shown)],
+        [0, *(sample.running for sample in shown)],
+        [0, *(sample.target for sample in shown)],
+        [0, *(sample.nodes for sample in shown)],
+    )
+
+
+def agreement(one: Curve, other: Curve, until_s: float) -> dict[str, Any]:
+    """How far two curves are apart: mean absolute differences, and when what happened in each."""
+    grid = [tick / 2 for tick in range(int(2 * until_s))]
+    apart = {
+        f"{name}_mean_absolute_difference": statistics.mean(
+            abs(one.value(name, at) - other.value(name, at)) for at in grid
+        )
+        for name in MEASURED
+    }
+    mean = {
+        f"{name}_mean": [
+            statistics.mean(curve.value(name, at) for at in grid) for curve in (one, other)
+        ]
+        for name in MEASURED
+    }
+    events: dict[str, tuple[str, Callable[[int, int], bool], bool]] = {
+        "first scale-up": ("target", lambda before, now: now > before, False),
+        "last scale-up": ("target", lambda before, now: now > before, True),
+        "last replica up": ("running", lambda before, now: now > before, True),
+        "first scale-down": ("target", lambda before, now: now < before, False),
+        "last scale-down": ("target", lambda before, now: now < before, True),
+        "last node gone": ("nodes", lambda before, now: now < before, True),
+    }
+    times = {
+        event: [curve.change(name, happened, last) for curve in (one, other)]
+        for event, (name, happened, last) in events.items()
+    }
+    return apart | mean | {"at_s": times}
+
+
+def main(
+    seed: int = 1,
+    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+) -> None:
+    """Print how the curves agree."""
+    at_s = arrivals(seed)
+    with TemporaryDirectory() as folder:
+        profile = Path(folder) / "profile.json"
+        measured, answers, lines = real(at_s, profile)
+        model = read_costs(profile, 16)
+    node_s, replica_s = starts(measured)
+    until_s = measured.at_s[-1]
+    predicted = simulated(at_s, model, node_s, replica_s, until_s)
+    kind = Kind(SIZE, STEPS)
+    alone_s = costs(model, [kind])[kind].alone_s
+    agreed = agreement(measured, predicted, until_s)
+    took_s = [answer.ended_at - answer.asked_at for answer in answers]
+    typer.echo(
+        f"{len(at_s)} requests of {kind}, {alone_s:.2f} s alone; a node {node_s:.1f} s, a replica "
+        f"{replica_s:.1f} s; median answer {statistics.median(took_s):.1f} s, longest "
+        f"{max(took_s):.1f} s, {sum(answer.refusals for answer in answers)} refusals"
+    )
+    for name in MEASURED:
+        both = agreed[f"{name}_mean"]
+        typer.echo(
+            f"{name:<9} mean {both[0]:.2f} real, {both[1]:.2f} simulated; apart by "
+            f"{agreed[f'{name}_mean_absolute_difference']:.2f}"
+        )
+    for event, times in agreed["at_s"].items():
+        shown = ["never" if at is None else f"{at:.1f} s" for at in times]
+        typer.echo(f"{event:<17}{shown[0]:>9} real {shown[1]:>9} simulated")
+    typer.echo("\n".join(lines))
+    if output is not None:
+        result = {
+            "command": f"python -m tests.benchmarks.autoscaling --seed {seed}",
+            "hardware": hardware(torch.device("cpu")) | {"ray": version("ray")},
+            "load_average": [round(load, 2) for load in os.getloadavg()],
+            "knobs": KNOBS,
+            "arrivals_s": [round(at, 3) for at in at_s],
+            "kind": str(kind),
+            "alone_s": alone_s,
+            "node_start_s": node_s,
+            "replica_start_s": replica_s,
+            "answer_s": {"median": statistics.median(took_s), "longest": max(took_s)},
+            "refusals": sum(answer.refusals for answer in answers),
+            "agreement": agreed,
+            "decisions": lines,
+            "real": asdict(measured),
+            "simulated": asdict(predicted),
+        }
+        output.write_text(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

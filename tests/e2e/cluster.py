@@ -1,0 +1,324 @@
+"""A Ray cluster on this machine whose GPU nodes are fake and come when they are asked for.
+
+Ray's own autoscaler runs it: a replica that fits nowhere makes it start another raylet, which says
+that it has a GPU, and a raylet without a replica is ended again. What is real is all but the GPU.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import httpx
+from ray.util import get_node_ip_address
+
+from serve_app.config import WORK_POLICY
+from tests.e2e.conftest import ROOT, demo_config
+from tests.waiting import wait_until
+
+RAY = Path(sys.executable).with_name("ray")
+
+HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
+"""Ray's FakeMultiNodeProvider counts its nodes from here."""
+
+PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+
+
+def free_ports(number: int) -> list[int]:
+    """All different: they are held until the last is found."""
+    probes = [socket.socket() for _ in range(number)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def autoscaling_config(gcs_address: str, nodes: int, idle_minutes: float) -> dict[str, Any]:
+    """What Ray's autoscaler reads; it wants every key."""
+    return {
+        "cluster_name": "fake",
+        "max_workers": nodes,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": idle_minutes,
+        "provider": {
+            "type": "external",
+            "module": PROVIDER,
+            "gcs_address": gcs_address,
+            "head_node_id": HEAD_NODE_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
+            "use_internal_ips": True,
+        },
+        "head_node_type": "ray.head.default",
+        "available_node_types": {
+            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "gpu": {
+                "resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100 * 2**20},
+                "labels": {"ray.io/accelerator-type": "L4"},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": nodes,
+            },
+        },
+        "docker": {},
+        "auth": {},
+        "initialization_commands": [],
+        "setup_commands": [],
+        "head_setup_commands": [],
+        "worker_setup_commands": [],
+        "head_start_ray_commands": [],
+        "worker_start_ray_commands": [],
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        "file_mounts_sync_continuously": False,
+        "rsync_exclude": [],
+        "rsync_filter": [],
+    }
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The cluster and the generator at one moment."""
+
+    nodes: int
+    """With a (fake) GPU."""
+    running: int
+    """Replicas that can paint."""
+    target: int
+    """Replicas that Serve wants."""
+    status: str
+    """Of the application."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A head with room for the gateway, and no GPU until somebody needs one."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    dashboard: str
+    """Ray's REST API, with which Serve is told what to run."""
+    metrics_port: int
+    """Of the head."""
+
+    def deploy(self, config: dict[str, Any]) -> None:
+        """As ``serve deploy`` does, and as KubeRay does."""
+        answer = httpx.put(f"{self.dashboard}/api/serve/applications/", json=config, timeout=60)
+        assert answer.status_code == 200, answer.text
+
+    def look(self) -> Seen:
+        """What Serve and Ray say of themselves."""
+        serve = self._get("/api/serve/applications/")["applications"].get("diffusion-serve", {})
+        generator = serve.get("deployments", {}).get("Generator", {})
+        replicas = generator.get("replicas", [])
+        nodes = self._get("/nodes?view=summary")["data"]["summary"]
+        return Seen(
+            nodes=sum(
+                node["raylet"]["state"] == "ALIVE"
+                and node["raylet"].get("resourcesTotal", {}).get("GPU", 0) > 0
+                for node in nodes
+            ),
+            running=sum(replica["state"] == "RUNNING" for replica in replicas),
+            target=generator.get("target_num_replicas") or 0,
+            status=serve.get("status", "NONE"),
+        )
+
+    def _get(self, path: str) -> Any:
+        answer = httpx.get(f"{self.dashboard}{path}", timeout=20)
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    def metrics(self) -> str:
+        """Of the processes on the head, Serve's controller among them."""
+        return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20).text
+
+    def logs(self, pattern: str) -> str:
+        """What Ray's processes wrote into their files."""
+        folder = self.folder / "ray" / "session_latest" / "logs"
+        return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob(pattern)))
+
+    def stop(self) -> None:
+        """End it, and make sure that nothing of it is left: nodes outlive the head otherwise."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        # Whoever belongs to its session was started by it, at whatever remove.
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(entry.name)) == self.process.pid:
+                    os.kill(int(entry.name), signal.SIGKILL)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def start_cluster(nodes: int, idle_minutes: float = 0.2) -> Iterator[Cluster]:
+    """At most so many nodes, each with one GPU and four CPUs; given back after so long idle."""
+    folder = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # short: for Ray's sockets
+    gcs, dashboard, agent, agent_grpc, client, metrics, runtime_env = free_ports(7)
+    address = f"{get_node_ip_address()}:{gcs}"
+    config = folder / "autoscaling.json"
+    config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes)))
+    environment = os.environ | {
+        "RAY_FAKE_CLUSTER": "1",
+        "RAY_enable_autoscaler_v2": "1",
+        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+        "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
+        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    environment.pop("RAY_ADDRESS", None)
+    arguments = {
+        "autoscaling-config": config,
+        "temp-dir": folder / "ray",
+        "port": gcs,
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": agent,
+        "dashboard-agent-grpc-port": agent_grpc,
+        "ray-client-server-port": client,
+        "metrics-export-port": metrics,
+        "runtime-env-agent-port": runtime_env,
+        "num-cpus": 1,
+        "num-gpus": 0,
+        "object-store-memory": 100 * 2**20,
+    }
+    log = folder / "ray.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [str(RAY), "start", "--head", "--block", "--include-dashboard=true"]
+            + [f"--{name}={value}" for name, value in arguments.items()],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    cluster = Cluster(process, folder, f"http://127.0.0.1:{dashboard}", metrics)
+
+    def answers() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            cluster.look()
+        except httpx.TransportError:
+            return False
+        return True
+
+    try:
+        wait_until(answers, deadline_s=90, every_s=0.2, what="Ray's dashboard")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def scaling_config(port: int, knobs: dict[str, float]) -> dict[str, Any]:
+    """The demo with a GPU for each replica, from none to two of them, scaled by our policy."""
+    config: dict[str, Any] = demo_config(port)
+    # All nodes have the address of this machine, and one port serves it.
+    config["proxy_location"] = "HeadOnly"
+    [application] = config["applications"]
+    application["args"]["model"]["device"] = "cpu"
+    [generator] = application["deployments"]
+    generator["ray_actor_options"] = {"num_gpus": 1, "num_cpus": 1}
+    generator["autoscaling_config"] = {
+        "min_replicas": 0,
+        "max_replicas": 2,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 3,
+        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": knobs},
+    }
+    return config
+
+
+class Watch:
+    """Looks at a cluster once in a while, on a thread of its own; a context manager."""
+
+    def __init__(self, cluster: Cluster, every_s: float = 0.5) -> None:
+        self._cluster = cluster
+        self._every_s = every_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch")
+        self.seen: list[tuple[float, Seen]] = []
+        """(`monotonic` time, what was seen), oldest first."""
+        self.failure: BaseException | None = None
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    @property
+    def now(self) -> Seen:
+        """The last look."""
+        if self.failure is not None:
+            raise self.failure
+        return self.seen[-1][1]
+
+    def wait(self, probe: Callable[[Seen], bool], deadline_s: float, what: str) -> float:
+        """The `monotonic` time at which it was first true, from now on."""
+        begun = len(self.seen)
+
+        def found() -> float | None:
+            if self.failure is not None:
+                raise self.failure
+            return next((at for at, seen in self.seen[begun:] if probe(seen)), None)
+
+        return wait_until(found, deadline_s, every_s=0.1, what=f"{what}; {self.seen[-1:]}") or 0.0
+
+    def _run(self) -> None:
+        try:
+            while not self._over.is_set():
+                seen = self._cluster.look()
+                self.seen.append((monotonic(), seen))
+                self._over.wait(self._every_s)
+        except (AssertionError, httpx.HTTPError) as error:
+            self.failure = error
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What became of one request."""
+
+    asked_at: float
+    """By `monotonic`."""
+    ended_at: float
+    refusals: int
+    """Each one a 429 that said when to come again."""
+
+
+def ask(url: str, seed: int, steps: int, patience_s: float = 180.0) -> Answer:
+    """Paint a picture; who is refused comes again when told to. All else is a failure."""
+    asked_at, refusals = monotonic(), 0
+    body = {"prompt": "a red circle on blue", "seed": seed, "num_inference_steps": steps}
+    while True:
+        response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=patience_s)
+        if response.status_code != 429:
+            assert response.status_code == 200, response.text
+            return Answer(asked_at, monotonic(), refusals)
+        refusals += 1
+        assert monotonic() - asked_at < patience_s, f"refused {refusals} times"
+        threading.Event().wait(float(response.headers["retry-after"]))

@@ -1,0 +1,95 @@
+"""Who is taken in, from predictions alone."""
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.engine.admission import Deadline, Wish, judge
+from serve_app.engine.params import FRESH, Standing
+
+RETURNING = Standing(returning=True)
+
+
+def own(finish_s: float, deadline_s: float, alone_s: float = 1.0, waited_s: float = 0) -> Deadline:
+    return Deadline(deadline_s, alone_s, Wish(finish_s, deadline_s - waited_s))
+
+
+def test_nobody_joins_a_backlog_over_the_limit() -> None:
+    assert judge(30.0, 30.0, FRESH) is None
+    refusal = judge(42.0, 30.0, FRESH)
+    assert refusal is not None
+    assert (refusal.reason, refusal.excess_s) == ("backlog", 12.0)
+
+
+def test_who_comes_again_finds_a_reserve() -> None:
+    assert judge(59.0, 30.0, RETURNING) is None
+    assert judge(61.0, 30.0, RETURNING) is not None
+
+
+def test_work_that_was_promised_counts_as_if_it_were_here() -> None:
+    refusal = judge(20.0, 30.0, Standing(promised_s=11.0))
+    assert refusal is not None
+    assert refusal.excess_s == 0  # of what is here nothing is too much
+    assert judge(20.0, 30.0, Standing(promised_s=10.0)) is None
+    assert judge(5.0, 30.0, Standing(promised_s=3.0), own(8.0, 10.0)) is not None
+
+
+def test_who_would_miss_its_deadline_is_refused() -> None:
+    assert judge(5.0, 30.0, FRESH, own(6.0, 6.0)) is None
+    refusal = judge(5.0, 30.0, FRESH, own(6.0, 4.0))
+    assert refusal is not None
+    assert (refusal.reason, refusal.excess_s) == ("deadline", 2.0)
+    # What it waited on its way is gone, and comes back when it is sent again.
+    refusal = judge(5.0, 30.0, FRESH, own(3.5, 4.0, waited_s=1.0))
+    assert refusal is not None
+    assert refusal.excess_s == 0
+
+
+def test_who_would_make_another_miss_its_own_is_refused() -> None:
+    delayed = [Wish(5.0, 9.0), Wish(8.0, 7.0)]
+    refusal = judge(5.0, 30.0, FRESH, own(2.0, 3.0), delayed)
+    assert refusal is not None
+    assert refusal.excess_s == 1.0
+    assert judge(5.0, 30.0, RETURNING, own(2.0, 3.0), delayed) is None  # it has our word
+    assert judge(5.0, 30.0, RETURNING, own(6.0, 3.0)) is None
+    assert judge(5.0, 30.0, RETURNING, own(6.1, 3.0)) is not None
+
+
+@given(
+    promised_s=st.floats(0, 1e3),
+    returning=st.booleans(),
+    alone_s=st.floats(0.01, 10),
+    finish_s=st.floats(0, 100),
+)
+def test_an_idle_engine_refuses_nobody(
+    promised_s: float, returning: bool, alone_s: float, finish_s: float
+) -> None:
+    standing = Standing(returning=returning, promised_s=promised_s)
+    wanted = Deadline(alone_s, alone_s, Wish(finish_s, alone_s))
+    assert judge(0.0, 30.0, standing) is None
+    assert judge(0.0, 30.0, standing, wanted) is None
+    late = replace(wanted, wish=Wish(finish_s, alone_s / 2))  # it waited too long for it
+    assert judge(0.0, 30.0, standing, late) is not None
+
+
+@given(
+    joined_s=st.floats(0.1, 100),
+    limit_s=st.floats(0.1, 100),
+    finish_s=st.floats(0.1, 100),
+    deadline_s=st.none() | st.floats(1, 100),
+)
+def test_who_waits_as_long_as_told_would_be_let_in(
+    joined_s: float, limit_s: float, finish_s: float, deadline_s: float | None
+) -> None:
+    """If nobody else comes: the time takes away as much work."""
+
+    def wanted(passed_s: float) -> Deadline | None:
+        return None if deadline_s is None else own(max(1.0, finish_s - passed_s), deadline_s)
+
+    refusal = judge(joined_s, limit_s, FRESH, wanted(0.0))
+    if refusal is None:
+        return
+    passed_s = refusal.excess_s + 1e-6
+    left_s = max(0.0, joined_s - passed_s)
+    assert judge(left_s, limit_s, RETURNING, wanted(passed_s)) is None
