@@ -18,7 +18,8 @@ from serve_app.config import (
     check_model_folder,
     is_path,
     keys_in_environment,
-    read_policy_kwargs,
+    policy_kwargs,
+    read_autoscaling,
     read_serve_config,
 )
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
@@ -75,8 +76,8 @@ def check(
     from serve_app.gateway.auth import KeyRing
 
     try:
-        for knobs in read_policy_kwargs(config):
-            read_knobs(knobs)
+        for autoscaling in read_autoscaling(config, "Generator"):
+            read_knobs(policy_kwargs(autoscaling))
         for application in read_serve_config(config):
             check_model_folder(application.model)
             KeyRing(application.gateway.keys_file, keys_in_environment())

@@ -6,6 +6,7 @@ configuration is found before either is started.
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -302,24 +303,43 @@ def read_serve_config(path: Path) -> list[AppConfig]:
     return [parse_app_config(one.get("args", {})) for one in _applications(path)]
 
 
-def read_policy_kwargs(path: Path) -> list[dict[str, object]]:
-    """What a Serve config file tells `WORK_POLICY`, for each deployment that it scales.
+def read_autoscaling(path: Path, deployment: str) -> list[dict[str, Any]]:
+    """``autoscaling_config`` of that deployment in each application of ours in a Serve config file.
+
+    A fixed ``num_replicas`` is given as bounds. Empty where the file says neither.
 
     Raises:
-        ConfigError: if the file cannot be read, or ``policy_kwargs`` are no mapping.
+        ConfigError: if the file cannot be read, or one of them is no mapping.
     """
     found = []
     for application in _applications(path):
-        for deployment in application.get("deployments") or []:
-            scaling = deployment.get("autoscaling_config") if isinstance(deployment, dict) else None
-            policy = scaling.get("policy") if isinstance(scaling, dict) else None
-            if not isinstance(policy, dict) or policy.get("policy_function") != WORK_POLICY:
-                continue
-            given = policy.get("policy_kwargs") or {}
-            if not isinstance(given, dict):
-                raise ConfigError(f"policy_kwargs must be a mapping; it is {given!r}.")
-            found.append(given)
+        deployments = application.get("deployments") or []
+        if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
+            raise ConfigError(f"{path}: deployments must be a list of mappings.")
+        matching = (one for one in deployments if one.get("name") == deployment)
+        named: dict[str, Any] = next(matching, {})
+        scaling = named.get("autoscaling_config") or {}
+        if not isinstance(scaling, dict) or not isinstance(scaling.get("policy") or {}, dict):
+            raise ConfigError(f"{path}: autoscaling_config and its policy must be mappings.")
+        if not scaling and "num_replicas" in named:
+            scaling = dict.fromkeys(("min_replicas", "max_replicas"), named["num_replicas"])
+        found.append(scaling)
     return found
+
+
+def policy_kwargs(autoscaling: Mapping[str, Any]) -> dict[str, object]:
+    """What an ``autoscaling_config`` tells `WORK_POLICY`; nothing if it names another policy.
+
+    Raises:
+        ConfigError: if ``policy_kwargs`` are no mapping.
+    """
+    policy = autoscaling.get("policy") or {}
+    if policy.get("policy_function") != WORK_POLICY:
+        return {}
+    given = policy.get("policy_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"policy_kwargs must be a mapping; it is {given!r}.")
+    return given
 
 
 def _applications(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from serve_app.config import (
     ModelConfig,
     check_model_folder,
     parse_app_config,
-    read_policy_kwargs,
+    policy_kwargs,
+    read_autoscaling,
     read_serve_config,
 )
 from serve_app.errors import ConfigError
@@ -93,16 +94,24 @@ def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
         ours = {"import_path": "serve_app.app:build", "deployments": deployments}
         path.write_text(yaml.safe_dump({"applications": [ours]}))
 
+    def told() -> dict[str, object]:
+        [autoscaling] = read_autoscaling(path, "Generator")
+        assert autoscaling["min_replicas"] == 0
+        return policy_kwargs(autoscaling)
+
     write({"policy_function": WORK_POLICY, "policy_kwargs": {"hold_s": 3}})
-    assert read_policy_kwargs(path) == [{"hold_s": 3}]
+    assert told() == {"hold_s": 3}
     write({"policy_function": WORK_POLICY})
-    assert read_policy_kwargs(path) == [{}]
+    assert told() == {}
     for other in (None, {"policy_function": "somebody:else", "policy_kwargs": {"x": 1}}):
         write(other)
-        assert read_policy_kwargs(path) == []
+        assert told() == {}
     write({"policy_function": WORK_POLICY, "policy_kwargs": [3]})
     with pytest.raises(ConfigError, match=r"policy_kwargs must be a mapping; it is \[3\]"):
-        read_policy_kwargs(path)
+        told()
+    write([3])
+    with pytest.raises(ConfigError, match="must be mappings"):
+        told()
 
 
 @pytest.mark.parametrize(

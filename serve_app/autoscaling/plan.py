@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
-
+from serve_app.autoscaling.knobs import BOUNDS, read_knobs
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.autoscaling.queue_policy import QueueParams
 from serve_app.autoscaling.simulator import (
@@ -27,6 +26,7 @@ from serve_app.autoscaling.simulator import (
 )
 from serve_app.autoscaling.simulator import costs as costs_of
 from serve_app.autoscaling.trace import Trace, drawn, parse_mix, poisson, read_arrivals
+from serve_app.config import policy_kwargs, read_autoscaling
 from serve_app.engine.cost import CostModel
 from serve_app.engine.scheduler import POLICIES
 from serve_app.errors import ConfigError
@@ -171,31 +171,22 @@ def read_costs(path: Path, max_batch_size: int) -> CostModel:
 
 
 def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
-    """What the config file says of scaling ``Generator``; without a word, one replica.
+    """How the config file scales ``Generator``; one replica, if it does not say.
 
     Raises:
-        ConfigError: if the policy's arguments are wrong.
+        ConfigError: if the file, its bounds or the policy's arguments are wrong.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    deployments = [
-        deployment
-        for application in content.get("applications", [])
-        for deployment in application.get("deployments", [])
-        if deployment.get("name") == "Generator"
-    ]
-    deployment: dict[str, Any] = deployments[0] if deployments else {}
-    config: dict[str, Any] = deployment.get("autoscaling_config") or {}
-    number = 1 if config else deployment.get("num_replicas", 1)
-    known = {bound: config.get(bound, number) for bound in ("min_replicas", "max_replicas")}
+    autoscaling = read_autoscaling(path, "Generator")[0]
+    fewest, most = (autoscaling.get(name, 1) for name in BOUNDS)
+    if not (isinstance(fewest, int) and isinstance(most, int)):
+        raise ConfigError(f"{path}: {' and '.join(BOUNDS)} must be whole numbers.")
     if max_replicas is not None:
-        known |= {
-            "min_replicas": min(known["min_replicas"], max_replicas),
-            "max_replicas": max_replicas,
-        }
+        fewest, most = min(fewest, max_replicas), max_replicas
+    knobs = read_knobs(policy_kwargs(autoscaling))
     try:
-        return ScalingParams(**known | (config.get("policy") or {}).get("policy_kwargs", {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: autoscaling_config of Generator: {error}") from None
+        return replace(knobs, min_replicas=fewest, max_replicas=most)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}.") from None
 
 
 def arrivals(

@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.autoscaling.knobs import read_knobs
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config import read_policy_kwargs
+from serve_app.config import policy_kwargs, read_autoscaling
 from serve_app.errors import ConfigError
 
 
@@ -36,6 +36,7 @@ def test_what_is_wrong_is_named(given: dict[str, object], words: str) -> None:
 
 def test_the_knobs_in_the_shipped_config_are_the_defaults_as_it_says() -> None:
     path = Path(__file__).parents[2] / "configs" / "sdxl.yaml"
-    [given] = read_policy_kwargs(path)
+    [autoscaling] = read_autoscaling(path, "Generator")
+    given = policy_kwargs(autoscaling)
     assert given
     assert read_knobs(given) == ScalingParams()

@@ -102,19 +102,28 @@ def test_what_is_no_table_of_step_times_is_refused(tmp_path: Path, content: str)
 
 def test_scaling_is_read_from_the_config(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
-    path.write_text(
-        "applications: [{deployments: [{name: Generator, autoscaling_config: {min_replicas: 0,"
-        " max_replicas: 7, policy: {policy_kwargs: {target_utilization: 0.5}}}}]}]"
+
+    def write(generator: str) -> None:
+        path.write_text(
+            "applications: [{import_path: 'serve_app.app:build', deployments: [{name: Generator, "
+            f"{generator}}}]}}]"
+        )
+
+    policy = (
+        "policy: {policy_function: 'serve_app.autoscaling.ray_policy:WorkPolicy', policy_kwargs: "
     )
-    assert read_scaling(path, None) == ScalingParams(0, 7, 0.5)
-    assert read_scaling(path, 20) == ScalingParams(0, 20, 0.5)
-    path.write_text("applications: [{deployments: [{name: Generator, num_replicas: 3}]}]")
+    write(f"autoscaling_config: {{min_replicas: 0, max_replicas: 7, {policy} {{hold_s: 5}}}}}}")
+    assert read_scaling(path, None) == ScalingParams(0, 7, hold_s=5.0)
+    assert read_scaling(path, 20) == ScalingParams(0, 20, hold_s=5.0)
+    write("num_replicas: 3")
     assert read_scaling(path, None) == ScalingParams(3, 3)
-    path.write_text(
-        "applications: [{deployments: [{name: Generator, autoscaling_config: {policy:"
-        " {policy_kwargs: {luck: 1}}}}]}]"
-    )
+    write("ray_actor_options: {num_gpus: 1}")
+    assert read_scaling(path, None) == ScalingParams(1, 1)
+    write(f"autoscaling_config: {{{policy} {{luck: 1}}}}}}")
     with pytest.raises(ConfigError, match="luck"):
+        read_scaling(path, None)
+    write("autoscaling_config: {min_replicas: 4, max_replicas: 2}")
+    with pytest.raises(ConfigError, match="min_replicas is 4 and max_replicas 2"):
         read_scaling(path, None)
 
 
