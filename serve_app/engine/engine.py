@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, judge
+from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, hopeless, judge
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate
 from serve_app.engine.cost import CostModel
@@ -243,7 +243,7 @@ class Engine:
         """Queue a request; its number, for `cancel`. The last event is `Completed` or `Failed`.
 
         The only one is `Failed` with `Overloaded` if it is not taken in, and with `InvalidRequest`
-        if its deadline is shorter than its time alone.
+        if it would take far longer than its deadline alone.
 
         Raises:
             InvalidRequest: if this model cannot do what is asked.
@@ -415,7 +415,7 @@ class Engine:
         alone_s = task.remaining_s = self._predict_remaining(request)
         if not (task.background or request.standing.returning):
             self._demand.offered(time.perf_counter(), alone_s)
-        if deadline_s is not None and alone_s > deadline_s:
+        if deadline_s is not None and hopeless(alone_s, deadline_s):
             self._refuse(request, "deadline", _hopeless(alone_s, deadline_s))
             return
         wanted_s = deadline_s or self._config.slo_scale * alone_s
