@@ -108,7 +108,7 @@ class Promises:
             insort(self._in_turn, place)
             insort(self._by_fingerprint.setdefault(fingerprint, []), place)
             self._work_s += place.work_s
-        message = f"{refusal.message} Try again in {wait_s} s."
+        message = f"{refusal.message} There will be room in {wait_s} s."
         return Overloaded(message, refusal.param, float(wait_s), refusal.work_s)
 
     @property

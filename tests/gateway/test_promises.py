@@ -47,7 +47,7 @@ def test_who_is_told_a_time_is_known_then_and_not_before() -> None:
     promises = Promises(clock)
     told = promises.promise(b"a", refusal(room_in_s=6.2), returning=False)
     assert (told.retry_after_s, told.param) == (7.0, "deadline_s")
-    assert str(told) == "full. Try again in 7 s."
+    assert str(told) == "full. There will be room in 7 s."
     clock.now += 6.9
     assert not promises.claim(b"a")
     clock.now += 0.1
