@@ -767,6 +767,8 @@ class Engine:
         self._cost.observe_request(
             request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
         )
+        if request.task.background:
+            return  # its end was up to the others
         error = self._forecast.observe(request.predicted_s, took_s)
         if error is not None:
             FORECAST_ERROR.labels(self._model_id).observe(error)
