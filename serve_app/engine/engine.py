@@ -611,9 +611,10 @@ class Engine:
         or for one block of the decoder. Whoever began to decode ends it before the next one does,
         for half a decoding holds much memory. The background waits until nobody else can go on.
         """
-        at_stage = self._at_stage
-        if any(not one.task.background for one in self._running if one not in self._cramped):
-            at_stage = [request for request in at_stage if not request.task.background]
+        parked = [request for request in self._running if request not in self._cramped]
+        if any(not request.task.background for request in parked):
+            parked = [request for request in parked if not request.task.background]
+        at_stage = [request for request in self._at_stage if request in parked]
         by_task = {request.task: request for request in at_stage if request.steps_left}
         if by_task:
             return by_task[self._policy.first(list(by_task), now)]
@@ -622,8 +623,7 @@ class Engine:
         request = min(at_stage, key=lambda request: request.task.turn)
         stage_s = self._predict_stage(request)
         fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
-        parked_elsewhere = len(self._running) - len(self._at_stage) - len(self._cramped)
-        return request if fits or not parked_elsewhere else None
+        return request if fits or len(parked) == len(at_stage) else None
 
     def _predict_stage(self, request: Request) -> float:
         """Seconds of the call at which it is parked; without end while it is not known."""
