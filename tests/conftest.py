@@ -39,8 +39,8 @@ def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
     return pytestconfig.stash[MEASURED].append
 
 
-FIFO = EngineConfig(scheduling="fifo")
-"""Full batches, whatever becomes of deadlines: what shares a call does not depend on the clock."""
+FIFO = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
+"""Full batches whatever becomes of deadlines, nobody refused: what happens is up to no clock."""
 
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
 

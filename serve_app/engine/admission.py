@@ -52,6 +52,14 @@ class Deadline:
     wish: Wish
 
 
+def hopeless(alone_s: float, left_s: float) -> bool:
+    """Whether a request would be late by far if nobody else were here.
+
+    Devices have slow moments: by a little is no reason to refuse what nothing else is done for.
+    """
+    return alone_s > RESERVE * left_s
+
+
 def judge(
     joined_s: float,
     limit_s: float,
@@ -68,11 +76,11 @@ def judge(
         own: Its deadline, if it names one.
         delayed: Others with a deadline, which it goes before.
 
-    Nobody is refused an idle engine but who has waited for it too long to be done in time.
+    An idle engine refuses only who has waited for it so long that he would be late by far.
     """
     if not joined_s:
-        hopeless = own is not None and own.alone_s > own.wish.left_s
-        return Refusal("deadline", 0.0) if hopeless else None
+        too_late = own is not None and hopeless(own.alone_s, own.wish.left_s)
+        return Refusal("deadline", 0.0) if too_late else None
     width = RESERVE if standing.returning else 1.0
     excess_s = max(0.0, joined_s - limit_s)
     late_s = 0.0

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, judge
+from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, hopeless, judge
 from serve_app.engine.batch import MergeableCall, NotMergeable
 from serve_app.engine.certification import Certificate
 from serve_app.engine.cold_start import ColdStart
@@ -255,7 +255,7 @@ class Engine:
         """Queue a request; its number, for `cancel`. The last event is `Completed` or `Failed`.
 
         The only one is `Failed` with `Overloaded` if it is not taken in, and with `InvalidRequest`
-        if its deadline is shorter than its time alone.
+        if it would take far longer than its deadline alone.
 
         Raises:
             InvalidRequest: if this model cannot do what is asked.
@@ -432,7 +432,7 @@ class Engine:
         alone_s = task.remaining_s = self._predict_remaining(request)
         if not (task.background or request.standing.returning):
             self._demand.offered(time.perf_counter(), alone_s)
-        if deadline_s is not None and alone_s > deadline_s:
+        if deadline_s is not None and hopeless(alone_s, deadline_s):
             self._refuse(request, "deadline", _hopeless(alone_s, deadline_s))
             return
         wanted_s = deadline_s or self._config.slo_scale * alone_s
@@ -628,9 +628,10 @@ class Engine:
         or for one block of the decoder. Whoever began to decode ends it before the next one does,
         for half a decoding holds much memory. The background waits until nobody else can go on.
         """
-        at_stage = self._at_stage
-        if any(not one.task.background for one in self._running if one not in self._cramped):
-            at_stage = [request for request in at_stage if not request.task.background]
+        parked = [request for request in self._running if request not in self._cramped]
+        if any(not request.task.background for request in parked):
+            parked = [request for request in parked if not request.task.background]
+        at_stage = [request for request in self._at_stage if request in parked]
         by_task = {request.task: request for request in at_stage if request.steps_left}
         if by_task:
             return by_task[self._policy.first(list(by_task), now)]
@@ -639,8 +640,7 @@ class Engine:
         request = min(at_stage, key=lambda request: request.task.turn)
         stage_s = self._predict_stage(request)
         fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
-        parked_elsewhere = len(self._running) - len(self._at_stage) - len(self._cramped)
-        return request if fits or not parked_elsewhere else None
+        return request if fits or len(parked) == len(at_stage) else None
 
     def _predict_stage(self, request: Request) -> float:
         """Seconds of the call at which it is parked; without end while it is not known."""
@@ -784,6 +784,8 @@ class Engine:
         self._cost.observe_request(
             request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
         )
+        if request.task.background:
+            return  # its end was up to the others
         error = self._forecast.observe(request.predicted_s, took_s)
         if error is not None:
             FORECAST_ERROR.labels(self._model_id).observe(error)

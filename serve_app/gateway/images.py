@@ -131,12 +131,10 @@ class Studio:
             replace(params, seed=params.seed + step * index) for index in range(body.n)
         )
         parts = [guest.name.encode(), kind.encode(), body.model_dump_json().encode()]
-        sent = [data for data in (image, mask) if data is not None]
-        known_by = (
-            await apart(functools.partial(fingerprint, parts + sent))
-            if sent
-            else (fingerprint(parts))
-        )
+        if image is None:
+            known_by = fingerprint(parts)
+        else:
+            known_by = await apart(functools.partial(fingerprint, [*parts, image, mask or b""]))
         promises = self._promises[guest.priority]
         returning = promises.claim(known_by)
         most_s = self._config.engine.max_backlog_s

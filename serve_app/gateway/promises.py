@@ -12,7 +12,7 @@ engine's reserve makes up for that as far as it goes.
 import hashlib
 import math
 import time
-from bisect import insort
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -27,10 +27,16 @@ MOST = 10_000
 PATIENCE_S, PATIENCE_SHARE = 5.0, 0.25
 """A place is kept so long after its time, the second as a share of the wait: clients round."""
 
-_WEIGHT = 0.02
-"""Of one promise, in the share of those who come when told to."""
+LATE_S = 1.0
+"""Who is later than that will hardly come."""
 
-_LEAST_SHARE = 0.05
+_MEMORY = 50.0
+"""Promises whose outcome decides how many of the next will be claimed."""
+
+_TRUST = 5.0
+"""Claimed promises with which it begins."""
+
+_LEAST_SHARE = 0.001
 
 
 def fingerprint(parts: Iterable[bytes]) -> bytes:
@@ -56,10 +62,10 @@ class Promises:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._in_turn: list[_Place] = []
+        self._work_s = 0.0  # of all of them
         self._by_fingerprint: dict[bytes, list[_Place]] = {}
-        self._free_at = 0.0
-        """When all that was promised will be done."""
-        self._share = 1.0
+        self._late_until = -math.inf  # all that were due by then have come or are late
+        self._claimed = self._came_due = _TRUST
 
     def claim(self, fingerprint: bytes) -> bool:
         """Whether such a request was told to come by now; the place is his."""
@@ -67,49 +73,64 @@ class Promises:
         places = self._by_fingerprint.get(fingerprint)
         if not places or places[0].due_at > self._clock():
             return False
-        self._leave(places[0])
-        self._count(1.0)
+        place = places[0]
+        self._leave(place)
+        self._claimed += 1
+        if place.due_at > self._late_until:  # else it was counted when it was late
+            self._came_due += 1
         return True
 
     def due_within_s(self, seconds: float) -> float:
-        """Seconds of work of those who were told to come in the next so many."""
+        """Seconds of work of those who will come in the next so many, as far as they were told to.
+
+        Whoever is late by more than a moment will hardly come: his place is kept, and not counted.
+        """
         self._forget()
-        until = self._clock() + seconds
-        work_s = 0.0
-        for place in self._in_turn:
-            if place.due_at > until:
-                break
-            work_s += place.work_s
-        return work_s * self._share
+        first = self._index_after(self._late_until)
+        last = self._index_after(self._clock() + seconds)
+        return sum(place.work_s for place in self._in_turn[first:last]) * self._share
 
     def promise(self, fingerprint: bytes, refusal: Overloaded, returning: bool) -> Overloaded:
         """The refusal with the time to come again, which is noted.
 
-        ``returning``: who came as told and found no room. He need not stand in line again; those
-        who are told from now on come later by what he needs.
+        ``returning``: who came as told and found no room. He need not stand in line again.
         """
         self._forget()
         now = self._clock()
-        room_at = now + (refusal.retry_after_s or 0.0)
-        due_at = room_at if returning else max(room_at, self._free_at)
-        taken_s = refusal.work_s * self._share / PACE
-        self._free_at = max(due_at, self._free_at) + taken_s
-        wait_s = max(1, math.ceil(due_at - now))
+        wait_s = refusal.retry_after_s or 0.0
+        if not returning:
+            wait_s += self._work_s * self._share / PACE
+        wait_s = max(1, math.ceil(wait_s))
         if len(self._in_turn) < MOST:
-            patience_s = PATIENCE_S + PATIENCE_SHARE * wait_s
             due_at = now + wait_s
+            patience_s = PATIENCE_S + PATIENCE_SHARE * wait_s
             place = _Place(due_at, due_at + patience_s, refusal.work_s, fingerprint)
             insort(self._in_turn, place)
             insort(self._by_fingerprint.setdefault(fingerprint, []), place)
-        message = f"{refusal.message} Try again in {wait_s} s."
+            self._work_s += place.work_s
+        message = f"{refusal.message} There will be room in {wait_s} s."
         return Overloaded(message, refusal.param, float(wait_s), refusal.work_s)
 
+    @property
+    def _share(self) -> float:
+        """Of the promises that will be claimed, as far as the last ones tell."""
+        return max(_LEAST_SHARE, min(1.0, self._claimed / self._came_due))
+
+    def _index_after(self, at: float) -> int:
+        return bisect_right(self._in_turn, at, key=lambda place: place.due_at)
+
     def _forget(self) -> None:
-        """Give up those who did not come."""
+        """Count who is late, and give up who is too late."""
         now = self._clock()
+        late = self._index_after(now - LATE_S) - self._index_after(self._late_until)
+        self._late_until = now - LATE_S
+        self._came_due += late
+        if self._came_due > _MEMORY:
+            fading = _MEMORY / self._came_due
+            self._came_due *= fading
+            self._claimed *= fading
         while self._in_turn and self._in_turn[0].given_up_at < now:
             self._leave(self._in_turn[0])
-            self._count(0.0)
 
     def _leave(self, place: _Place) -> None:
         self._in_turn.remove(place)
@@ -117,6 +138,4 @@ class Promises:
         places.remove(place)
         if not places:
             del self._by_fingerprint[place.fingerprint]
-
-    def _count(self, came: float) -> None:
-        self._share = max(_LEAST_SHARE, self._share + _WEIGHT * (came - self._share))
+        self._work_s = self._work_s - place.work_s if self._in_turn else 0.0

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import DeploymentDetails
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Replicas:
                 try:
                     async with asyncio.timeout(ANSWER_WITHIN_S):
                         self._fleet = self._seen(await self._ask(), time.time())
-                except (RayError, TimeoutError) as error:
+                except (RayError, RayServeException, TimeoutError) as error:
                     logger.warning("Serve's controller does not say what is starting: %r", error)
                 self._looked_at = time.monotonic()
             return self._fleet

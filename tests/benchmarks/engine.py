@@ -244,8 +244,7 @@ def main(
                 "profile_path": str(Path(folder) / "profile.json"),
             }
         )
-        wanted_s = None if keep_pictures else slo_s
-        return with_engine(pipeline, model_config, config, wanted_s, keep_pictures)
+        return with_engine(pipeline, model_config, config, keep_pictures)
 
     rows: list[Row] = []
     reports: list[dict[str, Any]] = []

@@ -69,7 +69,7 @@ def test_an_idle_engine_refuses_nobody(
     wanted = Deadline(alone_s, alone_s, Wish(finish_s, alone_s))
     assert judge(0.0, 30.0, standing) is None
     assert judge(0.0, 30.0, standing, wanted) is None
-    late = replace(wanted, wish=Wish(finish_s, alone_s / 2))  # it waited too long for it
+    late = replace(wanted, wish=Wish(finish_s, alone_s / 3))  # it waited too long for it
     assert judge(0.0, 30.0, standing, late) is not None
 
 

@@ -1,6 +1,7 @@
 """The figures by which replicas are scaled, on a clock that the tests turn."""
 
 import threading
+from dataclasses import asdict
 from random import Random
 
 import pytest
@@ -13,6 +14,16 @@ def test_an_engine_of_which_nothing_is_known() -> None:
     assert (load.backlog_s, load.batch_backlog_s, load.arrival_rate) == (0, 0, 0)
     assert (load.throughput, load.mean_work_s, load.utilization) == (1, 0, 0)
     assert load.cold_start_s == 7.0
+    # What the autoscaling policy reads, by these names.
+    assert asdict(load).keys() == {
+        "backlog_s",
+        "batch_backlog_s",
+        "arrival_rate",
+        "throughput",
+        "mean_work_s",
+        "utilization",
+        "cold_start_s",
+    }
 
 
 def run(demand: Demand, gain: float, seconds: float, background: bool = False) -> float:

@@ -47,7 +47,7 @@ def test_who_is_told_a_time_is_known_then_and_not_before() -> None:
     promises = Promises(clock)
     told = promises.promise(b"a", refusal(room_in_s=6.2), returning=False)
     assert (told.retry_after_s, told.param) == (7.0, "deadline_s")
-    assert str(told) == "full. Try again in 7 s."
+    assert str(told) == "full. There will be room in 7 s."
     clock.now += 6.9
     assert not promises.claim(b"a")
     clock.now += 0.1
@@ -115,7 +115,6 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     promises = Promises(clock)
     waits = [wait_s(promises.promise(b"%d" % n, refusal(), False)) for n in range(5)]
     assert waits == sorted(waits)  # told all the same
-    assert waits[4] > waits[3]
     clock.now += waits[4]
     assert [promises.claim(b"%d" % n) for n in range(5)] == [True, True, True, False, False]
 

@@ -93,7 +93,7 @@ async def test_what_is_refused_at_once_has_a_status_of_its_own(
 ) -> None:
     painter.error = Overloaded("full.", retry_after_s=3)
     response = await post(client, {"prompt": "x", "stream": True})
-    assert error_of(response, 429)["message"] == "full. Try again in 3 s."
+    assert error_of(response, 429)["message"] == "full. There will be room in 3 s."
     assert response.headers["retry-after"] == "3"
 
 

@@ -1,0 +1,309 @@
+"""Three times more work than can be done, for two minutes: ``python -m tests.benchmarks.overload``.
+
+Starts ``serve run`` on the demo and sends it a mix of sizes and steps, Poisson arrivals that wait
+for nobody. Each request names a deadline: three times what it takes alone over HTTP, and a second
+at least. Whoever is refused comes once more, when ``Retry-After`` says, with a new deadline.
+
+Capacity is what the same mix gets done when sixteen clients ask without pause and without
+deadlines. Goodput is pictures a second that were done within their deadline; its peak is the better
+of that at 0.9 and 1.0 of capacity. What ends after the last arrival counts for the promises, and
+not for the goodput.
+"""
+
+import asyncio
+import itertools
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Annotated, Any
+
+import httpx
+import torch
+import typer
+
+from tests.benchmarks.engine import MIX, hardware
+from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.waiting import wait_until
+
+PATH = "/v1/images/generations"
+NATIVE_PX = 64
+DEADLINE_SCALE = 3.0
+LEAST_DEADLINE_S = 1.0
+CLIENTS = 16
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A shape of request, with its share of them."""
+
+    side_px: int
+    steps: int
+    share: float
+
+
+KINDS = [Kind(round(NATIVE_PX * scale / 8) * 8, steps, share / 100) for scale, steps, share in MIX]
+
+
+@dataclass
+class Outcome:
+    """Of one request, with its second try."""
+
+    kind: Kind
+    sent_s: float
+    """Since the start of the run; of the last try."""
+    status: int = 0
+    ended_s: float = 0.0
+    queue_s: float | None = None
+    promised_s: float | None = None
+    """The first ``Retry-After``, if it was refused."""
+
+    @property
+    def took_s(self) -> float:
+        return self.ended_s - self.sent_s
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    load: float
+    """Arrivals as a share of capacity."""
+    seconds: float
+    sent: int
+    goodput_per_s: float
+    refused: float
+    """Share that was refused when it came first."""
+    queue_p50_s: float
+    queue_p95_s: float
+    queue_max_s: float
+    in_time: float
+    """Share of those taken in, at the first try or the second, that met their deadline."""
+    retry_after_p50_s: float
+    retry_after_max_s: float
+    promises: int
+    promises_kept: float
+    """Share of second tries that were taken in."""
+    promises_in_time: float
+    """Share of them that met their deadline as well."""
+    errors: int
+    """Answers other than 200 and 429."""
+
+
+class Server:
+    """The demo, asked by this process."""
+
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self._client = client
+        self._seeds = itertools.count(1)
+
+    def body(self, kind: Kind, deadline_s: float | None = None) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "prompt": "a red circle on blue",
+            "seed": next(self._seeds),
+            "size": f"{kind.side_px}x{kind.side_px}",
+            "num_inference_steps": kind.steps,
+        }
+        return body if deadline_s is None else body | {"deadline_s": deadline_s}
+
+    async def send(self, body: dict[str, Any]) -> httpx.Response:
+        return await self._client.post(PATH, json=body)
+
+    async def alone_s(self, kind: Kind) -> float:
+        taken = []
+        for _ in range(6):
+            started_at = time.perf_counter()
+            (await self.send(self.body(kind))).raise_for_status()
+            taken.append(time.perf_counter() - started_at)
+        return statistics.median(taken[1:])
+
+    async def capacity(self, seconds: float, seed: int) -> float:
+        """Pictures a second of the mix, when there is always more to do."""
+        kinds = mixed(Random(seed))
+        ends_at = time.perf_counter() + seconds
+        done = 0
+
+        async def ask() -> None:
+            nonlocal done
+            while time.perf_counter() < ends_at:
+                response = await self.send(self.body(next(kinds)))
+                if response.status_code == 429:  # of an earlier run something is promised
+                    await asyncio.sleep(float(response.headers["retry-after"]))
+                else:
+                    response.raise_for_status()
+                    done += time.perf_counter() < ends_at
+
+        await asyncio.gather(*(ask() for _ in range(CLIENTS)))
+        return done / seconds
+
+    async def run(
+        self, rate: float, seconds: float, deadlines_s: dict[Kind, float], seed: int
+    ) -> list[Outcome]:
+        rng = Random(seed)
+        kinds = mixed(rng)
+        started_at = time.perf_counter()
+
+        async def ask(outcome: Outcome) -> None:
+            body = self.body(outcome.kind, deadlines_s[outcome.kind])
+            for attempt in range(2):
+                outcome.sent_s = time.perf_counter() - started_at
+                response = await self.send(body)
+                outcome.ended_s = time.perf_counter() - started_at
+                outcome.status = response.status_code
+                if response.status_code == 200:
+                    outcome.queue_s = response.json()["timings"]["queue_s"]
+                if response.status_code != 429 or attempt:
+                    return
+                outcome.promised_s = float(response.headers["retry-after"])
+                await asyncio.sleep(outcome.promised_s)
+
+        outcomes, tasks = [], []
+        at_s = 0.0
+        while (at_s := at_s + rng.expovariate(rate)) < seconds:
+            await asyncio.sleep(started_at + at_s - time.perf_counter())
+            outcomes.append(Outcome(next(kinds), at_s))
+            tasks.append(asyncio.ensure_future(ask(outcomes[-1])))
+        await asyncio.gather(*tasks)
+        return outcomes
+
+
+def mixed(rng: Random) -> Iterator[Kind]:
+    while True:
+        yield rng.choices(KINDS, [kind.share for kind in KINDS])[0]
+
+
+def share(some: int, of: int) -> float:
+    return some / of if of else float("nan")
+
+
+def row(
+    load: float, seconds: float, outcomes: list[Outcome], deadlines_s: dict[Kind, float]
+) -> Row:
+    done = [one for one in outcomes if one.status == 200]
+    met = [one for one in done if one.took_s <= deadlines_s[one.kind]]
+    told = [one for one in outcomes if one.promised_s is not None]
+    queue_s = sorted(one.queue_s for one in done if one.queue_s is not None)
+    waits_s = sorted(one.promised_s for one in told if one.promised_s is not None) or [0.0]
+    return Row(
+        load=load,
+        seconds=seconds,
+        sent=len(outcomes),
+        goodput_per_s=sum(one.ended_s <= seconds for one in met) / seconds,
+        refused=share(len(told), len(outcomes)),
+        queue_p50_s=statistics.median(queue_s),
+        queue_p95_s=queue_s[int(0.95 * len(queue_s))],
+        queue_max_s=queue_s[-1],
+        in_time=share(len(met), len(done)),
+        retry_after_p50_s=statistics.median(waits_s),
+        retry_after_max_s=waits_s[-1],
+        promises=len(told),
+        promises_kept=share(sum(one.status == 200 for one in told), len(told)),
+        promises_in_time=share(sum(one.promised_s is not None for one in met), len(told)),
+        errors=sum(one.status not in (200, 429) for one in outcomes),
+    )
+
+
+def config_of(port: int) -> dict[str, Any]:
+    config: dict[str, Any] = demo_config(port)
+    engine = config["applications"][0]["args"]["engine"]
+    engine["warmup_sizes_px"] = [[kind.side_px, kind.side_px] for kind in KINDS]
+    return config
+
+
+async def measure(url: str, seconds: float, seed: int) -> dict[str, Any]:
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
+    async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:
+        server = Server(client)
+        alone_s = {kind: await server.alone_s(kind) for kind in KINDS}
+        deadlines_s = {
+            kind: max(LEAST_DEADLINE_S, DEADLINE_SCALE * taken) for kind, taken in alone_s.items()
+        }
+        capacity = await server.capacity(min(30.0, seconds), seed)
+        typer.echo(f"capacity {capacity:.2f} pictures/s")
+        for kind in KINDS:
+            typer.echo(
+                f"  {kind.side_px}x{kind.side_px}, {kind.steps} steps, {kind.share:.0%}: "
+                f"{alone_s[kind]:.2f} s alone, deadline {deadlines_s[kind]:.2f} s"
+            )
+        rows = []
+        for load in (0.9, 1.0, 3.0):
+            outcomes = await server.run(load * capacity, seconds, deadlines_s, seed)
+            rows.append(row(load, seconds, outcomes, deadlines_s))
+            typer.echo(str(rows[-1]))
+        capacity_after = await server.capacity(min(30.0, seconds), seed)
+    peak = max(one.goodput_per_s for one in rows[:-1])
+    return {
+        "kinds": [
+            asdict(kind) | {"alone_s": alone_s[kind], "deadline_s": deadlines_s[kind]}
+            for kind in KINDS
+        ],
+        "capacity_per_s": [capacity, capacity_after],
+        "rows": [asdict(one) for one in rows],
+        "peak_goodput_per_s": peak,
+        "goodput_ratio": rows[-1].goodput_per_s / peak,
+    }
+
+
+def show(result: dict[str, Any]) -> str:
+    lines = [
+        f"{'load':>5}{'sent':>6}{'goodput/s':>11}{'refused':>9}{'in time':>9}{'queue p50':>11}"
+        f"{'p95':>7}{'max s':>7}{'retry p50':>11}{'max s':>7}{'kept':>7}{'in time':>9}"
+    ]
+    lines += [
+        f"{one['load']:>5.1f}{one['sent']:>6}{one['goodput_per_s']:>11.2f}{one['refused']:>9.0%}"
+        f"{one['in_time']:>9.0%}{one['queue_p50_s']:>11.2f}{one['queue_p95_s']:>7.2f}"
+        f"{one['queue_max_s']:>7.2f}{one['retry_after_p50_s']:>11.0f}"
+        f"{one['retry_after_max_s']:>7.0f}{one['promises_kept']:>7.0%}"
+        f"{one['promises_in_time']:>9.0%}"
+        for one in result["rows"]
+    ]
+    before, after = result["capacity_per_s"]
+    lines.append(f"capacity {before:.2f} pictures/s, at the end {after:.2f}")
+    lines.append(f"goodput at 3.0 over its peak: {result['goodput_ratio']:.0%}")
+    return "\n".join(lines)
+
+
+def main(
+    seconds: Annotated[float, typer.Option(help="Of arrivals, for each load.")] = 120.0,
+    seed: int = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+) -> None:
+    """Print the table."""
+    port = free_port()
+    running = start_serve(config_of(port))
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert running.process.poll() is None, running.log.read_text()
+        try:
+            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        busy = os.getloadavg()[0]
+        result = asyncio.run(measure(url, seconds, seed))
+    finally:
+        running.stop()
+    typer.echo(show(result))
+    if output is not None:
+        content = {
+            "command": "python -m tests.benchmarks.overload",
+            "hardware": hardware(torch.device("cpu")),
+            "load_average_before": busy,
+            "seconds": seconds,
+            "seed": seed,
+            "deadline_scale": DEADLINE_SCALE,
+            "least_deadline_s": LEAST_DEADLINE_S,
+            **result,
+        }
+        output.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

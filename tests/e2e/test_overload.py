@@ -1,0 +1,95 @@
+"""A server with more to do than it takes in, as OpenAI's client meets it."""
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.serve
+
+LIMIT_S = 1.0
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    port = free_port()
+    config: Any = demo_config(port)
+    engine = config["applications"][0]["args"]["engine"]
+    engine["max_backlog_s"] = LIMIT_S
+    running = start_serve(config)
+    url = f"http://127.0.0.1:{port}"
+
+    def ready() -> bool:
+        assert running.process.poll() is None, running.log.read_text()
+        try:
+            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        yield url
+    finally:
+        running.stop()
+
+
+def client_of(url: str, retries: int) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=retries)
+
+
+def test_who_is_refused_and_comes_again_when_told_gets_in(
+    url: str, report: Callable[[str], None]
+) -> None:
+    """While others, who come for the first time, never stop asking."""
+    seeds = itertools.count()
+    enough = threading.Event()
+
+    def body() -> Any:
+        return {"num_inference_steps": 40, "seed": next(seeds)}
+
+    def crowd() -> list[str | None]:
+        codes = []
+        with client_of(url, retries=0) as client:
+            while not enough.is_set():
+                try:
+                    client.images.generate(prompt="x", extra_body=body())
+                except openai.RateLimitError as error:
+                    codes.append(error.code)
+                    enough.wait(0.5)
+        return codes
+
+    with ThreadPoolExecutor(6) as pool, client_of(url, retries=1) as polite:
+        others = [pool.submit(crowd) for _ in range(6)]
+        try:
+            retries: list[int] = []
+            # It waits by itself, and raises what it gets when it comes again.
+            while sum(retries) < 2 and len(retries) < 60:
+                answer = polite.images.with_raw_response.generate(prompt="x", extra_body=body())
+                retries.append(answer.retries_taken)
+        finally:
+            enough.set()
+        refused = [code for one in others for code in one.result()]
+    report(
+        f"with {LIMIT_S:g} s of work at most: {len(refused)} others were refused, and "
+        f"{sum(retries)} of {len(retries)} of a polite client, all of which got in at the second "
+        "try"
+    )
+    assert sum(retries) >= 2
+    assert set(refused) == {"overloaded"}
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_and_a_hopeless_one_is_wrong(url: str) -> None:
+    with client_of(url, 0) as client:
+        body: Any = {"num_inference_steps": 100, "deadline_s": 0.01}
+        with pytest.raises(openai.BadRequestError, match="deadline_s") as caught:
+            client.images.generate(prompt="x", extra_body=body)
+        assert caught.value.param == "deadline_s"
+        assert client.images.generate(prompt="x", extra_body={"deadline_s": 60}).data
