@@ -150,6 +150,10 @@ def plan(
     node_start_s: Annotated[float, typer.Option(help="From asking for a GPU node to it.")] = 60.0,
     replica_start_s: Annotated[float, typer.Option(help="From there until it paints.")] = 30.0,
     node_idle_s: Annotated[float, typer.Option(help="A node without a replica is kept.")] = 60.0,
+    max_backlog_s: Annotated[
+        float | None,
+        typer.Option(help="Instead of the config's engine.max_backlog_s; inf refuses nobody."),
+    ] = None,
     failures_per_hour: Annotated[float, typer.Option(help="Of one replica with its node.")] = 0.0,
     slo: Annotated[float, typer.Option(help="Share of requests that must be in time.")] = 0.95,
     price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
@@ -187,6 +191,7 @@ def plan(
                 failures_per_hour=failures_per_hour,
                 slo_scale=engine.slo_scale,
                 max_running=engine.max_running,
+                max_backlog_s=engine.max_backlog_s if max_backlog_s is None else max_backlog_s,
                 seed=seed,
             ),
         )
