@@ -2,8 +2,8 @@
 
 Nobody joins a backlog of more than `EngineConfig.max_backlog_s`; and who names a deadline must make
 it, and make nobody miss one who named it before. Who was refused and comes again when told to, as
-`Standing` says, finds limits twice as wide, so that those who come for the first time cannot take
-the place that was promised.
+`Standing` says, has our word: the backlog may be twice as long, so that those who come for the
+first time cannot take the place that was promised, and if the time was misjudged, it is late.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from typing import Literal
 from serve_app.engine.params import Standing
 
 RESERVE = 2.0
-"""How many times as wide the limits are for who comes again when told to."""
+"""How many times as much work may wait before who comes again when told to."""
 
 Reason = Literal["deadline", "backlog"]
 
@@ -57,7 +57,7 @@ def hopeless(alone_s: float, left_s: float) -> bool:
 
     Devices have slow moments: by a little is no reason to refuse what nothing else is done for.
     """
-    return alone_s > RESERVE * left_s
+    return alone_s > 2 * left_s
 
 
 def judge(
@@ -84,10 +84,9 @@ def judge(
     width = RESERVE if standing.returning else 1.0
     excess_s = max(0.0, joined_s - limit_s)
     late_s = 0.0
-    if own is not None:
-        delay_s = 0.0 if standing.returning else max((one.late_s for one in delayed), default=0.0)
-        finish_s = own.wish.finish_s + standing.promised_s
-        late_s = max(finish_s - width * own.wish.left_s, delay_s)
+    if own is not None and not standing.returning:
+        delay_s = max((one.late_s for one in delayed), default=0.0)
+        late_s = max(own.wish.late_s + standing.promised_s, delay_s)
         excess_s = max(excess_s, own.wish.finish_s - own.deadline_s, delay_s)
     if joined_s + standing.promised_s > width * limit_s:
         return Refusal("backlog", excess_s)

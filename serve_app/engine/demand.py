@@ -74,8 +74,8 @@ class Demand:
         self._mean_s = 0.0
         self._counted_until = 0.0
         # Sums that forget: of a second that was busy a third is left after WINDOW_S busy ones.
-        self._done_s = 0.0
         self._took_s = 0.0
+        self._saved_s = 0.0  # by calls that several shared
 
     def offered(self, now: float, alone_s: float) -> None:
         """An interactive request came for the first time, whatever becomes of it."""
@@ -91,14 +91,17 @@ class Demand:
             self._left_s[background] += alone_s
             self._requests[background] += 1
 
-    def worked(self, now: float, before_s: float, left_s: float, background: bool) -> None:
+    def called(self, alone_s: float, seconds: float) -> None:
+        """A denoiser call took so long, and those in it one after the other so long."""
+        with self._lock:
+            self._saved_s += alone_s - seconds
+
+    def went_on(self, now: float, before_s: float, left_s: float, background: bool) -> None:
         """Of a request that was taken in so much was left, and is now: more, if it turns out to
         take longer."""
         with self._lock:
             self._pass_to(now)
             self._left_s[background] += left_s - before_s
-            if before_s:  # else nothing was known of it
-                self._done_s += before_s - left_s
 
     def ended(self, now: float, left_s: float, background: bool) -> None:
         """A request has ended, with so much of it not done."""
@@ -136,8 +139,10 @@ class Demand:
         return max(0.0, self._left_s[background]) / self._throughput()
 
     def _throughput(self) -> float:
-        # Half a second of knowing nothing, so that the first request does not decide alone.
-        return max(_LEAST_THROUGHPUT, (self._done_s + 0.5) / (self._took_s + 0.5))
+        # A second of knowing nothing, so that the first calls do not decide alone. What is not a
+        # denoiser call takes each request as long as it would alone.
+        took_s = self._took_s + 1.0
+        return max(_LEAST_THROUGHPUT, (took_s + self._saved_s) / took_s)
 
     def _pass_to(self, now: float) -> None:
         """Count the time until now, in which as many requests were there as are."""
@@ -148,5 +153,5 @@ class Demand:
         if self._requests[False]:
             self._busy.add(now, busy_s)
         fading = max(0.0, 1 - busy_s / WINDOW_S)
-        self._done_s *= fading
+        self._saved_s *= fading
         self._took_s = self._took_s * fading + busy_s

@@ -722,8 +722,10 @@ class Engine:
         self._ticks += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
         self._call_s = self._cost.predict_call(size, rows)
+        alone_s = sum(self._cost.predict_call(size, request.rows) for request in batch)
 
         def took(seconds: float) -> None:
+            self._demand.called(alone_s, seconds)
             self._cost.observe_call(size, rows, len(batch), seconds)
 
         calls = [request.mergeable for request in batch if request.mergeable]
@@ -814,7 +816,7 @@ class Engine:
         task = request.task
         before_s, task.remaining_s = task.remaining_s, self._predict_remaining(request)
         now = time.perf_counter()
-        self._demand.worked(now, before_s, task.remaining_s, task.background)
+        self._demand.went_on(now, before_s, task.remaining_s, task.background)
 
     def _predict_remaining(self, request: Request) -> float:
         """Seconds from here to its end, alone on the device."""
@@ -858,17 +860,10 @@ class Engine:
         request.mergeable = None
         self._policy.drop(request.task)
         del self._by_number[request.number]
-        self._count_end(request.task, done=what == "completed")
+        self._demand.ended(time.perf_counter(), request.task.remaining_s, request.task.background)
+        self._report_backlog()
         self._tell(request, event)
         self._try_cramped_again()
-
-    def _count_end(self, task: Task, done: bool) -> None:
-        now, left_s = time.perf_counter(), task.remaining_s
-        if done:
-            self._demand.worked(now, left_s, 0.0, task.background)
-            left_s = 0.0
-        self._demand.ended(now, left_s, task.background)
-        self._report_backlog()
 
     def _report_backlog(self) -> None:
         for priority, background in (("interactive", False), ("batch", True)):

@@ -99,7 +99,7 @@ class HandlePainter:
                 if error.retry_after_s is None:
                     raise  # not the engine: nothing is known of when to come again
                 fleet = await self._replicas.look()
-                if not await self._hold(fleet, hold_until):
+                if not await self._hold(fleet, hold_until, error.retry_after_s):
                     raise _by_the_fleet(error, fleet) from None
                 standing = replace(standing, returning=True)
             except TimeoutError:
@@ -110,9 +110,10 @@ class HandlePainter:
                 ) from None
         raise refusal
 
-    async def _hold(self, fleet: Fleet, until: float) -> bool:
-        """Wait for a replica that is starting; whether it came."""
+    async def _hold(self, fleet: Fleet, until: float, room_in_s: float) -> bool:
+        """While a replica is starting, wait for it or for room in another; whether there is any."""
         loop = asyncio.get_running_loop()
+        room_at = loop.time() + room_in_s
         in_time = loop.time() + (fleet.ready_in_s or 0.0) <= until
         if not (fleet.coming and in_time and self._held < MOST_HELD):
             return False
@@ -120,7 +121,7 @@ class HandlePainter:
         self._held += 1
         HELD.set(self._held)
         try:
-            while fleet.running < wanted:
+            while fleet.running < wanted and loop.time() < room_at:
                 if not fleet.coming or loop.time() > until:
                     return False
                 await asyncio.sleep(LOOK_EVERY_S)

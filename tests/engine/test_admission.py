@@ -53,7 +53,7 @@ def test_who_would_make_another_miss_its_own_is_refused() -> None:
     assert refusal.excess_s == 1.0
     assert judge(5.0, 30.0, RETURNING, own(2.0, 3.0), delayed) is None  # it has our word
     assert judge(5.0, 30.0, RETURNING, own(6.0, 3.0)) is None
-    assert judge(5.0, 30.0, RETURNING, own(6.1, 3.0)) is not None
+    assert judge(61.0, 30.0, RETURNING, own(6.0, 3.0)) is not None
 
 
 @given(

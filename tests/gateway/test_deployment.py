@@ -250,6 +250,13 @@ async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing:
     assert [response.standing.returning for response in responses] == [False, True]
 
 
+async def test_or_for_room_in_the_one_that_refused_it(growing: Growing) -> None:
+    full = raised_by_replica(Overloaded("full.", None, 0.02, 8.0))
+    painter, responses = painter_of(full, full, "picture", fleet=growing)
+    assert await paint(painter) == "picture"
+    assert [one.standing.returning for one in responses] == [False, True, True]
+
+
 async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
     painter, _ = painter_of(OVERLOADED, fleet=growing, max_hold_s=0.05)
     with pytest.raises(Overloaded, match="full"):

@@ -135,7 +135,9 @@ class Server:
             return
         size = self._inside[chosen[0].request].size
         noise = self._rng.uniform(1 - self._noise, 1 + self._noise)
-        self.now += self.cost.predict_call(size, len(chosen)) * noise
+        call_s = self.cost.predict_call(size, len(chosen)) * noise
+        self.demand.called(len(chosen) * self.cost.predict_call(size), call_s)
+        self.now += call_s
         for task in chosen:
             sent = self._inside[task.request]
             if sent.calls == KINDS[size][0]:
@@ -145,12 +147,11 @@ class Server:
             if sent.calls:
                 steps_s = self.cost.predict_steps(size, sent.calls)
                 task.remaining_s = steps_s + self.cost.predict_decode(size)
-                self.demand.worked(self.now, before_s, task.remaining_s, False)
+                self.demand.went_on(self.now, before_s, task.remaining_s, False)
                 self._policy.park(task)
                 continue
             self.now += self.cost.predict_decode(size)
-            self.demand.worked(self.now, before_s, 0.0, False)
-            self.demand.ended(self.now, 0.0, False)
+            self.demand.ended(self.now, before_s, False)
             self._policy.drop(task)
             del self._inside[task.request]
             sent.done_at = self.now
