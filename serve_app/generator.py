@@ -187,10 +187,6 @@ class Generator:
         """The figures of `EngineLoad`, by name. Called by Serve, for the autoscaling policy."""
         return asdict(self._engine.demand())
 
-    def record_routing_stats(self) -> dict[str, float]:
-        """Called by Serve, for whoever picks a replica for a request."""
-        return {"backlog_s": self._engine.demand().backlog_s}
-
     def check_health(self) -> None:
         """Called by Serve; raising makes it replace the replica."""
         self._engine.check()

@@ -48,6 +48,10 @@ OPEN_TO_ALL = f"""
 """
 
 
+ANSWER_WITHIN_S = 5.0
+"""In which a replica that runs says whether it takes a request in."""
+
+
 class HandlePainter:
     """A `Painter` behind a Serve handle."""
 
@@ -72,6 +76,8 @@ class HandlePainter:
     ) -> AsyncGenerator[PainterEvent, None]:
         loop = asyncio.get_running_loop()
         hold_s = min(self._max_hold_s, params.deadline_s or self._max_hold_s)
+        # An engine that is there says itself which deadlines are too short, and better.
+        answer_s = min(self._max_hold_s, ANSWER_WITHIN_S)
         waited_s = 0.0 if standing.sent_at is None else time.time() - standing.sent_at
         hold_until = loop.time() + hold_s - waited_s
         refusal = Unavailable("the replicas that painted this request were lost; try again.")
@@ -81,7 +87,8 @@ class HandlePainter:
         while lost < REPLICA_ATTEMPTS:
             try:
                 painting = self._events(params, encoding, progress, standing)
-                async with aclosing(_beginning(painting, hold_until)) as events:
+                answer_until = max(hold_until, loop.time() + answer_s)
+                async with aclosing(_beginning(painting, answer_until)) as events:
                     async for event in events:
                         if isinstance(event, PartialImage):
                             if event.index < partial_images:
@@ -105,7 +112,7 @@ class HandlePainter:
             except TimeoutError:
                 fleet = await self._replicas.look()
                 raise Unavailable(
-                    f"no replica was ready within {hold_s:g} s; try again later.",
+                    f"no replica was ready within {max(hold_s, answer_s):g} s; try again later.",
                     retry_after_s=fleet.ready_in_s,
                 ) from None
         raise refusal

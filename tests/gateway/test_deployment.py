@@ -48,6 +48,8 @@ class Response:
     async def _wait(self, answer: Any) -> Any:
         if answer is None:
             await asyncio.Event().wait()
+        for _ in range(3):
+            await asyncio.sleep(0)  # nobody answers at once
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -313,6 +315,13 @@ async def test_a_controller_that_does_not_answer_holds_nobody(
     with pytest.raises(Overloaded):
         await paint(painter)
     assert "does not say what is starting" in caplog.text
+
+
+async def test_a_deadline_that_is_too_short_is_for_the_engine_to_judge() -> None:
+    """The description promises no 5xx for a deadline of next to nothing."""
+    painter, _ = painter_of(InvalidRequest("deadline_s is too short.", "deadline_s"))
+    with pytest.raises(InvalidRequest, match="too short"):
+        await paint(painter, replace(PARAMS, deadline_s=5e-324))
 
 
 async def test_the_first_replica_is_waited_for_and_no_longer(growing: Growing) -> None:
