@@ -17,7 +17,7 @@ from itertools import count
 from random import Random
 from typing import Literal, Protocol
 
-from serve_app.autoscaling.policy import Decision, Load, Memory, ReplicaLoad, ScalingParams, decide
+from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParams, decide
 from serve_app.autoscaling.queue_policy import QueueParams, QueuePolicy
 from serve_app.autoscaling.trace import Kind, Trace
 from serve_app.engine.cost import CostModel
@@ -132,7 +132,6 @@ class ByWork:
             cluster.replicas,
             cluster.queued,
         )
-        decision: Decision
         decision, self._memory = decide(load, self._params, self._memory)
         return decision.replicas, decision.term
 
@@ -356,14 +355,12 @@ class Simulator:
         number, choices = len(up), self._params.choices
         if number == 1:
             return up[0]
-        if choices >= number:
-            drawn = self._rng.sample(up, number)
-        elif choices == 2:
+        if choices == 2 and number > 2:
             first = int(self._random() * number)
             second = int(self._random() * (number - 1))
             drawn = [up[first], up[second + (second >= first)]]
         else:
-            drawn = self._rng.sample(up, choices)
+            drawn = self._rng.sample(up, min(choices, number))
         if self._params.routing == "count":
             return min(drawn, key=lambda replica: len(replica.by_number))
         return min(drawn, key=lambda replica: replica.backlog_s(now))
@@ -384,7 +381,8 @@ class Simulator:
             # Whoever runs goes on to the end of the step; then it is decided anew.
             done = max(1, math.ceil((now - replica.begins_at - replica.extra_s) / replica.step_s))
             if done < replica.steps:
-                self._shorten(replica, done)
+                replica.steps = done
+                self._schedule_end(replica)
 
     def _park(self, replica: _Replica, request: _Request) -> None:
         task, step_s = request.task, request.cost.step_s[0]
@@ -409,10 +407,6 @@ class Simulator:
         replica.steps = steps
         replica.step_s = cost.step_s[len(chosen) - 1]
         replica.extra_s = extra_s
-        self._schedule_end(replica)
-
-    def _shorten(self, replica: _Replica, steps: int) -> None:
-        replica.steps = steps
         self._schedule_end(replica)
 
     def _schedule_end(self, replica: _Replica) -> None:

@@ -48,7 +48,7 @@ OPEN_TO_ALL = f"""
 """
 
 
-ANSWER_WITHIN_S = 5.0
+FIRST_ANSWER_WITHIN_S = 5.0
 """In which a replica that runs says whether it takes a request in."""
 
 
@@ -77,7 +77,7 @@ class HandlePainter:
         loop = asyncio.get_running_loop()
         hold_s = min(self._max_hold_s, params.deadline_s or self._max_hold_s)
         # An engine that is there says itself which deadlines are too short, and better.
-        answer_s = min(self._max_hold_s, ANSWER_WITHIN_S)
+        answer_s = min(self._max_hold_s, FIRST_ANSWER_WITHIN_S)
         waited_s = 0.0 if standing.sent_at is None else time.time() - standing.sent_at
         hold_until = loop.time() + hold_s - waited_s
         refusal = Unavailable("the replicas that painted this request were lost; try again.")

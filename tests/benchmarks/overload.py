@@ -28,7 +28,6 @@ import typer
 
 from tests.benchmarks.engine import MIX, hardware
 from tests.e2e.conftest import demo_config, free_port, start_serve
-from tests.waiting import wait_until
 
 PATH = "/v1/images/generations"
 NATIVE_PX = 64
@@ -282,15 +281,8 @@ def main(
     running = start_serve(config_of(port))
     url = f"http://127.0.0.1:{port}"
 
-    def ready() -> bool:
-        assert running.process.poll() is None, running.log.read_text()
-        try:
-            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
-
     try:
-        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        running.wait_until_ready(url)
         busy = os.getloadavg()[0]
         result = asyncio.run(measure(url, seconds, seed))
     finally:

@@ -19,7 +19,6 @@ import typer
 
 from tests.benchmarks.engine import hardware
 from tests.e2e.conftest import demo_config, free_port, start_serve
-from tests.waiting import wait_until
 
 WAYS: dict[str, dict[str, Any]] = {
     "json": {},
@@ -69,14 +68,7 @@ def main(
     running = start_serve(demo_config(port))
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
-
-            def ready() -> bool:
-                try:
-                    return client.get("/ready").status_code == 200
-                except httpx.TransportError:
-                    return False
-
-            wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+            running.wait_until_ready(f"http://127.0.0.1:{port}")
             body = {"prompt": "a red circle on blue", "seed": 1, "num_inference_steps": steps}
             answers: dict[str, list[tuple[float, float | None, int]]] = {way: [] for way in WAYS}
             for repeat in range(repeats + 2):

@@ -58,6 +58,18 @@ class ServeProcess:
         [port] = (self.folder / "ray" / "session_latest").glob("gcs_server_port_*")
         return f"{get_node_ip_address()}:{port.read_text()}"
 
+    def wait_until_ready(self, url: str) -> None:
+        """Until a replica can paint; with the log, if the process ends before that."""
+
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log.read_text()
+            try:
+                return httpx.get(f"{url}/ready", timeout=20).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+
     def stop(self) -> None:
         """End it as Ctrl-C would, and make sure that nothing of it is left."""
         self.process.send_signal(signal.SIGTERM)

@@ -29,14 +29,8 @@ def url() -> Iterator[str]:
     running = start_serve(config, {KEYS_VARIABLE: KEYS})
     url = f"http://127.0.0.1:{port}/sd"
 
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
-
     try:
-        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        running.wait_until_ready(url)
         yield url
     finally:
         running.stop()

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.e2e.conftest import demo_config, free_port, start_serve
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
 
@@ -31,14 +29,8 @@ def small_server() -> Iterator[str]:
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
 
-    def ready() -> bool:
-        try:
-            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
-
     try:
-        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        running.wait_until_ready(url)
         yield url
     finally:
         running.stop()

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
 from tests.e2e.conftest import demo_config, free_port, start_serve
-from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
 
@@ -27,15 +25,8 @@ def url() -> Iterator[str]:
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
 
-    def ready() -> bool:
-        assert running.process.poll() is None, running.log.read_text()
-        try:
-            return httpx.get(f"{url}/ready", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
-
     try:
-        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        running.wait_until_ready(url)
         yield url
     finally:
         running.stop()
