@@ -1,6 +1,6 @@
 """Draws what the planner found. Needs matplotlib, an extra of this package."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 from serve_app.autoscaling.plan import NAMES, Row, cheapest, front
+from serve_app.autoscaling.simulator import Sample
 
 COLORS = {"work": "tab:blue", "count": "tab:orange", "fixed": "tab:gray"}
 
@@ -36,29 +37,27 @@ def _draw_replicas(axes: Axes, rows: Sequence[Row]) -> None:
     minutes = [sample.at_s / 60 for sample in curve]
     offered = [sample.offered for sample in curve]
     axes.fill_between(minutes, offered, color="0.85", label="work that arrives")
-    for row, style in zip(rows, ("-", "--", "-.", ":"), strict=False):
-        axes.plot(
-            [sample.at_s / 60 for sample in row.curve],
-            [sample.running for sample in row.curve],
-            style,
-            color=COLORS[row.family],
-            label=row.label,
-        )
-    axes.set(ylabel="replicas", xlabel="minutes", title="Replicas that run", ylim=(0, None))
-    axes.legend(fontsize="small")
+    _draw_curves(axes, rows, lambda sample: sample.running)
+    axes.set(ylabel="replicas", title="Replicas that run")
 
 
 def _draw_backlog(axes: Axes, rows: Sequence[Row]) -> None:
+    _draw_curves(axes, rows, lambda sample: sample.backlog_s)
+    axes.set_yscale("symlog", linthresh=10)
+    axes.set(ylabel="seconds of work", title="Backlog", ylim=(0, None))
+
+
+def _draw_curves(axes: Axes, rows: Sequence[Row], of: Callable[[Sample], float]) -> None:
+    """One figure of all samples, over time."""
     for row, style in zip(rows, ("-", "--", "-.", ":"), strict=False):
         axes.plot(
             [sample.at_s / 60 for sample in row.curve],
-            [sample.backlog_s for sample in row.curve],
+            [of(sample) for sample in row.curve],
             style,
             color=COLORS[row.family],
             label=row.label,
         )
-    axes.set_yscale("symlog", linthresh=10)
-    axes.set(ylabel="seconds of work", xlabel="minutes", title="Backlog", ylim=(0, None))
+    axes.set(xlabel="minutes", ylim=(0, None))
     axes.legend(fontsize="small")
 
 

@@ -60,11 +60,10 @@ async def _read(scope: Scope, receive: Receive, most: int) -> list[Message]:
     claims = int(claimed) if claimed.isdecimal() and len(claimed) < 20 else 0
     messages: list[Message] = []
     size = 0
-    while not messages or messages[-1].get("more_body", False):
+    while True:
         if max(claims, size) > most:
             raise BodyTooLarge(f"the body is longer than {most} bytes.")
+        if messages and not messages[-1].get("more_body", False):
+            return messages
         messages.append(await receive())
         size += len(messages[-1].get("body", b""))
-    if size > most:
-        raise BodyTooLarge(f"the body is longer than {most} bytes.")
-    return messages

@@ -280,7 +280,6 @@ def main(
     port = free_port()
     running = start_serve(config_of(port))
     url = f"http://127.0.0.1:{port}"
-
     try:
         running.wait_until_ready(url)
         busy = os.getloadavg()[0]

@@ -28,7 +28,6 @@ def url() -> Iterator[str]:
     config["applications"][0]["route_prefix"] = "/sd"
     running = start_serve(config, {KEYS_VARIABLE: KEYS})
     url = f"http://127.0.0.1:{port}/sd"
-
     try:
         running.wait_until_ready(url)
         yield url

@@ -28,7 +28,6 @@ def small_server() -> Iterator[str]:
     arguments["engine"]["limits"] = {"max_steps": 4, "max_pixels": 4096, "max_images": 2}
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
-
     try:
         running.wait_until_ready(url)
         yield url

@@ -24,7 +24,6 @@ def url() -> Iterator[str]:
     engine["max_backlog_s"] = LIMIT_S
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
-
     try:
         running.wait_until_ready(url)
         yield url
