@@ -3,15 +3,25 @@
 Units are in the names: seconds, bytes, or none for counts. The values of every label come from a
 closed set, as `LABELS` says, so that no request can make a new series. `ENGINE` holds what a
 replica of the generator measures, `GATEWAY` what one of the gateway does, `APPLICATION` what the
-gateway that answers ``GET /metrics`` says of all of them. ``python -m serve_app.metrics`` prints
-the table for the README.
+gateway that answers ``GET /metrics`` says of all of them. They are in no default registry: an
+engine in somebody's program is not to add to what that exports.
+
+``python -m serve_app.metrics`` prints the table for the README.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Enum, Gauge, Histogram, Info
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Enum,
+    Gauge,
+    Histogram,
+    Info,
+    Metric,
+    ProcessCollector,
+)
 from prometheus_client.metrics import MetricWrapperBase
 
 from serve_app.errors import DiffusionServeError
@@ -19,6 +29,9 @@ from serve_app.errors import DiffusionServeError
 ENGINE = CollectorRegistry()
 GATEWAY = CollectorRegistry()
 APPLICATION = CollectorRegistry()
+
+for _registry in (ENGINE, GATEWAY):  # process_*: memory, processor time, open files
+    ProcessCollector(registry=_registry)
 
 SIDES_PX = (64, 128, 256, 512, 768, 1024, 1536, 2048)
 
@@ -53,11 +66,12 @@ LABELS = {
     "outcome": "`completed` or the error code; `met` or `missed` of deadlines",
     "part": "`queue`, `encode`, `denoise`, `decode`, `response`; they add up to the whole",
     "size": f"pixels, as the side of a square that has as many: {', '.join(SIZES)}",
-    "state": "of requests `queued`, `parked`, `running`; of replicas Serve's, in lower case",
+    "state": "of requests `queued`, `parked`, `running`; of replicas `starting`, `updating`, "
+    "`recovering`, `running`, `stopping`, `pending_migration`",
     "priority": "`interactive`, `batch`",
     "reason": "`deadline`, `backlog`",
     "set_by": "`client`: the request named it; `server`: from `engine.slo_scale`",
-    "activity": "`denoise`, `encode`, `decode`: networks; `switch`: the rest; `idle`",
+    "activity": "`denoise`, `encode`, `decode`",
     "kind": "`used`, `reserved`: by torch; `free`, `total`: of the device",
     "phase": "`load`, `certify`, `preview`, `measure`, `compile`",
     "diffusion_serve_sharing": "`batched`, `interleaved`, `alone`",
@@ -216,9 +230,9 @@ BATCH_SIZE = Histogram(
     registry=ENGINE,
 )
 
-ACTIVITY = Counter(
-    "diffusion_serve_engine_seconds_total",
-    "What the engine's thread spent its time on: networks, all else, or waiting for requests.",
+DEVICE = Counter(
+    "diffusion_serve_device_seconds_total",
+    "What the device spent its time on, of the calls of networks.",
     ["model", "activity"],
     registry=ENGINE,
 )
@@ -379,3 +393,61 @@ RAY_GAUGES = (
     MEASURED_COLD_START,
 )
 """The decisions of the autoscaling policy: Serve's controller, where it runs, has no other port."""
+
+
+# ---- what replicas report ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one replica, as they travel to the gateway that was asked."""
+
+    replica: str
+    families: list[Metric]
+
+
+def report(registry: CollectorRegistry, replica: str) -> Report:
+    """How it is now. Without when each series began: as many lines again, and nobody reads them."""
+    families = []
+    for family in registry.collect():
+        family.samples = [one for one in family.samples if not one.name.endswith("_created")]
+        families.append(family)
+    return Report(replica, families)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def declared() -> list[MetricWrapperBase]:
+    """All but Ray's, in the order in which they stand here."""
+    return [one for one in globals().values() if isinstance(one, MetricWrapperBase)]
+
+
+def _row(name: str, kind: str, labels: Sequence[str], documentation: str) -> str:
+    words = ", ".join(f"`{label}`" for label in labels)
+    return f"| `{name}` | {kind} | {words} | {documentation} |"
+
+
+def table() -> str:
+    """In Markdown: every metric, and where the values of every label come from."""
+    rows = ["| metric | kind | labels | what it is |", "| --- | --- | --- | --- |"]
+    shared = tuple(APPLICATION.collect())
+    for metric in declared():
+        [family] = metric.describe()
+        suffix = {"counter": "_total", "info": "_info"}.get(family.type, "")
+        kind = "gauge" if family.type in ("info", "stateset") else family.type
+        labels = list(metric._labelnames)
+        if family.type == "stateset":
+            labels.append(family.name)
+        if all(family.name != one.name for one in shared):
+            labels.append("replica")
+        rows.append(_row(family.name + suffix, kind, labels, family.documentation))
+    for gauge in RAY_GAUGES:
+        rows.append(_row(f"ray_{gauge.name}", "gauge", gauge.labels, gauge.documentation))
+    rows += ["", "| label | values |", "| --- | --- |"]
+    rows += [f"| `{label}` | {values} |" for label, values in LABELS.items()]
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())  # noqa: T201  what it is run for
