@@ -11,6 +11,7 @@ engine in somebody's program is not to add to what that exports.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from prometheus_client import (
     CollectorRegistry,
@@ -402,14 +403,20 @@ RAY_GAUGES = (
 class Report:
     """The figures of one replica, as they travel to the gateway that was asked."""
 
-    replica: str
+    replica: str | None
+    """None of what is said of all."""
     families: list[Metric]
 
 
-def report(registry: CollectorRegistry, replica: str) -> Report:
+Whose = Literal["engine", "gateway", "application"]
+"""Names, for what Serve takes apart and sends away cannot hold a registry."""
+
+
+def report(whose: Whose, replica: str | None) -> Report:
     """How it is now. Without when each series began: as many lines again, and nobody reads them."""
+    registries = {"engine": ENGINE, "gateway": GATEWAY, "application": APPLICATION}
     families = []
-    for family in registry.collect():
+    for family in registries[whose].collect():
         family.samples = [one for one in family.samples if not one.name.endswith("_created")]
         families.append(family)
     return Report(replica, families)
@@ -442,8 +449,10 @@ def table() -> str:
         if all(family.name != one.name for one in shared):
             labels.append("replica")
         rows.append(_row(family.name + suffix, kind, labels, family.documentation))
-    for gauge in RAY_GAUGES:
-        rows.append(_row(f"ray_{gauge.name}", "gauge", gauge.labels, gauge.documentation))
+    rows += [
+        _row(f"ray_{gauge.name}", "gauge", gauge.labels, gauge.documentation)
+        for gauge in RAY_GAUGES
+    ]
     rows += ["", "| label | values |", "| --- | --- |"]
     rows += [f"| `{label}` | {values} |" for label, values in LABELS.items()]
     return "\n".join(rows)
