@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncIterator
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from serve_app.engine.events import (
     Preview,
     Progress,
     Queued,
+    Timeline,
 )
 from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import ConfigError
@@ -71,7 +73,9 @@ def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encodi
     return encoding.encode(preview.image.resize((params.width, params.height)))
 
 
-def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage:
+def _encode_result(
+    result: GenerationResult, encoding: Encoding, timeline: Timeline | None
+) -> EncodedImage:
     width, height = result.image.size  # waits for the device to be done with it
     rest_s = time.perf_counter() - result.ended_at
     return EncodedImage(
@@ -85,6 +89,7 @@ def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage
         result.encode_s,
         result.denoise_s,
         result.decode_s + rest_s,
+        timeline,
     )
 
 
@@ -116,12 +121,14 @@ class Generator:
         encoding: Encoding,
         progress: bool = False,
         standing: Standing = FRESH,
-    ) -> AsyncIterator[Queued | Progress | PartialImage | EncodedImage]:
+    ) -> AsyncIterator[Queued | Progress | PartialImage | Timeline | EncodedImage]:
         """Paint one picture.
 
         First comes `Queued`, then a `PartialImage` for each of ``params.preview_steps``, at last
         the picture. With ``progress`` also where the request stands: while it waits every
         `PLACE_EVERY_S`, then after its steps, those left out that come faster than they are sent.
+        If it is traced, its `Timeline` comes with the picture, before a failure, and in between
+        for who gives it up, `PLACE_EVERY_S` late: what is done by then costs no message.
 
         If the caller goes away, the engine drops the request before its next step.
 
@@ -139,15 +146,20 @@ class Generator:
         number = self._engine.submit(params, on_event, standing)
         partial_images = itertools.count()
         end_at = located_at = loop.time()
+        timeline: Timeline | None = None
+        tell_at = math.inf
         ended = False
         try:
             while not ended:
                 if progress and loop.time() - located_at > PLACE_EVERY_S:
                     located_at = loop.time()
                     self._engine.locate(number)
+                if timeline is not None and loop.time() >= tell_at:
+                    tell_at = math.inf
+                    yield timeline
                 try:
                     event = await asyncio.wait_for(
-                        events.get(), PLACE_EVERY_S if progress else None
+                        events.get(), PLACE_EVERY_S if progress or tell_at < math.inf else None
                     )
                 except TimeoutError:
                     continue
@@ -163,11 +175,15 @@ class Generator:
                     case Preview():
                         data = await asyncio.to_thread(_encode_preview, event, params, encoding)
                         yield PartialImage(next(partial_images), data)
+                    case Timeline():
+                        timeline, tell_at = event, loop.time() + PLACE_EVERY_S
                     case Completed(result):
                         ended = True
-                        yield await asyncio.to_thread(_encode_result, result, encoding)
+                        yield await asyncio.to_thread(_encode_result, result, encoding, timeline)
                     case Failed(error):
                         ended = True
+                        if timeline is not None:
+                            yield timeline
                         raise error
         finally:
             if not ended:

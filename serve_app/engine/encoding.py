@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 from PIL import Image
 
+from serve_app.engine.events import Timeline
+
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
@@ -53,8 +55,14 @@ class EncodedImage:
     denoise_s: float = 0.0
     decode_s: float = 0.0
     """Until the pixels were off the device; the others as `GenerationResult` has them."""
+    timeline: Timeline | None = None
+    """If it is traced."""
+
+    @property
+    def parts_s(self) -> tuple[float, float, float, float]:
+        return self.queue_s, self.encode_s, self.denoise_s, self.decode_s
 
     @property
     def painted_s(self) -> float:
         """From its sending to its pixels."""
-        return self.queue_s + self.encode_s + self.denoise_s + self.decode_s
+        return sum(self.parts_s)

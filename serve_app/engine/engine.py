@@ -36,6 +36,7 @@ from serve_app.engine.events import (
     Preview,
     Progress,
     Queued,
+    Step,
 )
 from serve_app.engine.forecast import Forecast, Work
 from serve_app.engine.meter import Memory, Meter, State
@@ -44,7 +45,7 @@ from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
 from serve_app.engine.prompt_cache import PromptCache
 from serve_app.engine.rendezvous import Call, Job, Rendezvous
-from serve_app.engine.request import EventCallback, Request
+from serve_app.engine.request import EventCallback, Request, introduce
 from serve_app.engine.scheduler import POLICIES, RankedPolicy, Task, Yielding
 from serve_app.engine.speed import compiled, compiling, largest_bucket, padded
 from serve_app.engine.timer import CallTimer
@@ -608,6 +609,7 @@ class Engine:
             self._running.append(request)
             self._note(request.number, "started")
             request.started_at = now
+            self._trace(request)
             request.job = Job(functools.partial(self._paint, request))
             self._go_on(request, request.job.start)
 
@@ -616,6 +618,9 @@ class Engine:
 
         def on_step(done: int, total: int) -> None:
             request.steps_done, request.steps_total = done, total
+            if request.standing.trace:
+                ended_s = request.denoised_at - request.encoded_at
+                request.steps.append(Step(ended_s, self._in_call))
             self._tell(request, Progress(done, total))
 
         def on_latents(latents: Tensor) -> None:
@@ -651,6 +656,8 @@ class Engine:
                 request.calls += 1
                 request.denoised_at = time.perf_counter()
                 self._go_on(request, functools.partial(request.job.resume, outcome))
+                if request.job is not None and not request.steps_left:
+                    self._trace(request)  # it is on its way to the decoder
 
     def _next_at_stage(self, now: float) -> Request | None:
         """The request, parked elsewhere than at a denoiser, whose turn it is before the next step.
@@ -784,6 +791,7 @@ class Engine:
             [request] = batch
             outputs = [self._run(request.call, adapters, took)]
         self._steps += len(batch)
+        introduce(batch)
         return outputs
 
     def _go_on(self, request: Request, switch: Callable[[], None]) -> None:
@@ -855,6 +863,7 @@ class Engine:
             request.apart_s = 0.0
         elif not request.encoded_at:
             request.encoded_at = time.perf_counter()
+            self._trace(request)
         request.mergeable = self._prepared(call)
         if request.mergeable is not None:
             request.rows = float(request.mergeable.length)
@@ -914,6 +923,7 @@ class Engine:
         self._policy.drop(request.task)
         del self._by_number[request.number]
         self._demand.ended(time.perf_counter(), request.task.remaining_s, request.task.background)
+        self._trace(request)
         self._tell(request, event)
         self._try_cramped_again()
 
@@ -924,6 +934,10 @@ class Engine:
 
     def _note(self, number: int, what: Any) -> None:
         self._log.append(LogEntry(self._ticks, number, what))
+
+    def _trace(self, request: Request) -> None:
+        if request.standing.trace:
+            self._tell(request, request.timeline)
 
     def _tell(self, request: Request, event: Event) -> None:
         try:

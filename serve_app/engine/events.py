@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
@@ -81,6 +81,32 @@ class GenerationResult(_Pixels):
     """When that was, by `time.perf_counter`: whoever reads the pixels may wait for the device."""
 
 
+class Step(NamedTuple):
+    """One step that is done."""
+
+    ended_s: float
+    """When its last denoiser call was done, in seconds after its request came to the first one."""
+    batch_size: int
+    """Requests in that call."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """How far a request has come. Told of those that are traced: after each part, and at the end.
+
+    On a GPU times are those at which the program went on, up to one denoiser call ahead of it.
+    """
+
+    parts_s: tuple[float, ...] = ()
+    """How long each part took that has ended, of queue, encode, denoise and decode."""
+    steps: tuple[Step, ...] = ()
+    mates: tuple[str, ...] = ()
+    """`Standing.trace` of others that shared its denoiser calls; of no more than `MOST_MATES`."""
+
+
+MOST_MATES = 32
+
+
 @dataclass(frozen=True)
 class Completed:
     """The last event of a request that was painted."""
@@ -95,4 +121,4 @@ class Failed:
     error: DiffusionServeError
 
 
-Event = Queued | Progress | Preview | Completed | Failed
+Event = Queued | Progress | Preview | Timeline | Completed | Failed

@@ -279,6 +279,9 @@ class Standing:
     """It was refused, and comes again as it was told to, or was held until it could."""
     promised_s: float = 0.0
     """Seconds of work of others who were told to come before it must be done."""
+    trace: str = ""
+    """By which the traces of others that share its batches name it; empty if it is not traced. The
+    engine only hands it on."""
 
 
 FRESH = Standing()

@@ -1,13 +1,14 @@
 """One request inside the engine."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise, takewhile
 
 from torch import Tensor
 
 from serve_app.engine.batch import MergeableCall
 from serve_app.engine.cost import Size
-from serve_app.engine.events import Event
+from serve_app.engine.events import MOST_MATES, Event, Step, Timeline
 from serve_app.engine.params import GenerationParams, Standing
 from serve_app.engine.rendezvous import Call, Job
 from serve_app.engine.scheduler import Task
@@ -49,6 +50,10 @@ class Request:
     warnings: tuple[str, ...] = ()
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a forward with others."""
+    steps: list[Step] = field(default_factory=list)
+    """Those that are done, if it is traced."""
+    mates: dict[str, None] = field(default_factory=dict)
+    """Traces of those that shared its calls, its own among them; an ordered set."""
 
     @property
     def call(self) -> Call:
@@ -67,3 +72,26 @@ class Request:
     def steps_left(self) -> int:
         # The pipeline says how many it really runs, once it does.
         return max(0, (self.steps_total or self.params.steps_to_run) - self.steps_done)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Up to now. How long a picture was decoded says its result."""
+        marks = [self.submitted_at, self.started_at, self.encoded_at]
+        if self.calls and not self.steps_left:
+            marks.append(self.denoised_at)
+        others = [trace for trace in self.mates if trace != self.standing.trace]
+        return Timeline(
+            tuple(end - start for start, end in pairwise(takewhile(bool, marks))),
+            tuple(self.steps),
+            tuple(others[:MOST_MATES]),
+        )
+
+
+def introduce(batch: Sequence[Request]) -> None:
+    """Those who shared a denoiser call, to each other."""
+    traces = {one.standing.trace: None for one in batch if one.standing.trace}
+    if not traces:
+        return
+    for request in batch:
+        if request.standing.trace and len(request.mates) <= MOST_MATES:
+            request.mates |= traces

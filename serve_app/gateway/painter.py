@@ -6,11 +6,11 @@ from contextlib import aclosing
 from typing import Protocol
 
 from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
-from serve_app.engine.events import Progress, Queued
+from serve_app.engine.events import Progress, Queued, Timeline
 from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import DeadlineExceeded
 
-PainterEvent = Queued | Progress | PartialImage | EncodedImage
+PainterEvent = Queued | Progress | PartialImage | Timeline | EncodedImage
 
 
 class Painter(Protocol):
@@ -26,8 +26,8 @@ class Painter(Protocol):
         """One picture, the last event. Raises `DiffusionServeError`.
 
         `Queued` comes when it was accepted, and `Overloaded` is raised instead if it was not;
-        `Progress` comes only if asked for. Closing it, or cancelling
-        whoever waits for an event, cancels the work behind it.
+        `Progress` comes only if asked for, and `Timeline` only if it is traced. Closing it, or
+        cancelling whoever waits for an event, cancels the work behind it.
         """
         ...
 

@@ -11,7 +11,7 @@ from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Scope
 
 from serve_app.engine.encoding import EncodedImage, PartialImage
-from serve_app.engine.events import Progress, Queued
+from serve_app.engine.events import Progress, Queued, Timeline
 from serve_app.gateway.errors import problem_of
 from serve_app.gateway.images import Order, Studio
 from serve_app.gateway.painter import PainterEvent
@@ -96,6 +96,8 @@ def _event(
                 queue_position=None,
                 eta_s=event.eta_s or 0.0,
             )
+        case Timeline():
+            return None
         case PartialImage():
             order.record.previewed()
             return PartialImageEvent(
