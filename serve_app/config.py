@@ -7,6 +7,7 @@ configuration is found before either is started.
 import json
 import os
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -255,11 +256,32 @@ class GatewayConfig(_Config):
         description="How long a request waits for a replica that is starting, before it is told "
         "to come again.",
     )
-    log_prompts: bool = Field(False, description="Write prompts into the log.")
+    log_prompts: bool = Field(False, description="Write prompts into the log, and into traces.")
+    tracing: bool = Field(
+        False,
+        description="Send OpenTelemetry traces of requests, over OTLP/HTTP. Where to, and how, say "
+        "OpenTelemetry's own variables of the environment, such as OTEL_EXPORTER_OTLP_ENDPOINT.",
+    )
+
+    @model_validator(mode="after")
+    def _tracing_is_installed(self) -> "GatewayConfig":
+        if self.tracing and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
+            raise ValueError(
+                "gateway.tracing is true, which needs the OTLP exporter of OpenTelemetry: pip "
+                "install 'diffusion-serve[tracing]', on every node"
+            )
+        return self
 
     @property
     def keys_file(self) -> Path | None:
         return None if self.keys_path is None else Path(self.keys_path).expanduser()
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # a package that it is part of
+        return False
 
 
 def keys_in_environment() -> str | None:

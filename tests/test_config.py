@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,11 @@ def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
 def test_adapters_that_cannot_work_are_refused(model: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_app_config({"model": model})
+
+
+def test_tracing_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse_app_config({"gateway": {"tracing": True}}).gateway.tracing
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto", None)
+    with pytest.raises(ConfigError, match=r"pip install 'diffusion-serve\[tracing\]'"):
+        parse_app_config({"gateway": {"tracing": True}})
+    assert not parse_app_config({}).gateway.tracing

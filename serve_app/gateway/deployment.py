@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from ipaddress import ip_address
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -28,6 +28,9 @@ from serve_app.gateway.routes import create_api
 from serve_app.gateway.scrape import Scraper
 from serve_app.metrics import HELD, Report
 from serve_app.serve_log import log_through_serve
+
+if TYPE_CHECKING:
+    from serve_app.gateway.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -240,13 +243,27 @@ class Gateway:
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
         if not self._keys and (host := _listens_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)
+        self._tracing = _tracing(config, name) if config.gateway.tracing else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._config, self._painter, self._keys, self._scraper.gather)
+        traced = None if self._tracing is None else self._tracing.middleware
+        return create_api(self._config, self._painter, self._keys, self._scraper.gather, traced)
 
     async def metrics(self) -> Report:
         """Its figures, for the gateway that was asked for those of all."""
         return self._scraper.own()
+
+    def __del__(self) -> None:
+        """Called by Serve when the last request has ended."""
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            tracing.close()
+
+
+def _tracing(config: AppConfig, replica: str) -> "Tracing":
+    from serve_app.gateway.tracing import Tracing  # here, for what it imports is an extra
+
+    return Tracing.to_collector(config, replica)
 
 
 def _listens_beyond_loopback() -> str | None:

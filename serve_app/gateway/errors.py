@@ -74,9 +74,10 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
         ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
         status = ours.status
         message = f"The picture could not be made. The server's log tells more of request {number}."
-    record_of(scope).failed(ours)
+    record = record_of(scope)
+    record.failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
-    headers = {}
+    headers = {"traceparent": record.traceparent} if record.traceparent else {}
     if status in (429, 503):
         headers["Retry-After"] = str(math.ceil(ours.retry_after_s or RETRY_AFTER_S))
     elif status < 500 or status == 504:

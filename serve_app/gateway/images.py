@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from serve_app.config import AppConfig
 from serve_app.engine.encoding import EncodedImage
+from serve_app.engine.events import Queued, Timeline
 from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo, Priority, Standing
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Guest
@@ -88,6 +89,22 @@ class Order:
         self.record.completed(timings)
         return timings
 
+    def reached(self, params: GenerationParams, event: PainterEvent) -> None:
+        """For the trace: what ``event`` says of how far this picture has come."""
+        match event:
+            case Queued():  # again, if the replica that painted it was lost
+                timeline = Timeline()
+            case Timeline():
+                timeline = event
+            case EncodedImage():
+                timeline = replace(event.timeline or Timeline(), parts_s=event.parts_s)
+            case _:
+                return
+        if timeline.parts_s:
+            queue_s, *others = timeline.parts_s
+            timeline = replace(timeline, parts_s=(self.lead_s + queue_s, *others))
+        self.record.timelines[params.seed] = timeline
+
 
 class Studio:
     """Takes orders and has them painted."""
@@ -152,6 +169,7 @@ class Studio:
             promised_s=(
                 0.0 if returning else promises.due_within_s(min(most_s, body.deadline_s or most_s))
             ),
+            trace=record.traceparent if record.sampled else "",
         )
         return Order(kind, body, pictures, record, guest, lead_s, known_by, standing)
 
@@ -212,6 +230,8 @@ class Studio:
         )
         async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
             async for event in events:
+                if order.record.sampled:
+                    order.reached(params, event)
                 yield event
 
     async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:

@@ -11,8 +11,9 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from serve_app.engine.events import Timeline
 from serve_app.engine.params import GenerationParams
-from serve_app.errors import DiffusionServeError
+from serve_app.errors import Cancelled, DiffusionServeError
 from serve_app.gateway.schemas import PARTS, Timings
 from serve_app.metrics import FIRST_PARTIAL, REQUEST, REQUEST_PART, REQUESTS
 
@@ -38,9 +39,17 @@ class Record:
     """What it asks for, once that was found right."""
     outcome: str = "cancelled"
     """The client went away, unless somebody says otherwise."""
+    status: int = Cancelled.status
+    """Of the outcome; a stream that fails has sent a 200 before."""
     timings: Timings | None = None
     """If it was painted."""
     first_partial_s: float | None = None
+    traceparent: str = ""
+    """Of its span, as W3C's Trace Context has it; empty where nothing is traced."""
+    sampled: bool = False
+    """Its trace is kept: what its pictures go through is worth writing down."""
+    timelines: dict[int, Timeline] = field(default_factory=dict)
+    """How far its pictures have come, by their seeds; the queue begins when it arrived."""
 
     @property
     def age_s(self) -> float:
@@ -48,11 +57,12 @@ class Record:
 
     def completed(self, timings: Timings) -> None:
         """The answer is ready to be sent."""
-        self.outcome, self.timings = "completed", timings
+        self.outcome, self.status, self.timings = "completed", 200, timings
 
     def failed(self, error: Exception) -> None:
         """This is what the client is told."""
-        self.outcome = error.code if isinstance(error, DiffusionServeError) else "internal_error"
+        ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
+        self.outcome, self.status = ours.code, ours.status
 
     def previewed(self) -> None:
         """A preview is ready to be sent."""
@@ -138,6 +148,8 @@ class Recorder:
             }
             many = f"{count} pictures, " if count > 1 else ""
             what = " {size}, {steps} steps, {many}seed {seed}:".format(**fields, many=many)
+        if record.traceparent:
+            fields["trace_id"] = record.traceparent.split("-")[1]
         age_s = record.age_s
         fields["total_s"] = round(age_s, 4)
         parts = ""

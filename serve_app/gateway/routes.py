@@ -2,13 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 from fastapi_offline import FastAPIOffline
 from starlette.responses import Response
+from starlette.types import ASGIApp
 
 from serve_app import __version__
 from serve_app.config import AppConfig
@@ -37,9 +38,13 @@ OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline
 
 
 def create_api(
-    config: AppConfig, painter: Painter, keys: KeyRing, gather: Gather = gather_own
+    config: AppConfig,
+    painter: Painter,
+    keys: KeyRing,
+    gather: Gather = gather_own,
+    traced: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> FastAPI:
-    """The ASGI application of one gateway replica."""
+    """The ASGI application of one gateway replica; ``traced`` is middleware, if it is."""
     limits = config.engine.limits
     started_at = int(time.time())
     studio = Studio(config, painter)
@@ -56,6 +61,8 @@ def create_api(
     # The last one added is the first to see a request: no body is read for who has no key.
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
+    if traced is not None:
+        api.add_middleware(traced)
     api.add_middleware(
         Recorder,
         model=config.model.id,

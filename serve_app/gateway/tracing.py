@@ -1,0 +1,274 @@
+"""OpenTelemetry traces of requests for pictures: a server span each, and what it spent its time on.
+
+Nothing is measured for them. When a request has ended, its spans are made from its `Record`: of
+what the gateway knows and the engine told, on the gateway's clock, which is read once a request.
+The only importer of OpenTelemetry, itself imported only where ``gateway.tracing`` is on.
+"""
+
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.trace import Link, Span, SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+from opentelemetry.util.types import AttributeValue
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app import __version__
+from serve_app.config import AppConfig
+from serve_app.engine.events import Timeline
+from serve_app.engine.params import GenerationParams
+from serve_app.gateway.record import Record
+from serve_app.gateway.schemas import PARTS
+
+logger = logging.getLogger(__name__)
+
+FLUSH_WITHIN_S = 5.0
+"""What is left when the gateway ends, or it is lost."""
+
+_W3C = TraceContextTextMapPropagator()
+
+*_PAINTING, _RESPONSE = PARTS
+
+
+class Tracing:
+    """Makes the spans of a gateway's requests."""
+
+    def __init__(self, config: AppConfig, provider: TracerProvider) -> None:
+        self._model = config.model.id
+        self._log_prompts = config.gateway.log_prompts
+        self._provider = provider
+        self._tracer = provider.get_tracer("serve_app", __version__)
+
+    @classmethod
+    def to_collector(cls, config: AppConfig, replica: str) -> "Tracing":
+        """Spans are sent as OpenTelemetry's variables of the environment say; its SDK reads them.
+
+        In the background, from a queue that drops what is too much for it.
+        """
+        ours = {
+            "service.name": "diffusion-serve",
+            "service.version": __version__,
+            "service.instance.id": replica,
+        }
+        resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(Announced(OTLPSpanExporter())))
+        # It warns of each malformed header that a client sends, and of each span that it drops.
+        logging.getLogger("opentelemetry").setLevel(logging.ERROR)
+        return cls(config, provider)
+
+    def close(self, within_s: float = FLUSH_WITHIN_S) -> None:
+        """Send what is left."""
+        flush = threading.Thread(target=self._provider.shutdown, name="flush", daemon=True)
+        flush.start()
+        flush.join(within_s)
+
+    def middleware(self, app: ASGIApp) -> ASGIApp:
+        """To be put inside a `Recorder`: what that keeps a `Record` of is traced."""
+        return functools.partial(self._serve, app)
+
+    async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        record = scope.get("state", {}).get("record")
+        if not isinstance(record, Record):
+            await app(scope, receive, send)
+            return
+        clock = _Clock(time.time_ns() - round(record.age_s * 1e9))
+        span = self._begin(scope, record, clock)
+        record.traceparent, record.sampled = _traceparent(span), span.is_recording()
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                span.set_attribute("http.response.status_code", message["status"])
+                if record.traceparent:
+                    MutableHeaders(scope=message)["traceparent"] = record.traceparent
+            await send(message)
+
+        try:
+            await app(scope, receive, answer)
+        except Exception as error:
+            record.failed(error)
+            span.set_attribute("http.response.status_code", record.status)  # sent further out
+            raise
+        finally:
+            if record.sampled:
+                self._end(span, record, clock)
+
+    def _begin(self, scope: Scope, record: Record, clock: "_Clock") -> Span:
+        headers = Headers(scope=scope)
+        parent = Context()
+        if len(headers.getlist("traceparent")) == 1:
+            parent = _W3C.extract({name: headers.getlist(name) for name in _W3C.fields}, parent)
+        path = scope["path"]  # without variables, and so the route as well
+        return self._tracer.start_span(
+            f"{scope['method']} {path}",
+            parent,
+            SpanKind.SERVER,
+            {
+                "http.request.method": scope["method"],
+                "http.route": path,
+                "url.path": path,
+                "url.scheme": scope.get("scheme", "http"),
+                "network.protocol.version": scope.get("http_version", "1.1"),
+                "user_agent.original": headers.get("user-agent", "")[:200],
+                "gen_ai.request.model": self._model,
+                "gen_ai.output.type": "image",
+                "diffusion_serve.request_id": record.request_id,
+            },
+            start_time=clock.at(0.0),
+        )
+
+    def _end(self, span: Span, record: Record, clock: "_Clock") -> None:
+        clock.end_s = record.age_s
+        span.set_attribute("diffusion_serve.key", record.guest)
+        span.set_attribute("diffusion_serve.outcome", record.outcome)
+        if record.pictures:
+            first = record.pictures[0]
+            span.set_attribute("gen_ai.request.choice.count", len(record.pictures))
+            span.set_attribute("gen_ai.request.seed", first.seed)
+            span.set_attribute("diffusion_serve.size", f"{first.width}x{first.height}")
+            span.set_attribute("diffusion_serve.steps", first.steps_to_run)
+            if self._log_prompts:
+                span.set_attribute("diffusion_serve.prompt", first.prompt)
+            painted = [self._picture(span, params, record, clock) for params in record.pictures]
+            if all(ended_s is not None for ended_s in painted):
+                painted_s = max(ended_s for ended_s in painted if ended_s is not None)
+                response = self._child(span, _RESPONSE, clock.at(painted_s))
+                response.end(clock.at(clock.end_s))
+        self._judge(span, record)
+        span.end(clock.at(clock.end_s))
+
+    def _picture(
+        self, span: Span, params: GenerationParams, record: Record, clock: "_Clock"
+    ) -> float | None:
+        """The spans of one picture; when it was painted, if it was.
+
+        The part in which the request ended, if it was not, lasts until that.
+        """
+        timeline = record.timelines.get(params.seed, Timeline())
+        ended_s = sum(timeline.parts_s)
+        painted = len(timeline.parts_s) == len(_PAINTING)
+        several = len(record.pictures) > 1
+        parent = span
+        if several:
+            seed = {"gen_ai.request.seed": params.seed}
+            parent = self._child(span, "picture", clock.at(0.0), seed)
+        start_s = 0.0
+        for part, took_s in zip(_PAINTING, (*timeline.parts_s, None), strict=False):
+            end_s = clock.end_s if took_s is None else start_s + took_s
+            if part == "denoise":
+                child = self._denoising(parent, timeline, clock, start_s)
+            else:
+                child = self._child(parent, part, clock.at(start_s))
+            if took_s is None:
+                self._judge(child, record)
+                child.set_attribute("diffusion_serve.outcome", record.outcome)
+            child.end(clock.at(end_s))
+            start_s = end_s
+        if several:
+            parent.end(clock.at(ended_s if painted else clock.end_s))
+        return ended_s if painted else None
+
+    def _denoising(self, parent: Span, timeline: Timeline, clock: "_Clock", start_s: float) -> Span:
+        """With an event for each step, and links to those who shared one."""
+        links = [Link(_context(mate)) for mate in timeline.mates]
+        span = self._child(parent, "denoise", clock.at(start_s), links=links)
+        for number, step in enumerate(timeline.steps, 1):
+            span.add_event(
+                "step",
+                {"diffusion_serve.step": number, "diffusion_serve.batch_size": step.batch_size},
+                clock.at(start_s + step.ended_s),
+            )
+        return span
+
+    def _child(
+        self,
+        parent: Span,
+        name: str,
+        start_ns: int,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        links: Sequence[Link] = (),
+    ) -> Span:
+        context = trace.set_span_in_context(parent, Context())
+        return self._tracer.start_span(
+            name, context, attributes=attributes, links=links, start_time=start_ns
+        )
+
+    @staticmethod
+    def _judge(span: Span, record: Record) -> None:
+        """Only what is our fault is an error, as the conventions for HTTP servers have it."""
+        if record.status >= 500:
+            span.set_status(StatusCode.ERROR, record.outcome)
+            span.set_attribute("error.type", record.outcome)
+
+
+@dataclass
+class _Clock:
+    """Turns seconds after a request's arrival into nanoseconds of Unix time."""
+
+    arrived_ns: int
+    end_s: float = math.inf
+    """Of the request: what another machine's clock puts after that is cut."""
+
+    def at(self, seconds: float) -> int:
+        return self.arrived_ns + round(min(seconds, self.end_s) * 1e9)
+
+
+def _traceparent(span: Span) -> str:
+    carrier: dict[str, str] = {}
+    _W3C.inject(carrier, trace.set_span_in_context(span, Context()))
+    return carrier.get("traceparent", "")
+
+
+def _context(traceparent: str) -> trace.SpanContext:
+    found = _W3C.extract({"traceparent": traceparent}, Context())
+    return trace.get_current_span(found).get_span_context()
+
+
+class Announced(SpanExporter):
+    """Says once that spans are not taken, and once that they are again.
+
+    The exporter itself would say so of every batch, several times.
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+        self._taken = True
+        self._complaint = ""
+        self._log = logging.getLogger(type(exporter).__module__)
+        self._log.addFilter(self._note)
+
+    def _note(self, record: logging.LogRecord) -> bool:
+        """Instead of the log: the first complaint of a batch says what is wrong."""
+        self._complaint = self._complaint or record.getMessage()
+        return False
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        self._complaint = ""
+        result = self._exporter.export(spans)
+        taken = result is SpanExportResult.SUCCESS
+        if taken and not self._taken:
+            logger.info("traces are taken again")
+        if self._taken and not taken:
+            logger.warning(
+                "traces are not taken, and dropped until they are; OTEL_EXPORTER_OTLP_ENDPOINT "
+                "says where they go: %s",
+                self._complaint,
+            )
+        self._taken = taken
+        return result
+
+    def shutdown(self) -> None:
+        self._exporter.shutdown()
+        self._log.removeFilter(self._note)

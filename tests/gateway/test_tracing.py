@@ -1,0 +1,589 @@
+"""The spans of requests, through the whole gateway and OpenTelemetry's own SDK."""
+
+import asyncio
+import itertools
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from time import perf_counter
+from typing import Any, ClassVar
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler
+from opentelemetry.trace import (
+    SpanKind,
+    StatusCode,
+    TraceFlags,
+    format_span_id,
+    format_trace_id,
+)
+
+from serve_app.config import AppConfig
+from serve_app.engine.encoding import EncodedImage, Encoding
+from serve_app.engine.events import Queued, Step, Timeline
+from serve_app.engine.params import FRESH, GenerationParams, Standing
+from serve_app.errors import GenerationFailed, Overloaded
+from serve_app.gateway.auth import KeyRing
+from serve_app.gateway.painter import PainterEvent
+from serve_app.gateway.routes import create_api
+from serve_app.gateway.schemas import PARTS
+from serve_app.gateway.tracing import Tracing
+from tests.gateway.conftest import CONFIG, FakePainter
+from tests.waiting import wait_until
+
+pytestmark = pytest.mark.anyio
+
+PATH = "/v1/images/generations"
+
+TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+PARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
+MATES = tuple(f"00-{number:032x}-{number:016x}-01" for number in (1, 2))
+
+PARTS_S = (1e-5, 2e-5, 4e-5, 1e-5)
+"""Shorter than any request."""
+
+STEPS = (Step(1e-5, 1), Step(2e-5, 3), Step(4e-5, 2))
+
+
+class TracedPainter(FakePainter):
+    """Says what an engine says of a request that is traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: Timeline | None = None
+        """On the way, once it is queued."""
+
+    async def paint(
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
+    ) -> AsyncGenerator[PainterEvent, None]:
+        painting = super().paint(params, encoding, progress, standing)
+        async with aclosing(painting) as events:
+            async for event in events:
+                if isinstance(event, EncodedImage):
+                    queue_s, encode_s, denoise_s, decode_s = PARTS_S
+                    event = replace(
+                        event,
+                        queue_s=queue_s,
+                        encode_s=encode_s,
+                        denoise_s=denoise_s,
+                        decode_s=decode_s,
+                        timeline=Timeline(PARTS_S[:3], STEPS, MATES) if standing.trace else None,
+                    )
+                yield event
+                if isinstance(event, Queued) and self.told is not None:
+                    yield self.told
+
+
+class Gateway:
+    """One that is traced, and the spans that it made."""
+
+    def __init__(
+        self,
+        painter: FakePainter,
+        config: AppConfig = CONFIG,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        tracing = Tracing(config, provider)
+        self.api = create_api(config, painter, KeyRing(None, None), traced=tracing.middleware)
+
+    async def post(
+        self, headers: Mapping[str, str] | list[tuple[str, str]] | None = None, **body: Any
+    ) -> httpx.Response:
+        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.post(PATH, json={"prompt": "secret"} | body, headers=headers)
+
+    @property
+    def spans(self) -> list[ReadableSpan]:
+        return list(self.exporter.get_finished_spans())
+
+    @property
+    def server(self) -> ReadableSpan:
+        [span] = [one for one in self.spans if one.kind is SpanKind.SERVER]
+        return span
+
+    def below(self, parent: ReadableSpan) -> list[ReadableSpan]:
+        """In the order in which they began."""
+        of_it = [
+            one
+            for one in self.spans
+            if one.parent and one.parent.span_id == context(parent).span_id
+        ]
+        return sorted(of_it, key=lambda one: (one.start_time, one.end_time))
+
+
+@pytest.fixture
+def painter() -> TracedPainter:
+    return TracedPainter()
+
+
+def context(span: ReadableSpan) -> Any:
+    assert span.context is not None
+    return span.context
+
+
+def attributes(span: ReadableSpan) -> dict[str, Any]:
+    return dict(span.attributes or {})
+
+
+def names(spans: list[ReadableSpan]) -> list[str]:
+    return [span.name for span in spans]
+
+
+def assert_fills(parts: list[ReadableSpan], start: int | None, end: int | None) -> None:
+    """One after another, from beginning to end."""
+    for before, after in itertools.pairwise(parts):
+        assert before.end_time == after.start_time
+    assert (parts[0].start_time, parts[-1].end_time) == (start, end)
+
+
+async def test_the_parts_of_a_picture_fill_its_request(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    response = await gateway.post(
+        {"x-request-id": "call-1"}, size="48x24", seed=5, num_inference_steps=3
+    )
+    assert response.status_code == 200
+    server = gateway.server
+    assert server.name == f"POST {PATH}"
+    assert server.parent is None
+    assert server.status.status_code is StatusCode.UNSET
+    assert attributes(server) == {
+        "http.request.method": "POST",
+        "http.route": PATH,
+        "url.path": PATH,
+        "url.scheme": "http",
+        "network.protocol.version": "1.1",
+        "user_agent.original": f"python-httpx/{httpx.__version__}",
+        "http.response.status_code": 200,
+        "gen_ai.request.model": "demo",
+        "gen_ai.output.type": "image",
+        "gen_ai.request.choice.count": 1,
+        "gen_ai.request.seed": 5,
+        "diffusion_serve.request_id": "call-1",
+        "diffusion_serve.key": "anonymous",
+        "diffusion_serve.outcome": "completed",
+        "diffusion_serve.size": "48x24",
+        "diffusion_serve.steps": 3,
+    }
+    parts = gateway.below(server)
+    assert names(parts) == list(PARTS)
+    assert len(gateway.spans) == 1 + len(PARTS)
+    assert_fills(parts, server.start_time, server.end_time)
+    took_ns = [(part.end_time or 0) - (part.start_time or 0) for part in parts]
+    assert took_ns[0] > 10_000  # the gateway's own time is in there as well
+    assert took_ns[1:4] == pytest.approx([20_000, 40_000, 10_000], abs=1)
+    assert "secret" not in "".join(span.to_json() for span in gateway.spans)
+
+
+async def test_steps_are_events_and_batch_mates_are_linked(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    await gateway.post()
+    [denoise] = [span for span in gateway.spans if span.name == "denoise"]
+    assert denoise.start_time is not None
+    seen = [
+        (event.name, event.timestamp - denoise.start_time, dict(event.attributes or {}))
+        for event in denoise.events
+    ]
+    assert [(name, found) for name, _, found in seen] == [
+        ("step", {"diffusion_serve.step": number, "diffusion_serve.batch_size": step.batch_size})
+        for number, step in enumerate(STEPS, 1)
+    ]
+    after_ns = [after for _, after, _ in seen]
+    assert after_ns == pytest.approx([step.ended_s * 1e9 for step in STEPS], abs=1)
+    linked = [(link.context.trace_id, link.context.span_id) for link in denoise.links]
+    assert linked == [(1, 1), (2, 2)]
+
+
+async def test_several_pictures_are_a_child_each(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    await gateway.post(n=3, seed=7)
+    server = gateway.server
+    *pictures, response = gateway.below(server)
+    assert names(pictures) == ["picture"] * 3
+    assert sorted(attributes(one)["gen_ai.request.seed"] for one in pictures) == [7, 8, 9]
+    for picture in pictures:
+        parts = gateway.below(picture)
+        assert names(parts) == list(PARTS[:-1])
+        assert_fills(parts, server.start_time, picture.end_time)
+    assert response.name == "response"
+    assert response.start_time == max(picture.end_time or 0 for picture in pictures)
+    assert response.end_time == server.end_time
+
+
+async def test_the_trace_of_the_client_goes_on(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    response = await gateway.post({"traceparent": PARENT, "tracestate": "vendor=opaque"})
+    server = gateway.server
+    assert format_trace_id(context(server).trace_id) == TRACE_ID
+    assert server.parent is not None
+    assert format_span_id(server.parent.span_id) == PARENT_ID
+    assert server.parent.is_remote
+    assert context(server).trace_state.to_header() == "vendor=opaque"
+    own = f"00-{TRACE_ID}-{format_span_id(context(server).span_id)}-01"
+    assert response.headers["traceparent"] == own
+    assert [standing.trace for standing in painter.standings] == [own]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"traceparent": ""},
+        {"traceparent": PARENT.upper()},
+        {"traceparent": PARENT.replace("00-", "ff-", 1)},
+        {"traceparent": f"{PARENT}-more"},
+        {"traceparent": f"00-{'0' * 32}-{PARENT_ID}-01"},
+        {"traceparent": f"00-{TRACE_ID}-{'0' * 16}-01"},
+        {"traceparent": "0" * 5_000},
+        [("traceparent", PARENT), ("traceparent", PARENT)],
+    ],
+    ids=str,
+)
+async def test_what_is_no_traceparent_begins_a_trace(painter: TracedPainter, headers: Any) -> None:
+    gateway = Gateway(painter)
+    response = await gateway.post(headers)
+    assert response.status_code == 200
+    assert gateway.server.parent is None
+    assert format_trace_id(context(gateway.server).trace_id) in response.headers["traceparent"]
+    assert TRACE_ID not in response.headers["traceparent"]
+
+
+HEADER = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"))
+
+
+def test_no_header_is_an_error(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+
+    @given(traceparent=st.just(PARENT) | HEADER, tracestate=HEADER)
+    def post(traceparent: str, tracestate: str) -> None:
+        gateway.exporter.clear()
+        headers: Any = [
+            (b"traceparent", traceparent.encode("latin-1")),
+            (b"tracestate", tracestate.encode("latin-1")),
+        ]
+        assert asyncio.run(gateway.post(headers)).status_code == 200
+        assert len(gateway.spans) == 1 + len(PARTS)
+
+    post()
+
+
+@pytest.mark.parametrize("by", ["client", "server"])
+async def test_a_trace_that_nobody_keeps_costs_the_engine_nothing(
+    painter: TracedPainter, by: str
+) -> None:
+    gateway = Gateway(painter, sampler=ParentBased(ALWAYS_OFF) if by == "server" else None)
+    headers = {"traceparent": f"{PARENT[:-2]}00"} if by == "client" else None
+    response = await gateway.post(headers)
+    # Whoever reads the answer may know it all the same.
+    assert not int(response.headers["traceparent"][-2:], 16) & TraceFlags.SAMPLED
+    assert [standing.trace for standing in painter.standings] == [""]
+    assert gateway.spans == []
+
+
+async def test_without_tracing_there_is_no_sign_of_it(painter: TracedPainter) -> None:
+    api = create_api(CONFIG, painter, KeyRing(None, None))
+    transport = httpx.ASGITransport(api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        headers = {"traceparent": PARENT}
+        response = await client.post(PATH, json={"prompt": "x"}, headers=headers)
+    assert "traceparent" not in response.headers
+    assert [standing.trace for standing in painter.standings] == [""]
+
+
+def test_without_tracing_nothing_is_imported_for_it() -> None:
+    program = (
+        "import sys, serve_app.gateway.deployment\n"
+        "sys.exit(any(name.startswith('opentelemetry.exporter') for name in sys.modules))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+async def test_a_refused_request_has_waited(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    painter.error = Overloaded("full", retry_after_s=3.0)
+    response = await gateway.post()
+    assert response.status_code == 429
+    server = gateway.server
+    assert server.status.status_code is StatusCode.UNSET  # it is not the server's fault
+    assert attributes(server)["http.response.status_code"] == 429
+    assert attributes(server)["diffusion_serve.outcome"] == "overloaded"
+    parts = gateway.below(server)
+    assert names(parts) == ["queue"]
+    assert_fills(parts, server.start_time, server.end_time)
+    assert format_span_id(context(server).span_id) in response.headers["traceparent"]
+
+
+async def test_a_wrong_request_has_no_parts(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    assert (await gateway.post(size="1x1")).status_code == 400
+    assert names(gateway.spans) == [f"POST {PATH}"]
+    assert attributes(gateway.server)["diffusion_serve.outcome"] == "invalid_value"
+    assert gateway.server.status.status_code is StatusCode.UNSET
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(GenerationFailed("secret"), "generation_failed"), (RuntimeError("secret"), "internal_error")],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failure_is_in_the_part_where_it_happened(
+    painter: TracedPainter, error: Exception, outcome: str, stream: bool
+) -> None:
+    gateway = Gateway(painter)
+    painter.told = Timeline((1e-5, 2e-5), STEPS[:1], MATES[:1])
+    painter.error_in_the_middle = error
+    response = await gateway.post(stream=stream)
+    server = gateway.server
+    sent = 200 if stream else 500
+    assert response.status_code == attributes(server)["http.response.status_code"] == sent
+    assert format_span_id(context(server).span_id) in response.headers["traceparent"]
+    assert server.status.status_code is StatusCode.ERROR
+    assert attributes(server)["error.type"] == outcome
+    parts = gateway.below(server)
+    assert names(parts) == ["queue", "encode", "denoise"]
+    assert_fills(parts, server.start_time, server.end_time)
+    assert [part.status.status_code for part in parts] == [
+        StatusCode.UNSET,
+        StatusCode.UNSET,
+        StatusCode.ERROR,
+    ]
+    assert len(parts[-1].events) == len(parts[-1].links) == 1
+    assert "secret" not in "".join(span.to_json() for span in gateway.spans)
+
+
+async def test_who_goes_away_is_traced_up_to_there(painter: TracedPainter) -> None:
+    gateway = Gateway(painter)
+    painter.slow_seed = 2
+    painter.told = Timeline((1e-5,))
+    asking = asyncio.create_task(gateway.post(n=2, seed=1))
+    while not (len(painter.asked) == 2 and painter.accepting.is_set()):
+        await asyncio.sleep(0)
+    for _ in range(200):  # the picture of seed 1 gets done, as far as that is up to the loop
+        await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    server = gateway.server
+    assert attributes(server)["diffusion_serve.outcome"] == "cancelled"
+    assert server.status.status_code is StatusCode.UNSET
+    assert "http.response.status_code" not in attributes(server)
+    done, dropped = sorted(
+        gateway.below(server), key=lambda one: attributes(one)["gen_ai.request.seed"]
+    )
+    assert names(gateway.below(done)) == list(PARTS[:-1])
+    parts = gateway.below(dropped)
+    assert names(parts) == ["queue", "encode"]
+    assert attributes(parts[-1]) == {"diffusion_serve.outcome": "cancelled"}
+    assert_fills(parts, server.start_time, server.end_time)
+
+
+async def test_what_a_lost_replica_did_is_waiting(painter: TracedPainter) -> None:
+    """Another one began anew, and counts from when the request was sent."""
+
+    class Relay(TracedPainter):
+        async def paint(self, *args: Any, **options: Any) -> AsyncGenerator[PainterEvent, None]:
+            yield Queued(0, 1.0)
+            yield Timeline((1e-5, 2e-5), STEPS, MATES)
+            yield Queued(0, 1.0)
+            raise GenerationFailed("there as well")
+
+    gateway = Gateway(Relay())
+    await gateway.post()
+    [queue] = gateway.below(gateway.server)
+    assert queue.name == "queue"
+
+
+async def test_a_clock_that_is_off_puts_no_part_outside_of_its_request() -> None:
+    gateway = Gateway(FakePainter())  # which says that it took more than a second
+    await gateway.post()
+    server = gateway.server
+    parts = gateway.below(server)
+    assert len(parts) == len(PARTS)
+    for span in parts:
+        assert server.start_time is not None
+        assert server.end_time is not None
+        assert server.start_time <= (span.start_time or 0) <= (span.end_time or 0)
+        assert (span.end_time or 0) <= server.end_time
+
+
+async def test_prompts_are_traced_only_for_who_asks(painter: TracedPainter) -> None:
+    gateway_config = CONFIG.gateway.model_copy(update={"log_prompts": True})
+    gateway = Gateway(painter, CONFIG.model_copy(update={"gateway": gateway_config}))
+    await gateway.post()
+    assert attributes(gateway.server)["diffusion_serve.prompt"] == "secret"
+
+
+async def test_the_log_leads_to_the_trace(
+    painter: TracedPainter, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "serve_app.gateway.record")
+    await Gateway(painter).post({"traceparent": PARENT})
+    [line] = [one for one in caplog.records if one.name == "serve_app.gateway.record"]
+    assert vars(line)["trace_id"] == TRACE_ID
+
+
+# ---- to the collector ----------------------------------------------------------------------------
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Answers with the status that it is told to, and counts."""
+
+    status = 200
+    posts: ClassVar[list[bytes]] = []
+    hold: ClassVar[threading.Event] = threading.Event()
+    """Until it is set, nothing is answered."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.posts.append(body)
+        self.hold.wait(30)
+        self.send_response(self.status)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@contextmanager
+def collector(status: int = 200, answers: bool = True) -> Iterator[tuple[str, type[Collector]]]:
+    """Its URL, and its handler's class."""
+    hold = threading.Event()
+    if answers:
+        hold.set()
+    handler = type("Handler", (Collector,), {"status": status, "posts": [], "hold": hold})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", handler
+        finally:
+            hold.set()
+            server.shutdown()
+            thread.join()
+
+
+def tracing_to(url: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> Tracing:
+    settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "10", **variables}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    return Tracing.to_collector(CONFIG, "gateway-1")
+
+
+async def request(tracing: Tracing) -> float:
+    """What one took."""
+    api = create_api(CONFIG, TracedPainter(), KeyRing(None, None), traced=tracing.middleware)
+    transport = httpx.ASGITransport(api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        started_at = perf_counter()
+        assert (await client.post(PATH, json={"prompt": "x"})).status_code == 200
+        return perf_counter() - started_at
+
+
+def wait_until_flushed() -> None:
+    """For those that did not wait for it themselves."""
+    wait_until(lambda: all(thread.name != "flush" for thread in threading.enumerate()))
+
+
+async def test_what_is_left_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with collector() as (url, handler):
+        tracing = tracing_to(url, monkeypatch, OTEL_BSP_SCHEDULE_DELAY="3600000")
+        await request(tracing)
+        assert not handler.posts
+        tracing.close()
+        assert len(handler.posts) == 1
+
+
+async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with collector(answers=False) as (url, handler):
+        tracing = tracing_to(url, monkeypatch)
+        await request(tracing)
+        wait_until(lambda: handler.posts)
+        assert await request(tracing) < 5.0  # while a batch is on its way; the exporter waits 10 s
+        started_at = perf_counter()
+        tracing.close(within_s=0.2)
+        assert perf_counter() - started_at < 5.0
+        handler.hold.set()
+        wait_until_flushed()
+
+
+async def test_a_collector_that_is_away_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    with collector(status=400) as (url, handler):
+        tracing = tracing_to(url, monkeypatch)
+        for batches in (1, 2, 3):
+            await request(tracing)
+            wait_until(lambda batches=batches: len(handler.posts) >= batches)
+        handler.status = 200
+        await request(tracing)
+        wait_until(lambda: "taken again" in caplog.text)
+        tracing.close()
+    said = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
+    assert [one.levelname for one in said] == ["WARNING", "INFO"]
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in said[0].getMessage()
+    assert "code: 400" in said[0].getMessage()
+    assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
+
+
+async def test_a_queue_that_is_full_drops_spans(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with collector(answers=False) as (url, handler):
+        limits = {"OTEL_BSP_MAX_QUEUE_SIZE": "16", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "16"}
+        tracing = tracing_to(url, monkeypatch, **limits)
+        for _ in range(30):
+            await request(tracing)
+        wait_until(lambda: handler.posts)
+        [processor] = tracing._provider._active_span_processor._span_processors
+        queue: Any = vars(processor)["_batch_processor"]._queue
+        assert len(queue) <= 16
+        assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
+        tracing.close(within_s=0.2)
+        handler.hold.set()
+        wait_until_flushed()
+
+
+async def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resource(**variables: str) -> dict[str, Any]:
+        tracing = tracing_to("http://127.0.0.1:9", monkeypatch, **variables)
+        tracing.close()
+        return dict(tracing._provider.resource.attributes)
+
+    found = resource()
+    assert found["service.name"] == "diffusion-serve"
+    assert found["service.instance.id"] == "gateway-1"
+    found = resource(OTEL_SERVICE_NAME="pictures", OTEL_RESOURCE_ATTRIBUTES="deployment=blue")
+    assert (found["service.name"], found["deployment"]) == ("pictures", "blue")
+    tracing = tracing_to("http://127.0.0.1:9", monkeypatch, OTEL_SDK_DISABLED="true")
+    await request(tracing)
+    tracing.close()
+
+
+def test_the_exporter_complains_where_it_is_listened_to() -> None:
+    """To the logger of its module: another would be heard of each batch."""
+    exporter = OTLPSpanExporter("http://127.0.0.1:9/v1/traces")
+    assert vars(exporter)["_client"]._logger.name == type(exporter).__module__
+    exporter.shutdown()
