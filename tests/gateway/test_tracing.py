@@ -6,12 +6,11 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any
 
 import httpx
 import pytest
@@ -40,6 +39,7 @@ from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.tracing import Tracing
+from tests.collector import collecting
 from tests.gateway.conftest import CONFIG, FakePainter
 from tests.waiting import wait_until
 
@@ -444,44 +444,6 @@ async def test_the_log_leads_to_the_trace(
 # ---- to the collector ----------------------------------------------------------------------------
 
 
-class Collector(BaseHTTPRequestHandler):
-    """Answers with the status that it is told to, and counts."""
-
-    status = 200
-    posts: ClassVar[list[bytes]] = []
-    hold: ClassVar[threading.Event] = threading.Event()
-    """Until it is set, nothing is answered."""
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        self.posts.append(body)
-        self.hold.wait(30)
-        self.send_response(self.status)
-        self.send_header("content-length", "0")
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def collector(status: int = 200, answers: bool = True) -> Iterator[tuple[str, type[Collector]]]:
-    """Its URL, and its handler's class."""
-    hold = threading.Event()
-    if answers:
-        hold.set()
-    handler = type("Handler", (Collector,), {"status": status, "posts": [], "hold": hold})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_port}", handler
-        finally:
-            hold.set()
-            server.shutdown()
-            thread.join()
-
-
 def tracing_to(url: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> Tracing:
     settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "10", **variables}
     for name, value in settings.items():
@@ -505,26 +467,27 @@ def wait_until_flushed() -> None:
 
 
 async def test_what_is_left_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    with collector() as (url, handler):
-        tracing = tracing_to(url, monkeypatch, OTEL_BSP_SCHEDULE_DELAY="3600000")
+    with collecting() as collector:
+        tracing = tracing_to(collector.url, monkeypatch, OTEL_BSP_SCHEDULE_DELAY="3600000")
         await request(tracing)
-        assert not handler.posts
+        assert not collector.batches
         tracing.close()
-        assert len(handler.posts) == 1
+        assert len(collector.batches) == 1
 
 
 async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with collector(answers=False) as (url, handler):
-        tracing = tracing_to(url, monkeypatch)
+    with collecting() as collector:
+        collector.answering.clear()
+        tracing = tracing_to(collector.url, monkeypatch)
         await request(tracing)
-        wait_until(lambda: handler.posts)
+        wait_until(lambda: collector.batches)
         assert await request(tracing) < 5.0  # while a batch is on its way; the exporter waits 10 s
         started_at = perf_counter()
         tracing.close(within_s=0.2)
         assert perf_counter() - started_at < 5.0
-        handler.hold.set()
+        collector.answering.set()
         wait_until_flushed()
 
 
@@ -532,12 +495,13 @@ async def test_a_collector_that_is_away_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    with collector(status=400) as (url, handler):
-        tracing = tracing_to(url, monkeypatch)
+    with collecting() as collector:
+        collector.status = 400
+        tracing = tracing_to(collector.url, monkeypatch)
         for batches in (1, 2, 3):
             await request(tracing)
-            wait_until(lambda batches=batches: len(handler.posts) >= batches)
-        handler.status = 200
+            wait_until(lambda batches=batches: len(collector.batches) >= batches)
+        collector.status = 200
         await request(tracing)
         wait_until(lambda: "taken again" in caplog.text)
         tracing.close()
@@ -551,18 +515,19 @@ async def test_a_collector_that_is_away_is_said_once(
 async def test_a_queue_that_is_full_drops_spans(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with collector(answers=False) as (url, handler):
+    with collecting() as collector:
+        collector.answering.clear()
         limits = {"OTEL_BSP_MAX_QUEUE_SIZE": "16", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "16"}
-        tracing = tracing_to(url, monkeypatch, **limits)
+        tracing = tracing_to(collector.url, monkeypatch, **limits)
         for _ in range(30):
             await request(tracing)
-        wait_until(lambda: handler.posts)
+        wait_until(lambda: collector.batches)
         [processor] = tracing._provider._active_span_processor._span_processors
         queue: Any = vars(processor)["_batch_processor"]._queue
         assert len(queue) <= 16
         assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
         tracing.close(within_s=0.2)
-        handler.hold.set()
+        collector.answering.set()
         wait_until_flushed()
 
 
