@@ -97,7 +97,7 @@ class Load:
     pictures: int
     at_once: bool
     blocks: int
-    """In a round, for each way: many short ones, one way after the other, where pictures are few."""
+    """In a round, for each way: short ones, for the machine drifts from one to the next."""
     steps: int = 20
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import json
 import os
 import signal
 import statistics
@@ -198,6 +199,7 @@ def fleet() -> Iterator[tuple[ServeProcess, str]]:
     generator["ray_actor_options"] = {"num_gpus": 0, "num_cpus": 0.1}
     gateway = {"name": "Gateway", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}
     application["deployments"].append(gateway)
+    application["logging_config"] = {"encoding": "JSON"}
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
 
@@ -284,6 +286,37 @@ def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
     wait_until(
         lambda: len(scrape(url).values("engine_info")) == 2, deadline_s=240, what="another one"
     )
+
+
+def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProcess, str]) -> None:
+    running, url = fleet
+    httpx.post(
+        f"{url}/v1/images/generations",
+        json={"prompt": "nobody reads this", "seed": 5, "num_inference_steps": 4},
+        headers={"x-request-id": "find-me"},
+        timeout=240,
+    )
+
+    def lines() -> list[dict[str, Any]]:
+        folder = running.folder / "ray" / "session_latest" / "logs" / "serve"
+        texts = [path.read_text() for path in folder.glob("replica_*Gateway_*.log")]
+        assert not any("nobody reads this" in text for text in texts)
+        found = [json.loads(line) for text in texts for line in text.splitlines()]
+        return [line for line in found if line.get("request_id") == "find-me"]
+
+    def of_the_gateway() -> dict[str, Any] | None:
+        return next((line for line in lines() if line.get("outcome")), None)
+
+    ours = wait_until(of_the_gateway, what="the line of the request")
+    assert (ours["outcome"], ours["key"], ours["steps"], ours["seed"]) == (
+        "completed",
+        "anonymous",
+        4,
+        5,
+    )
+    parts_s = sum(ours[f"{part}_s"] for part in PARTS)
+    assert parts_s == pytest.approx(ours["total_s"], abs=0.001)
+    assert any("outcome" not in line for line in lines())  # Serve's own, of the same request
 
 
 def _processes_of_generators(running: ServeProcess) -> list[int]:
