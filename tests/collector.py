@@ -1,5 +1,9 @@
-"""A collector of traces: takes them over OTLP/HTTP, and keeps them."""
+"""A collector of traces: takes them over OTLP/HTTP, and keeps them.
 
+``python -m tests.collector`` is one that prints its URL and runs until its input ends.
+"""
+
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,3 +93,9 @@ def collecting() -> Iterator[Collector]:
             collector.answering.set()
             server.shutdown()
             thread.join()
+
+
+if __name__ == "__main__":
+    with collecting() as running:
+        print(running.url, flush=True)
+        sys.stdin.read()

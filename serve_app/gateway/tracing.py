@@ -11,7 +11,6 @@ import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from opentelemetry import trace
 from opentelemetry.context import Context
@@ -79,18 +78,23 @@ class Tracing:
         """To be put inside a `Recorder`: what that keeps a `Record` of is traced."""
         return functools.partial(self._serve, app)
 
+    def begin(self, scope: Scope, record: Record) -> "RequestTrace":
+        """The span of a request that has just come, continuing its client's trace if it has one.
+
+        It is put on record, for the answer, the log and the engine.
+        """
+        return RequestTrace(self._tracer, scope, record, self._model, self._log_prompts)
+
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         record = scope.get("state", {}).get("record")
         if not isinstance(record, Record):
             await app(scope, receive, send)
             return
-        clock = _Clock(time.time_ns() - round(record.age_s * 1e9))
-        span = self._begin(scope, record, clock)
-        record.traceparent, record.sampled = _traceparent(span), span.is_recording()
+        traced = self.begin(scope, record)
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                span.set_attribute("http.response.status_code", message["status"])
+                traced.answered(message["status"])
                 if record.traceparent:
                     MutableHeaders(scope=message)["traceparent"] = record.traceparent
             await send(message)
@@ -99,19 +103,29 @@ class Tracing:
             await app(scope, receive, answer)
         except Exception as error:
             record.failed(error)
-            span.set_attribute("http.response.status_code", record.status)  # sent further out
+            traced.answered(record.status)  # further out
             raise
         finally:
-            if record.sampled:
-                self._end(span, record, clock)
+            traced.end()
 
-    def _begin(self, scope: Scope, record: Record, clock: "_Clock") -> Span:
+
+class RequestTrace:
+    """The spans of one request. All but the first are made at its end."""
+
+    def __init__(
+        self, tracer: trace.Tracer, scope: Scope, record: Record, model: str, log_prompts: bool
+    ) -> None:
+        self._tracer = tracer
+        self._record = record
+        self._log_prompts = log_prompts
+        self._arrived_ns = time.time_ns() - round(record.age_s * 1e9)
+        self._ended_s = math.inf
         headers = Headers(scope=scope)
         parent = Context()
         if len(headers.getlist("traceparent")) == 1:
             parent = _W3C.extract({name: headers.getlist(name) for name in _W3C.fields}, parent)
         path = scope["path"]  # without variables, and so the route as well
-        return self._tracer.start_span(
+        self._server = tracer.start_span(
             f"{scope['method']} {path}",
             parent,
             SpanKind.SERVER,
@@ -122,15 +136,27 @@ class Tracing:
                 "url.scheme": scope.get("scheme", "http"),
                 "network.protocol.version": scope.get("http_version", "1.1"),
                 "user_agent.original": headers.get("user-agent", "")[:200],
-                "gen_ai.request.model": self._model,
+                "gen_ai.request.model": model,
                 "gen_ai.output.type": "image",
                 "diffusion_serve.request_id": record.request_id,
             },
-            start_time=clock.at(0.0),
+            start_time=self._at(0.0),
         )
+        carrier: dict[str, str] = {}
+        _W3C.inject(carrier, trace.set_span_in_context(self._server, Context()))
+        record.traceparent = carrier.get("traceparent", "")
+        record.sampled = self._server.is_recording()
 
-    def _end(self, span: Span, record: Record, clock: "_Clock") -> None:
-        clock.end_s = record.age_s
+    def answered(self, status: int) -> None:
+        """What of HTTP the client is told."""
+        self._server.set_attribute("http.response.status_code", status)
+
+    def end(self) -> None:
+        """Whatever became of the request, its record tells it by now."""
+        if not self._record.sampled:
+            return
+        record, span = self._record, self._server
+        self._ended_s = record.age_s
         span.set_attribute("diffusion_serve.key", record.guest)
         span.set_attribute("diffusion_serve.outcome", record.outcome)
         if record.pictures:
@@ -141,54 +167,49 @@ class Tracing:
             span.set_attribute("diffusion_serve.steps", first.steps_to_run)
             if self._log_prompts:
                 span.set_attribute("diffusion_serve.prompt", first.prompt)
-            painted = [self._picture(span, params, record, clock) for params in record.pictures]
-            if all(ended_s is not None for ended_s in painted):
-                painted_s = max(ended_s for ended_s in painted if ended_s is not None)
-                response = self._child(span, _RESPONSE, clock.at(painted_s))
-                response.end(clock.at(clock.end_s))
-        self._judge(span, record)
-        span.end(clock.at(clock.end_s))
+            painted_s = max([self._picture(params) for params in record.pictures])
+            if painted_s < math.inf:
+                response = self._child(span, _RESPONSE, painted_s)
+                self._blame(response)
+                response.end(self._at(math.inf))
+        self._blame(span)
+        span.end(self._at(math.inf))
 
-    def _picture(
-        self, span: Span, params: GenerationParams, record: Record, clock: "_Clock"
-    ) -> float | None:
-        """The spans of one picture; when it was painted, if it was.
+    def _picture(self, params: GenerationParams) -> float:
+        """The spans of one picture; when it was painted, without end if it was not.
 
-        The part in which the request ended, if it was not, lasts until that.
+        The part in which its request ended before that lasts until then.
         """
-        timeline = record.timelines.get(params.seed, Timeline())
-        ended_s = sum(timeline.parts_s)
-        painted = len(timeline.parts_s) == len(_PAINTING)
-        several = len(record.pictures) > 1
-        parent = span
+        timeline = self._record.timelines.get(params.seed, Timeline())
+        parent, several = self._server, len(self._record.pictures) > 1
         if several:
-            seed = {"gen_ai.request.seed": params.seed}
-            parent = self._child(span, "picture", clock.at(0.0), seed)
-        start_s = 0.0
-        for part, took_s in zip(_PAINTING, (*timeline.parts_s, None), strict=False):
-            end_s = clock.end_s if took_s is None else start_s + took_s
+            parent = self._child(parent, "picture", 0.0, {"gen_ai.request.seed": params.seed})
+        at_s = 0.0
+        for part, took_s in zip(_PAINTING, (*timeline.parts_s, math.inf), strict=False):
             if part == "denoise":
-                child = self._denoising(parent, timeline, clock, start_s)
+                span = self._denoising(parent, timeline, at_s)
             else:
-                child = self._child(parent, part, clock.at(start_s))
-            if took_s is None:
-                self._judge(child, record)
-                child.set_attribute("diffusion_serve.outcome", record.outcome)
-            child.end(clock.at(end_s))
-            start_s = end_s
+                span = self._child(parent, part, at_s)
+            at_s += took_s
+            if at_s == math.inf:
+                self._blame(span)
+                span.set_attribute("diffusion_serve.outcome", self._record.outcome)
+            span.end(self._at(at_s))
+            if at_s == math.inf:
+                break
         if several:
-            parent.end(clock.at(ended_s if painted else clock.end_s))
-        return ended_s if painted else None
+            parent.end(self._at(at_s))
+        return at_s
 
-    def _denoising(self, parent: Span, timeline: Timeline, clock: "_Clock", start_s: float) -> Span:
+    def _denoising(self, parent: Span, timeline: Timeline, start_s: float) -> Span:
         """With an event for each step, and links to those who shared one."""
         links = [Link(_context(mate)) for mate in timeline.mates]
-        span = self._child(parent, "denoise", clock.at(start_s), links=links)
+        span = self._child(parent, "denoise", start_s, links=links)
         for number, step in enumerate(timeline.steps, 1):
             span.add_event(
                 "step",
                 {"diffusion_serve.step": number, "diffusion_serve.batch_size": step.batch_size},
-                clock.at(start_s + step.ended_s),
+                self._at(start_s + step.ended_s),
             )
         return span
 
@@ -196,39 +217,25 @@ class Tracing:
         self,
         parent: Span,
         name: str,
-        start_ns: int,
+        start_s: float,
         attributes: Mapping[str, AttributeValue] | None = None,
         links: Sequence[Link] = (),
     ) -> Span:
         context = trace.set_span_in_context(parent, Context())
+        start_ns = self._at(start_s)
         return self._tracer.start_span(
             name, context, attributes=attributes, links=links, start_time=start_ns
         )
 
-    @staticmethod
-    def _judge(span: Span, record: Record) -> None:
+    def _blame(self, span: Span) -> None:
         """Only what is our fault is an error, as the conventions for HTTP servers have it."""
-        if record.status >= 500:
-            span.set_status(StatusCode.ERROR, record.outcome)
-            span.set_attribute("error.type", record.outcome)
+        if self._record.status >= 500:
+            span.set_status(StatusCode.ERROR, self._record.outcome)
+            span.set_attribute("error.type", self._record.outcome)
 
-
-@dataclass
-class _Clock:
-    """Turns seconds after a request's arrival into nanoseconds of Unix time."""
-
-    arrived_ns: int
-    end_s: float = math.inf
-    """Of the request: what another machine's clock puts after that is cut."""
-
-    def at(self, seconds: float) -> int:
-        return self.arrived_ns + round(min(seconds, self.end_s) * 1e9)
-
-
-def _traceparent(span: Span) -> str:
-    carrier: dict[str, str] = {}
-    _W3C.inject(carrier, trace.set_span_in_context(span, Context()))
-    return carrier.get("traceparent", "")
+    def _at(self, seconds: float) -> int:
+        """In Unix time, in nanoseconds; what another machine's clock puts after the end is cut."""
+        return self._arrived_ns + round(min(seconds, self._ended_s) * 1e9)
 
 
 def _context(traceparent: str) -> trace.SpanContext:

@@ -6,19 +6,25 @@ round, for machines drift; the median of these ratios is the result. Small pictu
 are the worst case: nearly nothing is painted for each call that is counted. Processor time is
 compared as well, which other programs on the machine disturb less.
 
+Traces are begun and ended on the engine's own thread, and sent from its process to a collector that
+decodes them: in a served application that is all up to the gateway, in another process.
+
 Then what the gateway does with a request and with a scrape, per piece.
 """
 
 import asyncio
 import json
+import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,14 +33,17 @@ from typing import Annotated, Any
 import typer
 from starlette.types import Receive, Scope, Send
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
+from serve_app.engine.events import Completed, Event, Step, Timeline
 from serve_app.engine.meter import Meter
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import FRESH, GenerationParams, Standing
 from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.request import EventCallback
 from serve_app.gateway.exposition import exposition
-from serve_app.gateway.record import Recorder, record_of
+from serve_app.gateway.record import Record, Recorder, record_of
 from serve_app.gateway.schemas import Timings
+from serve_app.gateway.tracing import Tracing
 from serve_app.metrics import Report, report
 
 LEAST = 0.98
@@ -87,6 +96,63 @@ WAYS: dict[str, Way] = {
     "metrics, scraped every second": _scraped,
 }
 """Each is a context in which the engine is watched so; the first is what others are compared to."""
+
+
+SCOPE = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/images/generations",
+    "headers": [(b"x-request-id", b"an-id"), (b"user-agent", b"a client")],
+}
+
+
+@contextmanager
+def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
+    submit = engine.submit
+
+    def traced(
+        params: GenerationParams, on_event: EventCallback, standing: Standing = FRESH
+    ) -> int:
+        record = Record("an-id", pictures=(params.resolved(engine.info),))
+        trace = tracing.begin(SCOPE, record)
+
+        def hear(event: Event) -> None:
+            if isinstance(event, Timeline):
+                record.timelines[params.seed] = event
+            if isinstance(event, Completed):
+                timeline = record.timelines[params.seed]
+                parts_s = (*timeline.parts_s, event.result.decode_s)
+                record.timelines[params.seed] = replace(timeline, parts_s=parts_s)
+                trace.end()
+            on_event(event)
+
+        return submit(params, hear, replace(standing, trace=record.traceparent))
+
+    watched: Any = engine
+    watched.submit = traced
+    try:
+        yield
+    finally:
+        del watched.submit
+
+
+@contextmanager
+def _tracing() -> Iterator[Tracing]:
+    """To a collector that is a process of its own."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.collector"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as collector:
+        assert collector.stdout is not None
+        os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = collector.stdout.readline().strip()
+        tracing = Tracing.to_collector(AppConfig(), "benchmark")
+        try:
+            yield tracing
+        finally:
+            tracing.close()
+            collector.communicate()  # which ends it
 
 
 @dataclass(frozen=True)
@@ -184,27 +250,30 @@ def _median_s(do: Callable[[], object], times: int = 30) -> float:
     return statistics.median(taken)
 
 
-def request_s(times: int = 2_000) -> float:
-    """What keeping a record adds to a request in the gateway, its log line's handlers apart."""
+def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
+    """What keeping a record adds to a request in the gateway, its log line's handlers apart.
+
+    With the trace of one picture in twenty steps, if it is traced.
+    """
+    picture = GenerationParams("a red circle", 1, width=64, height=64, num_inference_steps=20)
+    steps = tuple(Step(0.01 * number, 16) for number in range(20))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
+        if record.sampled:
+            record.pictures = (picture,)
+            record.timelines[picture.seed] = Timeline((0.0, 0.0, 0.2, 0.0), steps)
         record.completed(
             Timings(queue_s=0, encode_s=0, denoise_s=1, decode_s=0, response_s=0, total_s=1)
         )
 
     async def all_of_them() -> float:
-        recorder: Any = Recorder(app, "observed", ["/v1/images/generations"])
+        watched = app if tracing is None else tracing.middleware(app)
+        recorder: Any = Recorder(watched, "observed", ["/v1/images/generations"])
         waited: Any = None
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": "/v1/images/generations",
-            "headers": [(b"x-request-id", b"an-id")],
-        }
         started_at = time.perf_counter()
         for _ in range(times):
-            await recorder(dict(scope), waited, waited)
+            await recorder(dict(SCOPE), waited, waited)
         return (time.perf_counter() - started_at) / times
 
     return asyncio.run(all_of_them())
@@ -238,9 +307,11 @@ def main(
     """Compare the ways with the bundled model on the CPU."""
     model = ModelConfig(id="demo", device="cpu")
     config = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
-    with Engine(LoadedPipeline.load(model), model, config) as engine:
-        rows = [row for load in LOADS for row in compare(engine, load, rounds, WAYS)]
+    with Engine(LoadedPipeline.load(model), model, config) as engine, _tracing() as tracing:
+        ways = WAYS | {"metrics and traces": partial(_traced, tracing)}
+        rows = [row for load in LOADS for row in compare(engine, load, rounds, ways)]
         reporting_s = _median_s(partial(report, "engine", "a"))
+        traced_s = request_s(tracing)
     rendering = {replicas: exposition_s(replicas) for replicas in (1, 10, 100)}
     record_s, meter_s = request_s(), metering_s()
     print(_shown(rows))
@@ -249,6 +320,7 @@ def main(
     for replicas, (seconds, size) in rendering.items():
         print(f"the text of {replicas} replicas: {1000 * seconds:.1f} ms, {size / 1024:.0f} KiB")
     print(f"a record of a request in the gateway: {1e6 * record_s:.0f} us")
+    print(f"the same with its trace: {1e6 * traced_s:.0f} us")
     worst = min(row.throughput for row in rows)
     print(f"at least {LEAST:.0%} of the throughput: {'met' if worst >= LEAST else 'missed'}")
     if out is not None:
@@ -263,6 +335,7 @@ def main(
                 for replicas, (seconds, size) in rendering.items()
             },
             "record_s": record_s,
+            "traced_s": traced_s,
         }
         out.write_text(json.dumps(figures, indent=1) + "\n")
 
