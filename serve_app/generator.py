@@ -108,6 +108,7 @@ class Generator:
 
     def __init__(self, config: AppConfig) -> None:
         log_through_serve()
+        self._replica = serve.get_replica_context().replica_id.unique_id
         gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         check_assigned_gpus(gpu_ids, config.model.device)
         # Imports for the most part; but Ray may have had it waiting for work before.
@@ -176,7 +177,8 @@ class Generator:
                         data = await asyncio.to_thread(_encode_preview, event, params, encoding)
                         yield PartialImage(next(partial_images), data)
                     case Timeline():
-                        timeline, tell_at = event, loop.time() + PLACE_EVERY_S
+                        timeline = replace(event, replica=self._replica)
+                        tell_at = loop.time() + PLACE_EVERY_S
                     case Completed(result):
                         ended = True
                         yield await asyncio.to_thread(_encode_result, result, encoding, timeline)
@@ -204,9 +206,8 @@ class Generator:
 
     async def metrics(self) -> Report:
         """Its figures, for the gateway that was asked for those of all."""
-        replica = serve.get_replica_context().replica_id.unique_id
         # Not on the loop, which hands on the events of all requests.
-        return await asyncio.to_thread(report, "engine", replica)
+        return await asyncio.to_thread(report, "engine", self._replica)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The figures of `EngineLoad`, by name. Called by Serve, for the autoscaling policy."""

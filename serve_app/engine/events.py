@@ -102,6 +102,8 @@ class Timeline:
     steps: tuple[Step, ...] = ()
     mates: tuple[str, ...] = ()
     """`Standing.trace` of others that shared its denoiser calls; of no more than `MOST_MATES`."""
+    replica: str = ""
+    """Whose engine that was, where there are several; the engine does not know."""
 
 
 MOST_MATES = 32

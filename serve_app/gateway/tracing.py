@@ -184,6 +184,8 @@ class RequestTrace:
         parent, several = self._server, len(self._record.pictures) > 1
         if several:
             parent = self._child(parent, "picture", 0.0, {"gen_ai.request.seed": params.seed})
+        if timeline.replica:
+            parent.set_attribute("diffusion_serve.replica", timeline.replica)
         at_s = 0.0
         for part, took_s in zip(_PAINTING, (*timeline.parts_s, math.inf), strict=False):
             if part == "denoise":
@@ -254,6 +256,7 @@ class Announced(SpanExporter):
         self._taken = True
         self._complaint = ""
         self._log = logging.getLogger(type(exporter).__module__)
+        self._log.setLevel(logging.WARNING)  # of each attempt
         self._log.addFilter(self._note)
 
     def _note(self, record: logging.LogRecord) -> bool:

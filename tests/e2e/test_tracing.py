@@ -133,6 +133,7 @@ def test_a_trace_goes_on_from_the_client_through_every_part(
     assert found["diffusion_serve.request_id"] == "the-short-one"
     assert (found["http.response.status_code"], found["gen_ai.request.model"]) == (200, "demo")
     assert (found["diffusion_serve.size"], found["diffusion_serve.steps"]) == ("64x64", 60)
+    assert found["diffusion_serve.replica"]
     assert found["gen_ai.request.seed"] == run.short.json()["data"][0]["seed"]
     assert "red circle" not in str(trace.spans)
     parts = trace.below(server)

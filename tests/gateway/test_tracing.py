@@ -83,7 +83,9 @@ class TracedPainter(FakePainter):
                         encode_s=encode_s,
                         denoise_s=denoise_s,
                         decode_s=decode_s,
-                        timeline=Timeline(PARTS_S[:3], STEPS, MATES) if standing.trace else None,
+                        timeline=Timeline(PARTS_S[:3], STEPS, MATES, "engine-1")
+                        if standing.trace
+                        else None,
                     )
                 yield event
                 if isinstance(event, Queued) and self.told is not None:
@@ -183,6 +185,7 @@ async def test_the_parts_of_a_picture_fill_its_request(painter: TracedPainter) -
         "diffusion_serve.outcome": "completed",
         "diffusion_serve.size": "48x24",
         "diffusion_serve.steps": 3,
+        "diffusion_serve.replica": "engine-1",
     }
     parts = gateway.below(server)
     assert names(parts) == list(PARTS)
@@ -510,6 +513,17 @@ async def test_a_collector_that_is_away_is_said_once(
     assert "OTEL_EXPORTER_OTLP_ENDPOINT" in said[0].getMessage()
     assert "code: 400" in said[0].getMessage()
     assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
+
+
+async def test_who_is_not_there_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracing = tracing_to("http://127.0.0.1:9", monkeypatch, OTEL_EXPORTER_OTLP_TIMEOUT="2.5")
+    await request(tracing)
+    tracing.close()
+    [said] = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
+    assert "127.0.0.1" in said.getMessage()
+    assert "refused" in said.getMessage()
 
 
 async def test_a_queue_that_is_full_drops_spans(
