@@ -135,7 +135,9 @@ def test_adapters_that_cannot_work_are_refused(model: dict[str, object], message
 
 def test_tracing_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_app_config({"gateway": {"tracing": True}}).gateway.tracing
-    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto", None)
+    exporter = "opentelemetry.exporter.otlp.proto.http"
+    monkeypatch.delitem(sys.modules, exporter, raising=False)  # tests that need it came before
+    monkeypatch.setitem(sys.modules, exporter.rpartition(".")[0], None)
     with pytest.raises(ConfigError, match=r"pip install 'diffusion-serve\[tracing\]'"):
         parse_app_config({"gateway": {"tracing": True}})
     assert not parse_app_config({}).gateway.tracing
