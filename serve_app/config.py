@@ -30,6 +30,9 @@ DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
 """Of the environment: entries of API keys."""
 
+KEYS_PATH_VARIABLE = "DIFFUSION_SERVE_KEYS_PATH"
+"""Of the environment: a file with such entries, where gateway.keys_path names none."""
+
 WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
 """What a Serve config names to have replicas scaled by the work that waits."""
 
@@ -247,7 +250,8 @@ class GatewayConfig(_Config):
     keys_path: str | None = Field(
         None,
         description="File with the API keys that are let in; `diffusion-serve key` writes entries "
-        f"for it. The environment variable {KEYS_VARIABLE} holds such entries, too.",
+        f"for it. The environment variable {KEYS_PATH_VARIABLE} names one as well, for containers "
+        f"where it is mounted, and {KEYS_VARIABLE} holds such entries itself.",
     )
     max_hold_s: float = Field(
         300.0,
@@ -259,7 +263,8 @@ class GatewayConfig(_Config):
 
     @property
     def keys_file(self) -> Path | None:
-        return None if self.keys_path is None else Path(self.keys_path).expanduser()
+        path = self.keys_path or os.environ.get(KEYS_PATH_VARIABLE)
+        return Path(path).expanduser() if path else None
 
 
 def keys_in_environment() -> str | None:

@@ -8,6 +8,7 @@ from serve_app.config import (
     DEMO_MODEL_DIR,
     WORK_POLICY,
     AppConfig,
+    GatewayConfig,
     ModelConfig,
     check_model_folder,
     parse_app_config,
@@ -17,7 +18,11 @@ from serve_app.config import (
 )
 from serve_app.errors import ConfigError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")
+    if path.name != "kustomization.yaml"
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -130,3 +135,10 @@ def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
 def test_adapters_that_cannot_work_are_refused(model: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_app_config({"model": model})
+
+
+def test_a_file_of_keys_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GatewayConfig().keys_file is None
+    monkeypatch.setenv("DIFFUSION_SERVE_KEYS_PATH", "/etc/diffusion-serve/keys.yaml")
+    assert GatewayConfig().keys_file == Path("/etc/diffusion-serve/keys.yaml")
+    assert GatewayConfig(keys_path="/mine.yaml").keys_file == Path("/mine.yaml")
