@@ -1,5 +1,6 @@
 # make serve       a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml, HOST=127.0.0.1)
 # make manifests   every overlay of cluster/, rendered into build/manifests/
+# make dashboards  Grafana's dashboards and Prometheus' rules, written into build/
 # make test        lint, types, import contract and all tests
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ CONFIG ?= configs/demo.yaml
 HOST ?= 127.0.0.1
 BIN := .venv/bin
 
-.PHONY: install serve manifests test lint types imports tests clean
+.PHONY: install serve manifests dashboards test lint types imports tests clean
 
 install: .venv/installed
 
@@ -34,6 +35,10 @@ manifests: .venv/tested
 	for overlay in $(OVERLAYS); do \
 		$(BIN)/kubectl kustomize cluster/overlays/$$overlay > build/manifests/$$overlay.yaml || exit 1; \
 	done
+
+dashboards: install
+	$(BIN)/python -m monitoring.dashboards build/dashboards
+	$(BIN)/python -m monitoring.rules > build/rules.yaml
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed

@@ -49,6 +49,7 @@ PORTS = {
 SECRETS = {
     "api-keys": {"keys.yaml"},
     "hugging-face": {"token"},
+    "prometheus-api-key": {"key"},
     "ray-auth-token": {"auth_token"},
     "redis": {"password"},
     "diffusion-serve-tls": {"tls.crt", "tls.key"},
@@ -455,6 +456,8 @@ def _secret_references(
         elif isinstance(node, dict):
             if "secretKeyRef" in node:
                 yield where, node["secretKeyRef"]["name"], node["secretKeyRef"]["key"]
+            if "credentials" in node:  # of a monitor
+                yield where, node["credentials"]["name"], node["credentials"]["key"]
             if "secretName" in node:
                 yield where, node["secretName"], None
             for name, child in node.items():
