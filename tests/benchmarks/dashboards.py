@@ -73,7 +73,7 @@ def main(
     }
     print(json.dumps(figures, indent=2))
     if output is not None:
-        text = json.dumps({"hardware": hardware(), "figures": figures}, indent=2)
+        text = json.dumps({"hardware": hardware("cpu"), "figures": figures}, indent=2)
         output.write_text(f"{text}\n", encoding="utf-8")
 
 

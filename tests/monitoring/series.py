@@ -12,8 +12,10 @@ FOREIGN = {
     "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": "dcgm-exporter",
     "diffusion_serve_device_memory_bytes": "replicas on a GPU",
     "kuberay_service_condition_ready": "the KubeRay operator",
+    "ray_cluster_failed_nodes": "Ray's autoscaler, of a node that failed",
+    "ray_cluster_pending_nodes": "Ray's autoscaler, of a node that is coming",
 }
-"""Series that a demo on a machine without a GPU cannot have, with who exports them."""
+"""Series that a demo on one machine without a GPU cannot have, with who exports them."""
 
 _NO_SERIES = (
     r'"[^"]*"',  # texts
