@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 
 import numpy as np
@@ -45,14 +46,21 @@ def _pin(name: str) -> str:
     return version
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Gone afterwards: an installation is gigabytes."""
+    with TemporaryDirectory(prefix="image-") as name:
+        yield Path(name)
+
+
 @pytest.mark.timeout(900)
 def test_the_steps_of_the_image_make_an_installation_that_paints(
-    tmp_path: Path, dockerfile: Dockerfile, ignored: Ignored, report: Callable[[str], None]
+    folder: Path, dockerfile: Dockerfile, ignored: Ignored, report: Callable[[str], None]
 ) -> None:
     """Target cpu, with torch from wherever pip finds it: an empty TORCH_INDEX, as gpu has it."""
-    _needs_packages(tmp_path / "reached")
+    _needs_packages(folder / "reached")
     started_at = monotonic()
-    build = Build(dockerfile, ROOT, ignored, tmp_path, {"TORCH_INDEX": ""})
+    build = Build(dockerfile, ROOT, ignored, folder, {"TORCH_INDEX": ""})
     build.perform("cpu")
     installed_at = monotonic()
 
