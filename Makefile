@@ -25,7 +25,7 @@ serve: install
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,plan,quantize]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize]'
 	touch $@
 
 test: lint types imports tests
