@@ -13,13 +13,19 @@ _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
 def read_overlay(text: str, name: str) -> list[Object]:
-    """The objects of a rendered manifest. Raises `ConfigError` unless there is a RayService."""
+    """The objects of a rendered manifest. Raises `ConfigError` without a whole RayService."""
     try:
         objects = [one for one in yaml.safe_load_all(text) if one]
     except yaml.YAMLError as error:
         raise ConfigError(f"{name} is not YAML: {error}") from None
     objects = [one for one in objects if isinstance(one, dict) and one.get("kind")]
-    if not any(one["kind"] == "RayService" for one in objects):
+    services = [one for one in objects if one["kind"] == "RayService"]
+    for service in services:
+        if not (
+            isinstance(service.get("spec"), dict) and "name" in (service.get("metadata") or {})
+        ):
+            raise ConfigError(f"{name} has a RayService without metadata.name or without spec.")
+    if not services:
         raise ConfigError(
             f"{name} has no RayService; render the overlay first: `kubectl kustomize "
             "cluster/overlays/production`."

@@ -6,6 +6,7 @@ the way: no kubeconfig, nobody there, no rights.
 
 import json
 import re
+from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -216,3 +217,16 @@ def images(workload: Object) -> list[str]:
     """Of a deployment's or daemonset's containers."""
     containers = workload["spec"]["template"]["spec"]["containers"]
     return [str(container.get("image", "")) for container in containers]
+
+
+def amount_of(quantity: str | int | float) -> Decimal:
+    """Of a resource, as `500m` or `32Gi`. Raises `ConfigError` for what a manifest has wrong."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    try:
+        amount: Decimal = parse_quantity(quantity)
+    except ValueError:
+        raise ConfigError(
+            f"{quantity!r} is no amount of a resource; Kubernetes writes 500m, 2 or 32Gi."
+        ) from None
+    return amount

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from serve_app.doctor.kube import Object
+from serve_app.doctor.kube import Object, amount_of
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ def unmet(pod: Object, node: Object) -> list[str]:
         ]
         for term in terms
     ]
-    if unmet_terms and all(unmet_terms):
-        nearest_term = min(unmet_terms, key=len)
-        missing += nearest_term
+    nearest_term = min(unmet_terms, key=len, default=[])
+    missing += nearest_term
     return missing
 
 
@@ -166,7 +165,7 @@ def _requests(container: Object) -> dict[str, Decimal]:
     resources = container.get("resources") or {}
     # A limit without a request is one, too.
     both = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
-    return {name: _amount(amount) for name, amount in both.items()}
+    return {name: amount_of(amount) for name, amount in both.items()}
 
 
 def lacking(wanted: Mapping[str, Decimal], node: Object) -> list[str]:
@@ -178,7 +177,7 @@ def lacking(wanted: Mapping[str, Decimal], node: Object) -> list[str]:
 def allocatable(node: Object) -> dict[str, Decimal]:
     """What pods can have of the node."""
     offered = (node.get("status") or {}).get("allocatable") or {}
-    return {name: _amount(amount) for name, amount in offered.items()}
+    return {name: amount_of(amount) for name, amount in offered.items()}
 
 
 def gpus(node: Object) -> dict[str, int]:
@@ -188,10 +187,3 @@ def gpus(node: Object) -> dict[str, int]:
         for name, amount in allocatable(node).items()
         if (name == "nvidia.com/gpu" or name.startswith("nvidia.com/mig-")) and amount > 0
     }
-
-
-def _amount(quantity: str | int | float) -> Decimal:
-    from kubernetes.utils.quantity import parse_quantity
-
-    amount: Decimal = parse_quantity(quantity)
-    return amount

@@ -211,7 +211,10 @@ def test_pods_that_cannot_be_made_are_shown(api: FakeApi, kubeconfig: Path) -> N
         "reason": "FailedCreateWorkerPod",
         "message": 'tolerations[0].effect: Unsupported value: "NoSchedul"',
     }
-    fine = {"metadata": {"name": "ok", "namespace": "pictures"}}
+    fine = {
+        "metadata": {"name": "ok", "namespace": "pictures"},
+        "status": {"conditions": [failure | {"status": "False"}]},
+    }
     broken = {
         "metadata": {"name": "sdxl-1", "namespace": "pictures"},
         "status": {"conditions": [failure]},
@@ -240,7 +243,12 @@ def test_another_version_of_ray_is_warned_of(api: FakeApi, kubeconfig: Path) -> 
         ([plugin(2, 1)], "failed", "ready on 1 of 2 nodes", "no driver"),
         ([plugin(0, 0)], "warning", "ready on 0 of 0 nodes", "selects no node"),
         ([], "warning", "though nodes offer GPUs", "Some providers"),
-        ([plugin(name="nvdp-gpu-feature-discovery")], "warning", "no daemonset", "Some providers"),
+        (
+            [plugin(name="nvdp-nvidia-device-plugin-gpu-feature-discovery")],
+            "warning",
+            "no daemonset",
+            "Some providers",
+        ),
         ([plugin(name="nvidia-device-plugin-daemonset")], "ok", "ready on 1 of 1", ""),
     ],
 )
@@ -398,19 +406,28 @@ def test_a_group_that_starts_empty_may_wait_for_its_nodes(api: FakeApi, kubeconf
 
 
 def test_an_overlay_is_compared_before_it_is_applied(api: FakeApi, kubeconfig: Path) -> None:
+    assert _look(kubeconfig, namespace="other")["pods' places"].outcome == "warning"
     api.put("rayservices.ray.io")
     assert _look(kubeconfig)["pods' places"].outcome == "warning"
-    assert _look(kubeconfig, namespace="other")["pods' places"].outcome == "warning"
     findings = _look(kubeconfig, overlay=[service(pod={"tolerations": []})])
     assert findings["sdxl gpu"].outcome == "failed"
     assert "pods' places" not in findings
 
 
+def test_an_amount_that_is_none_is_a_mistake_of_the_manifest(kubeconfig: Path) -> None:
+    limits = {"memory": "32 GB"}
+    wrong = service(pod={"containers": [{"name": "w", "resources": {"limits": limits}}]})
+    with pytest.raises(ConfigError, match="'32 GB' is no amount"):
+        _look(kubeconfig, overlay=[wrong])
+
+
 def test_an_overlay_is_rendered_first() -> None:
-    text = "kind: Namespace\n---\nkind: RayService\nmetadata: {name: x}\n---\n"
+    text = "kind: Namespace\n---\nkind: RayService\nmetadata: {name: x}\nspec: {}\n---\n"
     assert [one["kind"] for one in read_overlay(text, "x.yaml")] == ["Namespace", "RayService"]
     with pytest.raises(ConfigError, match="kubectl kustomize"):
         read_overlay("kind: Kustomization\n", "kustomization.yaml")
+    with pytest.raises(ConfigError, match="without spec"):
+        read_overlay("kind: RayService\nmetadata: {name: x}\n", "x.yaml")
     with pytest.raises(ConfigError, match="is not YAML"):
         read_overlay("{", "x.yaml")
 
