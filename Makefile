@@ -37,7 +37,7 @@ manifests: .venv/tested
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,plan,quantize]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize]'
 	touch $@
 
 test: lint types imports tests
