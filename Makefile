@@ -42,7 +42,7 @@ dashboards: install
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,plan,quantize]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize]'
 	touch $@
 
 test: lint types imports tests

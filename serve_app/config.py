@@ -281,6 +281,21 @@ def painting_environment() -> dict[str, str]:
     return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PAINTING)}
 
 
+_OF_THE_MACHINE = (
+    "CUDA_MPS_PIPE_DIRECTORY",
+    "CUDA_VISIBLE_DEVICES",
+    "KUBERNETES_SERVICE_HOST",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "RAY_ADDRESS",
+)
+
+
+def machine_environment() -> dict[str, str]:
+    """What the environment says of GPUs, of Kubernetes, and of a Ray cluster to join."""
+    return {name: os.environ[name] for name in _OF_THE_MACHINE if name in os.environ}
+
+
 class AppConfig(_Config):
     """The arguments of `serve_app.app.build`, under ``args`` in a Serve config file."""
 
@@ -318,17 +333,31 @@ def read_autoscaling(path: Path, deployment: str) -> list[dict[str, Any]]:
     """
     found = []
     for application in _applications(path):
-        deployments = application.get("deployments") or []
-        if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
-            raise ConfigError(f"{path}: deployments must be a list of mappings.")
-        matching = (one for one in deployments if one.get("name") == deployment)
-        named: dict[str, Any] = next(matching, {})
+        named = _deployment(path, application, deployment)
         scaling = named.get("autoscaling_config") or {}
         if not isinstance(scaling, dict) or not isinstance(scaling.get("policy") or {}, dict):
             raise ConfigError(f"{path}: autoscaling_config and its policy must be mappings.")
         if not scaling and "num_replicas" in named:
             scaling = dict.fromkeys(("min_replicas", "max_replicas"), named["num_replicas"])
         found.append(scaling)
+    return found
+
+
+def read_num_gpus(path: Path, deployment: str) -> list[float | None]:
+    """GPUs that a replica of it asks Ray for, in each application of ours; None where unsaid.
+
+    Raises:
+        ConfigError: if the file cannot be read, or one of them is no number.
+    """
+    found: list[float | None] = []
+    for application in _applications(path):
+        options = _deployment(path, application, deployment).get("ray_actor_options") or {}
+        number = options.get("num_gpus") if isinstance(options, dict) else options
+        if not (number is None or (isinstance(number, int | float) and number >= 0)):
+            raise ConfigError(
+                f"{path}: ray_actor_options.num_gpus must be a number of GPUs; it is {number!r}."
+            )
+        found.append(number)
     return found
 
 
@@ -367,6 +396,16 @@ def _applications(path: Path) -> list[dict[str, Any]]:
             "examples."
         )
     return ours
+
+
+def _deployment(path: Path, application: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What ``application`` sets of that deployment; empty if nothing."""
+    deployments = application.get("deployments") or []
+    if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
+        raise ConfigError(f"{path}: deployments must be a list of mappings.")
+    matching = (one for one in deployments if one.get("name") == name)
+    named: dict[str, Any] = next(matching, {})
+    return named
 
 
 def parse_app_config(value: object) -> AppConfig:

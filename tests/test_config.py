@@ -17,15 +17,10 @@ from serve_app.config import (
     read_serve_config,
 )
 from serve_app.errors import ConfigError
-
-CONFIGS = sorted(
-    path
-    for path in (Path(__file__).parents[1] / "configs").glob("*.yaml")
-    if path.name != "kustomization.yaml"
-)
+from tests.serve_configs import SERVE_CONFIGS
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda path: path.name)
 def test_the_shipped_configs_are_right(path: Path) -> None:
     [config] = read_serve_config(path)
     check_model_folder(config.model)
