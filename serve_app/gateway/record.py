@@ -62,7 +62,7 @@ class Record:
 
 def record_of(scope: Scope) -> Record:
     """Of the request with this scope; one that nobody reads if it is not for pictures."""
-    record = scope.setdefault("state", {}).get("record")
+    record = scope.get("state", {}).get("record")
     return record if isinstance(record, Record) else Record(request_id(scope))
 
 
@@ -114,7 +114,7 @@ class Recorder:
         exemplar = {"request_id": record.request_id} if plain else None
         if record.first_partial_s is not None:
             self._first_partial.observe(record.first_partial_s, exemplar)
-        if record.timings is not None:
+        if record.outcome == "completed" and record.timings is not None:
             timings = record.timings.until(record.age_s)
             self._request.observe(timings.total_s, exemplar)
             for part, seconds in timings.parts().items():
