@@ -1,6 +1,6 @@
 """Draws the dashboards where there is no Grafana, from the same queries of the same Prometheus.
 
-``python -m monitoring.draw http://127.0.0.1:9090 build/dashboards``. Needs matplotlib, from the
+``python -m monitoring.draw http://127.0.0.1:9090 build/pictures``. Needs matplotlib, from the
 extra ``plan``.
 """
 

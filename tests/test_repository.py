@@ -60,7 +60,14 @@ def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [Path("README.md"), Path("serve_app/demo/model/README.md")], ids=str
+    "path",
+    [
+        Path("README.md"),
+        Path("docs/runbook.md"),
+        Path("cluster/components/monitoring/README.md"),
+        Path("serve_app/demo/model/README.md"),
+    ],
+    ids=str,
 )
 def test_links_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / path).read_text())

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from monitoring.dashboards import DASHBOARDS
@@ -26,7 +27,7 @@ RATE_S = 15.0
 
 def main(
     seconds: float = 120,
-    folder: Annotated[Path, typer.Option(help="For the pictures.")] = Path("build/dashboards"),
+    folder: Annotated[Path, typer.Option(help="For the pictures.")] = Path("build/pictures"),
     output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
 ) -> None:
     """Print what was seen."""
@@ -73,7 +74,7 @@ def main(
     }
     print(json.dumps(figures, indent=2))
     if output is not None:
-        text = json.dumps({"hardware": hardware("cpu"), "figures": figures}, indent=2)
+        text = json.dumps({"hardware": hardware(torch.device("cpu")), "figures": figures}, indent=2)
         output.write_text(f"{text}\n", encoding="utf-8")
 
 
