@@ -79,6 +79,12 @@ def test_every_query_shows_what_is_exported(watched: Watched) -> None:
     assert not empty
 
 
+def test_a_client_that_hangs_up_is_no_failure(watched: Watched) -> None:
+    outcomes = watched.prometheus.get("label/outcome/values")
+    assert "cancelled" in outcomes
+    assert not {"internal_error", "generation_failed"} & set(outcomes)
+
+
 def test_alerts_are_looked_at_and_stay_quiet(watched: Watched) -> None:
     groups = watched.prometheus.get("rules", type="alert")["groups"]
     looked_at = {rule["name"]: rule for group in groups for rule in group["rules"]}
