@@ -8,7 +8,7 @@ alerts that had something to say, and draws the pages. tests/monitoring checks i
 import json
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -70,12 +70,18 @@ def main(
         "of_series_that_others_export": len(foreign),
         "without_data": [expr for expr in without if expr not in foreign],
         "alerts": len(alerts()),
-        "alerts_pending_or_firing": [one["metric"] for one in said],
+        "alerts_pending_at_some_time": _names(said, "pending"),
+        "alerts_fired": _names(said, "firing"),
     }
     print(json.dumps(figures, indent=2))
     if output is not None:
         text = json.dumps({"hardware": hardware(torch.device("cpu")), "figures": figures}, indent=2)
         output.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _names(said: list[dict[str, Any]], state: str) -> list[str]:
+    labels = [one["metric"] for one in said]
+    return sorted(one["alertname"] for one in labels if one["alertstate"] == state)
 
 
 if __name__ == "__main__":
