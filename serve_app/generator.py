@@ -27,6 +27,7 @@ from serve_app.engine.events import (
 )
 from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import ConfigError
+from serve_app.metrics import Report, report
 from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,8 @@ def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encodi
 
 
 def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage:
-    width, height = result.image.size
+    width, height = result.image.size  # waits for the device to be done with it
+    rest_s = time.perf_counter() - result.ended_at
     return EncodedImage(
         encoding.encode(result.image),
         result.params.seed,
@@ -80,8 +82,9 @@ def _encode_result(result: GenerationResult, encoding: Encoding) -> EncodedImage
         result.warnings,
         result.prompt_tokens,
         result.queue_s,
+        result.encode_s,
         result.denoise_s,
-        result.decode_s,
+        result.decode_s + rest_s,
     )
 
 
@@ -181,6 +184,12 @@ class Generator:
     async def stats(self) -> EngineStats:
         """A snapshot of the engine, for people who look into a replica."""
         return self._engine.stats()
+
+    async def metrics(self) -> Report:
+        """Its figures, for the gateway that was asked for those of all."""
+        replica = serve.get_replica_context().replica_id.unique_id
+        # Not on the loop, which hands on the events of all requests.
+        return await asyncio.to_thread(report, "engine", replica)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """The figures of `EngineLoad`, by name. Called by Serve, for the autoscaling policy."""

@@ -109,12 +109,12 @@ def test_a_key_is_made_and_only_its_hash_is_written(tmp_path: Path) -> None:
         with path.open("a") as file:
             file.write(made.stdout)
     keys = KeyRing(path, None)
-    assert [keys.enter(f"Bearer {secret}") for secret in secrets] == [
+    assert [keys.enter(keys.recognise(f"Bearer {secret}")) for secret in secrets] == [
         ("mobile app", "interactive"),
         ("nightly", "batch"),
     ]
     with pytest.raises(InvalidKey):
-        keys.enter("Bearer sk-guessed")
+        keys.recognise("Bearer sk-guessed")
     for option, value in (("max-concurrent", "0"), ("priority", "high")):
         wrong = CliRunner().invoke(cli, ["key", "x", f"--{option}", value])
         assert wrong.exit_code == 2

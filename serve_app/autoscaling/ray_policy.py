@@ -30,6 +30,15 @@ from serve_app.autoscaling.policy import (
     decide,
 )
 from serve_app.errors import ConfigError
+from serve_app.metrics import (
+    DECISIVE_TERM,
+    FORECAST_REPLICAS,
+    MEASURED_COLD_START,
+    NEEDED_REPLICAS,
+    RAY_GAUGES,
+    WAITING,
+    WANTED_REPLICAS,
+)
 from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
@@ -124,40 +133,18 @@ class _Gauges:
     """The last decision as metrics: on Ray's port, for the controller has no other."""
 
     def __init__(self) -> None:
-        prefix, tags = "diffusion_serve_autoscaling", ("application", "deployment")
-        self._wanted = Gauge(
-            f"{prefix}_wanted_replicas", "Replicas that the policy wants.", tag_keys=tags
-        )
-        self._by = Gauge(
-            f"{prefix}_needed_replicas",
-            "Replicas that arriving work needs, or waiting work, before a surplus is held.",
-            tag_keys=(*tags, "by"),
-        )
-        self._term = Gauge(
-            f"{prefix}_term", "1 for what the decision came from.", tag_keys=(*tags, "term")
-        )
-        self._inputs = {
-            "forecast": Gauge(
-                f"{prefix}_forecast_replicas",
-                "Replicas that will be kept busy when one asked for now is there.",
-                tag_keys=tags,
-            ),
-            "waiting_s": Gauge(
-                f"{prefix}_waiting_seconds", "Work that waits, of one replica.", tag_keys=tags
-            ),
-            "cold_start_s": Gauge(
-                f"{prefix}_cold_start_seconds",
-                "From asking for a replica until it paints, as measured, or else as configured.",
-                tag_keys=tags,
-            ),
+        self._gauges = {
+            one: Gauge(one.name, one.documentation, tag_keys=one.labels) for one in RAY_GAUGES
         }
 
     def set(self, decision: Decision, ctx: AutoscalingContext) -> None:
         tags = {"application": ctx.app_name or "", "deployment": ctx.deployment_name}
-        self._wanted.set(decision.replicas, tags)
+        gauges, inputs = self._gauges, decision.inputs
+        gauges[WANTED_REPLICAS].set(decision.replicas, tags)
         for by in ("arrivals", "backlog"):
-            self._by.set(decision.inputs[f"by_{by}"], tags | {"by": by})
+            gauges[NEEDED_REPLICAS].set(inputs[f"by_{by}"], tags | {"by": by})
         for term in get_args(Term):
-            self._term.set(term == decision.term, tags | {"term": term})
-        for name, gauge in self._inputs.items():
-            gauge.set(decision.inputs[name], tags)
+            gauges[DECISIVE_TERM].set(term == decision.term, tags | {"term": term})
+        gauges[FORECAST_REPLICAS].set(inputs["forecast"], tags)
+        gauges[WAITING].set(inputs["waiting_s"], tags)
+        gauges[MEASURED_COLD_START].set(inputs["cold_start_s"], tags)

@@ -69,10 +69,15 @@ class Adapters:
                         getattr(layer, part).to(layer.weight.dtype).requires_grad_(False)
         self._set(())
 
-    def switch(self, wanted: AdapterSet) -> None:
-        """Let these act, and no others. Costs a few microseconds for each layer that has any."""
-        if wanted != self._active:
-            self._set(wanted)
+    def switch(self, wanted: AdapterSet) -> bool:
+        """Let these act, and no others; whether others did before.
+
+        Costs a few microseconds for each layer that has any.
+        """
+        if wanted == self._active:
+            return False
+        self._set(wanted)
+        return True
 
     def _set(self, wanted: AdapterSet) -> None:
         keys = [self._keys[name] for name, _ in wanted]

@@ -49,5 +49,12 @@ class EncodedImage:
     warnings: tuple[str, ...] = ()
     prompt_tokens: int = 0
     queue_s: float = 0.0
+    encode_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
+    """Until the pixels were off the device; the others as `GenerationResult` has them."""
+
+    @property
+    def painted_s(self) -> float:
+        """From its sending to its pixels."""
+        return self.queue_s + self.encode_s + self.denoise_s + self.decode_s

@@ -38,6 +38,7 @@ from serve_app.engine.events import (
     Queued,
 )
 from serve_app.engine.forecast import Forecast, Work
+from serve_app.engine.meter import Memory, Meter, State
 from serve_app.engine.params import FRESH, AdapterSet, GenerationParams, ModelInfo, Standing
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.preview import PreviewMap
@@ -58,7 +59,6 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
-from serve_app.metrics import BACKLOG, FORECAST_ERROR, REFUSALS, SHARING, SHARING_DIFFERENCE
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,21 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def _uuid(device: torch.device) -> str:
+    """Of the GPU, as NVIDIA's tools have it."""
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
+def _memory(device: torch.device, kind: Memory) -> int:
+    """In bytes."""
+    if kind == "used":
+        return torch.cuda.memory_allocated(device)
+    if kind == "reserved":
+        return torch.cuda.memory_reserved(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return free if kind == "free" else total
+
+
 def _check_device(error: BaseException) -> None:
     """Raise ``error`` if it means that this process can use its device no more.
 
@@ -144,10 +159,12 @@ class Engine:
         config: EngineConfig | None = None,
         policy: RankedPolicy | None = None,
         start: ColdStart | None = None,
+        meter: Meter | None = None,
     ) -> None:
         """Start the engine's thread and wait until the pipeline is certified.
 
-        ``start`` is a stopwatch that runs already, if the model was loaded for this engine.
+        ``start`` is a stopwatch that runs already, if the model was loaded for this engine;
+        ``meter`` is told what it does.
 
         Raises:
             ModelLoadError: if the pipeline cannot paint.
@@ -156,7 +173,6 @@ class Engine:
         """
         self._pipeline = pipeline
         self._config = config or EngineConfig()
-        self._model_id = model.id
         self._speed = model.speed
         self._cost = CostModel(self._config.max_batch_size)
         self._policy = Yielding(policy or POLICIES[self._config.scheduling]())
@@ -167,6 +183,7 @@ class Engine:
         self._previews: PreviewMap | None
         self._prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
         self._start = start or ColdStart()
+        self._meter = meter or Meter(model.id)
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -181,6 +198,8 @@ class Engine:
         self._cramped: list[Request] = []  # those that wait for memory
         self._stage_s = 0.0  # for decoding since the last denoiser call, as predicted
         self._call_s = 0.0  # for that call
+        self._called_at = math.inf  # when the last call of a network was done, or the first came
+        self._in_call = 0  # requests in the last denoiser call
         self._by_number: dict[int, Request] = {}
         self._ticks = 0
         self._steps = 0
@@ -231,6 +250,10 @@ class Engine:
             ) from None
         self.cold_start_s = self._start.total_s
         self._start.report(model.id)
+        on_gpu = pipeline.device.type == "cuda"
+        self._meter.runs_on(self.info.device, _uuid(pipeline.device) if on_gpu else "")
+        memory = functools.partial(_memory, pipeline.device) if on_gpu else None
+        self._meter.watch(self.demand, self._count, memory)
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
@@ -276,7 +299,8 @@ class Engine:
     def cancel(self, number: int) -> None:
         """Drop a request before its next step. Does nothing if it has already ended."""
         self._note(number, "cancel_requested")
-        self._commands.put(lambda: self._cancel(number))
+        asked_at = time.perf_counter()
+        self._commands.put(lambda: self._cancel(number, asked_at))
 
     def locate(self, number: int) -> None:
         """Have a request report where it stands: `Queued`, or `Progress` with a time to its end."""
@@ -329,6 +353,13 @@ class Engine:
         """What is asked of this engine, for whoever decides how many there are; quick."""
         return self._demand.load(time.perf_counter(), cold_start_s=self.cold_start_s)
 
+    def _count(self, state: State) -> int:
+        """Requests; of whoever is running, those in the call that was last begun."""
+        if state == "queued":
+            return len(self._waiting)
+        in_call = min(self._in_call, len(self._running))
+        return in_call if state == "running" else len(self._running) - in_call
+
     def check(self) -> None:
         """Raise `Unavailable` if the engine no longer works."""
         if not self._thread.is_alive():
@@ -356,9 +387,7 @@ class Engine:
 
     def _report_certificate(self) -> None:
         certificate, name = self._certificate, f"{self.info.id} ({self.info.pipeline})"
-        SHARING.labels(self.info.id).state(certificate.sharing)
-        if certificate.difference is not None:
-            SHARING_DIFFERENCE.labels(self.info.id).set(certificate.difference)
+        self._meter.certified(certificate.sharing, certificate.difference)
         if certificate.sharing == "batched":
             logger.info(
                 "model %s: batching=on, largest difference %.2g", name, certificate.difference
@@ -419,12 +448,15 @@ class Engine:
             idle = not self._waiting and not self._running
             if idle:
                 self._timer.wait()
+                self._in_call = 0
             if idle and self._closing and self._commands.empty():
                 return False
             try:
                 command = self._commands.get(block=idle)
             except queue.Empty:
                 return True
+            if idle:
+                self._called_at = time.perf_counter()
             command()
 
     def _accept(self, request: Request) -> None:
@@ -457,7 +489,6 @@ class Engine:
         self._note(request.number, "queued")
         self._waiting.append(request)
         self._demand.accepted(now, alone_s, task.background)
-        self._report_backlog()
         request.predicted_s = finish_s[index]
         before = sum(other.job is None for other in order[:index])
         self._tell(request, Queued(before, request.predicted_s))
@@ -496,7 +527,7 @@ class Engine:
 
     def _refuse(self, request: Request, reason: Reason, error: DiffusionServeError) -> None:
         self._note(request.number, "refused")
-        REFUSALS.labels(self._model_id, reason).inc()
+        self._meter.refused(reason)
         self._tell(request, Failed(error))
 
     def _locate(self, number: int) -> None:
@@ -538,9 +569,10 @@ class Engine:
             decode_s=cost.predict_decode(size),
         )
 
-    def _cancel(self, number: int) -> None:
+    def _cancel(self, number: int, asked_at: float) -> None:
         if request := self._by_number.get(number):
             self._drop(request, "cancelled", Cancelled("the request was cancelled."))
+            self._meter.cancelled(time.perf_counter() - asked_at)
 
     def _drop(
         self, request: Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
@@ -592,6 +624,7 @@ class Engine:
                 previews_due.remove(step)
                 pixels = self._previews(latents, *request.size)
                 if pixels is not None:
+                    self._meter.previewed()
                     self._tell(request, Preview(step, pixels))
 
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
@@ -658,8 +691,10 @@ class Engine:
             self._cost.observe_stage(site, size, seconds)
             if encoding:
                 request.encode_s += seconds
+                self._meter.encoded(seconds)
             else:
                 request.apart_s += seconds
+                self._meter.decoded(seconds)
 
         try:
             output = self._run(request.call, request.params.lora, took)
@@ -674,6 +709,8 @@ class Engine:
         _check_device(error)
         assert request.job is not None
         others = len(self._running) - len(self._cramped) - 1
+        if isinstance(error, torch.OutOfMemoryError):
+            self._meter.out_of_memory()
         if isinstance(error, torch.OutOfMemoryError) and others:
             logger.warning("request %d waits for memory: %s", request.number, str(error))
             _let_go(error)
@@ -684,8 +721,13 @@ class Engine:
 
     def _run(self, call: Call, adapters: AdapterSet, took: Callable[[float], None]) -> Any:
         """Run the module: what it returns; ``took`` is told the seconds."""
-        self._pipeline.adapters.switch(adapters)
-        return self._timer.run(self._rendezvous.forward, call, took)
+        if self._pipeline.adapters.switch(adapters):
+            self._meter.switched_adapters()
+        self._meter.paused(time.perf_counter() - self._called_at)
+        try:
+            return self._timer.run(self._rendezvous.forward, call, took)
+        finally:
+            self._called_at = time.perf_counter()
 
     def _cap(self, task: Task, within_s: float) -> int:
         request = self._by_number[task.request]
@@ -705,6 +747,7 @@ class Engine:
             if len(batch) == 1:
                 return [error]
             if isinstance(error, torch.OutOfMemoryError):
+                self._meter.out_of_memory()
                 size = self._cost.lower_cap(batch[0].size, len(batch))
             failure = repr(error)
         _free_memory()
@@ -727,7 +770,9 @@ class Engine:
         def took(seconds: float) -> None:
             self._demand.called(alone_s, seconds)
             self._cost.observe_call(size, rows, len(batch), seconds)
+            self._meter.called(size, len(batch), seconds)
 
+        self._in_call = len(batch)
         calls = [request.mergeable for request in batch if request.mergeable]
         adapters = batch[0].params.lora
         if calls:
@@ -776,9 +821,15 @@ class Engine:
                 warnings=request.warnings,
                 prompt_tokens=request.prompt_tokens,
                 queue_s=request.started_at - request.submitted_at,
-                denoise_s=request.denoised_at - request.started_at,
+                encode_s=request.encoded_at - request.started_at,
+                denoise_s=request.denoised_at - request.encoded_at,
                 decode_s=now - request.denoised_at,
+                ended_at=now,
             )
+            self._meter.painted(request.size)
+            if not request.task.background:
+                in_time = now <= request.task.deadline_at
+                self._meter.due(in_time, request.params.deadline_s is not None)
             self._end(request, "completed", Completed(result))
 
     def _learn_from(self, request: Request, took_s: float) -> None:
@@ -790,7 +841,7 @@ class Engine:
             return  # its end was up to the others
         error = self._forecast.observe(request.predicted_s, took_s)
         if error is not None:
-            FORECAST_ERROR.labels(self._model_id).observe(error)
+            self._meter.forecast_off(error)
 
     def _park(self, request: Request, call: Call) -> None:
         task = request.task
@@ -802,6 +853,8 @@ class Engine:
         if request.calls:
             self._cost.observe_between(request.size, request.apart_s)
             request.apart_s = 0.0
+        elif not request.encoded_at:
+            request.encoded_at = time.perf_counter()
         request.mergeable = self._prepared(call)
         if request.mergeable is not None:
             request.rows = float(request.mergeable.length)
@@ -861,14 +914,8 @@ class Engine:
         self._policy.drop(request.task)
         del self._by_number[request.number]
         self._demand.ended(time.perf_counter(), request.task.remaining_s, request.task.background)
-        self._report_backlog()
         self._tell(request, event)
         self._try_cramped_again()
-
-    def _report_backlog(self) -> None:
-        for priority, background in (("interactive", False), ("batch", True)):
-            backlog_s = self._demand.backlog_s(background)
-            BACKLOG.labels(self._model_id, priority).set(backlog_s)
 
     def _try_cramped_again(self) -> None:
         cramped, self._cramped = self._cramped, []

@@ -71,10 +71,14 @@ class GenerationResult(_Pixels):
     """That the model read of the prompt; 0 if its tokenizer is unknown."""
     queue_s: float
     """From its submission to its start."""
+    encode_s: float
+    """From there to its first denoiser call: the prompt, and the picture to start from."""
     denoise_s: float
-    """From there to the end of its last denoiser call, text encoding included."""
+    """From there to the end of its last denoiser call."""
     decode_s: float
     """From there to the finished pixels, which may still be on their way on the device."""
+    ended_at: float
+    """When that was, by `time.perf_counter`: whoever reads the pixels may wait for the device."""
 
 
 @dataclass(frozen=True)

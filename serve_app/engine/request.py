@@ -31,6 +31,8 @@ class Request:
     predicted_s: float = 0.0
     """From then to its end, as it looked then."""
     started_at: float = 0.0
+    encoded_at: float = 0.0
+    """When it came to its first denoiser call."""
     denoised_at: float = 0.0
     """When its last denoiser call so far was done."""
     steps_done: int = 0

@@ -22,11 +22,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from serve_app.engine.params import Priority
 from serve_app.errors import ConfigError, CrossSite, DiffusionServeError, InvalidKey, RateLimited
 from serve_app.gateway.errors import problem_of
+from serve_app.gateway.record import record_of
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY_S = 5.0
 """How often the file is looked at, so that keys can be changed without a restart."""
+
+
+ANONYMOUS = "anonymous"
+"""Everybody, where nobody is asked for a key."""
 
 
 class ApiKey(BaseModel):
@@ -110,17 +115,23 @@ class KeyRing:
         """Whether a key is asked for: also while a file without entries is configured."""
         return bool(self._keys) or self._path is not None
 
-    def enter(self, authorization: str | None) -> Guest:
-        """Whose key it is; his name is for `leave` when the request is done.
+    def recognise(self, authorization: str | None) -> ApiKey | None:
+        """Whose key it is; none where nobody is asked for one.
 
         Raises:
             InvalidKey: without a key that is known.
-            RateLimited: if the key has used what it has.
         """
         self._refresh()
-        if not self:
-            return Guest("anonymous", "interactive")
-        key = self._find(authorization)
+        return self._find(authorization) if self else None
+
+    def enter(self, key: ApiKey | None) -> Guest:
+        """Let its owner in; his name is for `leave` when the request is done.
+
+        Raises:
+            RateLimited: if the key has used what it has.
+        """
+        if key is None:
+            return Guest(ANONYMOUS, "interactive")
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise RateLimited(
                 f"the key {key.name!r} may have {key.max_concurrent} requests at a time.",
@@ -206,7 +217,9 @@ class KeyGuard:
                 raise CrossSite(
                     "a page of another web site may not use this server, which asks for no key."
                 )
-            guest = self._keys.enter(headers.get("authorization"))
+            key = self._keys.recognise(headers.get("authorization"))
+            record_of(scope).guest = ANONYMOUS if key is None else key.name
+            guest = self._keys.enter(key)
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)
             return

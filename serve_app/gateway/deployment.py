@@ -25,7 +25,8 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.replicas import LOOK_EVERY_S, Fleet, Replicas, ask_controller
 from serve_app.gateway.routes import create_api
-from serve_app.metrics import HELD
+from serve_app.gateway.scrape import Scraper
+from serve_app.metrics import HELD, Report
 from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
@@ -229,13 +230,24 @@ class Gateway:
     def __init__(self, config: AppConfig, generator: "DeploymentHandle[Any]") -> None:
         log_through_serve()
         self._config = config
-        self._painter = HandlePainter(generator, config.gateway.max_hold_s)
+        context = serve.get_replica_context()
+        replicas = Replicas(
+            functools.partial(ask_controller, generator.app_name, generator.deployment_name)
+        )
+        self._painter = HandlePainter(generator, config.gateway.max_hold_s, replicas)
+        fellows: DeploymentHandle[Any] = DeploymentHandle(context.deployment, context.app_name)
+        name = context.replica_id.unique_id
+        self._scraper = Scraper(config.model.id, name, fellows, generator, replicas)
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
         if not self._keys and (host := _listens_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self._config, self._painter, self._keys)
+        return create_api(self._config, self._painter, self._keys, self._scraper.gather)
+
+    async def metrics(self) -> Report:
+        """Its figures, for the gateway that was asked for those of all."""
+        return self._scraper.own()
 
 
 def _listens_beyond_loopback() -> str | None:

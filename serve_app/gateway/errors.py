@@ -9,7 +9,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -20,6 +19,7 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
+from serve_app.gateway.record import record_of, request_id
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
@@ -44,11 +44,6 @@ _REASONS = {
 }
 
 
-def request_id(scope: Scope) -> str:
-    """Serve's proxy gives every request an id, the client's own if it sent one, and returns it."""
-    return Headers(scope=scope).get("x-request-id", "none")[:200]
-
-
 @dataclass(frozen=True)
 class Problem:
     """What the client is told of an exception."""
@@ -63,7 +58,10 @@ class Problem:
 
 
 def problem_of(error: Exception, scope: Scope) -> Problem:
-    """What to tell of ``error``. Of what is our fault the log gets the details, not the client."""
+    """What to tell of ``error``, which is put on record.
+
+    Of what is our fault the log gets the details, not the client.
+    """
     given: dict[str, str] = {}
     if isinstance(error, HTTPException):
         given = dict(error.headers or {})
@@ -76,6 +74,7 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
         ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
         status = ours.status
         message = f"The picture could not be made. The server's log tells more of request {number}."
+    record_of(scope).failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
     headers = {}
     if status in (429, 503):

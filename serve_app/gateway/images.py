@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import functools
-import logging
 import math
 import secrets
 import time
@@ -14,10 +13,11 @@ from dataclasses import dataclass, replace
 from serve_app.config import AppConfig
 from serve_app.engine.encoding import EncodedImage
 from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo, Priority, Standing
-from serve_app.errors import DiffusionServeError, InvalidRequest, ModelNotFound, Overloaded
+from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Guest
 from serve_app.gateway.painter import Painter, PainterEvent, within
 from serve_app.gateway.promises import Promises, fingerprint
+from serve_app.gateway.record import Record
 from serve_app.gateway.schemas import (
     ImageData,
     ImageEditRequest,
@@ -29,8 +29,6 @@ from serve_app.gateway.schemas import (
     Usage,
 )
 from serve_app.gateway.uploads import apart, read_image, read_mask
-
-logger = logging.getLogger(__name__)
 
 TOKEN_PX = 16
 """Side of the square that counts as one token: what models with patches of latents work on."""
@@ -44,10 +42,10 @@ class Order:
     body: ImageRequest
     pictures: tuple[GenerationParams, ...]
     """Resolved; one for each picture."""
-    request_id: str
+    record: Record
     guest: Guest
-    received_at: float
-    """By `time.perf_counter`."""
+    lead_s: float
+    """From its arrival until it was sent on, from when the engine counts."""
     fingerprint: bytes
     """By which it is known if it comes again."""
     standing: Standing
@@ -75,12 +73,20 @@ class Order:
         )
 
     def timings(self, images: Sequence[EncodedImage]) -> Timings:
-        return Timings(
-            queue_s=max(image.queue_s for image in images),
-            denoise_s=max(image.denoise_s for image in images),
-            decode_s=max(image.decode_s for image in images),
-            total_s=time.perf_counter() - self.received_at,
+        """Now that all are painted; it is put on record."""
+        last = max(images, key=lambda image: image.painted_s)
+        painted_s = self.lead_s + last.painted_s
+        total_s = self.record.age_s
+        timings = Timings(
+            queue_s=self.lead_s + last.queue_s,
+            encode_s=last.encode_s,
+            denoise_s=last.denoise_s,
+            decode_s=last.decode_s,
+            response_s=max(0.0, total_s - painted_s),
+            total_s=total_s,
         )
+        self.record.completed(timings)
+        return timings
 
 
 class Studio:
@@ -99,7 +105,7 @@ class Studio:
         self,
         kind: Kind,
         body: ImageRequest,
-        request_id: str,
+        record: Record,
         guest: Guest,
         image: bytes | None = None,
         mask: bytes | None = None,
@@ -110,7 +116,7 @@ class Studio:
             InvalidRequest: naming the field and what is allowed.
             Unavailable: if no replica is there to say what the model takes.
         """
-        received_at, sent_at = time.perf_counter(), time.time()
+        lead_s, sent_at = record.age_s, time.time()
         body.check()
         if body.model is not None and body.model != self._config.model.id:
             raise ModelNotFound(
@@ -130,6 +136,7 @@ class Studio:
         pictures = tuple(
             replace(params, seed=params.seed + step * index) for index in range(body.n)
         )
+        record.pictures = pictures
         parts = [guest.name.encode(), kind.encode(), body.model_dump_json().encode()]
         if image is None:
             known_by = fingerprint(parts)
@@ -146,7 +153,7 @@ class Studio:
                 0.0 if returning else promises.due_within_s(min(most_s, body.deadline_s or most_s))
             ),
         )
-        return Order(kind, body, pictures, request_id, guest, received_at, known_by, standing)
+        return Order(kind, body, pictures, record, guest, lead_s, known_by, standing)
 
     async def paint_all(self, order: Order) -> ImagesResponse:
         """All pictures or none: when one fails, or the client goes away, the others are dropped."""
@@ -200,31 +207,12 @@ class Studio:
         self, order: Order, params: GenerationParams
     ) -> AsyncGenerator[PainterEvent, None]:
         """The events of one of its pictures, within the time that the server allows."""
-        outcome = "cancelled"
-        try:
-            painting = self._painter.paint(
-                params, order.body.encoding(), order.body.progress, order.standing
-            )
-            async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
-                async for event in events:
-                    if isinstance(event, EncodedImage):
-                        outcome = "completed"
-                    yield event
-        except Exception as error:
-            outcome = error.code if isinstance(error, DiffusionServeError) else "internal_error"
-            raise
-        finally:
-            logger.info(
-                "request %s of %s: %s, %d steps, seed %d: %s after %.2f s%s",
-                order.request_id,
-                order.guest.name,
-                order.size,
-                params.steps_to_run,
-                params.seed,
-                outcome,
-                time.perf_counter() - order.received_at,
-                f": {params.prompt!r}" if self._config.gateway.log_prompts else "",
-            )
+        painting = self._painter.paint(
+            params, order.body.encoding(), order.body.progress, order.standing
+        )
+        async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
+            async for event in events:
+                yield event
 
     async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:
         async with aclosing(self._events(order, params)) as events:

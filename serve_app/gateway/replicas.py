@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ray.exceptions import RayError
+from ray.serve._private.common import ReplicaState
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import DeploymentDetails
@@ -29,6 +31,10 @@ class Fleet:
     """Starting, or not even that while there is no node for them."""
     ready_in_s: float | None
     """Until the next of them should run; none if none is starting, or none was ever seen to."""
+    target: int = 0
+    """As many as there should be."""
+    states: Mapping[str, int] = field(default_factory=dict)
+    """How many are in each of Serve's states, in lower case."""
 
 
 async def ask_controller(app: str, deployment: str) -> DeploymentDetails:
@@ -76,4 +82,6 @@ class Replicas:
         if self._starting and self._cold_start_s is not None:
             ready_in_s = max(0.0, min(self._starting.values()) + self._cold_start_s - now)
         coming = max(0, details.target_num_replicas - len(running))
-        return Fleet(len(running), coming, ready_in_s)
+        states = dict.fromkeys((state.value.lower() for state in ReplicaState), 0)
+        states |= Counter(replica.state.lower() for replica in details.replicas)
+        return Fleet(len(running), coming, ready_in_s, details.target_num_replicas, states)

@@ -17,14 +17,17 @@ from serve_app.errors import Cancelled, ModelNotFound
 from serve_app.gateway import page
 from serve_app.gateway.auth import KeyGuard, KeyRing
 from serve_app.gateway.body_limit import BodyLimit
-from serve_app.gateway.errors import add_error_handlers, documented, request_id
+from serve_app.gateway.errors import add_error_handlers, documented
+from serve_app.gateway.exposition import Gather, exposition, gather_own
 from serve_app.gateway.forms import read_edit, read_generation
 from serve_app.gateway.images import Studio
 from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
 from serve_app.gateway.painter import Painter
+from serve_app.gateway.record import Recorder, record_of
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
 from serve_app.gateway.streaming import stream
 
+GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 
 PAINT_ERRORS = documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
@@ -33,7 +36,9 @@ OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline
 """What needs no key: whether it lives, what it takes, the page. "" leads to the page."""
 
 
-def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
+def create_api(
+    config: AppConfig, painter: Painter, keys: KeyRing, gather: Gather = gather_own
+) -> FastAPI:
     """The ASGI application of one gateway replica."""
     limits = config.engine.limits
     started_at = int(time.time())
@@ -51,11 +56,17 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
     # The last one added is the first to see a request: no body is read for who has no key.
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
+    api.add_middleware(
+        Recorder,
+        model=config.model.id,
+        paths=(GENERATIONS, EDITS),
+        log_prompts=config.gateway.log_prompts,
+    )
     add_error_handlers(api)
     complete(api, with_keys=bool(keys))
 
     @api.post(
-        "/v1/images/generations",
+        GENERATIONS,
         response_model=ImagesResponse,
         responses=streamed("image_generation") | PAINT_ERRORS,
         openapi_extra=generation_body(limits),
@@ -65,7 +76,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
         """Paint pictures that show the prompt."""
         body = await read_generation(request)
         scope = request.scope
-        order = await studio.take("image_generation", body, request_id(scope), request.state.guest)
+        order = await studio.take("image_generation", body, record_of(scope), request.state.guest)
         if body.stream:
             return await stream(studio, order, scope)
         return await _while_connected(request, studio.paint_all(order))
@@ -84,7 +95,7 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
         order = await studio.take(
             "image_edit",
             form.fields,
-            request_id(scope),
+            record_of(scope),
             request.state.guest,
             form.image,
             form.mask,
@@ -121,6 +132,13 @@ def create_api(config: AppConfig, painter: Painter, keys: KeyRing) -> FastAPI:
         """Readiness: 200 if a replica can paint now, else 503."""
         await painter.check_ready()
         return Health()
+
+    @api.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        """Of the whole application, for Prometheus."""
+        accept = request.headers.get("accept", "")
+        text, media_type = await asyncio.to_thread(exposition, await gather(), accept)
+        return Response(text, headers={"Content-Type": media_type})
 
     if config.gateway.page:
         content, policy = page.render()

@@ -10,6 +10,9 @@ from serve_app.errors import InvalidRequest
 
 Quality = Literal["low", "medium", "high"]
 
+PARTS = ("queue", "encode", "denoise", "decode", "response")
+"""Of the time that a request takes, in their order."""
+
 
 class ImageRequest(BaseModel):
     """What all image endpoints take: OpenAI's fields, then our extensions.
@@ -206,12 +209,23 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Where the time went, in seconds; of several pictures, the longest of each."""
+    """Where the time went, in seconds; the parts add up. Of several pictures, of the last one."""
 
     queue_s: float = Field(description="From the request's arrival to its start.")
-    denoise_s: float = Field(description="Text encoding and denoising, with waits in between.")
+    encode_s: float = Field(description="From there to its first step: text encoding.")
+    denoise_s: float = Field(description="The steps, with waits in between.")
     decode_s: float = Field(description="From latents to pixels.")
+    response_s: float = Field(description="From there to this answer: the file, and its way.")
     total_s: float = Field(description="From the request's arrival to this answer.")
+
+    def until(self, total_s: float) -> "Timings":
+        """The same, so long after the request's arrival."""
+        response_s = max(0.0, self.response_s + total_s - self.total_s)
+        return self.model_copy(update={"response_s": response_s, "total_s": total_s})
+
+    def parts(self) -> dict[str, float]:
+        """By their names in metrics and logs."""
+        return {part: getattr(self, f"{part}_s") for part in PARTS}
 
 
 class ImagesResponse(BaseModel):

@@ -97,6 +97,7 @@ def _event(
                 eta_s=event.eta_s or 0.0,
             )
         case PartialImage():
+            order.record.previewed()
             return PartialImageEvent(
                 type=f"{kind}.partial_image",
                 partial_image_index=event.index,

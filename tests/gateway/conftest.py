@@ -94,7 +94,7 @@ class FakePainter:
                 raise self.error_in_the_middle
             data = encoding.encode(picture)
             yield EncodedImage(
-                data, params.seed, *picture.size, ("a warning",), 7, 0.25, 1.0, 0.125
+                data, params.seed, *picture.size, ("a warning",), 7, 0.25, 0.0625, 1.0, 0.125
             )
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1

@@ -17,7 +17,7 @@ from serve_app.engine.params import FRESH, GenerationParams
 from serve_app.errors import GenerationFailed, InvalidRequest, Overloaded, Unavailable
 from serve_app.gateway import deployment, replicas
 from serve_app.gateway.deployment import REPLICA_ATTEMPTS, HandlePainter
-from serve_app.gateway.replicas import Fleet, Replicas
+from serve_app.gateway.replicas import Replicas
 from serve_app.metrics import HELD
 
 pytestmark = pytest.mark.anyio
@@ -286,7 +286,10 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
     growing.start_time_s = time.time() - 9.0
     await fleet.look()
     growing.grown = True
-    assert (await fleet.look()) == Fleet(2, 0, None)
+    grown = await fleet.look()
+    assert (grown.running, grown.coming, grown.ready_in_s, grown.target) == (2, 0, None, 2)
+    assert grown.states["running"] == 2
+    assert grown.states["stopping"] == 0
 
     async def three() -> Any:
         started = replica("c", "STARTING", time.time() - 1.0)

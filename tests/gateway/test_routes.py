@@ -370,7 +370,7 @@ async def test_the_answer_says_what_it_cost(client: httpx.AsyncClient) -> None:
         "total_tokens": 26,
     }
     timings = answer["timings"]
-    assert (timings["queue_s"], timings["denoise_s"], timings["decode_s"]) == (0.25, 1.0, 0.125)
+    assert (timings["encode_s"], timings["denoise_s"], timings["decode_s"]) == (0.0625, 1.0, 0.125)
     assert timings["total_s"] > 0
     assert answer["warnings"] == ["a warning"]
     assert answer["background"] == "opaque"
