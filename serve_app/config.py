@@ -30,6 +30,9 @@ DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
 """Of the environment: entries of API keys."""
 
+API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
+"""Of the environment: the key of who asks a server."""
+
 WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
 """What a Serve config names to have replicas scaled by the work that waits."""
 
@@ -265,6 +268,11 @@ class GatewayConfig(_Config):
 def keys_in_environment() -> str | None:
     """Entries of API keys, for containers that get their secrets so."""
     return os.environ.get(KEYS_VARIABLE)
+
+
+def api_key_in_environment() -> str | None:
+    """What to show a server that asks for a key."""
+    return os.environ.get(API_KEY_VARIABLE)
 
 
 _NUMERIC = ("ATEN_", "CUBLAS", "CUDNN", "DNNL_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_")
