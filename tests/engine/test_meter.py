@@ -86,7 +86,7 @@ def test_where_requests_stand_is_read_off_the_engine(demo_pipeline: LoadedPipeli
             for state in ("queued", "parked", "running")
         }
 
-    with metered(demo_pipeline, "standing", max_running=1) as engine:
+    with metered(demo_pipeline, "standing", max_running=1, max_backlog_s=1e6) as engine:
         engine.generate(params())  # so that it knows how long they take
         wait_until(lambda: states() == {"queued": 0, "parked": 0, "running": 0})
         assert sample("backlog_seconds", "standing", priority="interactive") == 0

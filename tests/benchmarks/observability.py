@@ -1,0 +1,271 @@
+"""What being watched costs: ``python -m tests.benchmarks.observability``.
+
+One engine paints the same pictures again and again, watched in one way after the other, in an order
+that is drawn for each round. A way's throughput is compared with that of ``nothing`` in the same
+round, for machines drift; the median of these ratios is the result. Small pictures, one at a time,
+are the worst case: nearly nothing is painted for each call that is counted. Processor time is
+compared as well, which other programs on the machine disturb less.
+
+Then what the gateway does with a request and with a scrape, per piece.
+"""
+
+import asyncio
+import json
+import platform
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+from starlette.types import Receive, Scope, Send
+
+from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.meter import Meter
+from serve_app.engine.params import GenerationParams
+from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.gateway.exposition import exposition
+from serve_app.gateway.record import Recorder, record_of
+from serve_app.gateway.schemas import Timings
+from serve_app.metrics import Report, report
+
+LEAST = 0.98
+"""Of the throughput without: what the project promises."""
+
+SCRAPE_EVERY_S = 1.0
+"""Fifteen times as often as Prometheus does."""
+
+Way = Callable[[Engine], AbstractContextManager[None]]
+
+
+@contextmanager
+def _nothing(engine: Engine) -> Iterator[None]:
+    """A meter that measures nothing in place of the engine's."""
+    names = (name for name in dir(Meter) if not name.startswith("_"))
+    silent: Any = SimpleNamespace(**dict.fromkeys(names, lambda *_: None))
+    kept, engine._meter = engine._meter, silent
+    try:
+        yield
+    finally:
+        engine._meter = kept
+
+
+@contextmanager
+def _metrics(engine: Engine) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _scraped(engine: Engine) -> Iterator[None]:
+    stop = threading.Event()
+
+    def scrape() -> None:
+        report("engine", "a")
+        while not stop.wait(SCRAPE_EVERY_S):
+            report("engine", "a")
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+WAYS: dict[str, Way] = {
+    "nothing": _nothing,
+    "metrics": _metrics,
+    "metrics, scraped every second": _scraped,
+}
+"""Each is a context in which the engine is watched so; the first is what others are compared to."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """Pictures of one block."""
+
+    name: str
+    pictures: int
+    at_once: bool
+    blocks: int
+    """In a round, for each way: short ones, for the machine drifts from one to the next."""
+    steps: int = 20
+
+
+LOADS = (Load("one at a time", 1, False, 8), Load("sixteen at once", 16, True, 1))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way under one load."""
+
+    load: str
+    way: str
+    images_per_s: float
+    """Median of the rounds."""
+    throughput: float
+    """As a share of that with nothing: the median of the rounds' ratios."""
+    quartiles: tuple[float, float]
+    processor: float
+    """The same for processor time a picture; under 1 is less."""
+
+
+def _paint(engine: Engine, load: Load, way: Way) -> tuple[float, float]:
+    """Wall and processor seconds of one block."""
+    requests = [
+        GenerationParams("a red circle", seed, num_inference_steps=load.steps)
+        for seed in range(load.pictures)
+    ]
+    with way(engine):
+        started, spent = time.perf_counter(), time.process_time()
+        if load.at_once:
+            for stream in [engine.stream(request) for request in requests]:
+                list(stream)
+        else:
+            for request in requests:
+                engine.generate(request)
+        return time.perf_counter() - started, time.process_time() - spent
+
+
+def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> list[Row]:
+    """Every way once in each round, after a block that does not count."""
+    draw = random.Random(0)
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    _paint(engine, load, ways[next(iter(ways))])
+    for _ in range(rounds * load.blocks):
+        for name in draw.sample(list(ways), len(ways)):
+            taken[name].append(_paint(engine, load, ways[name]))
+    plain = taken[next(iter(ways))]
+    rows = []
+    for name, blocks in taken.items():
+        ratios = [without[0] / watched[0] for without, watched in zip(plain, blocks, strict=True)]
+        processor = [
+            watched[1] / without[1] for without, watched in zip(plain, blocks, strict=True)
+        ]
+        first, middle, third = statistics.quantiles(ratios, n=4)
+        rows.append(
+            Row(
+                load.name,
+                name,
+                load.pictures / statistics.median(wall_s for wall_s, _ in blocks),
+                middle,
+                (first, third),
+                statistics.median(processor),
+            )
+        )
+    return rows
+
+
+def metering_s(times: int = 20_000) -> float:
+    """What the engine's thread does for its metrics at each denoiser call."""
+    meter = Meter("observed")
+    started_at = time.perf_counter()
+    for _ in range(times):
+        meter.paused(0.001)
+        meter.called((64, 64), 1, 0.005)
+    return (time.perf_counter() - started_at) / times
+
+
+def _median_s(do: Callable[[], object], times: int = 30) -> float:
+    taken = []
+    for _ in range(times):
+        started_at = time.perf_counter()
+        do()
+        taken.append(time.perf_counter() - started_at)
+    return statistics.median(taken)
+
+
+def request_s(times: int = 2_000) -> float:
+    """What keeping a record adds to a request in the gateway, its log line's handlers apart."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        record = record_of(scope)
+        record.completed(
+            Timings(queue_s=0, encode_s=0, denoise_s=1, decode_s=0, response_s=0, total_s=1)
+        )
+
+    async def all_of_them() -> float:
+        recorder: Any = Recorder(app, "observed", ["/v1/images/generations"])
+        waited: Any = None
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/images/generations",
+            "headers": [(b"x-request-id", b"an-id")],
+        }
+        started_at = time.perf_counter()
+        for _ in range(times):
+            await recorder(dict(scope), waited, waited)
+        return (time.perf_counter() - started_at) / times
+
+    return asyncio.run(all_of_them())
+
+
+def exposition_s(replicas: int) -> tuple[float, int]:
+    """Rendering what so many replicas said, and the bytes of it."""
+    families = report("engine", "a").families
+    reports = [Report(f"replica{index}", families) for index in range(replicas)]
+    text, _ = exposition(reports, "")
+    return _median_s(partial(exposition, reports, ""), 5), len(text)
+
+
+def _shown(rows: Sequence[Row]) -> str:
+    lines = [
+        "| pictures | watched by | pictures/s | throughput (quartiles) | processor time |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {row.load} | {row.way} | {row.images_per_s:.2f} | {row.throughput:.2%} "
+        f"({row.quartiles[0]:.2%} to {row.quartiles[1]:.2%}) | {row.processor:.2%} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(
+    rounds: Annotated[int, typer.Option(min=3, help="Each has every way once.")] = 25,
+    out: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
+) -> None:
+    """Compare the ways with the bundled model on the CPU."""
+    model = ModelConfig(id="demo", device="cpu")
+    config = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
+    with Engine(LoadedPipeline.load(model), model, config) as engine:
+        rows = [row for load in LOADS for row in compare(engine, load, rounds, WAYS)]
+        reporting_s = _median_s(partial(report, "engine", "a"))
+    rendering = {replicas: exposition_s(replicas) for replicas in (1, 10, 100)}
+    record_s, meter_s = request_s(), metering_s()
+    print(_shown(rows))
+    print(f"metering a denoiser call: {1e6 * meter_s:.1f} us")
+    print(f"a replica's report: {1000 * reporting_s:.2f} ms")
+    for replicas, (seconds, size) in rendering.items():
+        print(f"the text of {replicas} replicas: {1000 * seconds:.1f} ms, {size / 1024:.0f} KiB")
+    print(f"a record of a request in the gateway: {1e6 * record_s:.0f} us")
+    worst = min(row.throughput for row in rows)
+    print(f"at least {LEAST:.0%} of the throughput: {'met' if worst >= LEAST else 'missed'}")
+    if out is not None:
+        figures = {
+            "rounds": rounds,
+            "processor": platform.processor() or platform.machine(),
+            "rows": [asdict(row) for row in rows],
+            "metering_s": meter_s,
+            "report_s": reporting_s,
+            "exposition": {
+                str(replicas): {"seconds": seconds, "bytes": size}
+                for replicas, (seconds, size) in rendering.items()
+            },
+            "record_s": record_s,
+        }
+        out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,328 @@
+"""`GET /metrics` of a served demo: what it says, for how many replicas, and what it costs."""
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import re
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+import httpx
+import pytest
+import ray
+from prometheus_client import Metric
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve_app.gateway.replicas import ask_controller
+from serve_app.gateway.schemas import PARTS
+from serve_app.gateway.scrape import ANSWER_WITHIN_S
+from tests.e2e.conftest import ServeProcess, Server, demo_config, free_port, start_serve
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+
+SHARE = 0.05
+"""Of what a client waits, that no part of it may account for."""
+
+
+@dataclass(frozen=True)
+class Scraped:
+    """One answer, read as Prometheus reads it."""
+
+    families: list[Metric]
+    took_s: float
+
+    def values(self, name: str, **labels: str) -> dict[str, float]:
+        """By replica; of what is said of all, by ``""``."""
+        return {
+            sample.labels.get("replica", ""): sample.value
+            for family in self.families
+            for sample in family.samples
+            if sample.name == f"diffusion_serve_{name}" and labels.items() <= sample.labels.items()
+        }
+
+    def total(self, name: str, **labels: str) -> float:
+        return sum(
+            sample.value
+            for family in self.families
+            for sample in family.samples
+            if sample.name == f"diffusion_serve_{name}" and labels.items() <= sample.labels.items()
+        )
+
+
+def scrape(url: str) -> Scraped:
+    started_at = perf_counter()
+    response = httpx.get(f"{url}/metrics", timeout=20)
+    took_s = perf_counter() - started_at
+    assert response.status_code == 200, response.text
+    return Scraped(list(text_string_to_metric_families(response.text)), took_s)
+
+
+def paint(url: str, **body: Any) -> tuple[httpx.Response, float]:
+    """The answer, and what the client waited for it."""
+    with httpx.Client(base_url=url, timeout=120) as client:
+        client.get("/health")  # the connection is not the server's time
+        started_at = perf_counter()
+        response = client.post("/v1/images/generations", json={"prompt": "a red circle"} | body)
+        return response, perf_counter() - started_at
+
+
+def test_a_picture_is_seen_in_the_figures(server: Server) -> None:
+    before = scrape(server.url)
+    response, _ = paint(server.url, size="96x64", num_inference_steps=7)
+    assert response.status_code == 200
+    after = scrape(server.url)
+
+    def more(name: str, **labels: str) -> float:
+        return after.total(name, **labels) - before.total(name, **labels)
+
+    assert more("requests_total", key="anonymous", outcome="completed") == 1
+    assert more("images_total", size="128") == 1
+    assert more("steps_total", size="128") == 7
+    assert more("pixels_total") == 96 * 64
+    for part in PARTS:
+        assert more("request_part_seconds_count", part=part) == 1
+    assert after.values("replicas", state="running") == {"": 1.0}
+    assert after.values("target_replicas") == {"": 1.0}
+    [engine], [gateway] = after.values("engine_info"), after.values("gateway_info")
+    assert engine != gateway
+    for deployment in ("Generator", "Gateway"):
+        of_it = {"deployment": deployment}
+        assert after.total("scraped_replicas", answer="answered", **of_it) == 1
+        assert after.total("scraped_replicas", answer="silent", **of_it) == 0
+
+
+def test_openmetrics_leads_from_a_figure_to_a_request(server: Server) -> None:
+    httpx.post(
+        f"{server.url}/v1/images/generations",
+        json={"prompt": "x", "num_inference_steps": 2},
+        headers={"x-request-id": "find-me"},
+        timeout=60,
+    )
+    response = httpx.get(
+        f"{server.url}/metrics", headers={"accept": "application/openmetrics-text"}, timeout=20
+    )
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    exemplars = {
+        (family.name, sample.exemplar.labels["request_id"])
+        for family in openmetrics_families(response.text)
+        for sample in family.samples
+        if sample.exemplar
+    }
+    assert ("diffusion_serve_request_seconds", "find-me") in exemplars
+    assert ("diffusion_serve_request_part_seconds", "find-me") in exemplars
+
+
+def test_the_parts_of_every_request_are_what_its_client_waits(
+    server: Server, report: Callable[[str], None]
+) -> None:
+    """Sizes, steps and formats mixed, four clients at a time."""
+    bodies = [
+        {
+            "size": ("64x64", "128x64", "128x128", "192x192")[index % 4],
+            "num_inference_steps": (40, 60, 80)[index % 3],
+            "output_format": ("png", "jpeg", "webp")[index % 3],
+            "n": 2 if index % 5 == 0 else 1,
+            "seed": index,
+        }
+        for index in range(24)
+    ]
+    with concurrent.futures.ThreadPoolExecutor(4) as clients:
+        answers = list(clients.map(lambda body: paint(server.url, **body), bodies))
+    off = []
+    for response, waited_s in answers:
+        assert response.status_code == 200, response.text
+        timings = response.json()["timings"]
+        parts_s = sum(timings[f"{part}_s"] for part in PARTS)
+        assert parts_s == pytest.approx(timings["total_s"], rel=1e-6)
+        off.append(abs(waited_s - parts_s) / waited_s)
+    waited = sorted(waited_s for _, waited_s in answers)
+    report(
+        f"parts against what clients waited ({waited[0]:.2f} to {waited[-1]:.2f} s): "
+        f"{statistics.median(off):.1%} off, {max(off):.1%} at most, of {len(off)} requests"
+    )
+    assert max(off) <= SHARE
+
+
+def test_whoever_scrapes_while_pictures_are_painted_is_answered(
+    server: Server, report: Callable[[str], None]
+) -> None:
+    idle = statistics.median(scrape(server.url).took_s for _ in range(10))
+    stop = threading.Event()
+
+    def load() -> None:
+        while not stop.is_set():
+            paint(server.url, num_inference_steps=20)
+
+    with concurrent.futures.ThreadPoolExecutor(8) as clients:
+        working = [clients.submit(load) for _ in range(8)]
+        try:
+            wait_until(lambda: scrape(server.url).total("engine_requests") >= 4)
+            seen = [scrape(server.url) for _ in range(20)]
+        finally:
+            stop.set()
+        for work in working:
+            work.result()
+    took_s = sorted(one.took_s for one in seen)
+    report(
+        f"a scrape takes {1000 * idle:.0f} ms, under load "
+        f"{1000 * statistics.median(took_s):.0f} ms and {1000 * took_s[-1]:.0f} ms at most"
+    )
+    assert all(one.total("scraped_replicas", answer="silent") == 0 for one in seen)
+    assert any(one.total("engine_requests", state="running") for one in seen)
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[tuple[ServeProcess, str]]:
+    """Two gateways and no replica of the generator, until somebody asks for a picture."""
+    config: dict[str, Any] = demo_config(port := free_port())
+    [application] = config["applications"]
+    [generator] = application["deployments"]
+    generator["autoscaling_config"] = {
+        "min_replicas": 0,
+        "initial_replicas": 0,
+        "max_replicas": 2,
+        "target_ongoing_requests": 1,
+        "upscale_delay_s": 0.5,
+        "downscale_delay_s": 600,
+        "metrics_interval_s": 0.2,
+        "look_back_period_s": 0.4,
+    }
+    generator["ray_actor_options"] = {"num_gpus": 0, "num_cpus": 0.1}
+    gateway = {"name": "Gateway", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}
+    application["deployments"].append(gateway)
+    config["logging_config"] = {"encoding": "JSON"}
+    running = start_serve(config)
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        assert running.process.poll() is None, running.log.read_text()
+        try:
+            return httpx.get(f"{url}/health", timeout=20).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(answers, deadline_s=150, every_s=0.2, what="a gateway")
+        yield running, url
+    finally:
+        running.stop()
+
+
+def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
+    fleet: tuple[ServeProcess, str],
+) -> None:
+    running, url = fleet
+
+    def gateways() -> int:
+        return len(scrape(url).values("gateway_info"))
+
+    wait_until(lambda: gateways() == 2, deadline_s=60, what="both gateways")
+    none = scrape(url)
+    assert none.values("engine_info") == {}
+    assert none.values("replicas", state="running") == {"": 0.0}
+    assert none.total("scraped_replicas", deployment="Generator") == 0
+    assert none.total("scraped_replicas", deployment="Gateway", answer="answered") == 2
+
+    stop = threading.Event()
+    done: list[int] = []
+
+    def load() -> None:
+        while not stop.is_set():
+            done.append(paint(url, num_inference_steps=20)[0].status_code)
+
+    with concurrent.futures.ThreadPoolExecutor(6) as clients:
+        working = [clients.submit(load) for _ in range(6)]
+        try:
+            wait_until(
+                lambda: len(scrape(url).values("engine_info")) == 2,
+                deadline_s=240,
+                every_s=0.5,
+                what="two replicas of the generator",
+            )
+        finally:
+            stop.set()
+        for work in working:
+            work.result()
+    many = scrape(url)
+    counted = many.total("requests_total", outcome="completed")
+    assert counted == done.count(200)  # by both gateways, whichever answers
+    for _ in range(6):
+        again = scrape(url)
+        assert again.total("requests_total", outcome="completed") == counted
+        assert again.values("gateway_info").keys() == many.values("gateway_info").keys()
+    assert len(many.values("backlog_seconds", priority="interactive")) == 2
+
+    # One that hangs is waited for, and not for long; the others are there.
+    first, _ = _processes_of_generators(running)
+    os.kill(first, signal.SIGSTOP)
+    try:
+        hanging = scrape(url)
+    finally:
+        os.kill(first, signal.SIGCONT)
+    assert ANSWER_WITHIN_S <= hanging.took_s < 2 * ANSWER_WITHIN_S + 2
+    assert len(hanging.values("engine_info")) == 1
+    assert hanging.total("scraped_replicas", deployment="Generator", answer="answered") == 1
+    assert hanging.total("scraped_replicas", deployment="Generator", answer="silent") == 1
+    assert hanging.total("requests_total", outcome="completed") == counted
+
+    # One that dies while it is asked.
+    with concurrent.futures.ThreadPoolExecutor(1) as clients:
+        os.kill(first, signal.SIGSTOP)
+        dying = clients.submit(scrape, url)
+        threading.Event().wait(0.5)
+        os.kill(first, signal.SIGKILL)
+        seen = dying.result()
+    assert len(seen.values("engine_info")) == 1
+    assert seen.total("scraped_replicas", deployment="Generator", answer="silent") == 1
+    wait_until(
+        lambda: len(scrape(url).values("engine_info")) == 2, deadline_s=240, what="another one"
+    )
+
+
+def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProcess, str]) -> None:
+    running, url = fleet
+    httpx.post(
+        f"{url}/v1/images/generations",
+        json={"prompt": "nobody reads this", "seed": 5, "num_inference_steps": 4},
+        headers={"x-request-id": "find-me"},
+        timeout=240,
+    )
+
+    def lines() -> list[dict[str, Any]]:
+        text = running.log.read_text()
+        assert "nobody reads this" not in text
+        found = re.findall(r"({\".*})$", text, re.M)  # after Ray's prefix
+        return [line for line in map(json.loads, found) if line.get("request_id") == "find-me"]
+
+    def of_the_gateway() -> dict[str, Any] | None:
+        return next((line for line in lines() if line.get("outcome")), None)
+
+    ours = wait_until(of_the_gateway, what=f"the line of the request in {running.log}")
+    assert (ours["outcome"], ours["key"], ours["steps"], ours["seed"]) == (
+        "completed",
+        "anonymous",
+        4,
+        5,
+    )
+    parts_s = sum(ours[f"{part}_s"] for part in PARTS)
+    assert parts_s == pytest.approx(ours["total_s"], abs=0.001)
+    assert any("outcome" not in line for line in lines())  # Serve's own, of the same request
+
+
+def _processes_of_generators(running: ServeProcess) -> list[int]:
+    ray.init(address=running.ray_address, namespace="serve", log_to_driver=False)
+    try:
+        details = asyncio.run(ask_controller("diffusion-serve", "Generator"))
+        return [replica.pid for replica in details.replicas if replica.pid is not None]
+    finally:
+        ray.shutdown()
