@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import RayError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import __version__
@@ -106,7 +106,7 @@ async def _ask(deployment: DeploymentHandle[Any]) -> _Answers:
             # Not results_async(), which gives up all answers when one is late.
             response: Any = deployment.broadcast("metrics")
             results = await response._fetch_replica_results_async()
-    except (DeploymentUnavailableError, TimeoutError):
+    except (RayServeException, TimeoutError):
         return _Answers([], 0)  # it has no replica
     said = await asyncio.gather(*map(_answer, results))
     return _Answers([one for one in said if one is not None], len(said))

@@ -4,7 +4,6 @@ import asyncio
 import concurrent.futures
 import json
 import os
-import re
 import signal
 import statistics
 import threading
@@ -200,7 +199,7 @@ def fleet() -> Iterator[tuple[ServeProcess, str]]:
     generator["ray_actor_options"] = {"num_gpus": 0, "num_cpus": 0.1}
     gateway = {"name": "Gateway", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.1}}
     application["deployments"].append(gateway)
-    config["logging_config"] = {"encoding": "JSON"}
+    application["logging_config"] = {"encoding": "JSON"}
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
 
@@ -299,15 +298,16 @@ def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProces
     )
 
     def lines() -> list[dict[str, Any]]:
-        text = running.log.read_text()
-        assert "nobody reads this" not in text
-        found = re.findall(r"({\".*})$", text, re.M)  # after Ray's prefix
-        return [line for line in map(json.loads, found) if line.get("request_id") == "find-me"]
+        folder = running.folder / "ray" / "session_latest" / "logs" / "serve"
+        texts = [path.read_text() for path in folder.glob("replica_*Gateway_*.log")]
+        assert not any("nobody reads this" in text for text in texts)
+        found = [json.loads(line) for text in texts for line in text.splitlines()]
+        return [line for line in found if line.get("request_id") == "find-me"]
 
     def of_the_gateway() -> dict[str, Any] | None:
         return next((line for line in lines() if line.get("outcome")), None)
 
-    ours = wait_until(of_the_gateway, what=f"the line of the request in {running.log}")
+    ours = wait_until(of_the_gateway, what="the line of the request")
     assert (ours["outcome"], ours["key"], ours["steps"], ours["seed"]) == (
         "completed",
         "anonymous",
