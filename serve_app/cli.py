@@ -310,7 +310,7 @@ def top(
 
         from serve_app.top import Server, watch
 
-        server = Server(url, key or api_key_in_environment() or None)
+        server = Server.at(url, key or api_key_in_environment() or None)
         watch(server, Console(markup=False, emoji=False, highlight=False), every, once)
     except DiffusionServeError as error:
         typer.echo(f"error: {error}", err=True)

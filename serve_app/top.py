@@ -75,13 +75,16 @@ class Server:
     """Where to ask, and as whom."""
 
     url: str
+    """Up to where ``/metrics`` follows."""
     key: str | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "url", _checked(self.url))
-        # What HTTP cannot send would be in the message about it.
-        if self.key is not None and not (self.key.isascii() and self.key.isprintable()):
+    @classmethod
+    def at(cls, url: str, key: str | None) -> "Server":
+        """As somebody wrote them. Raises `ConfigError`."""
+        # What HTTP cannot send would be in its message about it.
+        if key is not None and not (key.isascii() and key.isprintable()):
             raise ConfigError("the API key holds characters that no key has.")
+        return cls(_checked(url), key)
 
     def ask(self) -> "Figures":
         """What all replicas say now. Raises `Unavailable`, `InvalidKey` or `ConfigError`."""
@@ -99,7 +102,7 @@ class Server:
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             why = getattr(error, "reason", error)
             why = getattr(why, "strerror", None) or why
-            raise Unavailable(f"{self.url} does not answer: {why}.") from None
+            raise Unavailable(f"{self.url} does not answer: {_plain(str(why))}.") from None
         return read(text)
 
     def _refused(self, status: int, reason: str) -> Exception:
@@ -109,14 +112,13 @@ class Server:
             return InvalidKey(f"{self.url} asks for an API key: give it in {API_KEY_VARIABLE}.")
         if status == 404:
             return ConfigError(
-                f"{self.url} has no /metrics: it is not a diffusion-serve server, or the "
-                "application has a route_prefix, which belongs to the URL."
+                f"{self.url} has no /metrics: the application is not there yet, or has a "
+                "route_prefix, which belongs to the URL, or it is another server."
             )
         return Unavailable(f"{self.url} answers GET /metrics with {status} {_plain(reason)}.")
 
 
 def _checked(url: str) -> str:
-    """Up to where ``/metrics`` follows."""
     url = url if "://" in url else f"http://{url}"
     try:
         parts = urlsplit(url)
@@ -219,7 +221,7 @@ WANTED = ("diffusion_serve_", PROCESS_MEMORY)
 
 def read(text: str) -> Figures:
     """Of an answer in Prometheus' text format. Raises `ConfigError` if it is of something else."""
-    lines = [line for line in text.splitlines() if line.startswith(WANTED)]
+    lines = [line for line in text.split("\n") if line.startswith(WANTED)]
     series: dict[str, dict[Labels, float]] = {}
     try:
         for family in text_string_to_metric_families("\n".join(lines)):
@@ -229,7 +231,8 @@ def read(text: str) -> Figures:
                     labels = frozenset((name, _plain(it)) for name, it in sample.labels.items())
                     series.setdefault(sample.name, {})[labels] = float(sample.value)
     except (ValueError, IndexError, OverflowError) as error:
-        raise ConfigError(f"/metrics is not in Prometheus' format: {_plain(str(error))}") from None
+        why = _plain(str(error)[:200])
+        raise ConfigError(f"/metrics is not in Prometheus' format: {why}") from None
     figures = Figures(series)
     if figures.total(TARGET_REPLICAS) is None:
         raise ConfigError("/metrics has no figures of diffusion-serve: it is another server's.")
@@ -335,7 +338,9 @@ WIDE = 110
 def _number(value: float | None) -> str:
     if value is None:
         return UNKNOWN
-    return f"{value:.2g}" if value < 1 else f"{value:.{1 if value < 99.95 else 0}f}"
+    if value < 1:
+        return f"{value:.2g}" if value < 0.01 else f"{value:.2f}"
+    return f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
 def _count(value: float | None) -> str:
@@ -402,17 +407,24 @@ def _slo(view: View) -> str:
 
 
 def _painted(view: View) -> str:
-    return f"{_number(view.rate(IMAGES))} pictures/s, {_number(view.rate(STEPS))} steps/s"
+    pictures, steps = view.rate(IMAGES), view.rate(STEPS)
+    return (
+        UNKNOWN if pictures is None else f"{_number(pictures)} pictures/s, {_number(steps)} steps/s"
+    )
 
 
 def _arriving(view: View) -> str:
-    return f"work for {_number(view.now.total(ARRIVING))} replicas, if no request shared a batch"
+    work = view.now.total(ARRIVING)
+    if work is None:
+        return UNKNOWN
+    return f"work for {_number(work)} replicas, if no request shared a batch"
 
 
 def _cancelled(view: View) -> str:
-    freed = view.rose.quantile(0.95, CANCELLATION)
-    rate = _number(view.rate(CANCELLATION, "_count"))
-    return f"{rate}/s" + (f", places free within {_duration(freed)} (p95)" if freed else "")
+    rate, freed = view.rate(CANCELLATION, "_count"), view.rose.quantile(0.95, CANCELLATION)
+    if not rate:
+        return UNKNOWN if rate is None else "none"
+    return f"{_number(rate)}/s, places free within {_duration(freed)} (p95)"
 
 
 def _troubles(view: View) -> Iterator[str]:
@@ -425,10 +437,10 @@ def _troubles(view: View) -> Iterator[str]:
         for replica in _answering(view):
             if _is_stuck(view, replica):
                 yield f"{replica} has requests, and made no step in {view.seconds:.0f} s"
-    if count := view.rose.total(STALL, "_count"):
-        yield f"{count:.0f} times an engine stood still between two calls"
+    if seconds := view.rose.total(STALL, "_sum"):
+        yield f"engines stood still for {_duration(seconds)} between two calls"
     if count := view.rose.total(OUT_OF_MEMORY):
-        yield f"{count:.0f} calls ran out of device memory"
+        yield f"calls that ran out of device memory: {count:.0f}"
 
 
 def _answering(view: View) -> list[str]:
@@ -466,6 +478,7 @@ HEADS = ("QUEUED", "PARKED", "RUNNING", "BATCH", "BACKLOG", "STEPS/S", "BUSY", "
 def _row(view: View, replica: str) -> list[str | Text]:
     of = {"replica": replica}
     states = view.now.by("state", ENGINE_REQUESTS, **of)
+    busy = view.rate(DEVICE, **of)  # over 1 where a call ends that began earlier
     return [
         replica,
         _painting(view, replica),
@@ -473,7 +486,7 @@ def _row(view: View, replica: str) -> list[str | Text]:
         _number(view.mean(BATCH_SIZE, **of)),
         _duration(view.now.total(BACKLOG, **of)),
         _number(view.rate(STEPS, **of)),
-        _share(view.rate(DEVICE, **of)),
+        _share(None if busy is None else min(busy, 1.0)),
         _memory(view, replica),
     ]
 
@@ -548,7 +561,7 @@ def frame(
 
 
 def watch(server: Server, console: Console, every_s: float, once: bool) -> None:
-    """Until Ctrl-C. Raises what `Server.ask` does, once it runs no more."""
+    """Until Ctrl-C. Raises what `Server.ask` does, but goes on after the first frame."""
     history = History()
     view, clock = history.add(time.monotonic(), server.ask()), _clock()
     if once:
