@@ -1,5 +1,6 @@
 """Fixtures for all tests. Ray is told to keep to itself before anything imports it."""
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 
@@ -49,6 +50,16 @@ DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
 def anyio_backend() -> str:
     """Where ``async`` tests run."""
     return "asyncio"
+
+
+@pytest.fixture
+def log_stays_ours() -> Iterator[None]:
+    """For what hands the log lines of this package to Serve's logger."""
+    ours = logging.getLogger("serve_app")
+    level, propagate, handlers = ours.level, ours.propagate, ours.handlers
+    yield
+    ours.setLevel(level)
+    ours.propagate, ours.handlers = propagate, handlers
 
 
 @pytest.fixture(scope="session")

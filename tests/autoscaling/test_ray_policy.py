@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,13 +25,7 @@ FIGURES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _logs_stay_as_they_were() -> Iterator[None]:
-    """The policy hands the log lines of this package to Serve's logger."""
-    ours = logging.getLogger("serve_app")
-    level, parent = ours.level, ours.parent
-    yield
-    ours.level, ours.parent = level, parent
+pytestmark = pytest.mark.usefixtures("log_stays_ours")
 
 
 def replica(name: str) -> ReplicaID:

@@ -165,14 +165,37 @@ def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> li
     return rows
 
 
-def metering_s(times: int = 20_000) -> float:
-    """What the engine's thread does for its metrics at each denoiser call."""
-    meter = Meter("observed")
-    started_at = time.perf_counter()
-    for _ in range(times):
+@dataclass(frozen=True)
+class Metering:
+    """What the engine's thread does for its metrics at each denoiser call; medians."""
+
+    seconds: float
+    call_s: float
+    """Of the call itself, for one small picture."""
+
+    @property
+    def share(self) -> float:
+        return self.seconds / self.call_s
+
+
+def metering_of(engine: Engine) -> Metering:
+    """Measured beside the calls, one after each, so that the machine is as busy for both."""
+    meter, spent, calls = Meter("observed"), [], []
+    kept = engine._meter.called
+
+    def called(size: tuple[int, int], batch_size: int, seconds: float) -> None:
+        calls.append(seconds)
+        started_at = time.perf_counter()
         meter.paused(0.001)
-        meter.called((64, 64), 1, 0.005)
-    return (time.perf_counter() - started_at) / times
+        meter.called(size, batch_size, seconds)
+        spent.append(time.perf_counter() - started_at)
+
+    engine._meter.called = called  # type: ignore[method-assign]
+    try:
+        engine.generate(GenerationParams("a red circle", 1, num_inference_steps=100))
+    finally:
+        engine._meter.called = kept  # type: ignore[method-assign]
+    return Metering(statistics.median(spent), statistics.median(calls))
 
 
 def _median_s(do: Callable[[], object], times: int = 30) -> float:
@@ -239,12 +262,16 @@ def main(
     model = ModelConfig(id="demo", device="cpu")
     config = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
     with Engine(LoadedPipeline.load(model), model, config) as engine:
+        metering = metering_of(engine)
         rows = [row for load in LOADS for row in compare(engine, load, rounds, WAYS)]
         reporting_s = _median_s(partial(report, "engine", "a"))
     rendering = {replicas: exposition_s(replicas) for replicas in (1, 10, 100)}
-    record_s, meter_s = request_s(), metering_s()
+    record_s = request_s()
     print(_shown(rows))
-    print(f"metering a denoiser call: {1e6 * meter_s:.1f} us")
+    print(
+        f"metering a denoiser call: {1e6 * metering.seconds:.1f} us, {metering.share:.2%} of the "
+        f"{1000 * metering.call_s:.1f} ms that it takes"
+    )
     print(f"a replica's report: {1000 * reporting_s:.2f} ms")
     for replicas, (seconds, size) in rendering.items():
         print(f"the text of {replicas} replicas: {1000 * seconds:.1f} ms, {size / 1024:.0f} KiB")
@@ -256,7 +283,7 @@ def main(
             "rounds": rounds,
             "processor": platform.processor() or platform.machine(),
             "rows": [asdict(row) for row in rows],
-            "metering_s": meter_s,
+            "metering": asdict(metering),
             "report_s": reporting_s,
             "exposition": {
                 str(replicas): {"seconds": seconds, "bytes": size}

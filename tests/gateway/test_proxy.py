@@ -10,7 +10,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.gateway.proxy import middlewares
 from tests.gateway.conftest import error_of
 
-pytestmark = pytest.mark.anyio
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("log_stays_ours")]
 
 
 class Proxy:
