@@ -14,8 +14,10 @@ from tqdm import tqdm
 
 from serve_app import __version__
 from serve_app.config import (
+    API_KEY_VARIABLE,
     EngineConfig,
     ModelConfig,
+    api_key_in_environment,
     check_model_folder,
     is_path,
     keys_in_environment,
@@ -369,3 +371,29 @@ def infer(
     typer.echo(
         f"{output}: {result.image.width}x{result.image.height}, seed {params.seed}, {took_s:.1f} s"
     )
+
+
+@cli.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Of the server.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None, typer.Option(help=f"An API key; better in {API_KEY_VARIABLE}.")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds from frame to frame.")] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame, of --every seconds, and end.")
+    ] = False,
+) -> None:
+    """Watch a deployment in the terminal, by its /metrics. Ctrl-C ends it."""
+    try:
+        from rich.console import Console
+
+        from serve_app.top import Server, watch
+
+        server = Server.at(url, key or api_key_in_environment() or None)
+        watch(server, Console(markup=False, emoji=False, highlight=False), every, once)
+    except DiffusionServeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:  # as it is meant to end
+        pass

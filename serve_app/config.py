@@ -33,6 +33,9 @@ KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
 KEYS_PATH_VARIABLE = "DIFFUSION_SERVE_KEYS_PATH"
 """Of the environment: a file with such entries, where gateway.keys_path names none."""
 
+API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
+"""Of the environment: the key of who asks a server."""
+
 WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
 """What a Serve config names to have replicas scaled by the work that waits."""
 
@@ -270,6 +273,11 @@ class GatewayConfig(_Config):
 def keys_in_environment() -> str | None:
     """Entries of API keys, for containers that get their secrets so."""
     return os.environ.get(KEYS_VARIABLE)
+
+
+def api_key_in_environment() -> str | None:
+    """What to show a server that asks for a key."""
+    return os.environ.get(API_KEY_VARIABLE)
 
 
 _NUMERIC = ("ATEN_", "CUBLAS", "CUDNN", "DNNL_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_")

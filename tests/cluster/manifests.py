@@ -109,7 +109,7 @@ class Manifests:
         candidates = [*defining]
         if kind == "RayService":
             candidates = [
-                file for file, text in texts.items() if "op: " in text or file in defining
+                file for file, text in texts.items() if file in defining or _PATCH.search(text)
             ]
             if isinstance(of, Pod):
                 words = (*words, "headGroupSpec" if of.group is None else "workerGroupSpecs")
@@ -119,6 +119,9 @@ class Manifests:
         ]
         found = (having or defining)[-1]
         return str(found.relative_to(self.folder.parents[2]))
+
+
+_PATCH = re.compile(r"^\s*- \{?op: ", re.MULTILINE)
 
 
 def _spelt(word: str) -> str:

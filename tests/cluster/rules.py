@@ -31,6 +31,9 @@ ROOT = Path(__file__).parents[2]
 
 Rule = Callable[[Manifests], Iterator[str]]
 
+HEADERS = {"x-request-timeout-seconds", "x-request-disconnect-disabled"}
+"""By which clients would control Serve's proxies."""
+
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 NO_GATEWAY = {"diffusion-serve/gateway": "no"}
 
@@ -145,8 +148,19 @@ def schema_is_kept(manifests: Manifests) -> Iterator[str]:
         name = f"{document['kind']}/{document['metadata']['name']}"
         for path, message in check_schema(document):
             unknown = re.search(r"'([^']+)' (?:was|were) unexpected", message)
-            word = unknown[1] if unknown else path.rpartition(".")[2]
-            yield f"{name}: {path}: {message} ({manifests.written_in(document, word)})"
+            words = [unknown[1] if unknown else path.rpartition(".")[2]]
+            words += [group for group in ("headGroupSpec", "workerGroupSpecs") if group in path]
+            yield f"{name}: {path}: {message} ({manifests.written_in(document, *words)})"
+
+
+def groups_have_one_name(manifests: Manifests) -> Iterator[str]:
+    names = [group["groupName"] for group in manifests.worker_groups]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield (
+            f"{_group_path(name, 'groupName')} is there {names.count(name)} times: components that "
+            f"copy a group exclude each other "
+            f"({manifests.written_in(manifests.service, 'groupName')})"
+        )
 
 
 def serve_config_is_right(manifests: Manifests) -> Iterator[str]:
@@ -244,6 +258,12 @@ def groups_have_room(manifests: Manifests) -> Iterator[str]:
             f"is no place for a gateway ({file})"
         )
     with_gpu = [g for g in manifests.worker_groups if gpus_of(worker(manifests, g["groupName"]))]
+    for group in manifests.worker_groups:
+        if "num-gpus" in group.get("rayStartParams", {}) and group not in with_gpu:
+            yield (
+                f"{_group_path(group['groupName'], 'rayStartParams')}.num-gpus is set, and its "
+                f"pods have no GPU ({manifests.written_in(manifests.service, 'num-gpus')})"
+            )
     generator = deployed["Generator"]
     if with_gpu and not any(group["minReplicas"] for group in with_gpu) and generator.min_replicas:
         file = manifests.written_in(manifests.service, "minReplicas")
@@ -413,7 +433,12 @@ def ports_have_one_name(manifests: Manifests) -> Iterator[str]:
                     for backend in rule["backendRefs"]:
                         yield from wrong("serve", backend["port"], f"{name}: spec.rules", document)
             case "PodMonitor" | "ServiceMonitor":
-                for endpoint in spec.get("podMetricsEndpoints", spec.get("endpoints", [])):
+                kind = document["kind"]
+                field = "podMetricsEndpoints" if kind == "PodMonitor" else "endpoints"
+                if field not in spec:
+                    file = manifests.written_in(document, kind)
+                    yield f"{name}: spec.{field} is missing ({file})"
+                for endpoint in spec.get(field, []):
                     if endpoint["port"] not in PORTS:
                         yield (
                             f"{name}: port {endpoint['port']} is not one of {', '.join(PORTS)} "
@@ -460,6 +485,8 @@ def _secret_references(
                 yield where, node["credentials"]["name"], node["credentials"]["key"]
             if "secretName" in node:
                 yield where, node["secretName"], None
+            for reference in node.get("certificateRefs", []):
+                yield where, reference["name"], None
             for name, child in node.items():
                 yield from walk(child, f"{where}.{name}")
 
@@ -480,21 +507,58 @@ def volumes_exist(manifests: Manifests) -> Iterator[str]:
                     f"{pod.where}.volumes[{volume['name']}]: no PersistentVolumeClaim {claim} is "
                     f"applied with it ({manifests.written_in(pod, 'claimName')})"
                 )
+        for container in pod.containers:
+            for mount in container.get("volumeMounts", []):
+                if mount["name"] not in {*volumes, *_claim_templates(pod)}:
+                    yield (
+                        f"{pod.where}.containers[{container['name']}].volumeMounts: no volume "
+                        f"{mount['name']} ({manifests.written_in(pod, 'volumeMounts')})"
+                    )
         # Ray, Redis and tempfile write there, and the root is read-only.
         mounts = [one["mountPath"] for one in pod.spec["containers"][0].get("volumeMounts", [])]
         is_ray = pod.document["kind"] == "RayService"
-        for path in ["/tmp", *(["/cache"] if pod.group is not None else [])] if is_ray else []:
+        cache = ["/cache/huggingface"] if pod.group is not None else []  # the image's VOLUME
+        for path in ["/tmp", *cache] if is_ray else []:
             if path not in mounts:
                 yield (
                     f"{pod.where}.containers[0].volumeMounts: nothing at {path} "
                     f"({manifests.written_in(pod, 'volumeMounts')})"
                 )
         keys = variables(pod.spec["containers"][0]).get("DIFFUSION_SERVE_KEYS_PATH")
-        if keys is not None and str(Path(keys).parent) not in mounts:
+        if keys is not None and (
+            str(Path(keys).parent) not in mounts or Path(keys).name not in SECRETS["api-keys"]
+        ):
+            file = manifests.written_in(pod, "DIFFUSION_SERVE_KEYS_PATH")
             yield (
-                f"{pod.where}.containers[0].env.DIFFUSION_SERVE_KEYS_PATH is {keys}, and nothing "
-                f"is mounted there ({manifests.written_in(pod, 'DIFFUSION_SERVE_KEYS_PATH')})"
+                f"{pod.where}.containers[0].env.DIFFUSION_SERVE_KEYS_PATH is {keys}, which is "
+                f"not the mounted Secret's ({file})"
             )
+
+
+def _claim_templates(pod: Pod) -> set[str]:
+    templates = pod.document["spec"].get("volumeClaimTemplates", [])
+    return {one["metadata"]["name"] for one in templates}
+
+
+def worker_groups_are_alike(manifests: Manifests) -> Iterator[str]:
+    """Whoever copies a group copies it as it is by then; a later patch reaches the first only."""
+    groups = [pod for pod in manifests.pods if pod.group is not None]
+    with_gpu = [pod for pod in groups if gpus_of(pod)]
+    for pod in groups:
+        runtime = pod.spec.get("runtimeClassName")
+        if runtime is not None and pod not in with_gpu:
+            yield (
+                f"{pod.where}.runtimeClassName is {runtime}, for pods without a GPU: apply "
+                f"runtime-class after scale-to-zero "
+                f"({manifests.written_in(pod, 'runtimeClassName')})"
+            )
+    for pod in with_gpu[1:]:
+        for field in ("runtimeClassName", "volumes"):
+            if pod.spec.get(field) != with_gpu[0].spec.get(field):
+                yield (
+                    f"{pod.where}.{field} differs from group {with_gpu[0].group}'s: apply what "
+                    f"changes it before what copies the group ({manifests.written_in(pod, field)})"
+                )
 
 
 def pods_fit_their_nodes(manifests: Manifests) -> Iterator[str]:
@@ -509,7 +573,9 @@ def pods_fit_their_nodes(manifests: Manifests) -> Iterator[str]:
                 continue
             room = nodes[product]["allocatable"]
             requests = pod.spec["containers"][0]["resources"]["requests"]
-            gpu = next(name for name in requests if _is_gpu(name))
+            gpu = next(filter(_is_gpu, requests), "nvidia.com/gpu")
+            if gpu not in requests:
+                continue  # requests_equal_limits says so
             if gpu not in room:
                 yield (
                     f"{pod.where}.containers[0].resources: nodes with {product} have no {gpu} "
@@ -541,6 +607,23 @@ def _products(pod: Pod) -> list[str]:
     ]
 
 
+def pods_leave_ray_alone(manifests: Manifests) -> Iterator[str]:
+    """KubeRay makes new pods itself, and Ray drains on SIGTERM."""
+    for pod in manifests.pods:
+        if pod.document["kind"] != "RayService":
+            continue
+        if (policy := pod.spec.get("restartPolicy", "Never")) != "Never":
+            yield (
+                f"{pod.where}.restartPolicy is {policy}: leave it out "
+                f"({manifests.written_in(pod, 'restartPolicy')})"
+            )
+        if "preStop" in pod.spec["containers"][0].get("lifecycle", {}):
+            yield (
+                f"{pod.where}.containers[0].lifecycle.preStop: leave it out, or requests are "
+                f"cut off ({manifests.written_in(pod, 'preStop')})"
+            )
+
+
 def nobody_is_privileged(manifests: Manifests) -> Iterator[str]:
     """Kubernetes' pod security standard "restricted", which the namespace enforces."""
     for pod in manifests.pods:
@@ -555,11 +638,24 @@ def nobody_is_privileged(manifests: Manifests) -> Iterator[str]:
                 f"{pod.where}.securityContext.seccompProfile.type: write RuntimeDefault "
                 f"({manifests.written_in(pod, 'seccompProfile')})"
             )
+        for field in ("hostNetwork", "hostPID", "hostIPC"):
+            if pod.spec.get(field):
+                yield f"{pod.where}.{field}: leave it out ({manifests.written_in(pod, field)})"
+        if not whole.get("runAsUser"):
+            yield (
+                f"{pod.where}.securityContext.runAsUser is {whole.get('runAsUser')}: write another "
+                f"than root's ({manifests.written_in(pod, 'runAsUser')})"
+            )
         contexts = [(one["name"], one.get("securityContext", {})) for one in pod.containers]
         if pod is manifests.pods[0]:
             autoscaler = manifests.cluster.get("autoscalerOptions", {})
             contexts.append(("autoscaler", autoscaler.get("securityContext", {})))
         for name, context in contexts:
+            if context.get("privileged"):
+                yield (
+                    f"{pod.where}.containers[{name}].securityContext.privileged: leave it out "
+                    f"({manifests.written_in(pod, 'privileged')})"
+                )
             for field, wanted in {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
@@ -589,49 +685,129 @@ def budgets_select_pods(manifests: Manifests) -> Iterator[str]:
         own = {k: v for k, v in labels.items() if k != "ray.io/node-type"}
         if not any(own.items() <= pod.labels.items() for pod in ray):
             yield f"{where}.selector: no pod has the labels {own} ({file})"
-        if not isinstance(budget["spec"].get("minAvailable"), int):
+        least = budget["spec"].get("minAvailable")
+        if not isinstance(least, int):
             yield f"{where}: write minAvailable, a number ({file})"
+            continue
+        workers = sum(group["minReplicas"] for group in manifests.worker_groups)
+        most = 1 if labels.get("ray.io/node-type") == "head" else max(1, workers)
+        if least > most:
+            yield f"{where}.minAvailable is {least}, and there are but {most} for sure ({file})"
+
+
+def neighbours_are_reached(manifests: Manifests) -> Iterator[str]:
+    """Services, routes and policies name each other right, and the network lets them through."""
+    name = manifests.service["metadata"]["name"]
+    services = {one["metadata"]["name"]: one for one in manifests.of_kind("Service")}
+    redis = manifests.cluster.get("gcsFaultToleranceOptions", {}).get("redisAddress")
+    if redis is not None:
+        host, _, port = redis.partition(":")
+        ports = [
+            str(one["port"]) for one in services.get(host, {"spec": {"ports": []}})["spec"]["ports"]
+        ]
+        if port not in ports:
+            yield (
+                f"RayService/{name}: spec.rayClusterConfig.gcsFaultToleranceOptions.redisAddress "
+                f"is {redis}, and no such Service is applied with it "
+                f"({manifests.written_in(manifests.service, 'redisAddress')})"
+            )
+    for route in manifests.of_kind("HTTPRoute"):
+        for rule in route["spec"]["rules"]:
+            for backend in rule["backendRefs"]:
+                if backend["name"] not in {*services, f"{name}-serve-svc"}:
+                    yield (
+                        f"HTTPRoute/{route['metadata']['name']}: spec.rules.backendRefs: no "
+                        f"Service {backend['name']} ({manifests.written_in(route, 'backendRefs')})"
+                    )
+    known = {(one["kind"], one["metadata"]["name"]) for one in manifests.documents}
+    if "upgradeStrategy" in manifests.service["spec"]:  # KubeRay's
+        known |= {("Gateway", f"{name}-gateway"), ("HTTPRoute", f"{name}-httproute")}
+    for policy in manifests.of_kind("BackendTrafficPolicy", "ClientTrafficPolicy"):
+        for target in policy["spec"]["targetRefs"]:
+            if (target["kind"], target["name"]) not in known:
+                file = manifests.written_in(policy, "targetRefs")
+                yield (
+                    f"{policy['kind']}/{policy['metadata']['name']}: spec.targetRefs: no "
+                    f"{target['kind']} {target['name']} ({file})"
+                )
+    ray = [pod for pod in manifests.pods if pod.document["kind"] == "RayService"]
+    for policy in manifests.of_kind("NetworkPolicy"):
+        where = f"NetworkPolicy/{policy['metadata']['name']}: spec"
+        file = manifests.written_in(policy, "NetworkPolicy")
+        chosen = policy["spec"]["podSelector"].get("matchLabels", {})
+        if not all(chosen.items() <= pod.labels.items() for pod in ray):
+            yield f"{where}.podSelector: {chosen} are not the labels of Ray's pods ({file})"
+        for namespace, ports in {
+            "kuberay-operator": {PORTS["dashboard"], PORTS["serve"]},
+            "monitoring": {PORTS["metrics"], PORTS["serve"]},
+        }.items():
+            let_in = {
+                port["port"]
+                for rule in policy["spec"]["ingress"]
+                for source in rule["from"]
+                if "namespaceSelector" in source
+                and source["namespaceSelector"]
+                .get("matchLabels", {})
+                .get("kubernetes.io/metadata.name", namespace)
+                == namespace
+                for port in rule.get("ports", [])
+            }
+            if missing := ports - let_in:
+                yield f"{where}.ingress: {namespace} does not get to {sorted(missing)} ({file})"
 
 
 def the_way_in_is_wide_enough(manifests: Manifests) -> Iterator[str]:
-    config, _ = application(manifests)
-    limits = config.engine.limits
-    for route in manifests.of_kind("HTTPRoute"):
-        where = f"HTTPRoute/{route['metadata']['name']}: spec.rules"
-        file = manifests.written_in(route, "kind: HTTPRoute")
-        for rule in route["spec"]["rules"]:
-            request = rule.get("timeouts", {}).get("request", "0s")
-            if float(request.removesuffix("s")) <= limits.max_deadline_s:
-                yield (
-                    f"{where}.timeouts.request is {request}, not over max_deadline_s, "
-                    f"{limits.max_deadline_s:g} ({file})"
-                )
-            removed = {
-                name
-                for one in rule.get("filters", [])
-                for name in one.get("requestHeaderModifier", {}).get("remove", [])
-            }
-            for name in ("x-request-timeout-seconds", "x-request-disconnect-disabled"):
-                if name not in removed:
-                    yield f"{where}.filters: {name} must be removed ({file})"
-    for policy in manifests.of_kind("BackendTrafficPolicy"):
-        limit = policy["spec"]["requestBuffer"]["limit"]
-        if parse_quantity(limit) < limits.max_upload_bytes:
-            yield (
-                f"BackendTrafficPolicy/{policy['metadata']['name']}: spec.requestBuffer.limit is "
-                f"{limit}, less than max_upload_bytes, {limits.max_upload_bytes} "
-                f"({manifests.written_in(policy, 'requestBuffer')})"
-            )
-    if manifests.of_kind("HTTPRoute") and "upgradeStrategy" in manifests.service["spec"]:
+    """Envoy's own limits are 15 s, and no bound of the body; clients' headers come through."""
+    incremental = "upgradeStrategy" in manifests.service["spec"]
+    routes = manifests.of_kind("HTTPRoute")
+    if not routes and not incremental:
+        return
+    if routes and incremental:
         yield (
             "RayService/diffusion-serve: spec.upgradeStrategy: with incremental upgrades KubeRay "
             "makes Gateway and HTTPRoute itself; leave components/ingress out "
             f"({manifests.written_in(manifests.service, 'upgradeStrategy')})"
         )
+    config, _ = application(manifests)
+    limits = config.engine.limits
+    timeouts, removed, sizes = [], set(), []
+    for route in routes:
+        for rule in route["spec"]["rules"]:
+            where = f"HTTPRoute/{route['metadata']['name']}: spec.rules.timeouts.request"
+            timeouts.append((route, where, rule.get("timeouts", {}).get("request", "15s")))
+            for one in rule.get("filters", []):
+                removed |= set(one.get("requestHeaderModifier", {}).get("remove", []))
+    for policy in manifests.of_kind("BackendTrafficPolicy"):
+        where = f"BackendTrafficPolicy/{policy['metadata']['name']}: spec"
+        if "timeout" in policy["spec"]:
+            seconds = policy["spec"]["timeout"]["http"]["requestTimeout"]
+            timeouts.append((policy, f"{where}.timeout.http.requestTimeout", seconds))
+        limit = policy["spec"]["requestBuffer"]["limit"]
+        sizes.append(limit)
+        if parse_quantity(limit) < limits.max_upload_bytes:
+            yield (
+                f"{where}.requestBuffer.limit is {limit}, less than max_upload_bytes, "
+                f"{limits.max_upload_bytes} ({manifests.written_in(policy, 'requestBuffer')})"
+            )
+    for policy in manifests.of_kind("ClientTrafficPolicy"):
+        removed |= set(policy["spec"]["headers"]["earlyRequestHeaders"]["remove"])
+    for document, where, seconds in timeouts:
+        if float(seconds.removesuffix("s")) <= limits.max_deadline_s:
+            yield (
+                f"{where} is {seconds}, not over max_deadline_s, {limits.max_deadline_s:g} "
+                f"({manifests.written_in(document, seconds)})"
+            )
+    way_in = manifests.of_kind("Gateway", "ClientTrafficPolicy")
+    for name in sorted(HEADERS - removed):
+        file = manifests.written_in(way_in[0], "kind") if way_in else "components/ingress"
+        yield f"the way in: the header {name} must be removed ({file})"
+    if not timeouts or not sizes:
+        yield "the way in: no timeout or no requestBuffer.limit (cluster/components/ingress)"
 
 
 RULES: list[Rule] = [
     schema_is_kept,
+    groups_have_one_name,
     serve_config_is_right,
     serve_is_reached,
     gpus_suffice,
@@ -644,14 +820,17 @@ RULES: list[Rule] = [
     ports_have_one_name,
     secrets_are_referred_to,
     volumes_exist,
+    worker_groups_are_alike,
     pods_fit_their_nodes,
+    pods_leave_ray_alone,
     nobody_is_privileged,
     budgets_select_pods,
+    neighbours_are_reached,
     the_way_in_is_wide_enough,
 ]
 
 
 def problems(manifests: Manifests) -> list[str]:
     """Of all rules; those that read the Serve config only once it is right."""
-    first = [line for rule in RULES[:2] for line in rule(manifests)]
-    return first or [line for rule in RULES[2:] for line in rule(manifests)]
+    first = [line for rule in RULES[:3] for line in rule(manifests)]
+    return first or [line for rule in RULES[3:] for line in rule(manifests)]

@@ -67,8 +67,7 @@ def _crd_schema(kind: str, version: str) -> dict[str, Any]:
 
 def _strict(schema: dict[str, Any]) -> dict[str, Any]:
     """As JSON schema, without the fields that the API server would refuse."""
-    if schema.pop("x-kubernetes-int-or-string", False):
-        return {"type": ["integer", "string"]}
+    schema.pop("x-kubernetes-int-or-string", None)  # anyOf says it as well
     if "properties" in schema:
         for name, child in schema["properties"].items():
             schema["properties"][name] = _strict(child)

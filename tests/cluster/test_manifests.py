@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cluster.manifests import render
+from tests.cluster.manifests import Manifests, RenderError, render
 from tests.cluster.rules import RULES, problems
 from tests.cluster.schemas import CRD_DIR
 
@@ -83,7 +83,7 @@ def test_combinations_keep_all_rules(copy: Path, components: list[str]) -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_each_component_keeps_all_rules_alone(copy: Path, component: str) -> None:
-    needs = {"mig": ["gpu-h100"]}.get(component, [])
+    needs = {"mig": ["gpu-h100"], "spot": ["gpu-l4"]}.get(component, [])
     if component == "scale-to-zero":
         edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
     assert problems(render(overlay(copy, [*needs, component]))) == []
@@ -109,9 +109,28 @@ def test_an_image_from_a_registry_keeps_its_tag(copy: Path) -> None:
     assert images == {
         "registry.example.com/team/diffusion-serve:0.1.0-gpu",
         "registry.example.com/team/diffusion-serve:0.1.0-cpu",
-        "redis:7.4.2-alpine",
+        "redis:8.6.3-alpine",
     }
     assert problems(manifests) == []
+
+
+def test_the_smoke_test_of_the_platform_keeps_all_rules() -> None:
+    smoke = yaml.safe_load((CLUSTER / "platform/gpu-smoke.yaml").read_text())
+    production = render(CLUSTER / "overlays/production")
+    manifests = Manifests(production.folder, [*production.documents, smoke])
+    assert [pod.document["kind"] for pod in manifests.pods][-1] == "Pod"
+    assert problems(manifests) == []
+
+
+def test_components_that_exclude_each_other_are_told(copy: Path) -> None:
+    edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
+    with pytest.raises(RenderError, match="test"):
+        render(overlay(copy, ["gpu-l4", "spot", "scale-to-zero"]))
+
+
+def test_an_order_that_forgets_a_group_is_told(copy: Path) -> None:
+    manifests = render(overlay(copy, ["gpu-l4", "spot", "runtime-class"]))
+    assert any("gpu-spot" in line and "runtimeClassName" in line for line in problems(manifests))
 
 
 @dataclass(frozen=True)
