@@ -18,7 +18,7 @@ from tests.monitoring.prometheus import SCRAPE_EVERY_S, Prometheus, start_promet
 from tests.monitoring.series import FOREIGN, series_of
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
 
 LOAD_S = 15.0
 """At least."""
