@@ -1,11 +1,14 @@
-# make serve   a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml)
-# make test    lint, types, import contract and all tests
+# make serve       a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml, HOST=127.0.0.1)
+# make manifests   every overlay of cluster/, rendered into build/manifests/
+# make dashboards  Grafana's dashboards and Prometheus' rules, written into build/
+# make test        lint, types, import contract and all tests
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
+HOST ?= 127.0.0.1
 BIN := .venv/bin
 
-.PHONY: install serve test lint types imports tests clean
+.PHONY: install serve manifests dashboards test lint types imports tests clean
 
 install: .venv/installed
 
@@ -16,16 +19,30 @@ install: .venv/installed
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The check answers a wrong configuration at once, before Ray is started. The variable is read by
-# Serve's proxies: serve_app/gateway/proxy.py says what for.
+# The check answers a wrong configuration at once, before Ray is started. Config files listen on all
+# addresses, as containers must; a server of one's own is for one's own machine. The variable is read
+# by Serve's proxies: serve_app/gateway/proxy.py says what for.
 serve: install
 	$(BIN)/diffusion-serve check $(CONFIG)
+	sed 's/^  host: 0\.0\.0\.0$$/  host: $(HOST)/' $(CONFIG) > .venv/serve.yaml
 	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.gateway.proxy:middlewares \
-		$(BIN)/serve run $(CONFIG)
+		$(BIN)/serve run .venv/serve.yaml
+
+OVERLAYS := $(notdir $(wildcard cluster/overlays/*))
+
+manifests: .venv/tested
+	mkdir -p build/manifests
+	for overlay in $(OVERLAYS); do \
+		$(BIN)/kubectl kustomize cluster/overlays/$$overlay > build/manifests/$$overlay.yaml || exit 1; \
+	done
+
+dashboards: install
+	$(BIN)/python -m monitoring.dashboards build/dashboards
+	$(BIN)/python -m monitoring.rules > build/rules.yaml
 
 # With what only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,plan,quantize,tracing]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize,tracing]'
 	touch $@
 
 test: lint types imports tests

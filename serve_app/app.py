@@ -8,6 +8,9 @@ from serve_app.config import check_model_folder, parse_app_config
 from serve_app.gateway.deployment import Gateway
 from serve_app.generator import Generator
 
+GRACE_S = 10.0
+"""Between the longest deadline of a request and the end of a replica that is to go away."""
+
 
 def build(args: dict[str, Any]) -> Application:
     """Called by Serve with ``args`` of the config file.
@@ -19,5 +22,10 @@ def build(args: dict[str, Any]) -> Application:
     config = parse_app_config(args)
     check_model_folder(config.model)
     # The decorator makes deployments of the classes, which type checkers do not see.
-    generator, gateway = cast(Deployment, Generator), cast(Deployment, Gateway)
+    generator, gateway = (
+        cast(Deployment, deployment).options(
+            graceful_shutdown_timeout_s=config.engine.limits.max_deadline_s + GRACE_S
+        )
+        for deployment in (Generator, Gateway)
+    )
     return gateway.bind(config, generator.bind(config))

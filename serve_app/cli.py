@@ -3,9 +3,10 @@
 import json
 import re
 import secrets
+import sys
 import time
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 import yaml
@@ -13,16 +14,22 @@ from tqdm import tqdm
 
 from serve_app import __version__
 from serve_app.config import (
+    API_KEY_VARIABLE,
     EngineConfig,
     ModelConfig,
+    api_key_in_environment,
     check_model_folder,
     is_path,
     keys_in_environment,
     policy_kwargs,
     read_autoscaling,
+    read_num_gpus,
     read_serve_config,
 )
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
+
+if TYPE_CHECKING:
+    from serve_app.doctor.report import Finding
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -85,6 +92,81 @@ def check(
         typer.echo(f"error: {config}: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{config}: ok")
+
+
+@cli.command()
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A Serve config file: what is to run here. The demo, if none."),
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="No GPU is expected.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Look at the cluster of the current kubeconfig instead."),
+    ] = False,
+    namespace: Annotated[
+        str | None, typer.Option(help="Of the cluster. The kubeconfig's, if none.")
+    ] = None,
+    overlay: Annotated[
+        Path | None,
+        typer.Option(
+            allow_dash=True,
+            help="A rendered manifest that is to be applied ('-': from stdin), to compare with the "
+            "cluster's nodes. What the namespace holds, if none.",
+        ),
+    ] = None,
+) -> None:
+    """Look for what stands between this machine, or a cluster, and a picture."""
+    from serve_app.doctor.report import any_failed, table
+    from serve_app.doctor.report import as_json as to_json
+
+    try:
+        if not cluster and (namespace is not None or overlay is not None):
+            raise ConfigError("--namespace and --overlay go with --cluster.")
+        if cluster and config is not None:
+            raise ConfigError("--config is for a machine; give the manifest to --overlay.")
+        findings = (
+            _look_at_cluster(namespace, overlay, cpu) if cluster else _look_at_machine(config, cpu)
+        )
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(json.dumps(to_json(findings), indent=1) if as_json else table(findings))
+    if any_failed(findings):
+        raise typer.Exit(1)
+
+
+def _look_at_machine(config: Path | None, cpu: bool) -> list["Finding"]:
+    from serve_app.doctor import machine
+
+    if config is None:
+        wanted = machine.Wanted(ModelConfig(), num_gpus=0 if cpu else 1, cpu=cpu)
+    else:
+        [num_gpus, *_] = read_num_gpus(config, "Generator")
+        model = read_serve_config(config)[0].model
+        wanted = machine.Wanted(model, num_gpus=1 if num_gpus is None else num_gpus, cpu=cpu)
+    return list(machine.look(wanted, machine.this_place()))
+
+
+def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> list["Finding"]:
+    from serve_app.doctor import cluster as checks
+    from serve_app.doctor.kube import Cluster, Unreachable
+    from serve_app.doctor.report import failed
+
+    objects = None
+    if overlay is not None:
+        try:
+            text = sys.stdin.read() if str(overlay) == "-" else overlay.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--overlay: {overlay} cannot be read: {error}.") from None
+        objects = checks.read_overlay(text, str(overlay))
+    try:
+        with Cluster(namespace) as cluster:
+            return list(checks.look(cluster, cpu, objects))
+    except Unreachable as error:
+        return [failed("cluster", error.found, error.advice)]
 
 
 @cli.command()
@@ -289,3 +371,29 @@ def infer(
     typer.echo(
         f"{output}: {result.image.width}x{result.image.height}, seed {params.seed}, {took_s:.1f} s"
     )
+
+
+@cli.command()
+def top(
+    url: Annotated[str, typer.Argument(help="Of the server.")] = "http://127.0.0.1:8000",
+    key: Annotated[
+        str | None, typer.Option(help=f"An API key; better in {API_KEY_VARIABLE}.")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds from frame to frame.")] = 1.0,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print one frame, of --every seconds, and end.")
+    ] = False,
+) -> None:
+    """Watch a deployment in the terminal, by its /metrics. Ctrl-C ends it."""
+    try:
+        from rich.console import Console
+
+        from serve_app.top import Server, watch
+
+        server = Server.at(url, key or api_key_in_environment() or None)
+        watch(server, Console(markup=False, emoji=False, highlight=False), every, once)
+    except DiffusionServeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:  # as it is meant to end
+        pass

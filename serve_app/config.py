@@ -31,6 +31,12 @@ DEMO_MODEL_DIR = Path(__file__).parent / "demo" / "model"
 KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
 """Of the environment: entries of API keys."""
 
+KEYS_PATH_VARIABLE = "DIFFUSION_SERVE_KEYS_PATH"
+"""Of the environment: a file with such entries, where gateway.keys_path names none."""
+
+API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
+"""Of the environment: the key of who asks a server."""
+
 WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
 """What a Serve config names to have replicas scaled by the work that waits."""
 
@@ -248,7 +254,8 @@ class GatewayConfig(_Config):
     keys_path: str | None = Field(
         None,
         description="File with the API keys that are let in; `diffusion-serve key` writes entries "
-        f"for it. The environment variable {KEYS_VARIABLE} holds such entries, too.",
+        f"for it. The environment variable {KEYS_PATH_VARIABLE} names one as well, for containers "
+        f"where it is mounted, and {KEYS_VARIABLE} holds such entries itself.",
     )
     max_hold_s: float = Field(
         300.0,
@@ -274,7 +281,8 @@ class GatewayConfig(_Config):
 
     @property
     def keys_file(self) -> Path | None:
-        return None if self.keys_path is None else Path(self.keys_path).expanduser()
+        path = self.keys_path or os.environ.get(KEYS_PATH_VARIABLE)
+        return Path(path).expanduser() if path else None
 
 
 def _is_installed(module: str) -> bool:
@@ -289,6 +297,11 @@ def keys_in_environment() -> str | None:
     return os.environ.get(KEYS_VARIABLE)
 
 
+def api_key_in_environment() -> str | None:
+    """What to show a server that asks for a key."""
+    return os.environ.get(API_KEY_VARIABLE)
+
+
 _NUMERIC = ("ATEN_", "CUBLAS", "CUDNN", "DNNL_", "MKL_", "NVIDIA_TF32", "OMP_", "ONEDNN_")
 _PAINTING = ("DIFFUSERS_", "PYTORCH_", "TORCH", *_NUMERIC)
 
@@ -296,6 +309,21 @@ _PAINTING = ("DIFFUSERS_", "PYTORCH_", "TORCH", *_NUMERIC)
 def painting_environment() -> dict[str, str]:
     """What the environment tells the libraries that paint, about kernels, memory and precision."""
     return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PAINTING)}
+
+
+_OF_THE_MACHINE = (
+    "CUDA_MPS_PIPE_DIRECTORY",
+    "CUDA_VISIBLE_DEVICES",
+    "KUBERNETES_SERVICE_HOST",
+    "NVIDIA_DRIVER_CAPABILITIES",
+    "NVIDIA_VISIBLE_DEVICES",
+    "RAY_ADDRESS",
+)
+
+
+def machine_environment() -> dict[str, str]:
+    """What the environment says of GPUs, of Kubernetes, and of a Ray cluster to join."""
+    return {name: os.environ[name] for name in _OF_THE_MACHINE if name in os.environ}
 
 
 class AppConfig(_Config):
@@ -335,17 +363,31 @@ def read_autoscaling(path: Path, deployment: str) -> list[dict[str, Any]]:
     """
     found = []
     for application in _applications(path):
-        deployments = application.get("deployments") or []
-        if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
-            raise ConfigError(f"{path}: deployments must be a list of mappings.")
-        matching = (one for one in deployments if one.get("name") == deployment)
-        named: dict[str, Any] = next(matching, {})
+        named = _deployment(path, application, deployment)
         scaling = named.get("autoscaling_config") or {}
         if not isinstance(scaling, dict) or not isinstance(scaling.get("policy") or {}, dict):
             raise ConfigError(f"{path}: autoscaling_config and its policy must be mappings.")
         if not scaling and "num_replicas" in named:
             scaling = dict.fromkeys(("min_replicas", "max_replicas"), named["num_replicas"])
         found.append(scaling)
+    return found
+
+
+def read_num_gpus(path: Path, deployment: str) -> list[float | None]:
+    """GPUs that a replica of it asks Ray for, in each application of ours; None where unsaid.
+
+    Raises:
+        ConfigError: if the file cannot be read, or one of them is no number.
+    """
+    found: list[float | None] = []
+    for application in _applications(path):
+        options = _deployment(path, application, deployment).get("ray_actor_options") or {}
+        number = options.get("num_gpus") if isinstance(options, dict) else options
+        if not (number is None or (isinstance(number, int | float) and number >= 0)):
+            raise ConfigError(
+                f"{path}: ray_actor_options.num_gpus must be a number of GPUs; it is {number!r}."
+            )
+        found.append(number)
     return found
 
 
@@ -384,6 +426,16 @@ def _applications(path: Path) -> list[dict[str, Any]]:
             "examples."
         )
     return ours
+
+
+def _deployment(path: Path, application: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What ``application`` sets of that deployment; empty if nothing."""
+    deployments = application.get("deployments") or []
+    if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
+        raise ConfigError(f"{path}: deployments must be a list of mappings.")
+    matching = (one for one in deployments if one.get("name") == name)
+    named: dict[str, Any] = next(matching, {})
+    return named
 
 
 def parse_app_config(value: object) -> AppConfig:

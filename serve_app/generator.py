@@ -100,7 +100,6 @@ def _encode_result(
     max_ongoing_requests=256,
     max_queued_requests=1_024,
     max_constructor_retry_count=2,
-    graceful_shutdown_timeout_s=120,
     request_router_config={"request_router_class": ShortestOfSeveral},
 )
 class Generator:

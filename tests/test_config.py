@@ -9,6 +9,7 @@ from serve_app.config import (
     DEMO_MODEL_DIR,
     WORK_POLICY,
     AppConfig,
+    GatewayConfig,
     ModelConfig,
     check_model_folder,
     parse_app_config,
@@ -17,11 +18,10 @@ from serve_app.config import (
     read_serve_config,
 )
 from serve_app.errors import ConfigError
+from tests.serve_configs import SERVE_CONFIGS
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda path: path.name)
 def test_the_shipped_configs_are_right(path: Path) -> None:
     [config] = read_serve_config(path)
     check_model_folder(config.model)
@@ -141,3 +141,10 @@ def test_tracing_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"pip install 'diffusion-serve\[tracing\]'"):
         parse_app_config({"gateway": {"tracing": True}})
     assert not parse_app_config({}).gateway.tracing
+
+
+def test_a_file_of_keys_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert GatewayConfig().keys_file is None
+    monkeypatch.setenv("DIFFUSION_SERVE_KEYS_PATH", "/etc/diffusion-serve/keys.yaml")
+    assert GatewayConfig().keys_file == Path("/etc/diffusion-serve/keys.yaml")
+    assert GatewayConfig(keys_path="/mine.yaml").keys_file == Path("/mine.yaml")

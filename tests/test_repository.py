@@ -60,7 +60,14 @@ def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [Path("README.md"), Path("serve_app/demo/model/README.md")], ids=str
+    "path",
+    [
+        Path("README.md"),
+        Path("docs/runbook.md"),
+        Path("cluster/components/monitoring/README.md"),
+        Path("serve_app/demo/model/README.md"),
+    ],
+    ids=str,
 )
 def test_links_lead_somewhere(path: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / path).read_text())
@@ -73,6 +80,6 @@ def test_the_readme_names_every_module() -> None:
     text = (ROOT / "README.md").read_text()
     for module in (ROOT / "serve_app").glob("[!_]*.py"):
         assert module.name in text
-    for folder in ("autoscaling", "engine", "gateway"):
+    for folder in ("autoscaling", "doctor", "engine", "gateway"):
         for module in (ROOT / "serve_app" / folder).glob("[!_]*.py"):
             assert module.name in text, module

@@ -6,6 +6,7 @@ Starlette has one as well, which answers in plain text rather than with OpenAI's
 import asyncio
 from collections.abc import Callable
 
+from ray.exceptions import TaskCancelledError
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -29,6 +30,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        receive = _or_gone(receive)
         try:
             async with asyncio.timeout(READ_WITHIN_S):
                 messages = await _read(scope, receive, self._max_bytes(get_route_path(scope)))
@@ -47,6 +49,18 @@ class BodyLimit:
             return next(pending, None) or await receive()
 
         await self._app(scope, replay, send)
+
+
+def _or_gone(receive: Receive) -> Receive:
+    """Serve's own raises where its proxy drops the call of a client that has gone away."""
+
+    async def message() -> Message:
+        try:
+            return await receive()
+        except TaskCancelledError:
+            return {"type": "http.disconnect"}
+
+    return message
 
 
 async def _read(scope: Scope, receive: Receive, most: int) -> list[Message]:

@@ -220,10 +220,11 @@ def _as_raised() -> Iterator[None]:
 
 
 # Far more than the generator takes: one that is full must still answer /health and refuse the rest.
+# Not on nodes that are so labelled, because they come and go: a gateway would keep a GPU node that
+# nobody uses, or be lost with a spot one.
 @serve.deployment(
-    ray_actor_options={"num_cpus": 0.5},
+    ray_actor_options={"num_cpus": 0.5, "label_selector": {"diffusion-serve/gateway": "!no"}},
     max_ongoing_requests=10_000,
-    graceful_shutdown_timeout_s=120,
 )
 @serve.ingress()
 class Gateway:

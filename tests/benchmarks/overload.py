@@ -272,7 +272,9 @@ def show(result: dict[str, Any]) -> str:
         for one in result["rows"]
     ]
     before, after = result["capacity_per_s"]
-    lines += [f"median at {load}: {goodput:.2f}" for load, goodput in result["goodput_per_s"].items()]
+    lines += [
+        f"median at {load}: {goodput:.2f}" for load, goodput in result["goodput_per_s"].items()
+    ]
     lines.append(f"capacity {before:.2f} pictures/s, at the end {after:.2f}")
     lines.append(f"goodput at 3.0 over its peak: {result['goodput_ratio']:.0%}")
     return "\n".join(lines)

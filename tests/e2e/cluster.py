@@ -47,7 +47,9 @@ def free_ports(number: int) -> list[int]:
             probe.close()
 
 
-def autoscaling_config(gcs_address: str, nodes: int, idle_minutes: float) -> dict[str, Any]:
+def autoscaling_config(
+    gcs_address: str, nodes: int, idle_minutes: float, cpus: int
+) -> dict[str, Any]:
     """What Ray's autoscaler reads; it wants every key."""
     return {
         "cluster_name": "fake",
@@ -66,10 +68,11 @@ def autoscaling_config(gcs_address: str, nodes: int, idle_minutes: float) -> dic
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {
-            "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
             "gpu": {
                 "resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100 * 2**20},
-                "labels": {"ray.io/accelerator-type": "L4"},
+                # As cluster/components/scale-to-zero has it: a gateway there would keep the node.
+                "labels": {"ray.io/accelerator-type": "L4", "diffusion-serve/gateway": "no"},
                 "node_config": {},
                 "min_workers": 0,
                 "max_workers": nodes,
@@ -169,13 +172,16 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def start_cluster(nodes: int, idle_minutes: float = 0.2) -> Iterator[Cluster]:
-    """At most so many nodes, each with one GPU and four CPUs; given back after so long idle."""
+def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Iterator[Cluster]:
+    """At most so many nodes, each with one GPU and four CPUs; given back after so long idle.
+
+    ``cpus``: of the head.
+    """
     folder = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # short: for Ray's sockets
     gcs, dashboard, agent, agent_grpc, client, metrics, runtime_env = free_ports(7)
     address = f"{get_node_ip_address()}:{gcs}"
     config = folder / "autoscaling.json"
-    config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes)))
+    config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes, cpus)))
     environment = os.environ | {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
@@ -197,7 +203,7 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2) -> Iterator[Cluster]:
         "ray-client-server-port": client,
         "metrics-export-port": metrics,
         "runtime-env-agent-port": runtime_env,
-        "num-cpus": 1,
+        "num-cpus": cpus,
         "num-gpus": 0,
         "object-store-memory": 100 * 2**20,
     }

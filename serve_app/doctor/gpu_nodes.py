@@ -1,0 +1,219 @@
+"""GPU nodes of a cluster: what they offer, and whether the service's pods can go there."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
+
+from serve_app.doctor import placement
+from serve_app.doctor.kube import Cluster, Object, full_name, images
+from serve_app.doctor.placement import Group
+from serve_app.doctor.report import Finding, failed, ok, warning
+
+_DEVICE_PLUGIN = re.compile(r"nvidia.*device-plugin")
+_NOT_THE_PLUGIN = re.compile(r"feature-discovery|mps-control-daemon")
+"""Daemonsets of the same chart, with the same image."""
+
+
+def check_device_plugin(cluster: Cluster) -> Iterator[Finding]:
+    check = "device plugin"
+    plugins = [
+        one
+        for one in cluster.list("daemonsets.apps")
+        if not _NOT_THE_PLUGIN.search(one["metadata"]["name"])
+        and any(_DEVICE_PLUGIN.search(text) for text in (one["metadata"]["name"], *images(one)))
+    ]
+    install = (
+        "Install it from cluster/platform (or the GPU Operator, which brings it). Its pods need "
+        "the driver on the node, and a toleration for the node's taints."
+    )
+    if not plugins and any(placement.gpus(node) for node in cluster.list("nodes")):
+        yield warning(
+            check,
+            "no daemonset of it, though nodes offer GPUs",
+            "Some providers build it into their nodes: nothing is to be done if that is so here.",
+        )
+    elif not plugins:
+        yield failed(check, "no daemonset of it: no node can offer nvidia.com/gpu", install)
+    for plugin in plugins:
+        status = plugin.get("status") or {}
+        wanted, ready = status.get("desiredNumberScheduled", 0), status.get("numberReady", 0)
+        found = f"{full_name(plugin)}, ready on {ready} of {wanted} nodes"
+        if wanted == 0:
+            yield warning(
+                check,
+                found,
+                "It selects no node: right while all GPU nodes are away, else look at its "
+                "nodeSelector and affinity (with feature discovery it waits for the label "
+                "nvidia.com/gpu.present or feature.node.kubernetes.io/pci-10de.present).",
+            )
+        elif ready < wanted:
+            yield failed(
+                check,
+                found,
+                f"Look at its pods: `kubectl -n {plugin['metadata']['namespace']} get pods -o "
+                "wide`, and their logs. Mostly the node has no driver, or NVIDIA's runtime is not "
+                "containerd's default and the plugin has no runtimeClassName.",
+            )
+        else:
+            yield ok(check, found)
+
+
+def check_gpu_nodes(cluster: Cluster) -> Iterator[Finding]:
+    check = "GPU nodes"
+    nodes = cluster.list("nodes")
+    offering = [node for node in nodes if placement.gpus(node)]
+    idle = [
+        node["metadata"]["name"]
+        for node in nodes
+        if not placement.gpus(node)
+        and (
+            (node["metadata"].get("labels") or {}).get("nvidia.com/gpu.present") == "true"
+            or ((node.get("status") or {}).get("capacity") or {}).get("nvidia.com/gpu", "0") != "0"
+        )
+    ]
+    if idle:
+        yield failed(
+            check,
+            f"{', '.join(idle)}: GPUs that no pod can have (none allocatable)",
+            "Look at the device plugin's log on the node: the driver does not load, the GPUs are "
+            "unhealthy (Xid errors in `dmesg`), or MIG is on without instances.",
+        )
+    if not offering:
+        if not idle:
+            yield failed(
+                check,
+                f"none of {len(nodes)} offers nvidia.com/gpu",
+                "Add a GPU node; if a node group scales from zero, let it start one node first. If "
+                "there is one, its driver or the device plugin does not work.",
+            )
+        return
+    kinds = Counter(
+        (_product(node), resource, number)
+        for node in offering
+        for resource, number in placement.gpus(node).items()
+    )
+    found = ", ".join(
+        f"{nodes_of} with {number} {resource} ({product})"
+        for (product, resource, number), nodes_of in sorted(kinds.items())
+    )
+    unlabelled = [one["metadata"]["name"] for one in offering if _product(one) == _UNKNOWN_PRODUCT]
+    shared = [one["metadata"]["name"] for one in offering if _is_shared(one)]
+    if unlabelled:
+        yield warning(
+            check,
+            f"{found}; {', '.join(unlabelled)}: no label nvidia.com/gpu.product",
+            "GPU feature discovery does not run there, and components such as gpu-l4 select by its "
+            "labels: switch it on with the device plugin's value gfd.enabled=true.",
+        )
+    else:
+        yield ok(check, found)
+    if shared:
+        yield warning(
+            "GPU sharing",
+            f"{', '.join(shared)}: GPUs are time-sliced or shared through MPS",
+            "Pods on one GPU take each other's memory. Take `sharing` out of the device plugin's "
+            "configuration for these nodes, or keep the service off them; where one GPU must "
+            "serve several, MIG keeps them apart.",
+        )
+
+
+_UNKNOWN_PRODUCT = "unknown product"
+
+
+def _product(node: Object) -> str:
+    labels = node["metadata"].get("labels") or {}
+    return str(labels.get("nvidia.com/gpu.product", _UNKNOWN_PRODUCT))
+
+
+def _is_shared(node: Object) -> bool:
+    labels = node["metadata"].get("labels") or {}
+    replicas = labels.get("nvidia.com/gpu.replicas", "1")
+    return labels.get("nvidia.com/gpu.sharing-strategy", "none") != "none" or (
+        replicas.isdecimal() and int(replicas) > 1
+    )
+
+
+def check_places(cluster: Cluster, services: list[Object]) -> Iterator[Finding]:
+    if not services:
+        yield warning(
+            "pods' places",
+            f"no RayService in namespace {cluster.namespace}, so labels, taints and sizes are not "
+            "compared",
+            "Name one with --namespace, or render an overlay and name it:\n"
+            "  kubectl kustomize cluster/overlays/production | diffusion-serve doctor --cluster "
+            "--overlay -",
+        )
+    nodes = cluster.list("nodes")
+    for service in services:
+        for group in placement.groups(service):
+            yield _check_place(group, nodes)
+
+
+def _check_place(group: Group, nodes: Sequence[Object]) -> Finding:
+    """Labels, taints and sizes: what the scheduler is going to say, before it does."""
+    if not nodes:
+        return failed(group.name, "there are no nodes", "Add one.")
+    misses = placement.misses(group.pod, nodes)
+    if taking := misses.count(placement.TAKEN):
+        return ok(group.name, f"{taking} of {len(nodes)} nodes can take its pods")
+    near = placement.nearest(misses)
+    found, advice = [], []
+    if labels := sorted({label for miss in near for label in miss.labels}):
+        found.append(f"no node has {' and '.join(labels)}")
+        advice.append(_advice_on_labels(labels, nodes))
+    if taints := sorted({_shown(taint) for miss in near for taint in miss.taints}):
+        found.append(f"it does not tolerate {', '.join(taints)}")
+        advice.append(_advice_on_taints([taint for miss in near for taint in miss.taints]))
+    if lacks := sorted({name for miss in near for name in miss.resources}):
+        wanted = placement.requests(group.pod)
+        offers = [placement.allocatable(node) for node in nodes]
+        most = {name: max(offer.get(name, Decimal(0)) for offer in offers) for name in lacks}
+        sizes = ", ".join(f"{name} {wanted[name]} (most: {most[name]})" for name in lacks)
+        found.append(f"its pods ask for more than a node has: {sizes}")
+        advice.append(
+            "Lower requests and limits to what a node's allocatable leaves, or take larger nodes; "
+            "GPUs that no node offers come with the device plugin."
+        )
+    if group.may_be_empty and (labels or lacks):
+        advice.insert(
+            0,
+            "The group starts without pods: nothing is to be done if the cluster's autoscaler adds "
+            "nodes for it. Else:",
+        )
+        return warning(group.name, "; ".join(found), "\n".join(advice))
+    return failed(group.name, "; ".join(found), "\n".join(advice))
+
+
+def _advice_on_taints(taints: Sequence[Object]) -> str:
+    others = [taint for taint in taints if not taint["key"].startswith("node.kubernetes.io/")]
+    if not others:
+        return (
+            "Kubernetes itself keeps pods off these nodes: `kubectl uncordon` those that are "
+            "cordoned, and look at `kubectl describe node` for the others."
+        )
+    lines = {
+        f"  - {{key: {taint['key']}, operator: Exists, effect: {taint['effect']}}}"
+        for taint in others
+    }
+    return "Add to the pod template:\n  tolerations:\n" + "\n".join(sorted(lines))
+
+
+def _advice_on_labels(labels: Sequence[str], nodes: Sequence[Object]) -> str:
+    products = {_product(node) for node in nodes} - {_UNKNOWN_PRODUCT}
+    if any(label.startswith("nvidia.com/") for label in labels) and not products:
+        return (
+            "No node has labels of GPU feature discovery: switch it on with the device plugin's "
+            "value gfd.enabled=true, or add a GPU node."
+        )
+    if any(label.startswith("nvidia.com/gpu.product") for label in labels):
+        return (
+            f"Nodes here have {', '.join(sorted(products))}: take the component for that GPU, or "
+            "add nodes of the other kind."
+        )
+    return "Add a node with these labels, or change nodeSelector or affinity of the pod template."
+
+
+def _shown(taint: Object) -> str:
+    value = f"={taint['value']}" if taint.get("value") else ""
+    return f"{taint['key']}{value}:{taint['effect']}"

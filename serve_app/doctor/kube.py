@@ -1,0 +1,232 @@
+"""Reads the objects of a Kubernetes cluster as plain mappings, through the official client.
+
+The one importer of that client, which is an extra. Reads only, and answers for what goes wrong on
+the way: no kubeconfig, nobody there, no rights.
+"""
+
+import json
+import re
+from decimal import Decimal
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.errors import ConfigError
+
+Object = dict[str, Any]
+"""As the API has it, in JSON."""
+
+READ = (
+    "daemonsets.apps",
+    "deployments.apps",
+    "nodes",
+    "persistentvolumeclaims",
+    "pods",
+    "rayclusters.ray.io",
+    "rayservices.ray.io",
+    "storageclasses.storage.k8s.io",
+)
+"""All that is read of a cluster."""
+
+_VERSIONS = {
+    "apps": "v1",
+    "ray.io": "v1",
+    "storage.k8s.io": "v1",
+}
+_ROLE = "diffusion-serve-doctor"
+_TIMEOUT_S = (5.0, 30.0)
+"""To connect, and to answer."""
+
+
+_OF_NO_NAMESPACE = ("nodes", "storageclasses")
+
+
+class NotReadable(Exception):
+    """A read that did not come about: what happened, and what to do."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(found, advice)
+        self.found = found
+        self.advice = advice
+
+
+class Unreachable(NotReadable):
+    """Of the whole cluster, so that nothing else need be tried."""
+
+
+class Cluster:
+    """Of the current context, or of the cluster that this pod runs in."""
+
+    def __init__(self, namespace: str | None = None, kubeconfig: Path | None = None) -> None:
+        """``kubeconfig`` goes before KUBECONFIG and ~/.kube/config.
+
+        Raises:
+            ConfigError: if the official client is not installed.
+            Unreachable: if nothing says which cluster.
+        """
+        try:
+            from kubernetes import client, config
+        except ImportError as error:
+            raise ConfigError(
+                f"--cluster needs the official Kubernetes client: {error}. Install "
+                "'diffusion-serve[cluster]'."
+            ) from None
+        settings = client.Configuration()
+        settings.retries = 1
+        own_namespace = None
+        try:
+            config.load_kube_config(
+                None if kubeconfig is None else str(kubeconfig), client_configuration=settings
+            )
+            _, context = config.list_kube_config_contexts(
+                None if kubeconfig is None else str(kubeconfig)
+            )
+            self.name = context["name"]
+            own_namespace = context["context"].get("namespace")
+        except (config.ConfigException, yaml.YAMLError, OSError) as error:
+            try:
+                config.load_incluster_config(settings)
+            except config.ConfigException:
+                raise Unreachable(
+                    f"no cluster is configured: {' '.join(str(error).split())}",
+                    "Look at `kubectl config get-contexts`, choose one with `kubectl config "
+                    "use-context`, or name the file in KUBECONFIG.",
+                ) from None
+            self.name = "the cluster of this pod"
+            own_namespace = _namespace_of_this_pod()
+        self.namespace: str = namespace or own_namespace or "default"
+        self._client = client.ApiClient(settings)
+        self.host: str = settings.host
+        # Several checks look at the same objects.
+        self.list = cache(self._list)
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._client.close()
+
+    def version(self) -> str:
+        """Of the API server. Raises `Unreachable`."""
+        try:
+            return str(self._get("/version", "version", "").get("gitVersion", "unknown"))
+        except NotReadable as error:
+            raise Unreachable(error.found, error.advice) from None
+
+    def served(self, group: str) -> dict[str, list[str]]:
+        """Resources of an API group by version; empty if there is none. Raises `NotReadable`."""
+        versions = self._get(f"/apis/{group}", group, "").get("versions") or ()
+        return {
+            version: [
+                resource["name"]
+                for resource in self._get(f"/apis/{group}/{version}", group, "").get(
+                    "resources", ()
+                )
+            ]
+            for version in (one["version"] for one in versions)
+        }
+
+    def _list(self, resource: str, everywhere: bool = True) -> tuple[Object, ...]:
+        """All objects of ``resource``, named as in `READ`; of the namespace unless ``everywhere``.
+
+        Empty where the cluster does not know the resource. Raises `NotReadable`.
+        """
+        kind, _, group = resource.partition(".")
+        base = f"/apis/{group}/{_VERSIONS[group]}" if group else "/api/v1"
+        where = "" if everywhere else f"/namespaces/{self.namespace}"
+        scope = " --all-namespaces" if everywhere else f" -n {self.namespace}"
+        if kind in _OF_NO_NAMESPACE:
+            scope = ""
+        answer = self._get(f"{base}{where}/{kind}", resource, scope)
+        return tuple(answer.get("items") or ())
+
+    def _get(self, path: str, resource: str, scope: str) -> Object:
+        from urllib3.exceptions import HTTPError, SSLError
+
+        request = self._client.param_serialize(
+            "GET",
+            path,
+            header_params={"Accept": "application/json"},
+            auth_settings=["BearerToken"],
+        )
+        try:
+            response = self._client.call_api(*request, _request_timeout=_TIMEOUT_S)
+            body = response.read()
+        except HTTPError as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, SSLError):
+                advice = (
+                    "The API server shows another certificate than the kubeconfig expects, or this "
+                    "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
+                )
+            else:
+                advice = (
+                    "Look whether `kubectl version` answers from here: the context may be of a "
+                    "cluster that is gone, or need a VPN or a proxy."
+                )
+            raise Unreachable(
+                f"{self.host} ({self.name}) cannot be reached: {reason}", advice
+            ) from None
+        if response.status == 404:
+            return {}
+        if response.status >= 400:
+            raise self._refused(response.status, body, resource, scope)
+        content: Object = json.loads(body)
+        return content
+
+    def _refused(self, status: int, body: bytes, resource: str, scope: str) -> NotReadable:
+        try:
+            message = str(json.loads(body)["message"])
+        except (ValueError, KeyError, TypeError):
+            message = body[:200].decode(errors="replace")
+        if status == 401:
+            return Unreachable(
+                f"{self.host} ({self.name}) does not know who asks: {message}",
+                "The credentials of the kubeconfig have run out: log in again, and look whether "
+                "`kubectl auth whoami` answers.",
+            )
+        if status == 403:
+            user = re.search(r'User "([^"]+)"', message)
+            return NotReadable(
+                f"may not be looked at: `kubectl auth can-i list {resource}{scope}` says no",
+                "Have an administrator grant it:\n"
+                f"  kubectl create clusterrole {_ROLE} --verb=list --resource={','.join(READ)}\n"
+                f"  kubectl create clusterrolebinding {_ROLE} --clusterrole={_ROLE} "
+                f"--user={user[1] if user else 'USER'}",
+            )
+        return NotReadable(
+            f"the API server answers {status}: {message}",
+            "Ask the same with `kubectl get " + resource + scope + "`; if that fails too, it is "
+            "the API server's trouble.",
+        )
+
+
+def _namespace_of_this_pod() -> str | None:
+    file = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+    return file.read_text().strip() if file.is_file() else None
+
+
+def full_name(item: Object) -> str:
+    """Namespace and name."""
+    return f"{item['metadata']['namespace']}/{item['metadata']['name']}"
+
+
+def images(workload: Object) -> list[str]:
+    """Of a deployment's or daemonset's containers."""
+    containers = workload["spec"]["template"]["spec"]["containers"]
+    return [str(container.get("image", "")) for container in containers]
+
+
+def amount_of(quantity: str | int | float) -> Decimal:
+    """Of a resource, as `500m` or `32Gi`. Raises `ConfigError` for what a manifest has wrong."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    try:
+        amount: Decimal = parse_quantity(quantity)
+    except ValueError:
+        raise ConfigError(
+            f"{quantity!r} is no amount of a resource; Kubernetes writes 500m, 2 or 32Gi."
+        ) from None
+    return amount

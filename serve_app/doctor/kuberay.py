@@ -1,0 +1,146 @@
+"""KubeRay: whether it is there, and what it says of what was applied."""
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+
+from serve_app.doctor.kube import Cluster, Object, full_name, images
+from serve_app.doctor.report import Finding, failed, ok, warning
+
+KUBERAY = (1, 7, 0)
+"""The version that the manifests are written for."""
+
+_WANTED = ".".join(map(str, KUBERAY))
+_INSTALL = f"  helm upgrade --install kuberay-operator kuberay/kuberay-operator --version {_WANTED}"
+
+
+def check_crds(cluster: Cluster) -> Iterator[Finding]:
+    """By what the API server serves, which everybody may ask."""
+    check = "KubeRay CRDs"
+    served = cluster.served("ray.io")
+    missing = [name for name in ("rayservices", "rayclusters") if name not in served.get("v1", ())]
+    if not served:
+        yield failed(check, "not there: no API group ray.io", f"Install KubeRay:\n{_INSTALL}")
+    elif missing:
+        yield failed(
+            check,
+            f"ray.io/v1 has no {' and no '.join(missing)}; served are {', '.join(served)}",
+            f"Helm does not update CRDs: apply those of KubeRay {_WANTED} with `kubectl apply "
+            "--server-side`.",
+        )
+    else:
+        yield ok(check, "ray.io/v1 has rayservices and rayclusters")
+
+
+def check_operator(cluster: Cluster) -> Iterator[Finding]:
+    check = "KubeRay operator"
+    found = [
+        (deployment, image)
+        for deployment in cluster.list("deployments.apps")
+        for image in images(deployment)
+        if re.search(r"kuberay.*operator", image)
+    ]
+    if not found:
+        yield failed(check, "no deployment of it", f"Install KubeRay:\n{_INSTALL}")
+    for deployment, image in found:
+        where = f"{full_name(deployment)}, {image}"
+        status = deployment.get("status") or {}
+        version = re.search(r":v?(\d+)\.(\d+)\.(\d+)", image)
+        number = tuple(map(int, version.groups())) if version else None
+        if not status.get("availableReplicas"):
+            yield failed(
+                check,
+                f"{where}: not available",
+                "Nothing is done about RayServices until it runs: `kubectl -n "
+                f"{deployment['metadata']['namespace']} describe pod -l "
+                "app.kubernetes.io/name=kuberay-operator`.",
+            )
+        elif number is None:
+            yield warning(
+                check, f"{where}: its version is not to be seen", f"Make sure that it is {_WANTED}."
+            )
+        elif number < KUBERAY:
+            yield failed(
+                check,
+                f"{where}: older than {_WANTED}",
+                f"The manifests use fields that it does not know. Update it, and its CRDs first "
+                f"(Helm does not):\n{_INSTALL}",
+            )
+        elif number[:2] > KUBERAY[:2]:
+            yield warning(
+                check,
+                f"{where}: newer than {_WANTED}",
+                f"The manifests were checked with {_WANTED}: read KubeRay's notes on what changed.",
+            )
+        else:
+            yield ok(check, where)
+
+
+def check_ray_version(services: list[Object]) -> Iterator[Finding]:
+    here = importlib.metadata.version("ray")
+    for service in services:
+        name = service["metadata"]["name"]
+        theirs = (service["spec"].get("rayClusterConfig") or {}).get("rayVersion")
+        found = f"{name} says {theirs}, here is {here}"
+        if theirs == here:
+            yield ok("Ray version", found)
+        else:
+            yield warning(
+                "Ray version",
+                found,
+                "spec.rayClusterConfig.rayVersion must be the Ray of its images, and this version "
+                f"of diffusion-serve runs on {here}.",
+            )
+
+
+def check_services(cluster: Cluster) -> Iterator[Finding]:
+    """What KubeRay says of the RayServices and RayClusters in the namespace."""
+    for service in cluster.list("rayservices.ray.io", everywhere=False):
+        check = f"RayService {service['metadata']['name']}"
+        status = service.get("status") or {}
+        conditions = {one["type"]: one for one in status.get("conditions") or []}
+        broken = [
+            f"application {name} is {application['status']}: {application.get('message', '')}"
+            for part in ("activeServiceStatus", "pendingServiceStatus")
+            for name, application in (
+                (status.get(part) or {}).get("applicationStatuses") or {}
+            ).items()
+            if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")
+        ]
+        ready = conditions.get("Ready", {})
+        if not status:
+            yield warning(
+                check,
+                "no status",
+                "The operator has not looked at it: look again, then at the operator's log and at "
+                "`kubectl describe rayservice`.",
+            )
+        elif broken:
+            yield failed(
+                check,
+                "; ".join(text.strip().rstrip(":") for text in broken),
+                "Mend the Serve config (`diffusion-serve check`) or what the message names; `serve "
+                "status` in the head pod shows all of it.",
+            )
+        elif ready.get("status") == "True":
+            yield ok(check, "ready")
+        else:
+            yield failed(
+                check,
+                f"not ready: {ready.get('reason', '')} {ready.get('message', '')}".strip(),
+                "Look at the pods below, and at `kubectl describe rayservice`, whose events name "
+                "what KubeRay refuses (InvalidRayServiceSpec).",
+            )
+    for ray_cluster in cluster.list("rayclusters.ray.io", everywhere=False):
+        conditions = {
+            one["type"]: one for one in (ray_cluster.get("status") or {}).get("conditions") or []
+        }
+        failure = conditions.get("ReplicaFailure", {})
+        if failure.get("status") == "True":
+            yield failed(
+                f"RayCluster {ray_cluster['metadata']['name']}",
+                f"its pods cannot be made: {failure.get('reason', '')} "
+                f"{failure.get('message', '')}".strip(),
+                "The API server refuses the pod template: mend the field that is named (a "
+                "toleration's effect, for example), a quota, or an admission rule.",
+            )

@@ -1,0 +1,160 @@
+"""How much memory a model needs, from the headers of its weights, without loading them.
+
+Follows what `serve_app.engine.pipeline` loads: the components that model_index.json names, their
+safetensors of the configured variant, at the configured dtype.
+"""
+
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from serve_app.config import ModelConfig
+from serve_app.errors import ModelLoadError
+
+_FLOATS = ("F8", "F16", "BF16", "F32", "F64")
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_TAKE_TURNS = ("unet", "transformer", "text_encoder")
+"""Begins of names of the networks that ``offload: model`` lets take turns: denoisers, encoders."""
+_DENOISERS = ("unet", "transformer")
+_HEADER_LIMIT = 100 * 2**20
+"""The format's own limit for its header."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network's weights."""
+
+    name: str
+    parameters: int
+    """Numbers that are held in the model's dtype."""
+    other_bytes: int
+    """Integers, which keep their type."""
+
+    def held_bytes(self, bytes_each: int) -> int:
+        return self.parameters * bytes_each + self.other_bytes
+
+
+def cache_folder() -> Path:
+    """Where models of the hub are kept, as HF_HOME and the like say."""
+    return Path(constants.HF_HUB_CACHE)
+
+
+def find_folder(model: ModelConfig) -> Path | None:
+    """Where the weights lie on this machine: a local model's folder, or one in the hub's cache.
+
+    None for a model of the hub that is not here, or whose download has not come to its end. Raises
+    `ModelLoadError` if its index is no JSON.
+    """
+    if model.is_folder:
+        return Path(model.source)
+    repository = cache_folder() / f"models--{model.source.replace('/', '--')}"
+    revision = model.revision or "main"
+    reference = repository / "refs" / revision
+    if reference.is_file():
+        revision = reference.read_text(encoding="utf-8").strip()
+    folder = repository / "snapshots" / revision
+    index = folder / "model_index.json"
+    if not index.is_file() or any(not _files(folder / name, model) for name in _named(index)):
+        return None
+    return folder
+
+
+def read_components(folder: Path, model: ModelConfig) -> list[Component]:
+    """The networks of the model in ``folder``.
+
+    Raises:
+        ModelLoadError: if a file is not what its name says.
+    """
+    found = []
+    for name in _named(folder / "model_index.json"):
+        sizes = [_read_header(file) for file in _files(folder / name, model)]
+        found.append(Component(name, sum(p for p, _ in sizes), sum(b for _, b in sizes)))
+    return found
+
+
+def _named(index: Path) -> list[str]:
+    """Components that are networks, as far as can be told before they are here."""
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{index} is not JSON: {error}. Fetch it again.") from None
+    return [
+        name
+        for name, value in content.items()
+        if isinstance(value, list)
+        and value[:1] not in ([], [None])
+        and ((index.parent / name / "config.json").is_file() or name.startswith(_TAKE_TURNS))
+    ]
+
+
+def _files(folder: Path, model: ModelConfig) -> list[Path]:
+    """Of the variant, else those without one, as diffusers picks them; all parts, or none."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [file for file in files if "." not in file.stem]
+    chosen = plain
+    if model.variant is not None:
+        wanted = re.compile(rf"\.{re.escape(model.variant)}(-\d+-of-\d+)?$")
+        chosen = [file for file in files if wanted.search(file.stem)] or plain
+    parts = [re.search(r"-of-(\d+)", file.stem) for file in chosen]
+    if parts and all(parts) and len(chosen) < max(int(part[1]) for part in parts if part):
+        return []
+    return chosen
+
+
+def _read_header(file: Path) -> tuple[int, int]:
+    """(floating-point numbers, bytes of others). Raises `ModelLoadError`."""
+    start = b""
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(8)
+            [length] = struct.unpack("<Q", start)
+            if length > _HEADER_LIMIT:
+                raise ValueError("its header has no end")
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        parameters = other_bytes = end = 0
+        for tensor in header.values():
+            first, last = tensor["data_offsets"]
+            end = max(end, last)
+            if not tensor["dtype"].startswith(_FLOATS):
+                other_bytes += last - first
+                continue
+            count = 1
+            for side in tensor["shape"]:
+                count *= side
+            parameters += count
+        if file.stat().st_size < 8 + length + end:
+            raise ValueError("it is cut off")
+    except OSError as error:
+        raise ModelLoadError(
+            f"{file} cannot be read: {error.strerror}. Look at its owner and mode."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        what = "a Git LFS pointer" if start.startswith(b"version ") else f"damaged ({error})"
+        raise ModelLoadError(
+            f"{file} holds no weights, it is {what}. Fetch it again: `git lfs pull`, or `hf "
+            "download`."
+        ) from None
+    return parameters, other_bytes
+
+
+def needed_bytes(components: list[Component], model: ModelConfig, on_gpu: bool) -> int:
+    """What the weights take of the device's memory; pictures come on top of it."""
+    dtype = model.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if on_gpu else "float32"
+
+    def held_bytes(component: Component) -> int:
+        # Most of a denoiser is linear layers.
+        small = model.speed.quantize != "none" and component.name.startswith(_DENOISERS)
+        return component.held_bytes(1 if small else _BYTES[dtype])
+
+    sizes = {component.name: held_bytes(component) for component in components}
+    if model.speed.offload == "none" or not on_gpu:
+        return sum(sizes.values())
+    in_turns = [size for name, size in sizes.items() if name.startswith(_TAKE_TURNS)]
+    return sum(sizes.values()) - sum(in_turns) + max(in_turns, default=0)

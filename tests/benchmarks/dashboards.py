@@ -1,0 +1,88 @@
+"""Two minutes of mixed load, watched by Prometheus: ``python -m tests.benchmarks.dashboards``.
+
+Starts ``serve run`` on the demo with one or two replicas and a Prometheus beside it, and lets
+clients ask in all ways. Then it counts the queries of the dashboards that show something and the
+alerts that had something to say, and draws the pages. tests/monitoring checks it in less time.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from monitoring.dashboards import DASHBOARDS
+from monitoring.draw import Window, curves, draw
+from monitoring.rules import alerts
+from tests.benchmarks.engine import hardware
+from tests.e2e.conftest import free_port, start_serve
+from tests.monitoring.load import MixedLoad, scaled_demo
+from tests.monitoring.prometheus import start_prometheus
+from tests.monitoring.series import FOREIGN, series_of
+
+RATE_S = 15.0
+
+
+def main(
+    seconds: float = 120,
+    folder: Annotated[Path, typer.Option(help="For the pictures.")] = Path("build/pictures"),
+    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+) -> None:
+    """Print what was seen."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    running = start_serve(scaled_demo(port))
+    try:
+        running.wait_until_ready(url)
+        with start_prometheus(url, running) as prometheus:
+            start_s = time.time()
+            with MixedLoad(url) as load:
+                time.sleep(seconds)
+            window = Window(start_s, time.time(), seconds / 120, RATE_S)
+            with_data, without = 0, []
+            queries = [query for dashboard in DASHBOARDS for query in dashboard.queries]
+            for query in queries:
+                if curves(prometheus.url, query, window):
+                    with_data += 1
+                else:
+                    without.append(query.expr)
+            said = prometheus.get(
+                "query_range",
+                query="max by (alertname, alertstate) (ALERTS)",
+                start=window.start_s,
+                end=window.end_s,
+                step=1,
+            )["result"]
+            folder.mkdir(parents=True, exist_ok=True)
+            for dashboard in DASHBOARDS:
+                path = folder / f"{dashboard.name.lower()}.png"
+                draw(prometheus.url, dashboard, window, path)
+    finally:
+        running.stop()
+    foreign = [expr for expr in without if series_of(expr) & FOREIGN.keys()]
+    figures = {
+        "seconds": round(window.end_s - window.start_s),
+        "answers": dict(load.outcomes),
+        "queries": len(queries),
+        "with_data": with_data,
+        "of_series_that_others_export": len(foreign),
+        "without_data": [expr for expr in without if expr not in foreign],
+        "alerts": len(alerts()),
+        "alerts_pending_at_some_time": _names(said, "pending"),
+        "alerts_fired": _names(said, "firing"),
+    }
+    print(json.dumps(figures, indent=2))
+    if output is not None:
+        text = json.dumps({"hardware": hardware(torch.device("cpu")), "figures": figures}, indent=2)
+        output.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _names(said: list[dict[str, Any]], state: str) -> list[str]:
+    labels = [one["metric"] for one in said]
+    return sorted(one["alertname"] for one in labels if one["alertstate"] == state)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,189 @@
+"""Every overlay, and every combination that cluster/README.md names, against all rules; and every
+rule against a one-line edit that breaks it."""
+
+import os
+import re
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cluster.manifests import Manifests, RenderError, render
+from tests.cluster.rules import RULES, problems
+from tests.cluster.schemas import CRD_DIR
+
+# Ray 2.60 has nothing else yet that works.
+pytestmark = pytest.mark.filterwarnings("ignore:The .metrics_interval_s. field:DeprecationWarning")
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+OVERLAYS = sorted(path.name for path in (CLUSTER / "overlays").iterdir())
+COMPONENTS = sorted(path.name for path in (CLUSTER / "components").iterdir())
+
+
+@pytest.fixture(autouse=True)
+def _crds() -> None:
+    if not CRD_DIR.is_dir():
+        reason = f"KUBERAY_CRD_DIR: no folder {CRD_DIR} with the CRDs of KubeRay 1.7.0"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """cluster/ and configs/, to be edited."""
+    for folder in ("cluster", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+def named_combinations() -> list[list[str]]:
+    """By the README: alternatives by commas, components by plus signs."""
+    text = (CLUSTER / "README.md").read_text()
+    sentence = text[text.index("Combinations that are checked:") :].partition("\n\n")[0]
+    found = [
+        re.findall("`([a-z0-9-]+)`", part)
+        for part in sentence.replace(" alone", "").split(",")
+        if "`" in part
+    ]
+    assert len(found) > 3
+    return found
+
+
+def overlay(root: Path, components: list[str]) -> Path:
+    """One of these components on the base, as somebody would write it."""
+    folder = root / "cluster/overlays/own"
+    folder.mkdir()
+    production = (root / "cluster/overlays/production/kustomization.yaml").read_text()
+    head, _, tail = production.partition("components:\n")
+    lines = "".join(f"  - ../../components/{name}\n" for name in components)
+    tail = tail[tail.index("replacements:") :]
+    (folder / "kustomization.yaml").write_text(f"{head}components:\n{lines}{tail}")
+    return folder
+
+
+def edit(file: Path, old: str, new: str, times: int = 1) -> None:
+    text = file.read_text()
+    assert text.count(old) >= times, f"{file} has no {old!r}"
+    file.write_text(text.replace(old, new, times))
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_overlays_keep_all_rules(name: str) -> None:
+    assert problems(render(CLUSTER / "overlays" / name)) == []
+
+
+@pytest.mark.parametrize("components", named_combinations(), ids="+".join)
+def test_combinations_keep_all_rules(copy: Path, components: list[str]) -> None:
+    if "scale-to-zero" in components:  # as its README says
+        edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
+    assert problems(render(overlay(copy, components))) == []
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_each_component_keeps_all_rules_alone(copy: Path, component: str) -> None:
+    needs = {"mig": ["gpu-h100"], "spot": ["gpu-l4"]}.get(component, [])
+    if component == "scale-to-zero":
+        edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
+    assert problems(render(overlay(copy, [*needs, component]))) == []
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_each_component_says_what_it_is_for(component: str) -> None:
+    readme = (CLUSTER / "components" / component / "README.md").read_text()
+    assert readme.startswith(f"# {component}\n")
+    assert len(readme.splitlines()) > 3
+
+
+def test_an_image_from_a_registry_keeps_its_tag(copy: Path) -> None:
+    folder = copy / "cluster/overlays/production"
+    edit(
+        folder / "kustomization.yaml",
+        "replacements:",
+        "images: [{name: diffusion-serve, newName: registry.example.com/team/diffusion-serve}]\n"
+        "replacements:",
+    )
+    manifests = render(folder)
+    images = {container["image"] for pod in manifests.pods for container in pod.containers}
+    assert images == {
+        "registry.example.com/team/diffusion-serve:0.1.0-gpu",
+        "registry.example.com/team/diffusion-serve:0.1.0-cpu",
+        "redis:8.6.3-alpine",
+    }
+    assert problems(manifests) == []
+
+
+def test_the_smoke_test_of_the_platform_keeps_all_rules() -> None:
+    smoke = yaml.safe_load((CLUSTER / "platform/gpu-smoke.yaml").read_text())
+    production = render(CLUSTER / "overlays/production")
+    manifests = Manifests(production.folder, [*production.documents, smoke])
+    assert [pod.document["kind"] for pod in manifests.pods][-1] == "Pod"
+    assert problems(manifests) == []
+
+
+def test_components_that_exclude_each_other_are_told(copy: Path) -> None:
+    edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
+    with pytest.raises(RenderError, match="test"):
+        render(overlay(copy, ["gpu-l4", "spot", "scale-to-zero"]))
+
+
+def test_an_order_that_forgets_a_group_is_told(copy: Path) -> None:
+    manifests = render(overlay(copy, ["gpu-l4", "spot", "runtime-class"]))
+    assert any("gpu-spot" in line and "runtimeClassName" in line for line in problems(manifests))
+
+
+@dataclass(frozen=True)
+class Break:
+    """An entry of breaks.yaml."""
+
+    rule: str
+    file: str
+    old: str
+    new: str
+    says: list[str]
+    overlay: str = "production"
+    components: list[str] = field(default_factory=list)
+
+
+BREAKS = [
+    Break(**entry) for entry in yaml.safe_load(Path(__file__).with_name("breaks.yaml").read_text())
+]
+
+
+@pytest.mark.parametrize("broken", BREAKS, ids=lambda one: f"{one.rule}: {one.new.strip()[:40]}")
+def test_a_broken_rule_is_found_with_file_and_field(copy: Path, broken: Break) -> None:
+    if broken.components:
+        folder = overlay(copy, broken.components)
+    else:
+        folder = copy / "cluster/overlays" / broken.overlay
+    edit(copy / broken.file, broken.old, broken.new)
+    manifests = render(folder)
+    [rule] = [one for one in RULES if one.__name__ == broken.rule]
+    found = list(rule(manifests))
+    assert any(all(part in line for part in (*broken.says, broken.file)) for line in found), found
+
+
+def test_every_rule_is_broken_once() -> None:
+    assert {rule.__name__ for rule in RULES} == {broken.rule for broken in BREAKS}
+
+
+def test_a_strategic_merge_of_workers_would_be_caught(copy: Path) -> None:
+    """It replaces the whole list: the group has no pod template any more."""
+    file = copy / "cluster/overlays/production/kustomization.yaml"
+    file.write_text(
+        file.read_text()
+        + """  - patch: |-
+      apiVersion: ray.io/v1
+      kind: RayService
+      metadata:
+        name: diffusion-serve
+      spec:
+        rayClusterConfig:
+          workerGroupSpecs:
+            - groupName: gpu
+              minReplicas: 1
+              maxReplicas: 4
+"""
+    )
+    assert any("template" in line for line in problems(render(file.parent)))

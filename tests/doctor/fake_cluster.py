@@ -1,0 +1,262 @@
+"""A Kubernetes API server, and the objects that it has.
+
+It answers the official client over HTTP, with objects that the client's own models have read and
+written back unchanged, so that no field is made up.
+"""
+
+import importlib.metadata
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import yaml
+from kubernetes.client import ApiClient
+
+_MODELS = {
+    "daemonsets.apps": "V1DaemonSet",
+    "deployments.apps": "V1Deployment",
+    "nodes": "V1Node",
+    "persistentvolumeclaims": "V1PersistentVolumeClaim",
+    "pods": "V1Pod",
+    "storageclasses.storage.k8s.io": "V1StorageClass",
+}
+
+
+def _check(model: str, content: dict[str, Any]) -> None:
+    """That the client reads it as ``model``, and nothing of it is lost."""
+    with ApiClient() as client:
+        read = client.deserialize(json.dumps(content), model, "application/json")
+        assert client.sanitize_for_serialization(read) == content
+
+
+TOKEN = "of-the-tests"
+
+
+class FakeApi:
+    """A Kubernetes API server on a loopback port, with the objects that it is given."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, list[dict[str, Any]]] = {}
+        self.refusals: dict[str, int] = {}
+        """HTTP status by resource."""
+        self.ray: dict[str, list[str]] = {}
+        """Resources of the API group ray.io by version."""
+        self.asked: list[str] = []
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                status, answer = api.answer(self.path, self.headers.get("Authorization", ""))
+                data = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    @contextmanager
+    def serving(self) -> Iterator["FakeApi"]:
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._server.shutdown()
+            thread.join()
+            self._server.server_close()
+
+    def put(self, resource: str, *objects: Mapping[str, Any]) -> None:
+        """All that there is of ``resource``."""
+        checked = [dict(one) for one in objects]
+        if (model := _MODELS.get(resource)) is not None:
+            for one in checked:
+                _check(model, one)
+        self.objects[resource] = checked
+
+    def answer(self, path: str, authorization: str) -> tuple[int, dict[str, Any]]:
+        self.asked.append(path)
+        if authorization != f"Bearer {TOKEN}":
+            return 401, {"message": "Unauthorized"}
+        if path == "/version":
+            return self.refusals.get("version", 200), {"gitVersion": "v1.34.1"}
+        if path.startswith("/apis/ray.io") and path.count("/") < 4:
+            return self._discovery(path.rpartition("ray.io")[2].strip("/"))
+        parts = path.strip("/").split("/")
+        group = "" if parts[0] == "api" else f".{parts[1]}"
+        resource = parts[-1] + group
+        if (status := self.refusals.get(resource)) is not None:
+            return status, {
+                "message": f'{parts[-1]} is forbidden: User "jane" cannot list resource '
+                f'"{parts[-1]}" in API group "{group[1:]}"'
+                if status == 403
+                else "etcdserver: request timed out"
+            }
+        if resource not in self.objects:
+            return 404, {"message": "the server could not find the requested resource"}
+        found = self.objects[resource]
+        if "namespaces" in parts:
+            namespace = parts[parts.index("namespaces") + 1]
+            found = [one for one in found if one["metadata"].get("namespace") == namespace]
+        return 200, {"items": found}
+
+    def _discovery(self, version: str) -> tuple[int, dict[str, Any]]:
+        if version not in ("", *self.ray) or not self.ray:
+            return 404, {"message": "404 page not found"}
+        if not version:
+            versions = [{"groupVersion": f"ray.io/{one}", "version": one} for one in self.ray]
+            group = {"name": "ray.io", "versions": versions}
+            _check("V1APIGroup", group)
+            return 200, group
+        resources = [
+            {"name": one, "singularName": "", "namespaced": True, "kind": "Ray", "verbs": ["list"]}
+            for one in self.ray[version]
+        ]
+        answer = {"groupVersion": f"ray.io/{version}", "resources": resources}
+        _check("V1APIResourceList", answer)
+        return 200, answer
+
+    def kubeconfig(self, folder: Path, token: str = TOKEN, url: str | None = None) -> Path:
+        """A file for the official client, whose context has the namespace `pictures`."""
+        path = folder / "kubeconfig"
+        context = {"cluster": "fake", "user": "jane", "namespace": "pictures"}
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "current-context": "fake",
+                    "clusters": [{"name": "fake", "cluster": {"server": url or self.url}}],
+                    "users": [{"name": "jane", "user": {"token": token}}],
+                    "contexts": [{"name": "fake", "context": context}],
+                }
+            )
+        )
+        return path
+
+
+RAY = importlib.metadata.version("ray")
+TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
+TOLERATION = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+Object = dict[str, Any]
+
+
+def workload(name: str, image: str, status: Object) -> Object:
+    """A deployment or a daemonset."""
+    return {
+        "metadata": {"name": name, "namespace": "system"},
+        "spec": {
+            "selector": {"matchLabels": {"app": name}},
+            "template": {
+                "metadata": {"labels": {"app": name}},
+                "spec": {"containers": [{"name": "main", "image": image}]},
+            },
+        },
+        "status": status,
+    }
+
+
+def operator(tag: str = ":v1.7.0", available: int = 1) -> Object:
+    image = f"quay.io/kuberay/operator{tag}"
+    return workload("kuberay-operator", image, {"availableReplicas": available})
+
+
+def plugin(wanted: int = 1, ready: int = 1, name: str = "nvdp-nvidia-device-plugin") -> Object:
+    status = {
+        "currentNumberScheduled": wanted,
+        "desiredNumberScheduled": wanted,
+        "numberMisscheduled": 0,
+        "numberReady": ready,
+    }
+    return workload(name, "nvcr.io/nvidia/k8s-device-plugin:v0.20.0", status)
+
+
+def node(name: str, gpus: int = 0, capacity: int | None = None, **labels: str) -> Object:
+    """Of a GPU, with the taint and the labels that it usually has."""
+    offered = {"cpu": "8", "memory": "32Gi"}
+    of_gpus = {"nvidia.com/gpu.product": "NVIDIA-L4"} if gpus else {}
+    return {
+        "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name} | of_gpus | labels},
+        "spec": {"taints": [TAINT]} if gpus else {},
+        "status": {
+            "allocatable": offered | ({"nvidia.com/gpu": str(gpus)} if gpus else {}),
+            "capacity": offered | {"nvidia.com/gpu": str(gpus if capacity is None else capacity)},
+        },
+    }
+
+
+def service(status: Object | None = None, claim: str | None = None, **worker: Any) -> Object:
+    """A RayService with a head and one group of GPU workers."""
+    volumes = [{"name": "c", "persistentVolumeClaim": {"claimName": claim}}] if claim else []
+    pod = {
+        "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"},
+        "tolerations": [TOLERATION],
+        "containers": [{"name": "w", "resources": {"limits": {"nvidia.com/gpu": 1}}}],
+        "volumes": volumes,
+    } | worker.pop("pod", {})
+    return {
+        "kind": "RayService",
+        "metadata": {"name": "sdxl", "namespace": "pictures"},
+        "spec": {
+            "rayClusterConfig": {
+                "rayVersion": RAY,
+                "headGroupSpec": {"template": {"spec": {"containers": [{"name": "h"}]}}},
+                "workerGroupSpecs": [
+                    {"groupName": "gpu", "minReplicas": 1, "template": {"spec": pod}} | worker
+                ],
+            }
+        },
+        "status": {"conditions": [{"type": "Ready", "status": "True"}]}
+        if status is None
+        else status,
+    }
+
+
+def pod(name: str, **status: Any) -> Object:
+    return {
+        "metadata": {"name": name, "namespace": "pictures"},
+        "spec": {"containers": [{"name": "main"}]},
+        "status": {"phase": "Pending"} | status,
+    }
+
+
+def unscheduled(name: str, message: str, reason: str = "Unschedulable") -> Object:
+    condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": message}
+    return pod(name, conditions=[condition])
+
+
+def waiting(name: str, reason: str, message: str | None = None, phase: str = "Pending") -> Object:
+    state = {"reason": reason} | ({"message": message} if message else {})
+    container = {
+        "name": "main",
+        "image": "app",
+        "imageID": "",
+        "ready": False,
+        "restartCount": 0,
+        "state": {"waiting": state},
+    }
+    return pod(name, phase=phase, containerStatuses=[container])
+
+
+def claim(phase: str = "Pending", **spec: str) -> Object:
+    return {
+        "kind": "PersistentVolumeClaim",
+        "metadata": {"name": "weights", "namespace": "pictures"},
+        "spec": spec,
+        "status": {"phase": phase},
+    }
+
+
+def storage_class(name: str, default: bool = False) -> Object:
+    annotation = {"storageclass.kubernetes.io/is-default-class": "true"}
+    annotations = {"annotations": annotation} if default else {}
+    return {"metadata": {"name": name} | annotations, "provisioner": "example.com/disk"}

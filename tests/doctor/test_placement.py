@@ -1,0 +1,196 @@
+"""Which nodes take a pod: the scheduler's filters."""
+
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from serve_app.doctor.placement import (
+    TAKEN,
+    Miss,
+    gpus,
+    groups,
+    lacking,
+    misses,
+    nearest,
+    requests,
+    unmet,
+    untolerated,
+)
+
+
+def node(
+    labels: dict[str, str] | None = None,
+    taints: list[dict[str, str]] | None = None,
+    **allocatable: str,
+) -> dict[str, Any]:
+    offered = {
+        name.replace("__", "/").replace("_", "."): amount for name, amount in allocatable.items()
+    }
+    return {
+        "metadata": {"name": "n", "labels": labels or {}},
+        "spec": {"taints": taints or []},
+        "status": {"allocatable": offered},
+    }
+
+
+def selecting(*terms: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "affinity": {
+            "nodeAffinity": {
+                "requiredDuringSchedulingIgnoredDuringExecution": {
+                    "nodeSelectorTerms": [{"matchExpressions": term} for term in terms]
+                }
+            }
+        }
+    }
+
+
+LABELS = {"product": "L4", "major": "580"}
+
+
+@pytest.mark.parametrize(
+    ("operator", "key", "values", "met"),
+    [
+        ("In", "product", ["L4", "A100"], True),
+        ("In", "product", ["A100"], False),
+        ("In", "other", ["L4"], False),
+        ("NotIn", "product", ["A100"], True),
+        ("NotIn", "product", ["L4"], False),
+        ("NotIn", "other", ["L4"], True),
+        ("Exists", "product", None, True),
+        ("Exists", "other", None, False),
+        ("DoesNotExist", "other", None, True),
+        ("DoesNotExist", "product", None, False),
+        ("Gt", "major", ["579"], True),
+        ("Gt", "major", ["580"], False),
+        ("Lt", "major", ["581"], True),
+        ("Lt", "major", ["580"], False),
+        ("Gt", "product", ["1"], False),
+        ("Gt", "other", ["1"], False),
+        ("Odd", "product", ["L4"], False),
+    ],
+)
+def test_affinity_is_read_as_the_scheduler_does(
+    operator: str, key: str, values: list[str] | None, met: bool
+) -> None:
+    expression = {"key": key, "operator": operator} | ({"values": values} if values else {})
+    assert (unmet(selecting([expression]), node(LABELS)) == []) == met
+
+
+def test_one_term_is_enough_and_the_nearest_is_named() -> None:
+    met = {"key": "product", "operator": "Exists"}
+    other = {"key": "other", "operator": "Exists"}
+    wrong = {"key": "product", "operator": "In", "values": ["A100", "H100"]}
+    assert unmet(selecting([other], [met]), node(LABELS)) == []
+    assert unmet(selecting([other, wrong], [met, wrong]), node(LABELS)) == ["product In A100,H100"]
+    both = selecting([other]) | {"nodeSelector": {"product": "T4"}}
+    assert unmet(both, node(LABELS)) == ["product=T4", "other Exists"]
+    assert unmet({}, node()) == []
+
+
+GPU_TAINT = {"key": "nvidia.com/gpu", "value": "present", "effect": "NoSchedule"}
+
+
+@pytest.mark.parametrize(
+    ("toleration", "tolerated"),
+    [
+        ({"key": "nvidia.com/gpu", "operator": "Exists"}, True),
+        ({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}, True),
+        ({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoExecute"}, False),
+        ({"key": "nvidia.com/gpu", "operator": "Equal", "value": "present"}, True),
+        ({"key": "nvidia.com/gpu", "value": "present"}, True),
+        ({"key": "nvidia.com/gpu"}, False),  # Equal to nothing
+        ({"key": "ray.io/node-type", "operator": "Exists"}, False),
+        ({"operator": "Exists"}, True),
+        ({"operator": "Equal"}, False),
+    ],
+)
+def test_taints_are_tolerated_as_the_scheduler_does(
+    toleration: dict[str, str], tolerated: bool
+) -> None:
+    assert (untolerated({"tolerations": [toleration]}, node(taints=[GPU_TAINT])) == []) == tolerated
+
+
+def test_a_preference_keeps_nobody_off() -> None:
+    assert untolerated({}, node(taints=[GPU_TAINT | {"effect": "PreferNoSchedule"}])) == []
+    assert untolerated({}, node(taints=[GPU_TAINT | {"effect": "NoExecute"}])) != []
+
+
+def test_what_a_pod_asks_for() -> None:
+    pod = {
+        "containers": [
+            {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "4"}}},
+            {"resources": {"limits": {"cpu": 1, "nvidia.com/gpu": 1}}},
+            {},
+        ],
+        "initContainers": [{"resources": {"requests": {"cpu": "1", "memory": "3Gi"}}}],
+    }
+    wanted = requests(pod)
+    assert wanted == {
+        "cpu": Decimal("1.5"),
+        "memory": Decimal(3 * 2**30),
+        "nvidia.com/gpu": Decimal(1),
+    }
+    assert lacking(wanted, node(cpu="2", memory="4Gi")) == ["nvidia.com/gpu"]
+    assert lacking(wanted, node(cpu="1", memory="4Gi", nvidia_com__gpu="1")) == ["cpu"]
+
+
+def test_gpus_and_their_parts_are_counted() -> None:
+    offered = {"nvidia.com/gpu": "8", "nvidia.com/mig-1g.10gb": "2", "nvidia.com/mig-2g.20gb": "0"}
+    assert gpus({"status": {"allocatable": offered | {"cpu": "4"}}}) == {
+        "nvidia.com/gpu": 8,
+        "nvidia.com/mig-1g.10gb": 2,
+    }
+    assert gpus({}) == {}
+
+
+def test_the_nearest_miss_is_what_is_to_be_mended() -> None:
+    pod = {
+        "nodeSelector": {"product": "L4"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+        "containers": [{"resources": {"limits": {"nvidia.com/gpu": "1"}}}],
+    }
+    spot = {"key": "spot", "effect": "NoSchedule"}
+    small = node({"product": "L4"}, [GPU_TAINT])
+    other = node({"product": "A100"}, nvidia_com__gpu="1")
+    tainted = node({"product": "L4"}, [spot], nvidia_com__gpu="1")
+    far = node({}, [spot])
+    right = node({"product": "L4"}, [GPU_TAINT], nvidia_com__gpu="1")
+    too_small = Miss((), (), ("nvidia.com/gpu",))
+    of_another_label = Miss(("product=L4",), (), ())
+    not_tolerated = Miss((), (spot,), ())
+    missed = misses(pod, [far, small, other, tainted, right])
+    assert missed[1:] == [too_small, of_another_label, not_tolerated, TAKEN]
+    assert missed[0] == Miss(("product=L4",), (spot,), ("nvidia.com/gpu",))
+    for number, best in ((4, not_tolerated), (3, of_another_label), (2, too_small), (1, missed[0])):
+        assert nearest(missed[:number]) == [best]
+    assert nearest([]) == []
+    assert nearest([too_small, too_small]) == [too_small, too_small]
+
+
+def test_groups_of_a_service() -> None:
+    service = {
+        "metadata": {"name": "ds"},
+        "spec": {
+            "rayClusterConfig": {
+                "headGroupSpec": {"template": {"spec": {"containers": []}}},
+                "workerGroupSpecs": [
+                    {"groupName": "gpu", "minReplicas": 0, "template": {"spec": {}}},
+                    {"groupName": "floor", "minReplicas": 1, "template": {"spec": {}}},
+                    {
+                        "groupName": "first",
+                        "minReplicas": 0,
+                        "replicas": 2,
+                        "template": {"spec": {}},
+                    },
+                ],
+            }
+        },
+    }
+    assert [(group.name, group.may_be_empty) for group in groups(service)] == [
+        ("ds head", False),
+        ("ds gpu", True),
+        ("ds floor", False),
+        ("ds first", False),
+    ]

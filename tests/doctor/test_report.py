@@ -1,0 +1,36 @@
+"""How findings are shown."""
+
+from serve_app.doctor.report import as_json, failed, gib, ok, table, warning
+
+
+def test_each_advice_stands_once_below_the_table() -> None:
+    text = table(
+        [
+            ok("one", "fine"),
+            failed("two", "broken " * 30, "Do this:\n  a: {command: " + "x" * 120 + "}"),
+            warning("three", "odd", "Do that."),
+            failed("four", "broken, too", "Do that."),
+        ]
+    )
+    lines = text.splitlines()
+    assert lines[0] == "check  outcome  found"
+    assert lines[1] == "one    ok       fine"
+    assert lines[3].startswith(" " * 16 + "broken")
+    assert text.count("Do that.") == 1
+    assert "\nthree, four:\n  Do that." in text
+    assert f"    a: {{command: {'x' * 120}}}" in lines  # to be copied whole
+
+
+def test_as_json_says_whether_all_is_well() -> None:
+    assert as_json([ok("one", "fine"), warning("two", "odd", "Do.")])["ok"]
+    document = as_json([failed("one", "broken", "Do.")])
+    assert not document["ok"]
+    assert document["findings"] == [
+        {"check": "one", "outcome": "failed", "found": "broken", "advice": "Do."}
+    ]
+
+
+def test_sizes() -> None:
+    assert [gib(size) for size in (0, 2**20, 2**30, 3 * 2**29)] == [
+        "0 MiB", "1 MiB", "1.0 GiB", "1.5 GiB",
+    ]  # fmt: skip

@@ -1,0 +1,102 @@
+"""A server of the demo that scales, and clients that use it as clients do."""
+
+import concurrent.futures
+import itertools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+from serve_app.config import WORK_POLICY
+from tests.e2e.conftest import demo_config
+
+KNOBS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
+"""Two replicas for what these clients bring, decided within seconds."""
+
+CLIENTS = 4
+
+RETRY_S = 1.0
+"""A client that is refused does something else for as long."""
+
+
+def scaled_demo(port: int) -> dict[str, Any]:
+    """One replica or two, by the work that waits, on CPUs that they share."""
+    config: dict[str, Any] = demo_config(port)
+    [application] = config["applications"]
+    [generator] = application["deployments"]
+    generator["ray_actor_options"] = {"num_gpus": 0, "num_cpus": 0.4}
+    generator["autoscaling_config"] = {
+        "min_replicas": 1,
+        "max_replicas": 2,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 3,
+        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": KNOBS},
+    }
+    return config
+
+
+def _kinds() -> Iterator[dict[str, Any]]:
+    """Sizes, lengths and ways to ask, in turns."""
+    ways: list[dict[str, Any]] = [
+        {"num_inference_steps": 20},
+        {"num_inference_steps": 40, "size": "128x128"},
+        {"num_inference_steps": 30, "stream": True, "partial_images": 2},
+        {"num_inference_steps": 30, "n": 2},
+        {"num_inference_steps": 20, "size": "96x64"},
+        {"num_inference_steps": 200, "deadline_s": 0.01},  # refused: nobody can be so quick
+        {"num_inference_steps": 200, "hang_up": True},
+    ]
+    for seed, way in enumerate(itertools.cycle(ways)):
+        yield {"prompt": "a red circle", "seed": seed, "deadline_s": 90} | way
+
+
+def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
+    """What became of it; a client that hangs up does so within its first steps."""
+    hang_up = body.pop("hang_up", False)
+    if not hang_up:
+        response = client.post("/v1/images/generations", json=body)
+        return str(response.status_code)
+    body |= {"stream": True, "progress": True}
+    with client.stream("POST", "/v1/images/generations", json=body) as response:
+        for _ in response.iter_lines():
+            return "hung up"
+    return str(response.status_code)
+
+
+class MixedLoad:
+    """Some clients, each with one request after the other; a context manager."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._kinds = _kinds()
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        self._pool = concurrent.futures.ThreadPoolExecutor(CLIENTS)
+        self._clients: list[concurrent.futures.Future[None]] = []
+        self.outcomes: Counter[str] = Counter()
+        """How many came out how: statuses, and "hung up"."""
+
+    def __enter__(self) -> "MixedLoad":
+        self._clients = [self._pool.submit(self._run) for _ in range(CLIENTS)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._pool.shutdown()
+        for client in self._clients:
+            client.result()
+
+    def _run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=120) as client:
+            while not self._over.is_set():
+                with self._lock:
+                    body = next(self._kinds)
+                outcome = _ask(client, body)
+                with self._lock:
+                    self.outcomes[outcome] += 1
+                if outcome == "429":
+                    self._over.wait(RETRY_S)

@@ -1,0 +1,86 @@
+"""A real Prometheus with the project's configuration, watching a server of a test."""
+
+import contextlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from monitoring.rules import rules
+from tests.e2e.conftest import ServeProcess, free_port
+from tests.waiting import wait_until
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "monitoring" / "prometheus.yaml"
+
+SCRAPE_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Prometheus:
+    """One that runs."""
+
+    url: str
+
+    def get(self, path: str, **params: Any) -> Any:
+        """What its API answers; what it does not understand is a failure with its words."""
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
+        assert answer.status_code == 200, f"{params}: {answer.text}"
+        return answer.json()["data"]
+
+    def value(self, query: str) -> float | None:
+        """Of the first series, if there is one."""
+        result = self.get("query", query=query)["result"]
+        return float(result[0]["value"][1]) if result else None
+
+
+@contextlib.contextmanager
+def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
+    """With the project's own configuration, but for addresses, and looking every second."""
+    folder = Path(tempfile.mkdtemp(prefix="dp"))
+    (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    config = yaml.safe_load(CONFIG.read_text())
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(folder / "rules.yaml")]
+    application, ray = config["scrape_configs"]
+    application["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
+    [discovery] = ray["file_sd_configs"]
+    discovery["files"] = [
+        str(running.folder / "ray" / Path(name).name) for name in discovery["files"]
+    ]
+    discovery["refresh_interval"] = "1s"
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    address = f"127.0.0.1:{free_port()}"
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yaml'}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def ready() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return httpx.get(f"http://{address}/-/ready", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    try:
+        wait_until(ready, deadline_s=30, every_s=0.1, what="Prometheus")
+        yield Prometheus(f"http://{address}")
+    finally:
+        process.terminate()
+        process.wait(30)
+        shutil.rmtree(folder)

@@ -1,0 +1,34 @@
+"""What the queries of dashboards and rules name, and where what is not exported here comes from."""
+
+import re
+
+FOREIGN = {
+    "DCGM_FI_DEV_FB_FREE": "dcgm-exporter",
+    "DCGM_FI_DEV_FB_USED": "dcgm-exporter",
+    "DCGM_FI_DEV_GPU_TEMP": "dcgm-exporter",
+    "DCGM_FI_DEV_GPU_UTIL": "dcgm-exporter",
+    "DCGM_FI_DEV_POWER_USAGE": "dcgm-exporter",
+    "DCGM_FI_DEV_XID_ERRORS": "dcgm-exporter",
+    "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": "dcgm-exporter",
+    "diffusion_serve_device_memory_bytes": "replicas on a GPU",
+    "kuberay_service_condition_ready": "the KubeRay operator",
+    "ray_cluster_failed_nodes": "Ray's autoscaler, of a node that failed",
+    "ray_cluster_pending_nodes": "Ray's autoscaler, of a node that is coming",
+}
+"""Series that a demo on one machine without a GPU cannot have, with who exports them."""
+
+_NO_SERIES = (
+    r'"[^"]*"',  # texts
+    r"{[^}]*}",  # labels that are asked for
+    r"\[[^\]]*\]",  # ranges
+    r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)",
+    r"\b(and|or|unless|bool|offset)\b",
+    r"\b\w+(?=\s*\()",  # functions
+)
+
+
+def series_of(expr: str) -> set[str]:
+    """The names in an expression of PromQL."""
+    for pattern in _NO_SERIES:
+        expr = re.sub(pattern, " ", expr)
+    return set(re.findall(r"[a-zA-Z_:][\w:]*", expr))

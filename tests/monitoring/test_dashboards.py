@@ -1,0 +1,115 @@
+"""A served demo under load, watched by a real Prometheus: every panel shows something, and no alert
+has anything to say."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+from monitoring.dashboards import DASHBOARDS, SCALING
+from monitoring.draw import Window, curves, draw, filled_in
+from monitoring.rules import alerts
+from tests.e2e.conftest import free_port, start_serve
+from tests.monitoring.load import MixedLoad, scaled_demo
+from tests.monitoring.prometheus import SCRAPE_EVERY_S, Prometheus, start_prometheus
+from tests.monitoring.series import FOREIGN, series_of
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
+
+LOAD_S = 15.0
+"""At least."""
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is left of the run: a Prometheus that has seen it."""
+
+    prometheus: Prometheus
+    window: Window
+
+
+@pytest.fixture(scope="module")
+def watched(report: Callable[[str], None]) -> Iterator[Watched]:
+    started_at, started_s = monotonic(), time.time()
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    running = start_serve(scaled_demo(port))
+    try:
+        running.wait_until_ready(url)
+        with start_prometheus(url, running) as prometheus:
+            loaded_at = monotonic()
+            with MixedLoad(url) as load:
+                wait_until(
+                    lambda: (
+                        monotonic() > loaded_at + LOAD_S
+                        and {"200", "400", "hung up"} <= load.outcomes.keys()
+                        and prometheus.value('diffusion_serve_replicas{state="running"}') == 2
+                    ),
+                    deadline_s=90,
+                    every_s=0.5,
+                    what="all kinds of answers and a second replica",
+                )
+            report(f"watched for {monotonic() - started_at:.0f} s: {dict(load.outcomes)}")
+            window = Window(started_s, time.time(), SCRAPE_EVERY_S, 10 * SCRAPE_EVERY_S)
+            yield Watched(prometheus, window)
+    finally:
+        running.stop()
+
+
+def test_every_query_shows_what_is_exported(watched: Watched) -> None:
+    exported = set(watched.prometheus.get("label/__name__/values"))
+    assert exported.isdisjoint(FOREIGN), "these are exported here after all"
+    unknown, empty = [], []
+    queries = [(one.name, query) for one in DASHBOARDS for query in one.queries]
+    for where, query in queries:
+        found = curves(watched.prometheus.url, query, watched.window)
+        names = series_of(filled_in(query.expr, watched.window))
+        assert names, f"{where}: {query.expr}"
+        if foreign := names & FOREIGN.keys():
+            assert not found
+            names -= foreign
+        elif not found:
+            empty.append(f"{where}: {query.expr}")
+        unknown += [f"{where}: {name}" for name in names - exported]
+    assert not unknown
+    assert not empty
+
+
+def test_a_client_that_hangs_up_is_no_failure(watched: Watched) -> None:
+    outcomes = watched.prometheus.get("label/outcome/values")
+    assert "cancelled" in outcomes
+    assert not {"internal_error", "generation_failed"} & set(outcomes)
+
+
+def test_alerts_are_looked_at_and_stay_quiet(watched: Watched) -> None:
+    groups = watched.prometheus.get("rules", type="alert")["groups"]
+    looked_at = {rule["name"]: rule for group in groups for rule in group["rules"]}
+    assert looked_at.keys() == alerts().keys()
+    assert {
+        name: rule["lastError"] for name, rule in looked_at.items() if rule["health"] != "ok"
+    } == {}
+    fired = watched.prometheus.get(
+        "query_range",
+        query='ALERTS{alertstate="firing"}',
+        start=watched.window.start_s,
+        end=watched.window.end_s,
+        step=SCRAPE_EVERY_S,
+    )
+    assert fired["result"] == []
+    # Nor would one fire if all stayed as it is: none is waiting for its time to be over.
+    wait_until(
+        lambda: not watched.prometheus.get("alerts")["alerts"],
+        deadline_s=40,
+        every_s=0.5,
+        what=f"no alert to be pending; {watched.prometheus.get('alerts')}",
+    )
+
+
+def test_a_dashboard_can_be_drawn(watched: Watched, tmp_path: Path) -> None:
+    path = tmp_path / "scaling.png"
+    draw(watched.prometheus.url, SCALING, watched.window, path)
+    assert path.read_bytes().startswith(b"\x89PNG")

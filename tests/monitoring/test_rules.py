@@ -1,0 +1,155 @@
+"""Each alert fires when it should and is quiet when it should not, says promtool; and each one is
+written about."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from monitoring.dashboards import DASHBOARDS, GPU, RATE
+from monitoring.rules import SOURCE, alerts, rules
+from serve_app.errors import ConfigError, DiffusionServeError, Overloaded
+from serve_app.metrics import RAY_GAUGES, declared
+from tests.monitoring.series import FOREIGN, series_of
+
+ROOT = Path(__file__).parents[2]
+UNIT_TESTS = Path(__file__).parent / "alerts"
+RUNBOOK = ROOT / "docs" / "runbook.md"
+
+ALERTS = alerts()
+
+
+def promtool(*arguments: str | Path) -> str:
+    done = subprocess.run(
+        ["promtool", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """The rules as Prometheus reads them."""
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump(rules()))
+    return path
+
+
+def test_rules_and_the_local_configuration_are_right(plain: Path, tmp_path: Path) -> None:
+    promtool("check", "rules", plain)
+    for folder in ("build", "monitoring"):
+        (tmp_path / folder).mkdir()
+    shutil.copy(plain, tmp_path / "build")
+    config = tmp_path / "monitoring" / "prometheus.yaml"
+    shutil.copy(ROOT / "monitoring" / "prometheus.yaml", config)
+    assert f"{len(_rule_expressions())} rules found" in promtool("check", "config", config)
+
+
+@pytest.mark.parametrize("alert", ALERTS)
+def test_alerts_fire_when_they_should_and_only_then(alert: str, plain: Path) -> None:
+    """``alerts/ALERT.yaml`` has at least a case in which it fires and one in which it does not."""
+    source = UNIT_TESTS / f"{alert}.yaml"
+    cases = yaml.safe_load(source.read_text())["tests"]
+    fires = {bool(check.get("exp_alerts")) for case in cases for check in case["alert_rule_test"]}
+    assert fires == {True, False}
+    assert {check["alertname"] for case in cases for check in case["alert_rule_test"]} == {alert}
+    promtool("test", "rules", shutil.copy(source, plain.parent))
+
+
+def test_no_unit_test_is_of_an_alert_that_is_gone() -> None:
+    assert {path.stem for path in UNIT_TESTS.iterdir()} == ALERTS.keys()
+
+
+def test_every_alert_has_its_section_in_the_runbook_and_none_is_left_over() -> None:
+    text = RUNBOOK.read_text()
+    sections = re.findall(r"^## (DiffusionServe\w+)$", text, re.M)
+    assert sections == list(ALERTS)
+    for name, alert in ALERTS.items():
+        assert alert["annotations"]["runbook"] == f"docs/runbook.md#{name.lower()}"
+        assert alert["annotations"]["summary"]
+        assert alert["labels"]["severity"] in ("critical", "warning")
+        section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for part in ("**Means.**", "**Look at.**", "**Do.**"):
+            assert part in section, f"{name} has no {part}"
+
+
+def _codes(kind: type[DiffusionServeError]) -> set[str]:
+    """Of failures that a request can meet and that are not the client's."""
+    if issubclass(kind, ConfigError):  # at start
+        return set()
+    own = {kind.code} if kind.status >= 500 else set()
+    return own.union(*(_codes(below) for below in kind.__subclasses__()))
+
+
+def test_failures_are_all_that_the_server_is_to_blame_for() -> None:
+    named = [set(found.split("|")) for found in re.findall(r'outcome=~"(.*?)"', SOURCE.read_text())]
+    failures = _codes(DiffusionServeError)
+    assert named == [failures | {Overloaded.code}] * 2 + [failures]
+
+
+def _rule_expressions() -> list[str]:
+    return [rule["expr"] for group in rules()["groups"] for rule in group["rules"]]
+
+
+def test_rules_and_dashboards_name_only_series_that_somebody_exports() -> None:
+    ours = {f"ray_{gauge.name}" for gauge in RAY_GAUGES}
+    for metric in declared():
+        [family] = metric.describe()
+        suffixes = {
+            "counter": ("_total",),
+            "info": ("_info",),
+            "histogram": ("_bucket", "_sum", "_count"),
+        }.get(family.type, ("",))
+        ours |= {family.name + suffix for suffix in suffixes}
+    recorded = {
+        rule["record"] for group in rules()["groups"] for rule in group["rules"] if "record" in rule
+    }
+    others = {
+        "up",
+        "process_resident_memory_bytes",
+        "ray_cluster_active_nodes",
+        "ray_serve_deployment_status",
+        *FOREIGN,
+    }
+    shown = [query.expr for dashboard in DASHBOARDS for query in dashboard.queries]
+    named = set().union(*map(series_of, [*shown, *_rule_expressions()]))
+    assert named <= ours | recorded | others
+    assert FOREIGN.keys() <= named, "nobody asks for them any more"
+
+
+def test_gpus_are_joined_with_the_replicas_on_them(tmp_path: Path) -> None:
+    """Two replicas may share one; an idle GPU is shown as well."""
+    [expr] = [query.expr for panel in GPU.panels for query in panel.queries if "UTIL" in query.expr]
+    info = 'diffusion_serve_engine_info{model="sdxl", gpu="GPU-%s", replica="%s"}'
+    checks = {
+        "input_series": [
+            {"series": info % ("1", "a"), "values": "1x5"},
+            {"series": info % ("1", "b"), "values": "1x5"},
+            {"series": info % ("2", "c"), "values": "1x5"},
+            *(
+                {
+                    "series": f'DCGM_FI_DEV_GPU_UTIL{{UUID="GPU-{n}", gpu="{n}"}}',
+                    "values": f"{n}0x5",
+                }
+                for n in (1, 2, 3)
+            ),
+        ],
+        "promql_expr_test": [
+            {
+                "expr": expr.replace("$model", ".*").replace(RATE, "1m"),
+                "eval_time": "3m",
+                "exp_samples": [
+                    {"labels": '{UUID="GPU-1", replica="a"}', "value": 0.1},
+                    {"labels": '{UUID="GPU-1", replica="b"}', "value": 0.1},
+                    {"labels": '{UUID="GPU-2", replica="c"}', "value": 0.2},
+                    {"labels": '{UUID="GPU-3"}', "value": 0.3},
+                ],
+            }
+        ],
+    }
+    path = tmp_path / "join.yaml"
+    path.write_text(yaml.safe_dump({"tests": [checks]}))
+    promtool("test", "rules", path)
