@@ -6,6 +6,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
 HOST ?= 127.0.0.1
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 
 .PHONY: install serve manifests dashboards test lint types imports tests clean
