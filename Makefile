@@ -52,7 +52,7 @@ lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 
-types: install
+types: .venv/tested
 	$(BIN)/mypy
 
 imports: install
