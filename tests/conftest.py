@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 from hypothesis import settings
 
 from serve_app.config import EngineConfig, ModelConfig
@@ -18,6 +20,10 @@ from serve_app.engine.pipeline import LoadedPipeline
 
 settings.register_profile("serve", deadline=None)  # a busy machine is no failure
 settings.load_profile("serve")
+
+# A shell that runs this in the background has it ignore Ctrl-C, and so would all that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MEASURED = pytest.StashKey[list[str]]()
 
@@ -56,6 +62,13 @@ FIFO = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
 """Full batches whatever becomes of deadlines, nobody refused: what happens is up to no clock."""
 
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
+
+
+@pytest.fixture(autouse=True)
+def _gradients() -> Iterator[None]:
+    """Pipelines whose calls end in another order than they began leave them off in their thread."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -18,6 +19,7 @@ import pytest
 import ray
 import yaml
 from ray import serve
+from ray.serve.context import _set_global_client
 from ray.util import get_node_ip_address
 
 from tests.waiting import wait_until
@@ -146,9 +148,19 @@ def server(report: Callable[[str], None]) -> Iterator[Server]:
         running.stop()
 
 
+@contextmanager
+def connected(ray_address: str) -> Iterator[None]:
+    """This process as a driver of that cluster; Serve keeps no memory of the one before."""
+    ray.init(address=ray_address, namespace="serve", log_to_driver=False)
+    try:
+        yield
+    finally:
+        _set_global_client(None)
+        ray.shutdown()
+
+
 @pytest.fixture(scope="module")
 def generator(server: Server) -> Iterator[Any]:
     """A handle to the running generator, to look into its engine."""
-    ray.init(address=server.ray_address, namespace="serve", log_to_driver=False)
-    yield serve.get_deployment_handle("Generator", "diffusion-serve")
-    ray.shutdown()
+    with connected(server.ray_address):
+        yield serve.get_deployment_handle("Generator", "diffusion-serve")

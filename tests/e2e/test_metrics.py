@@ -14,7 +14,6 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
 from prometheus_client import Metric
 from prometheus_client.openmetrics.parser import (
     text_string_to_metric_families as openmetrics_families,
@@ -24,7 +23,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_app.gateway.replicas import ask_controller
 from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.scrape import ANSWER_WITHIN_S
-from tests.e2e.conftest import ServeProcess, Server, demo_config, free_port, start_serve
+from tests.e2e.conftest import (
+    ServeProcess,
+    Server,
+    connected,
+    demo_config,
+    free_port,
+    start_serve,
+)
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
@@ -320,9 +326,6 @@ def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProces
 
 
 def _processes_of_generators(running: ServeProcess) -> list[int]:
-    ray.init(address=running.ray_address, namespace="serve", log_to_driver=False)
-    try:
+    with connected(running.ray_address):
         details = asyncio.run(ask_controller("diffusion-serve", "Generator"))
         return [replica.pid for replica in details.replicas if replica.pid is not None]
-    finally:
-        ray.shutdown()

@@ -10,7 +10,7 @@ import ray
 from ray import serve
 
 from serve_app.autoscaling.router import ShortestOfSeveral
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import Server, connected
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
@@ -20,7 +20,13 @@ EACH = 4
 
 
 @pytest.fixture
-def holder(server: Server) -> Iterator[tuple[Any, Any]]:
+def driver(server: Server) -> Iterator[None]:
+    with connected(server.ray_address):
+        yield
+
+
+@pytest.fixture
+def holder(driver: None) -> Iterator[tuple[Any, Any]]:
     """A deployment that holds what it gets, and an actor that sees who got what."""
 
     @ray.remote(num_cpus=0)
@@ -34,7 +40,6 @@ def holder(server: Server) -> Iterator[tuple[Any, Any]]:
         def all(self) -> list[str]:
             return self.seen
 
-    ray.init(address=server.ray_address, namespace="serve", log_to_driver=False)
     watcher = Watcher.remote()
 
     @serve.deployment(
@@ -53,7 +58,6 @@ def holder(server: Server) -> Iterator[tuple[Any, Any]]:
         yield serve.run(Holder.bind(), name="holder", route_prefix=None), watcher
     finally:
         serve.delete("holder")
-        ray.shutdown()
 
 
 def test_requests_are_spread_evenly(holder: tuple[Any, Any]) -> None:

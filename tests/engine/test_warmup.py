@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from prometheus_client import REGISTRY
 from torch import nn
 
 from serve_app.config import EngineConfig, ModelConfig, SpeedConfig
@@ -27,6 +26,7 @@ from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.engine.profile import Profile
 from serve_app.engine.warmup import _found_with
 from serve_app.errors import ConfigError
+from serve_app.metrics import ENGINE
 from tests.conftest import DEMO
 from tests.lora import ADAPTER_FILE, save_adapter
 from tests.tiny_pipelines import FAMILIES
@@ -538,7 +538,7 @@ def test_a_start_says_how_long_it_took(lines: pytest.LogCaptureFixture) -> None:
     with Engine.load(model, EngineConfig(max_batch_size=1)) as engine:
         pass
     seconds = {
-        phase: REGISTRY.get_sample_value(
+        phase: ENGINE.get_sample_value(
             "diffusion_serve_cold_start_seconds", {"model": "timed", "phase": phase}
         )
         for phase in ("load", "certify", "preview", "measure", "compile")
