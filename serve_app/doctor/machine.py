@@ -181,13 +181,13 @@ def _smaller(
     if not on_gpu:
         return "Take a machine with more memory, raise the container's limit, or a smaller model."
     options = []
-    for changes in (
-        {"dtype": "bfloat16"},
-        {"dtype": "bfloat16", "offload": "model"},
-        {"dtype": "bfloat16", "quantize": "int8"},
-        {"dtype": "bfloat16", "offload": "model", "quantize": "int8"},
-    ):
-        speed = {name: value for name, value in changes.items() if name != "dtype"}
+    changes: tuple[dict[str, str], ...] = (
+        {},  # but for the dtype
+        {"offload": "model"},
+        {"quantize": "int8"},
+        {"offload": "model", "quantize": "int8"},
+    )
+    for speed in changes:
         other = model.model_copy(
             update={
                 "dtype": "bfloat16" if model.dtype == "float32" else model.dtype,

@@ -18,7 +18,7 @@ from monitoring.draw import Window, curves, draw
 from monitoring.rules import alerts
 from tests.benchmarks.engine import hardware
 from tests.e2e.conftest import free_port, start_serve
-from tests.monitoring.load import MixedLoad, scaled_demo
+from tests.monitoring.load import MixedLoad, demo_of_two
 from tests.monitoring.prometheus import start_prometheus
 from tests.monitoring.series import FOREIGN, series_of
 
@@ -33,7 +33,7 @@ def main(
     """Print what was seen."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    running = start_serve(scaled_demo(port))
+    running = start_serve(demo_of_two(port))
     try:
         running.wait_until_ready(url)
         with start_prometheus(url, running) as prometheus:

@@ -23,6 +23,7 @@ from serve_app import __version__
 from serve_app.app import build
 from serve_app.autoscaling.knobs import read_knobs
 from serve_app.config import AppConfig, parse_app_config, policy_kwargs
+from serve_app.doctor.placement import untolerated
 from serve_app.errors import ConfigError
 from tests.cluster.manifests import Document, Manifests, Pod
 from tests.cluster.schemas import check_schema
@@ -79,7 +80,11 @@ def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
     """The first application and its deployments, by name."""
     [written] = manifests.serve["applications"]
     gateway = build(written.get("args", {}))._bound_deployment
-    [_, generator] = [gateway, *_bound(gateway)]
+    [generator] = [
+        argument._bound_deployment
+        for argument in gateway.init_args
+        if hasattr(argument, "_bound_deployment")
+    ]
     overrides = {one["name"]: one for one in written.get("deployments", [])}
     deployed = {}
     for code in (gateway, generator):
@@ -99,14 +104,6 @@ def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
             scaling.get("max_replicas", fixed),
         )
     return parse_app_config(written.get("args", {})), deployed
-
-
-def _bound(deployment: Any) -> list[Any]:
-    return [
-        argument._bound_deployment
-        for argument in deployment.init_args
-        if hasattr(argument, "_bound_deployment")
-    ]
 
 
 def gpus_of(pod: Pod) -> Decimal:
@@ -334,22 +331,17 @@ def tolerations_fit_the_taints(manifests: Manifests) -> Iterator[str]:
                 )
         selected = pod.spec.get("nodeSelector", {})
         on_gpu_nodes = gpus_of(pod) or "nvidia.com/gpu.present" in selected
-        for taint in platform()["taints"]:
-            met = on_gpu_nodes if taint["key"] == "nvidia.com/gpu" else taint["key"] in selected
-            if met and not any(_tolerates(one, taint) for one in pod.spec.get("tolerations", [])):
-                yield (
-                    f"{pod.where}.tolerations: nothing tolerates {taint['key']}={taint['value']}:"
-                    f"{taint['effect']}, which its nodes carry (cluster/platform/nodes.yaml; "
-                    f"{manifests.written_in(pod, 'tolerations')})"
-                )
-
-
-def _tolerates(toleration: dict[str, str], taint: dict[str, str]) -> bool:
-    return (
-        toleration.get("key") in (None, taint["key"])
-        and toleration.get("effect") in (None, taint["effect"])
-        and (toleration.get("operator") == "Exists" or toleration.get("value") == taint["value"])
-    )
+        met = [
+            taint
+            for taint in platform()["taints"]
+            if (on_gpu_nodes if taint["key"] == "nvidia.com/gpu" else taint["key"] in selected)
+        ]
+        for taint in untolerated(pod.spec, {"spec": {"taints": met}}):
+            yield (
+                f"{pod.where}.tolerations: nothing tolerates {taint['key']}={taint['value']}:"
+                f"{taint['effect']}, which its nodes carry (cluster/platform/nodes.yaml; "
+                f"{manifests.written_in(pod, 'tolerations')})"
+            )
 
 
 def versions_agree(manifests: Manifests) -> Iterator[str]:

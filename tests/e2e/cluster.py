@@ -23,8 +23,7 @@ from typing import Any
 import httpx
 from ray.util import get_node_ip_address
 
-from serve_app.config import WORK_POLICY
-from tests.e2e.conftest import ROOT, demo_config
+from tests.e2e.conftest import ROOT, scaled_demo
 from tests.waiting import wait_until
 
 RAY = Path(sys.executable).with_name("ray")
@@ -238,22 +237,11 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Itera
 
 def scaling_config(port: int, knobs: dict[str, float]) -> dict[str, Any]:
     """The demo with a GPU for each replica, from none to two of them, scaled by our policy."""
-    config: dict[str, Any] = demo_config(port)
+    config = scaled_demo(port, (0, 2), {"num_gpus": 1, "num_cpus": 1}, knobs)
     # All nodes have the address of this machine, and one port serves it.
     config["proxy_location"] = "HeadOnly"
     [application] = config["applications"]
     application["args"]["model"]["device"] = "cpu"
-    [generator] = application["deployments"]
-    generator["ray_actor_options"] = {"num_gpus": 1, "num_cpus": 1}
-    generator["autoscaling_config"] = {
-        "min_replicas": 0,
-        "max_replicas": 2,
-        "upscale_delay_s": 0,
-        "downscale_delay_s": 0,
-        "metrics_interval_s": 1,
-        "look_back_period_s": 3,
-        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": knobs},
-    }
     return config
 
 

@@ -22,6 +22,7 @@ from ray import serve
 from ray.serve.context import _set_global_client
 from ray.util import get_node_ip_address
 
+from serve_app.config import WORK_POLICY
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -60,17 +61,17 @@ class ServeProcess:
         [port] = (self.folder / "ray" / "session_latest").glob("gcs_server_port_*")
         return f"{get_node_ip_address()}:{port.read_text()}"
 
-    def wait_until_ready(self, url: str) -> None:
-        """Until a replica can paint; with the log, if the process ends before that."""
+    def wait_until_ready(self, url: str, path: str = "/ready") -> None:
+        """Until a replica can paint, or ``path`` is answered; with the log, if it ends before."""
 
         def ready() -> bool:
             assert self.process.poll() is None, self.log.read_text()
             try:
-                return httpx.get(f"{url}/ready", timeout=20).status_code == 200
+                return httpx.get(f"{url}{path}", timeout=20).status_code == 200
             except httpx.TransportError:
                 return False
 
-        wait_until(ready, deadline_s=150, every_s=0.2, what="a replica")
+        wait_until(ready, deadline_s=150, every_s=0.2, what=path)
 
     def stop(self) -> None:
         """End it as Ctrl-C would, and make sure that nothing of it is left."""
@@ -117,6 +118,30 @@ def start_serve(
 def demo_config(port: int) -> dict[str, object]:
     config: dict[str, object] = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     config["http_options"] = {"host": "127.0.0.1", "port": port}
+    return config
+
+
+def scaled_demo(
+    port: int, replicas: tuple[int, int], actor: dict[str, float], knobs: dict[str, float]
+) -> dict[str, Any]:
+    """The demo with from as few to as many replicas, by the work that waits, looked at each second.
+
+    ``actor``: what a replica asks Ray for.
+    """
+    config: dict[str, Any] = demo_config(port)
+    [application] = config["applications"]
+    [generator] = application["deployments"]
+    generator["ray_actor_options"] = actor
+    least, most = replicas
+    generator["autoscaling_config"] = {
+        "min_replicas": least,
+        "max_replicas": most,
+        "upscale_delay_s": 0,
+        "downscale_delay_s": 0,
+        "metrics_interval_s": 1,
+        "look_back_period_s": 3,
+        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": knobs},
+    }
     return config
 
 

@@ -215,15 +215,8 @@ def fleet() -> Iterator[tuple[ServeProcess, str]]:
     running = start_serve(config)
     url = f"http://127.0.0.1:{port}"
 
-    def answers() -> bool:
-        assert running.process.poll() is None, running.log.read_text()
-        try:
-            return httpx.get(f"{url}/health", timeout=20).status_code == 200
-        except httpx.TransportError:
-            return False
-
     try:
-        wait_until(answers, deadline_s=150, every_s=0.2, what="a gateway")
+        running.wait_until_ready(url, "/health")
         yield running, url
     finally:
         running.stop()

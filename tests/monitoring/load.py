@@ -9,8 +9,7 @@ from typing import Any
 
 import httpx
 
-from serve_app.config import WORK_POLICY
-from tests.e2e.conftest import demo_config
+from tests.e2e.conftest import scaled_demo
 
 KNOBS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
 """Two replicas for what these clients bring, decided within seconds."""
@@ -21,22 +20,9 @@ RETRY_S = 1.0
 """A client that is refused does something else for as long."""
 
 
-def scaled_demo(port: int) -> dict[str, Any]:
+def demo_of_two(port: int) -> dict[str, Any]:
     """One replica or two, by the work that waits, on CPUs that they share."""
-    config: dict[str, Any] = demo_config(port)
-    [application] = config["applications"]
-    [generator] = application["deployments"]
-    generator["ray_actor_options"] = {"num_gpus": 0, "num_cpus": 0.4}
-    generator["autoscaling_config"] = {
-        "min_replicas": 1,
-        "max_replicas": 2,
-        "upscale_delay_s": 0,
-        "downscale_delay_s": 0,
-        "metrics_interval_s": 1,
-        "look_back_period_s": 3,
-        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": KNOBS},
-    }
-    return config
+    return scaled_demo(port, (1, 2), {"num_gpus": 0, "num_cpus": 0.4}, KNOBS)
 
 
 def _kinds() -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from monitoring.dashboards import DASHBOARDS, SCALING
 from monitoring.draw import Window, curves, draw, filled_in
 from monitoring.rules import alerts
 from tests.e2e.conftest import free_port, start_serve
-from tests.monitoring.load import MixedLoad, scaled_demo
+from tests.monitoring.load import MixedLoad, demo_of_two
 from tests.monitoring.prometheus import SCRAPE_EVERY_S, Prometheus, start_prometheus
 from tests.monitoring.series import FOREIGN, series_of
 from tests.waiting import wait_until
@@ -37,7 +37,7 @@ def watched(report: Callable[[str], None]) -> Iterator[Watched]:
     started_at, started_s = monotonic(), time.time()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    running = start_serve(scaled_demo(port))
+    running = start_serve(demo_of_two(port))
     try:
         running.wait_until_ready(url)
         with start_prometheus(url, running) as prometheus:
