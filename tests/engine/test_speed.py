@@ -282,6 +282,7 @@ def _graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.usefixtures("every_batch_pays")
 @pytest.mark.skipif(
     shutil.which("g++") is None and "CI" not in os.environ,
     reason="torch compiles for a CPU with g++",

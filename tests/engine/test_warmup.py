@@ -66,7 +66,7 @@ def called(network: nn.Module) -> Iterator[list[torch.Size]]:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def kept(tmp_path_factory: pytest.TempPathFactory, every_batch_pays: None) -> Path:
     """The file of a start of the tiny pipeline; not to be changed."""
     path = tmp_path_factory.mktemp("kept") / "profile.json"
     with Engine(tiny(), TINY, config(path)):
