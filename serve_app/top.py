@@ -8,6 +8,7 @@ between two, `History` keeps those of the last seconds, `frame` draws them, `wat
 import functools
 import http.client
 import math
+import signal
 import time
 import urllib.error
 import urllib.request
@@ -593,5 +594,7 @@ def _shown(console: Console) -> Iterator[Callable[[RenderableType], None]]:
     if not console.is_terminal or console.is_dumb_terminal:
         yield lambda drawn: console.print(drawn, "")
         return
+    # Who is told to end by `kill` leaves the terminal as it was, too.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with Live(console=console, screen=True, auto_refresh=False) as live:
         yield lambda drawn: live.update(drawn, refresh=True)

@@ -592,7 +592,8 @@ def test_it_goes_on_while_the_server_restarts(tmp_path: Path) -> None:
     assert "Traceback" not in text
 
 
-def test_ctrl_c_in_a_terminal_leaves_it_as_it_was(answers: Answers) -> None:
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "kill"])
+def test_it_leaves_a_terminal_as_it_was(told: signal.Signals, answers: Answers) -> None:
     ours, its = pty.openpty()
     process = subprocess.Popen(
         [PROGRAM, "top", answers.url, "--every", "0.2"],
@@ -605,14 +606,14 @@ def test_ctrl_c_in_a_terminal_leaves_it_as_it_was(answers: Answers) -> None:
     seen = bytearray()
 
     def has(words: bytes) -> bool:
-        if select.select([ours], [], [], 0)[0]:
-            seen.extend(os.read(ours, 65536))
+        if words not in seen and select.select([ours], [], [], 0)[0]:
+            seen.extend(os.read(ours, 65536))  # raises where the process has ended without them
         return words in seen
 
     try:
         wait_until(lambda: has(b"last "), what="a frame with rates")
         assert b"\x1b[?1049h" in seen  # the other screen
-        process.send_signal(signal.SIGINT)
+        process.send_signal(told)
         wait_until(lambda: has(b"\x1b[?1049l"), what="the screen that was")
         wait_until(lambda: has(b"\x1b[?25h"), what="the cursor")
         assert process.wait(20) == 0

@@ -29,7 +29,7 @@ class EngineLoad:
     """The same for work of the batch class."""
     arrival_rate: float
     """Alone-seconds of interactive work offered per second, over the last `WINDOW_S`: with what was
-    refused, without what came again."""
+    refused, without what came again and what no number of replicas could do in time."""
     throughput: float
     """Alone-seconds of work done per busy second, smoothed; 1 while unknown."""
     mean_work_s: float
@@ -78,7 +78,7 @@ class Demand:
         self._saved_s = 0.0  # by calls that several shared
 
     def offered(self, now: float, alone_s: float) -> None:
-        """An interactive request came for the first time, whatever becomes of it."""
+        """An interactive request came for the first time, and could be done in time by somebody."""
         with self._lock:
             self._offered.add(now, alone_s)
             weight = _MEAN_WEIGHT if self._mean_s else 1.0

@@ -463,11 +463,11 @@ class Engine:
     def _accept(self, request: Request) -> None:
         task, deadline_s = request.task, request.params.deadline_s
         alone_s = task.remaining_s = self._predict_remaining(request)
-        if not (task.background or request.standing.returning):
-            self._demand.offered(time.perf_counter(), alone_s)
         if deadline_s is not None and hopeless(alone_s, deadline_s):
             self._refuse(request, "deadline", _hopeless(alone_s, deadline_s))
-            return
+            return  # and is no demand: it would be late on any number of replicas
+        if not (task.background or request.standing.returning):
+            self._demand.offered(time.perf_counter(), alone_s)
         wanted_s = deadline_s or self._config.slo_scale * alone_s
         task.deadline_at = request.submitted_at + wanted_s
         can_be_late = {other for other in self._by_number.values() if other.task.late}

@@ -541,11 +541,15 @@ def test_a_deadline_far_shorter_than_its_picture_is_a_mistake(
 ) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
+        before = engine.demand()
         _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=long_s / 4))
         assert isinstance(event, Failed)
         assert isinstance(event.error, InvalidRequest)
         assert event.error.param == "deadline_s"
         assert "when nobody else is here" in str(event.error)
+        # More replicas would not help it, so none are asked for.
+        assert engine.demand().arrival_rate <= before.arrival_rate
+        assert engine.demand().mean_work_s == before.mean_work_s
 
 
 def test_nobody_misses_a_deadline_for_who_comes_later(demo_pipeline: LoadedPipeline) -> None:
