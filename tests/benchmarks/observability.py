@@ -16,7 +16,6 @@ import asyncio
 import json
 import math
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -31,6 +30,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
+import torch
 import typer
 from starlette.types import Receive, Scope, Send
 
@@ -46,6 +46,7 @@ from serve_app.gateway.record import Record, Recorder, record_of
 from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
 from serve_app.metrics import Report, report
+from tests.benchmarks.engine import hardware
 
 LEAST = 0.98
 """Of the throughput without: what the project promises."""
@@ -363,8 +364,8 @@ def main(
     print(f"at least {LEAST:.0%} of the throughput: {'met' if worst >= LEAST else 'missed'}")
     if out is not None:
         figures = {
-            "rounds": rounds,
-            "processor": platform.processor() or platform.machine(),
+            "command": f"python -m tests.benchmarks.observability --rounds {rounds}",
+            "hardware": hardware(torch.device("cpu")),
             "rows": [asdict(row) for row in rows],
             "metering": asdict(metering),
             "report_s": reporting_s,
