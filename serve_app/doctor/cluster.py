@@ -161,6 +161,8 @@ def _check_storage(
         for volume in group.pod.get("volumes") or []
         if volume.get("persistentVolumeClaim")
     }
+    if not services:
+        return
     if not names:
         yield ok("storage", "no pod template names a PersistentVolumeClaim")
         return
