@@ -107,7 +107,10 @@ def doctor(
         typer.Option("--cluster", help="Look at the cluster of the current kubeconfig instead."),
     ] = False,
     namespace: Annotated[
-        str | None, typer.Option(help="Of the cluster. The kubeconfig's, if none.")
+        str | None,
+        typer.Option(
+            help="Of the service. The overlay's, the kubeconfig's or the one that has it, if none."
+        ),
     ] = None,
     overlay: Annotated[
         Path | None,
@@ -162,6 +165,7 @@ def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> 
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--overlay: {overlay} cannot be read: {error}.") from None
         objects = checks.read_overlay(text, str(overlay))
+        namespace = checks.choose_namespace(objects, str(overlay), namespace)
     try:
         with Cluster(namespace) as cluster:
             return list(checks.look(cluster, cpu, objects))

@@ -10,6 +10,13 @@ from serve_app.doctor.report import Finding, failed, ok, warning
 from serve_app.errors import ConfigError
 
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
+_IMPORT_PATH = "serve_app.app:build"
+"""In the Serve config of our RayServices, whatever they are called."""
+_COMMAND = "diffusion-serve doctor --cluster"
+_BEFORE = (
+    "Before anything is applied, let it be compared:\n"
+    f"  kubectl kustomize cluster/overlays/production | {_COMMAND} --overlay -"
+)
 
 
 def read_overlay(text: str, name: str) -> list[Object]:
@@ -33,22 +40,50 @@ def read_overlay(text: str, name: str) -> list[Object]:
     return objects
 
 
+def choose_namespace(overlay: Sequence[Object], name: str, asked_for: str | None) -> str | None:
+    """Where ``overlay`` goes, read from ``name``; None if nothing says it.
+
+    Raises:
+        ConfigError: if it goes into several, or into another than the one that is asked for.
+    """
+    found = {one["metadata"].get("namespace") for one in overlay if one["kind"] == "RayService"}
+    if len(found) > 1:
+        raise ConfigError(
+            f"{name} has RayServices of several namespaces ({', '.join(sorted(map(str, found)))}); "
+            "give one overlay at a time."
+        )
+    [own] = found
+    if own is not None and asked_for not in (None, own):
+        raise ConfigError(
+            f"--namespace is {asked_for}, and {name} is for namespace {own}: leave --namespace out."
+        )
+    return own or asked_for
+
+
 def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -> Iterator[Finding]:
     """Every check. ``cpu``: no GPU is expected; ``overlay``: what is to be applied.
 
-    Without an overlay, what the namespace holds is looked at instead.
+    Without an overlay, what the namespace holds is looked at instead; where that is nothing of ours
+    and no namespace was asked for, ``cluster`` turns to the one that has our service.
     """
     try:
         version = cluster.version()
     except Unreachable as error:
         yield failed("cluster", error.found, error.advice)
         return
+    missing = None
+    services: Sequence[Object] = ()
+    try:
+        if overlay is None:
+            missing = _find_service(cluster)
+            services = cluster.list("rayservices.ray.io", everywhere=False)
+        else:
+            services = [one for one in overlay if one["kind"] == "RayService"]
+    except NotReadable as error:
+        missing = failed("RayService", error.found, error.advice)
     yield ok("cluster", f"{cluster.name}, Kubernetes {version}, namespace {cluster.namespace}")
-
-    def services() -> list[Object]:
-        if overlay is not None:
-            return [one for one in overlay if one["kind"] == "RayService"]
-        return list(cluster.list("rayservices.ray.io", everywhere=False))
+    if missing is not None:
+        yield missing
 
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("KubeRay CRDs", lambda: kuberay.check_crds(cluster)),
@@ -57,14 +92,14 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
     if not cpu:
         checks += [
             ("device plugin", lambda: gpu_nodes.check_device_plugin(cluster)),
-            ("GPU nodes", lambda: gpu_nodes.check_gpu_nodes(cluster)),
+            ("GPU nodes", lambda: gpu_nodes.check_gpu_nodes(cluster, services)),
         ]
     checks += [
-        ("pods' places", lambda: gpu_nodes.check_places(cluster, services())),
-        ("storage", lambda: _check_storage(cluster, services(), overlay)),
-        ("Ray version", lambda: kuberay.check_ray_version(services())),
+        ("pods' places", lambda: gpu_nodes.check_places(cluster, services)),
+        ("storage", lambda: _check_storage(cluster, services, overlay)),
+        ("Ray version", lambda: kuberay.check_ray_version(services)),
         ("services", lambda: kuberay.check_services(cluster)),
-        ("pods", lambda: _check_pods(cluster)),
+        ("pods", lambda: _check_pods(cluster, overlay is not None)),
     ]
     for name, check in checks:
         try:
@@ -76,8 +111,47 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
             yield failed(name, error.found, error.advice)
 
 
+def _find_service(cluster: Cluster) -> Finding | None:
+    """Turns to the namespace of our service; what is to be said where that is not to be found.
+
+    Raises `NotReadable`.
+    """
+
+    def ours(everywhere: bool) -> list[Object]:
+        return [
+            one
+            for one in cluster.list("rayservices.ray.io", everywhere)
+            if _IMPORT_PATH in (one["spec"].get("serveConfigV2") or "")
+        ]
+
+    check, here = "RayService", f"none of diffusion-serve in namespace {cluster.namespace}"
+    if ours(everywhere=False):
+        return None
+    try:
+        others = sorted({one["metadata"]["namespace"] for one in ours(everywhere=True)})
+    except Unreachable:
+        raise
+    except NotReadable:
+        return warning(
+            check,
+            f"{here}, and other namespaces may not be looked at",
+            f"If it is in another, name that:\n  {_COMMAND} --namespace NAMESPACE\n{_BEFORE}",
+        )
+    if not others:
+        return warning(check, f"{here}, nor in any other", _BEFORE)
+    if len(others) == 1 and not cluster.namespace_is_asked_for:
+        cluster.namespace = others[0]
+        return None
+    return failed(
+        check,
+        f"{here}, but in {', '.join(others)}",
+        "Name the namespace:\n"
+        + "\n".join(f"  {_COMMAND} --namespace {namespace}" for namespace in others),
+    )
+
+
 def _check_storage(
-    cluster: Cluster, services: list[Object], overlay: Sequence[Object] | None
+    cluster: Cluster, services: Sequence[Object], overlay: Sequence[Object] | None
 ) -> Iterator[Finding]:
     """Each claim that a pod template names, and the StorageClass that it needs."""
     names = {
@@ -87,6 +161,8 @@ def _check_storage(
         for volume in group.pod.get("volumes") or []
         if volume.get("persistentVolumeClaim")
     }
+    if not services:
+        return
     if not names:
         yield ok("storage", "no pod template names a PersistentVolumeClaim")
         return
@@ -147,12 +223,32 @@ def _check_class(check: str, claim: Object, classes: Sequence[Object]) -> Findin
     return ok(check, f"the StorageClass {wanted} makes its volume")
 
 
-def _check_pods(cluster: Cluster) -> Iterator[Finding]:
-    """Those that do not run; alike ones together."""
+def _check_pods(cluster: Cluster, to_come: bool) -> Iterator[Finding]:
+    """Those that do not run; alike ones together. ``to_come``: there may be none yet."""
     pods = cluster.list("pods", everywhere=False)
+    try:
+        events = cluster.list("events", everywhere=False)
+    except Unreachable:
+        raise
+    except NotReadable as error:
+        yield failed("events", error.found, error.advice)
+        events = ()
+    if (finding := pending.replaced(events)) is not None:
+        yield finding
+    if not pods and cluster.list("rayservices.ray.io", everywhere=False):
+        yield warning(
+            "pods",
+            f"none in namespace {cluster.namespace}, which has a RayService",
+            "KubeRay has made none: look at the rows of KubeRay and of the RayService above, and "
+            "at the operator's log.",
+        )
+    elif not pods and to_come:
+        yield ok("pods", f"namespace {cluster.namespace} has none yet")
+    if not pods:
+        return
     alike: dict[tuple[str, str], list[Finding]] = {}
     for pod in pods:
-        if (finding := pending.why(pod)) is not None:
+        if (finding := pending.why(pod, events)) is not None:
             alike.setdefault((finding.found, finding.advice), []).append(finding)
     for findings in alike.values():
         first, others = findings[0], len(findings) - 1
@@ -163,4 +259,6 @@ def _check_pods(cluster: Cluster) -> Iterator[Finding]:
             first.advice,
         )
     if not alike:
-        yield ok("pods", f"none of {len(pods)} is pending")
+        yield ok(
+            "pods", f"none of {len(pods)} in namespace {cluster.namespace} is pending or has failed"
+        )

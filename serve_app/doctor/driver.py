@@ -13,9 +13,10 @@ from pathlib import Path
 from serve_app.doctor.gpus import Driver
 from serve_app.doctor.report import Finding, failed, ok, warning
 
-OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
-"""By CUDA's major version: NVIDIA's table for minor version compatibility, by which a program built
-with any CUDA of a major version runs on every driver from there on."""
+OLDEST_DRIVER = {12: 525, 13: 580}
+"""By CUDA's major version, of those that torch 2.13 is built with: NVIDIA's table for minor version
+compatibility, by which a program built with any CUDA of a major version runs on every driver from
+there on."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,20 @@ def check_driver(driver: Driver, cuda: tuple[int, int]) -> Finding:
             f"update of the host's driver to {oldest} or newer.",
         )
     if branch < oldest:
+        older = max((major for major, least in OLDEST_DRIVER.items() if least <= branch), default=0)
+        instead = (
+            f", or install a torch that was built with CUDA {older}.x (images/README.md has the "
+            "build argument)"
+            if older
+            else "; no build of the torch that this project needs runs on an older one than "
+            f"{min(OLDEST_DRIVER.values())}"
+        )
         return failed(
             "driver",
             found,
             f"Update the driver of the host to {oldest} or newer (in a container nothing can be "
-            "done about it), or install a torch that was built with CUDA "
-            f"{max((c for c, b in OLDEST_DRIVER.items() if b <= branch), default=11)}.x. On "
-            "Kubernetes keep pods off such nodes by nvidia.com/cuda.driver-version.major.",
+            f"done about it){instead}. On Kubernetes keep pods off such nodes by "
+            "nvidia.com/cuda.driver-version.major.",
         )
     if driver.cuda is not None and driver.cuda[0] == cuda[0] and driver.cuda < cuda:
         return ok("driver", f"{found}: minor version compatibility, without newer features")

@@ -59,7 +59,7 @@ def check_device_plugin(cluster: Cluster) -> Iterator[Finding]:
             yield ok(check, found)
 
 
-def check_gpu_nodes(cluster: Cluster) -> Iterator[Finding]:
+def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Finding]:
     check = "GPU nodes"
     nodes = cluster.list("nodes")
     offering = [node for node in nodes if placement.gpus(node)]
@@ -81,12 +81,21 @@ def check_gpu_nodes(cluster: Cluster) -> Iterator[Finding]:
         )
     if not offering:
         if not idle:
-            yield failed(
-                check,
-                f"none of {len(nodes)} offers nvidia.com/gpu",
+            found = f"none of {len(nodes)} offers nvidia.com/gpu"
+            advice = (
                 "Add a GPU node; if a node group scales from zero, let it start one node first. If "
-                "there is one, its driver or the device plugin does not work.",
+                "there is one, its driver or the device plugin does not work."
             )
+            asking = [
+                group
+                for service in services
+                for group in placement.groups(service)
+                if any(name.startswith("nvidia.com/") for name in placement.requests(group.pod))
+            ]
+            if asking and all(group.may_be_empty for group in asking):
+                yield warning(check, found, f"{_STARTS_EMPTY}\n{advice}")
+            else:
+                yield failed(check, found, advice)
         return
     kinds = Counter(
         (_product(node), resource, number)
@@ -118,6 +127,10 @@ def check_gpu_nodes(cluster: Cluster) -> Iterator[Finding]:
         )
 
 
+_STARTS_EMPTY = (
+    "The group starts without pods: nothing is to be done if the cluster's autoscaler adds nodes "
+    "for it. Else:"
+)
 _UNKNOWN_PRODUCT = "unknown product"
 
 
@@ -134,16 +147,7 @@ def _is_shared(node: Object) -> bool:
     )
 
 
-def check_places(cluster: Cluster, services: list[Object]) -> Iterator[Finding]:
-    if not services:
-        yield warning(
-            "pods' places",
-            f"no RayService in namespace {cluster.namespace}, so labels, taints and sizes are not "
-            "compared",
-            "Name one with --namespace, or render an overlay and name it:\n"
-            "  kubectl kustomize cluster/overlays/production | diffusion-serve doctor --cluster "
-            "--overlay -",
-        )
+def check_places(cluster: Cluster, services: Sequence[Object]) -> Iterator[Finding]:
     nodes = cluster.list("nodes")
     for service in services:
         for group in placement.groups(service):
@@ -176,11 +180,7 @@ def _check_place(group: Group, nodes: Sequence[Object]) -> Finding:
             "GPUs that no node offers come with the device plugin."
         )
     if group.may_be_empty and (labels or lacks):
-        advice.insert(
-            0,
-            "The group starts without pods: nothing is to be done if the cluster's autoscaler adds "
-            "nodes for it. Else:",
-        )
+        advice.insert(0, _STARTS_EMPTY)
         return warning(group.name, "; ".join(found), "\n".join(advice))
     return failed(group.name, "; ".join(found), "\n".join(advice))
 

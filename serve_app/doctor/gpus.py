@@ -3,6 +3,7 @@
 NVML needs the driver and no CUDA, and answers at once where torch would take seconds to say less.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,15 @@ class Place:
     @property
     def kubernetes(self) -> bool:
         return "KUBERNETES_SERVICE_HOST" in self.environment
+
+    @property
+    def allotted(self) -> str | None:
+        """The GPUs that the device plugin named to the container's runtime; None if it did not.
+
+        The images' own value is ``all``, and the plugin puts UUIDs or indices in its place.
+        """
+        named = self.environment.get("NVIDIA_VISIBLE_DEVICES", "")
+        return named if re.match(r"GPU-|MIG-|\d", named) else None
 
 
 @dataclass(frozen=True)
@@ -141,13 +151,27 @@ def _read_instances(nvml: Any, handle: Any) -> Iterator[MigInstance]:
 _ON_PURPOSE = "If no GPU is wanted here, say so with --cpu."
 
 
+_RUNTIME = (
+    "NVIDIA's runtime is not the default of this node's containerd, so that the pod must name it "
+    "(for the workers: the component `runtime-class`), with its RuntimeClass:\n"
+    "  kubectl apply -f cluster/platform/runtimeclass.yaml\n"
+    "  spec: {runtimeClassName: nvidia}"
+)
+
+
 def _give_it_one(place: Place) -> str:
-    if place.kubernetes:
+    if place.kubernetes and place.allotted is not None and not place.device_files:
         return (
+            f"The container is to have {place.allotted} (NVIDIA_VISIBLE_DEVICES, which the device "
+            f"plugin sets), and its runtime has not brought it in. {_RUNTIME}"
+        )
+    if place.kubernetes:
+        advice = (
             "Give the container a GPU, and look at the nodes with `diffusion-serve doctor "
             f"--cluster`. {_ON_PURPOSE}\n"
             "  resources: {limits: {nvidia.com/gpu: 1}}"
         )
+        return advice if place.device_files else f"{advice}\nIf it asks for one: {_RUNTIME}"
     if place.container:
         return (
             "Start the container with `docker run --gpus all`. The host needs the NVIDIA driver "

@@ -21,6 +21,7 @@ Object = dict[str, Any]
 READ = (
     "daemonsets.apps",
     "deployments.apps",
+    "events",
     "nodes",
     "persistentvolumeclaims",
     "pods",
@@ -70,8 +71,8 @@ class Cluster:
             from kubernetes import client, config
         except ImportError as error:
             raise ConfigError(
-                f"--cluster needs the official Kubernetes client: {error}. Install "
-                "'diffusion-serve[cluster]'."
+                f"--cluster needs the official Kubernetes client: {error}. In a clone "
+                "of this repository: `pip install -c constraints.txt -e '.[cluster]'`."
             ) from None
         settings = client.Configuration()
         settings.retries = 1
@@ -97,10 +98,11 @@ class Cluster:
             self.name = "the cluster of this pod"
             own_namespace = _namespace_of_this_pod()
         self.namespace: str = namespace or own_namespace or "default"
+        self.namespace_is_asked_for = namespace is not None
         self._client = client.ApiClient(settings)
         self.host: str = settings.host
         # Several checks look at the same objects.
-        self.list = cache(self._list)
+        self._list = cache(self._read)
 
     def __enter__(self) -> "Cluster":
         return self
@@ -115,28 +117,31 @@ class Cluster:
         except NotReadable as error:
             raise Unreachable(error.found, error.advice) from None
 
-    def served(self, group: str) -> dict[str, list[str]]:
+    def served(self, group: str) -> dict[str, tuple[str, ...]]:
         """Resources of an API group by version; empty if there is none. Raises `NotReadable`."""
         versions = self._get(f"/apis/{group}", group, "").get("versions") or ()
         return {
-            version: [
+            version: tuple(
                 resource["name"]
                 for resource in self._get(f"/apis/{group}/{version}", group, "").get(
                     "resources", ()
                 )
-            ]
+            )
             for version in (one["version"] for one in versions)
         }
 
-    def _list(self, resource: str, everywhere: bool = True) -> tuple[Object, ...]:
+    def list(self, resource: str, everywhere: bool = True) -> tuple[Object, ...]:
         """All objects of ``resource``, named as in `READ`; of the namespace unless ``everywhere``.
 
         Empty where the cluster does not know the resource. Raises `NotReadable`.
         """
+        return self._list(resource, None if everywhere else self.namespace)
+
+    def _read(self, resource: str, namespace: str | None) -> tuple[Object, ...]:
         kind, _, group = resource.partition(".")
         base = f"/apis/{group}/{_VERSIONS[group]}" if group else "/api/v1"
-        where = "" if everywhere else f"/namespaces/{self.namespace}"
-        scope = " --all-namespaces" if everywhere else f" -n {self.namespace}"
+        where = "" if namespace is None else f"/namespaces/{namespace}"
+        scope = " --all-namespaces" if namespace is None else f" -n {namespace}"
         if kind in _OF_NO_NAMESPACE:
             scope = ""
         answer = self._get(f"{base}{where}/{kind}", resource, scope)

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from serve_app.doctor.kube import Cluster, Object, full_name, images
 from serve_app.doctor.report import Finding, failed, ok, warning
@@ -11,7 +11,22 @@ KUBERAY = (1, 7, 0)
 """The version that the manifests are written for."""
 
 _WANTED = ".".join(map(str, KUBERAY))
-_INSTALL = f"  helm upgrade --install kuberay-operator kuberay/kuberay-operator --version {_WANTED}"
+_REPOSITORY = "  helm repo add kuberay https://ray-project.github.io/kuberay-helm/"
+_CHART = f"kuberay/kuberay-operator --version {_WANTED}"
+_VALUES = "--values cluster/platform/kuberay-operator.yaml"
+INSTALL = (
+    f"{_REPOSITORY}\n"
+    f"  helm install kuberay-operator {_CHART} \\\n"
+    f"      --namespace kuberay-operator --create-namespace {_VALUES}"
+)
+"""As cluster/platform/README.md has it."""
+_UPDATE_CRDS = (
+    f"{_REPOSITORY}\n"
+    "  helm repo update kuberay\n"
+    f"  helm show crds {_CHART} \\\n"
+    "      | kubectl apply --server-side --force-conflicts -f -"
+)
+_INSTALL_ADVICE = f"Install KubeRay, in a clone of this repository:\n{INSTALL}"
 
 
 def check_crds(cluster: Cluster) -> Iterator[Finding]:
@@ -20,13 +35,12 @@ def check_crds(cluster: Cluster) -> Iterator[Finding]:
     served = cluster.served("ray.io")
     missing = [name for name in ("rayservices", "rayclusters") if name not in served.get("v1", ())]
     if not served:
-        yield failed(check, "not there: no API group ray.io", f"Install KubeRay:\n{_INSTALL}")
+        yield failed(check, "not there: no API group ray.io", _INSTALL_ADVICE)
     elif missing:
         yield failed(
             check,
             f"ray.io/v1 has no {' and no '.join(missing)}; served are {', '.join(served)}",
-            f"Helm does not update CRDs: apply those of KubeRay {_WANTED} with `kubectl apply "
-            "--server-side`.",
+            f"Helm does not update CRDs: apply those of KubeRay {_WANTED}:\n{_UPDATE_CRDS}",
         )
     else:
         yield ok(check, "ray.io/v1 has rayservices and rayclusters")
@@ -41,7 +55,7 @@ def check_operator(cluster: Cluster) -> Iterator[Finding]:
         if re.search(r"kuberay.*operator", image)
     ]
     if not found:
-        yield failed(check, "no deployment of it", f"Install KubeRay:\n{_INSTALL}")
+        yield failed(check, "no deployment of it", _INSTALL_ADVICE)
     for deployment, image in found:
         where = f"{full_name(deployment)}, {image}"
         status = deployment.get("status") or {}
@@ -60,12 +74,7 @@ def check_operator(cluster: Cluster) -> Iterator[Finding]:
                 check, f"{where}: its version is not to be seen", f"Make sure that it is {_WANTED}."
             )
         elif number < KUBERAY:
-            yield failed(
-                check,
-                f"{where}: older than {_WANTED}",
-                f"The manifests use fields that it does not know. Update it, and its CRDs first "
-                f"(Helm does not):\n{_INSTALL}",
-            )
+            yield failed(check, f"{where}: older than {_WANTED}", _advice_on_upgrade(deployment))
         elif number[:2] > KUBERAY[:2]:
             yield warning(
                 check,
@@ -76,7 +85,26 @@ def check_operator(cluster: Cluster) -> Iterator[Finding]:
             yield ok(check, where)
 
 
-def check_ray_version(services: list[Object]) -> Iterator[Finding]:
+def _advice_on_upgrade(deployment: Object) -> str:
+    """For the release that it is of, since under another name Helm would install a second one."""
+    annotations = deployment["metadata"].get("annotations") or {}
+    release = annotations.get("meta.helm.sh/release-name")
+    namespace = annotations.get("meta.helm.sh/release-namespace")
+    start = "The manifests use fields that it does not know. "
+    if release is None or namespace is None:
+        return (
+            f"{start}It did not come with Helm: update it by what brought it, to {_WANTED}, after "
+            f"its CRDs:\n{_UPDATE_CRDS}"
+        )
+    return (
+        f"{start}Update it after its CRDs, which Helm leaves alone; in a clone of this repository, "
+        f"with all values files that it was installed with:\n{_UPDATE_CRDS}\n"
+        f"  helm upgrade {release} {_CHART} \\\n"
+        f"      --namespace {namespace} {_VALUES}"
+    )
+
+
+def check_ray_version(services: Sequence[Object]) -> Iterator[Finding]:
     here = importlib.metadata.version("ray")
     for service in services:
         name = service["metadata"]["name"]

@@ -56,10 +56,10 @@ def look(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
         yield ok("memory", f"{wanted.model.id} is for GPUs, which are elsewhere")
     else:
         if wanted.cpu:
-            yield from _check_model(wanted, "memory", _memory())
+            yield from _check_model(wanted, "memory", read_memory())
         yield check_disk(wanted.model)
     yield check_temporary_disk(Path(tempfile.gettempdir()))
-    yield check_shared_memory(_memory()[0], place)
+    yield check_shared_memory(read_memory()[0], place)
     yield check_packages()
     yield check_ray_cluster(place)
     if place.container:
@@ -383,11 +383,27 @@ def check_probes(place: Place) -> Finding:
     return (failed if place.kubernetes else warning)("probes", found, advice)
 
 
-def _memory() -> tuple[int, int]:
+_CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        "total_inactive_file",
+    ),
+)
+"""Of both versions: limit, use, and in what the use consists of, cached files that make way."""
+
+
+def read_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
     """(total, free) bytes of the machine, or of what the container may use of it."""
     memory = psutil.virtual_memory()
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / file
-        if limit.is_file() and (text := limit.read_text().strip()).isdecimal():
-            return min(memory.total, int(text)), min(memory.available, int(text))
+    for limit_file, use_file, stat_file, cached in _CGROUP_FILES:
+        limit_path = cgroup / limit_file
+        if limit_path.is_file() and (text := limit_path.read_text().strip()).isdecimal():
+            limit = int(text)
+            lines = (cgroup / stat_file).read_text().splitlines()
+            stat = dict(line.split() for line in lines)
+            used = int((cgroup / use_file).read_text()) - int(stat.get(cached, 0))
+            return min(memory.total, limit), min(memory.available, max(limit - used, 0))
     return memory.total, memory.available

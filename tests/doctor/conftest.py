@@ -24,6 +24,7 @@ def api() -> Iterator[FakeApi]:
         api.put("persistentvolumeclaims")
         api.put("storageclasses.storage.k8s.io")
         api.put("pods", pod("head", phase="Running"))
+        api.put("events")
         yield api
 
 

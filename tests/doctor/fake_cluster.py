@@ -19,6 +19,7 @@ from kubernetes.client import ApiClient
 _MODELS = {
     "daemonsets.apps": "V1DaemonSet",
     "deployments.apps": "V1Deployment",
+    "events": "CoreV1Event",
     "nodes": "V1Node",
     "persistentvolumeclaims": "V1PersistentVolumeClaim",
     "pods": "V1Pod",
@@ -42,7 +43,7 @@ class FakeApi:
     def __init__(self) -> None:
         self.objects: dict[str, list[dict[str, Any]]] = {}
         self.refusals: dict[str, int] = {}
-        """HTTP status by resource."""
+        """HTTP status by resource, or by path."""
         self.ray: dict[str, list[str]] = {}
         """Resources of the API group ray.io by version."""
         self.asked: list[str] = []
@@ -94,7 +95,7 @@ class FakeApi:
         parts = path.strip("/").split("/")
         group = "" if parts[0] == "api" else f".{parts[1]}"
         resource = parts[-1] + group
-        if (status := self.refusals.get(resource)) is not None:
+        if (status := self.refusals.get(path, self.refusals.get(resource))) is not None:
             return status, {
                 "message": f'{parts[-1]} is forbidden: User "jane" cannot list resource '
                 f'"{parts[-1]}" in API group "{group[1:]}"'
@@ -165,9 +166,16 @@ def workload(name: str, image: str, status: Object) -> Object:
     }
 
 
-def operator(tag: str = ":v1.7.0", available: int = 1) -> Object:
+def operator(tag: str = ":v1.7.0", available: int = 1, release: str | None = None) -> Object:
+    """``release``: of Helm, by which it came."""
     image = f"quay.io/kuberay/operator{tag}"
-    return workload("kuberay-operator", image, {"availableReplicas": available})
+    deployment = workload("kuberay-operator", image, {"availableReplicas": available})
+    if release is not None:
+        deployment["metadata"]["annotations"] = {
+            "meta.helm.sh/release-name": release,
+            "meta.helm.sh/release-namespace": "system",
+        }
+    return deployment
 
 
 def plugin(wanted: int = 1, ready: int = 1, name: str = "nvdp-nvidia-device-plugin") -> Object:
@@ -207,13 +215,14 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
         "kind": "RayService",
         "metadata": {"name": "sdxl", "namespace": "pictures"},
         "spec": {
+            "serveConfigV2": "applications: [{import_path: 'serve_app.app:build'}]",
             "rayClusterConfig": {
                 "rayVersion": RAY,
                 "headGroupSpec": {"template": {"spec": {"containers": [{"name": "h"}]}}},
                 "workerGroupSpecs": [
                     {"groupName": "gpu", "minReplicas": 1, "template": {"spec": pod}} | worker
                 ],
-            }
+            },
         },
         "status": {"conditions": [{"type": "Ready", "status": "True"}]}
         if status is None
@@ -245,6 +254,40 @@ def waiting(name: str, reason: str, message: str | None = None, phase: str = "Pe
         "state": {"waiting": state},
     }
     return pod(name, phase=phase, containerStatuses=[container])
+
+
+def ended(name: str, code: int, reason: str, phase: str = "Failed") -> Object:
+    """With a container of Ray that ended beside one that runs."""
+    states = {
+        "autoscaler": {"running": {}},
+        "ray-head": {"terminated": {"exitCode": code, "reason": reason}},
+    }
+    containers = [
+        {
+            "name": container,
+            "image": "app",
+            "imageID": "",
+            "ready": False,
+            "restartCount": 0,
+            "state": state,
+        }
+        for container, state in states.items()
+    ]
+    return pod(name, phase=phase, containerStatuses=containers)
+
+
+def event(
+    name: str, reason: str, message: str, minute: int, kind: str = "Pod", type_: str = "Warning"
+) -> Object:
+    """Of the object ``name``."""
+    return {
+        "metadata": {"name": f"{name}.{minute}", "namespace": "pictures"},
+        "involvedObject": {"kind": kind, "name": name, "namespace": "pictures"},
+        "type": type_,
+        "reason": reason,
+        "message": message,
+        "lastTimestamp": f"2026-01-01T00:{minute:02}:00+00:00",
+    }
 
 
 def claim(phase: str = "Pending", **spec: str) -> Object:

@@ -3,16 +3,21 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
-from serve_app.doctor.cluster import look, read_overlay
+from serve_app.doctor.cluster import choose_namespace, look, read_overlay
 from serve_app.doctor.kube import READ, Cluster, Unreachable
+from serve_app.doctor.kuberay import INSTALL
 from serve_app.doctor.report import Finding
 from serve_app.errors import ConfigError
+from tests.cluster.manifests import render
 from tests.doctor.fake_cluster import (
     RAY,
     FakeApi,
     Object,
     claim,
+    ended,
+    event,
     node,
     operator,
     plugin,
@@ -23,6 +28,8 @@ from tests.doctor.fake_cluster import (
     waiting,
     workload,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def _look(
@@ -125,13 +132,152 @@ def test_the_role_that_is_advised_covers_all_that_is_read(api: FakeApi, kubeconf
     assert asked == set(READ)
 
 
+# Which namespace.
+
+
+def _in(namespace: str, of_ours: bool = True) -> Object:
+    other = service()
+    other["metadata"]["namespace"] = namespace
+    if not of_ours:
+        other["spec"]["serveConfigV2"] = "applications: [{import_path: 'theirs:app'}]"
+    return other
+
+
+def _stuck_in(namespace: str) -> Object:
+    stuck = unscheduled("p", "3 Insufficient memory.")
+    stuck["metadata"]["namespace"] = namespace
+    return stuck
+
+
+def test_the_service_is_found_in_another_namespace_than_the_kubeconfigs(
+    api: FakeApi, kubeconfig: Path
+) -> None:
+    api.put("rayservices.ray.io", _in("pictures", of_ours=False), _in("diffusion-serve"))
+    api.put("pods", _stuck_in("diffusion-serve"))
+    findings = _look(kubeconfig)
+    assert findings["cluster"].found.endswith("namespace diffusion-serve")
+    assert findings["RayService sdxl"].outcome == "ok"
+    assert findings["pod p"].outcome == "failed"
+
+
+def test_a_namespace_that_is_asked_for_is_kept_and_the_right_one_told(
+    api: FakeApi, kubeconfig: Path
+) -> None:
+    findings = _look(kubeconfig, namespace="default")
+    assert findings["cluster"].found.endswith("namespace default")
+    finding = findings["RayService"]
+    assert finding.outcome == "failed"
+    assert finding.found == "none of diffusion-serve in namespace default, but in pictures"
+    assert "  diffusion-serve doctor --cluster --namespace pictures" in finding.advice
+    assert "pods" not in findings
+
+
+def test_several_services_are_not_chosen_among(api: FakeApi, kubeconfig: Path) -> None:
+    api.put("rayservices.ray.io", _in("a"), _in("b"))
+    finding = _look(kubeconfig)["RayService"]
+    assert finding.outcome == "failed"
+    assert finding.found.endswith("but in a, b")
+    assert "--namespace a\n" in finding.advice
+
+
+def test_where_nothing_is_applied_yet_the_overlay_is_asked_for(
+    api: FakeApi, kubeconfig: Path
+) -> None:
+    api.put("rayservices.ray.io", _in("elsewhere", of_ours=False))
+    api.put("pods")
+    findings = _look(kubeconfig)
+    finding = findings["RayService"]
+    assert finding.outcome == "warning"
+    assert finding.found == "none of diffusion-serve in namespace pictures, nor in any other"
+    command = finding.advice.splitlines()[-1]
+    assert "--overlay -" in command
+    assert command.strip() in (ROOT / "README.md").read_text().splitlines()
+    assert not findings.keys() & {"pods", "storage"}  # none of none is no answer
+
+
+def test_other_namespaces_may_not_be_looked_at(api: FakeApi, kubeconfig: Path) -> None:
+    api.put("rayservices.ray.io")
+    api.refusals = {"/apis/ray.io/v1/rayservices": 403}
+    finding = _look(kubeconfig)["RayService"]
+    assert finding.outcome == "warning"
+    assert "namespace pictures, and other namespaces may not be looked at" in finding.found
+    assert "--namespace NAMESPACE" in finding.advice
+
+
+def test_services_that_may_not_be_looked_at_fail(api: FakeApi, kubeconfig: Path) -> None:
+    api.refusals = {"rayservices.ray.io": 403}
+    findings = _look(kubeconfig)
+    assert "kubectl auth can-i list rayservices.ray.io" in findings["RayService"].found
+    assert findings["GPU nodes"].outcome == "ok"
+
+
+def test_an_overlay_says_its_namespace() -> None:
+    overlay = read_overlay(
+        "\n---\n".join(
+            yaml.safe_dump(one)
+            for one in render(ROOT / "cluster" / "overlays" / "production").documents
+        ),
+        "-",
+    )
+    assert choose_namespace(overlay, "-", None) == "diffusion-serve"
+    assert choose_namespace(overlay, "-", "diffusion-serve") == "diffusion-serve"
+    with pytest.raises(ConfigError, match="is default, and - is for namespace diffusion-serve"):
+        choose_namespace(overlay, "-", "default")
+    with pytest.raises(ConfigError, match="several namespaces"):
+        choose_namespace([*overlay, service()], "-", None)
+    nowhere = service()
+    del nowhere["metadata"]["namespace"]
+    assert choose_namespace([nowhere], "-", None) is None
+    assert choose_namespace([nowhere], "-", "x") == "x"
+
+
+def test_our_manifests_are_known_by_what_they_import(api: FakeApi, kubeconfig: Path) -> None:
+    api.put("rayservices.ray.io", render(ROOT / "cluster" / "overlays" / "single-gpu").service)
+    findings = _look(kubeconfig)
+    assert findings["cluster"].found.endswith("namespace diffusion-serve")
+
+
+def test_before_it_is_applied_its_namespace_has_no_pods(api: FakeApi, kubeconfig: Path) -> None:
+    coming = _in("new")
+    finding = _look(kubeconfig, namespace="new", overlay=[coming])["pods"]
+    assert (finding.outcome, finding.found) == ("ok", "namespace new has none yet")
+    api.put("pods")
+    assert _look(kubeconfig)["pods"].outcome == "warning"  # a service is there, and makes none
+
+
 # KubeRay.
+
+
+def _lines(commands: str) -> list[str]:
+    """One each, whatever the indentation and the breaks of lines."""
+    return [" ".join(line.split()) for line in commands.replace("\\\n", " ").splitlines()]
+
+
+def test_kuberay_is_installed_as_the_platforms_page_says() -> None:
+    page = _lines((ROOT / "cluster" / "platform" / "README.md").read_text())
+    assert len(_lines(INSTALL)) == 2
+    assert set(_lines(INSTALL)) <= set(page)
+    assert sum("install kuberay-operator" in line for line in page) == 1
+
+
+def test_an_upgrade_is_of_the_release_that_is_there(api: FakeApi, kubeconfig: Path) -> None:
+    api.put("deployments.apps", operator(":v1.5.1", release="kuberay-operator"))
+    advice = _lines(_look(kubeconfig)["KubeRay operator"].advice)
+    install = _lines(INSTALL)[1].replace(" install ", " upgrade ")
+    assert advice[-1] == install.replace("kuberay-operator --create-namespace", "system")
+    api.put("deployments.apps", operator(":v1.5.1", release="rays"))
+    assert "helm upgrade rays kuberay/" in _look(kubeconfig)["KubeRay operator"].advice
+    api.put("deployments.apps", operator(":v1.5.1"))
+    advice_by_hand = _look(kubeconfig)["KubeRay operator"].advice
+    assert "did not come with Helm" in advice_by_hand
+    assert "helm upgrade" not in advice_by_hand
+    assert "helm install" not in advice_by_hand
 
 
 @pytest.mark.parametrize(
     ("served", "found", "advice"),
     [
-        ({}, "no API group ray.io", "helm upgrade --install"),
+        ({}, "no API group ray.io", "--namespace kuberay-operator --create-namespace"),
         ({"v1": ["rayclusters"]}, "ray.io/v1 has no rayservices; served are v1", "--server-side"),
         (
             {"v1alpha1": ["rayclusters", "rayservices"]},
@@ -153,9 +299,9 @@ def test_crds_must_be_served(
 @pytest.mark.parametrize(
     ("operators", "outcome", "found", "advice"),
     [
-        ([], "failed", "no deployment", "helm upgrade --install"),
+        ([], "failed", "no deployment", "--namespace kuberay-operator --create-namespace"),
         ([operator(available=0)], "failed", "not available", "describe pod"),
-        ([operator(":v1.5.1")], "failed", "older than 1.7.0", "CRDs first"),
+        ([operator(":v1.5.1")], "failed", "older than 1.7.0", "helm show crds"),
         ([operator(":v1.8.0")], "warning", "newer than 1.7.0", "notes"),
         ([operator("@sha256:0")], "warning", "version is not to be seen", "Make sure"),
         ([operator(":v1.7.2")], "ok", "system/kuberay-operator", ""),
@@ -275,6 +421,23 @@ def test_a_cluster_without_gpus_fails_unless_none_is_expected(
     without = _look(kubeconfig, cpu=True)
     assert {finding.outcome for finding in without.values()} == {"ok"}
     assert not without.keys() & {"device plugin", "GPU nodes"}
+
+
+def test_no_gpu_node_is_as_it_should_be_while_the_groups_are_empty(
+    api: FakeApi, kubeconfig: Path
+) -> None:
+    api.put("daemonsets.apps", plugin(0, 0))
+    api.put("nodes", node("cpu-1"))
+    api.put("rayservices.ray.io", service(minReplicas=0))
+    findings = _look(kubeconfig)
+    assert findings["GPU nodes"].outcome == "warning"
+    assert "autoscaler adds nodes" in findings["GPU nodes"].advice
+    assert "failed" not in {finding.outcome for finding in findings.values()}
+    two_groups = service(minReplicas=0)
+    workers = two_groups["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    workers.append(workers[0] | {"groupName": "on-demand", "minReplicas": 1})
+    api.put("rayservices.ray.io", two_groups)
+    assert _look(kubeconfig)["GPU nodes"].outcome == "failed"
 
 
 def test_gpus_that_nobody_can_have_fail(api: FakeApi, kubeconfig: Path) -> None:
@@ -406,12 +569,10 @@ def test_a_group_that_starts_empty_may_wait_for_its_nodes(api: FakeApi, kubeconf
 
 
 def test_an_overlay_is_compared_before_it_is_applied(api: FakeApi, kubeconfig: Path) -> None:
-    assert _look(kubeconfig, namespace="other")["pods' places"].outcome == "warning"
     api.put("rayservices.ray.io")
-    assert _look(kubeconfig)["pods' places"].outcome == "warning"
     findings = _look(kubeconfig, overlay=[service(pod={"tolerations": []})])
     assert findings["sdxl gpu"].outcome == "failed"
-    assert "pods' places" not in findings
+    assert "RayService" not in findings
 
 
 def test_an_amount_that_is_none_is_a_mistake_of_the_manifest(kubeconfig: Path) -> None:
@@ -547,6 +708,7 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
             "takes minutes",
         ),
         (waiting("p", "ImagePullBackOff", "denied"), "failed", "ImagePullBackOff: denied", "tag"),
+        (waiting("p", "ErrImageNeverPull"), "failed", "ErrImageNeverPull", "minikube image load"),
         (
             waiting("p", "CreateContainerConfigError", 'secret "hf" not found'),
             "failed",
@@ -556,6 +718,21 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
         (waiting("p", "RunContainerError", "nvidia-container-cli"), "failed", "nvidia", "Toolkit"),
         (waiting("p", "CrashLoopBackOff", phase="Running"), "failed", "CrashLoopBackOff", "137"),
         (waiting("p", "PodInitializing"), "warning", "no scheduler", ""),
+        (
+            ended("p", 137, "OOMKilled"),
+            "failed",
+            "container ray-head ended with code 137 (OOMKilled)",
+            "memory limit",
+        ),
+        (ended("p", 137, "Error"), "failed", "code 137 (Error)", "memory limit"),
+        (ended("p", 1, "Error"), "failed", "code 1 (Error)", "pictures logs POD -c ray-head`"),
+        (ended("p", 1, "Error", phase="Running"), "failed", "code 1 (Error)", "says why"),
+        (
+            pod("p", phase="Failed", reason="Evicted", message="low"),
+            "failed",
+            "Evicted: low",
+            "disk",
+        ),
     ],
 )
 def test_a_pod_that_does_not_run_says_why(
@@ -577,3 +754,109 @@ def test_several_reasons_have_several_advices_and_alike_pods_one_row(
     advice = findings["pod a and 2 more"].advice.splitlines()
     assert len(advice) == 2
     assert "pods" not in findings
+
+
+def test_pods_that_ended_well_or_are_on_their_way_out_are_no_fault(
+    api: FakeApi, kubeconfig: Path
+) -> None:
+    leaving = ended("p", 143, "Error")
+    leaving["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00+00:00"
+    api.put("pods", leaving, ended("q", 0, "Completed", phase="Running"))
+    finding = _look(kubeconfig)["pods"]
+    assert finding.found == "none of 2 in namespace pictures is pending or has failed"
+
+
+_PLACED = pod("p", conditions=[{"type": "PodScheduled", "status": "True"}])
+_NO_SECRET = 'MountVolume.SetUp failed for volume "keys" : secret "api-keys" not found'
+
+
+@pytest.mark.parametrize(
+    ("message", "outcome", "advice"),
+    [
+        (_NO_SECRET, "failed", "kubectl -n pictures create secret generic api-keys --from-file"),
+        (
+            'MountVolume.SetUp failed for volume "c" : references non-existent secret key: k',
+            "failed",
+            "cluster/README.md",
+        ),
+        ('no runtime for "nvidia" is configured', "failed", "nvidia-ctk runtime configure"),
+        ('Multi-Attach error for volume "pvc-1"', "failed", "ReadWriteMany"),
+        ("failed to sync configmap cache: timed out", "warning", "tries again"),
+    ],
+)
+def test_what_a_node_says_of_its_pod_is_told(
+    api: FakeApi, kubeconfig: Path, message: str, outcome: str, advice: str
+) -> None:
+    api.put("pods", _PLACED)
+    api.put(
+        "events",
+        event("p", "FailedMount", message, minute=2),
+        event("p", "FailedScheduling", "3 Insufficient memory.", minute=1),
+        event("q", "FailedMount", "of another", minute=3),
+    )
+    finding = _look(kubeconfig)["pod p"]
+    assert finding.outcome == outcome
+    assert finding.found == f"pending: {message}"
+    assert advice in finding.advice
+
+
+def test_the_cause_is_told_and_not_what_comes_of_it(api: FakeApi, kubeconfig: Path) -> None:
+    api.put("pods", _PLACED)
+    of_it = event("p", "FailedMount", "Unable to attach or mount volumes: timed out", minute=9)
+    api.put("events", of_it, event("p", "FailedMount", _NO_SECRET, minute=2))
+    assert "api-keys" in _look(kubeconfig)["pod p"].found
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [
+            event("p", "Pulling", "Pulling image", minute=3, type_="Normal"),
+            event("p", "FailedMount", _NO_SECRET, minute=2),
+        ],
+        [event("p", "FailedScheduling", "3 Insufficient memory.", minute=1)],
+    ],
+)
+def test_what_hindered_a_pod_before_is_over(
+    api: FakeApi, kubeconfig: Path, events: list[Object]
+) -> None:
+    api.put("pods", _PLACED)
+    api.put("events", *events)
+    finding = _look(kubeconfig)["pod p"]
+    assert finding.outcome == "warning"
+    assert "takes minutes" in finding.advice
+
+
+def test_events_that_may_not_be_looked_at_hide_no_pod(api: FakeApi, kubeconfig: Path) -> None:
+    api.put("pods", _PLACED)
+    api.refusals = {"events": 403}
+    findings = _look(kubeconfig)
+    assert "kubectl auth can-i list events -n pictures" in findings["events"].found
+    assert findings["pod p"].outcome == "warning"
+
+
+def test_pods_that_kuberay_has_replaced_are_told_of(api: FakeApi, kubeconfig: Path) -> None:
+    """By its events, in the words of KubeRay 1.7 and of the API types' String()."""
+
+    def deleted(name: str, state: str, minute: int) -> Object:
+        message = (
+            f"Deleted worker Pod pictures/{name}; Pod status: Failed; Pod restart policy: Never; "
+            f"Ray container terminated status: {state}"
+        )
+        return event("sdxl-1", "DeletedWorkerPod", message, minute, "RayCluster", "Normal")
+
+    state = (
+        "&ContainerStateTerminated{ExitCode:137,Signal:0,Reason:OOMKilled,Message:,"
+        "StartedAt:2026-01-01 00:00:00 +0000 UTC,FinishedAt:2026-01-01 00:01:00 +0000 UTC,"
+        "ContainerID:containerd://0,}"
+    )
+    by_the_autoscaler = event(
+        "sdxl-1", "DeletedWorkerPod", "Deleted pod pictures/w0", 9, "RayCluster", "Normal"
+    )
+    api.put("events", by_the_autoscaler)
+    assert "replaced pods" not in _look(kubeconfig)
+    api.put("events", deleted("w2", state, 2), deleted("w1", "nil", 1), by_the_autoscaler)
+    finding = _look(kubeconfig)["replaced pods"]
+    assert finding.outcome == "warning"
+    assert finding.found.startswith("2 that had ended")
+    assert finding.found.endswith("the last: w2, Failed, exit code 137 (OOMKilled)")

@@ -121,4 +121,4 @@ def test_the_client_for_clusters_is_an_extra(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     result = CliRunner().invoke(cli, ["doctor", "--cluster"])
     assert result.exit_code == 2
-    assert "Install 'diffusion-serve[cluster]'." in result.output
+    assert "pip install -c constraints.txt -e '.[cluster]'" in " ".join(result.output.split())

@@ -25,7 +25,6 @@ from serve_app.doctor.gpus import Driver
         ("595.45.04", (13, 2), (12, 6), "ok", ""),
         ("525.60.13", (12, 0), (12, 9), "ok", "minor version compatibility"),
         ("580.65.06", (13, 0), (13, 2), "ok", "minor version compatibility"),
-        ("470.256.02", (11, 4), (11, 8), "ok", "minor version compatibility"),
         ("580.95.05", None, (13, 0), "ok", ""),
         ("575.57.08", (12, 9), (13, 0), "failed", "CUDA 13.x needs 580 or newer"),
         ("470.256.02", (11, 4), (12, 6), "failed", "CUDA 12.x needs 525 or newer"),
@@ -49,6 +48,16 @@ def test_an_old_driver_is_told_which_torch_it_can_run() -> None:
     finding = check_driver(Driver("550.54.15", (12, 4)), (13, 0))
     assert "Update the driver of the host to 580" in finding.advice
     assert "CUDA 12.x" in finding.advice
+    assert "images/README.md" in finding.advice
+
+
+@pytest.mark.parametrize("installed", ["450.80.02", "470.256.02", "520.61.05"])
+def test_no_torch_is_advised_that_this_project_cannot_use(installed: str) -> None:
+    """torch 2.13 has no build for CUDA 11."""
+    finding = check_driver(Driver(installed, (11, 4)), (13, 0))
+    assert "CUDA 11" not in finding.advice
+    assert "no build of the torch that this project needs" in finding.advice
+    assert "older one than 525" in finding.advice
 
 
 def test_torch_is_read_and_not_imported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

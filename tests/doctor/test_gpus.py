@@ -11,7 +11,8 @@ HOST = Place({}, device_files=True, container=False)
 BARE_HOST = Place({}, device_files=False, container=False)
 CONTAINER = Place({}, device_files=True, container=True)
 BARE_CONTAINER = Place({}, device_files=False, container=True)
-POD = Place({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, device_files=False, container=True)
+IN_KUBERNETES = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+POD = Place(IN_KUBERNETES, device_files=False, container=True)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,39 @@ def test_what_nvml_raises_is_explained(error: int, place: Place, found: str, adv
     assert finding.outcome == "failed"
     assert found in finding.found
     assert advice in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("value", "given"),
+    [
+        (None, False),
+        ("all", False),  # the image's own
+        ("void", False),
+        ("GPU-8f2c1d0e", True),
+        ("MIG-8f2c1d0e", True),
+        ("0,1", True),
+    ],
+)
+def test_a_pod_that_was_given_a_gpu_needs_the_runtime_and_not_another_limit(
+    value: str | None, given: bool
+) -> None:
+    environment = IN_KUBERNETES | ({} if value is None else {"NVIDIA_VISIBLE_DEVICES": value})
+    place = Place(environment, device_files=False, container=True)
+    error = pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+    advice = explain(error, place).advice
+    assert "runtimeClassName: nvidia" in advice
+    assert "kubectl apply -f cluster/platform/runtimeclass.yaml" in advice
+    assert ("nvidia.com/gpu: 1" not in advice) == given
+    assert ("NVIDIA_VISIBLE_DEVICES" in advice) == given
+
+
+def test_a_runtime_that_brought_the_driver_in_is_not_blamed() -> None:
+    place = Place(
+        IN_KUBERNETES | {"NVIDIA_VISIBLE_DEVICES": "GPU-1"}, device_files=True, container=True
+    )
+    finding = check_visible([], place)
+    assert finding is not None
+    assert "runtimeClassName" not in finding.advice
 
 
 def test_a_gpu_that_does_not_answer_is_an_error_and_nvml_is_closed() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pynvml
 import pytest
 from huggingface_hub import constants
@@ -20,7 +21,7 @@ from serve_app.config import ModelConfig
 from serve_app.doctor import driver, machine
 from serve_app.doctor.driver import TorchBuild
 from serve_app.doctor.gpus import Place
-from serve_app.doctor.machine import Wanted, check_memory, look
+from serve_app.doctor.machine import Wanted, check_memory, look, read_memory
 from serve_app.doctor.report import Finding, ok
 from serve_app.doctor.weights import Component
 from tests.doctor.fakes import GIB, FakeGpu, FakeNvml
@@ -359,3 +360,34 @@ def test_an_image_without_wget_is_told_of_kuberays_probes(
     assert finding.found.startswith("wget missing")
     monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}")
     assert machine.check_probes(place).outcome == "ok"
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "cached"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        (
+            "memory/memory.limit_in_bytes",
+            "memory/memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
+    ],
+)
+def test_what_a_container_uses_is_not_free_and_its_cached_files_are(
+    tmp_path: Path, limit: str, used: str, cached: str
+) -> None:
+    mib = 2**20
+    (tmp_path / "memory").mkdir()
+    (tmp_path / limit).write_text(f"{100 * mib}\n")
+    (tmp_path / used).write_text(f"{90 * mib}\n")
+    (tmp_path / used).with_name("memory.stat").write_text(f"anon 1\n{cached} {30 * mib}\n")
+    assert read_memory(tmp_path) == (100 * mib, 40 * mib)
+    (tmp_path / used).write_text(f"{140 * mib}\n")
+    assert read_memory(tmp_path) == (100 * mib, 0)
+
+
+def test_without_a_limit_the_machines_memory_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("max\n")
+    total, free = read_memory(tmp_path)
+    assert total == psutil.virtual_memory().total
+    assert 0 < free <= total
