@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import io
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
+from serve_app.gateway.record import Record
 from serve_app.gateway.routes import create_api
 
 LIMITS = LimitsConfig(
@@ -119,6 +121,13 @@ class FakePainter:
     async def check_ready(self) -> None:
         if not self.ready:
             raise Unavailable("no replica is ready yet")
+
+
+@pytest.fixture
+def old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that are as old as the painter says."""
+    aged = property(lambda record: time.perf_counter() - record.received_at + 2.0)
+    monkeypatch.setattr(Record, "age_s", aged)
 
 
 @pytest.fixture

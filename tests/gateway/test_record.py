@@ -5,7 +5,6 @@ import hashlib
 import logging
 import random
 import re
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args
@@ -19,7 +18,7 @@ from serve_app.engine.params import Priority
 from serve_app.errors import Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.images import parts_by
-from serve_app.gateway.record import NOBODY, Record
+from serve_app.gateway.record import NOBODY
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
@@ -33,13 +32,6 @@ PATH = "/v1/images/generations"
 def sample(name: str, model: str, **labels: str) -> float:
     value = GATEWAY.get_sample_value(f"diffusion_serve_{name}", {"model": model, **labels})
     return value or 0.0
-
-
-@pytest.fixture
-def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that are as old as the painter says."""
-    aged = property(lambda record: time.perf_counter() - record.received_at + 2.0)
-    monkeypatch.setattr(Record, "age_s", aged)
 
 
 def keys(folder: Path, per_minute: int) -> KeyRing:
