@@ -93,7 +93,10 @@ def test_a_picture_is_seen_in_the_figures(server: Server) -> None:
     def more(name: str, **labels: str) -> float:
         return after.total(name, **labels) - before.total(name, **labels)
 
-    assert more("requests_total", key="anonymous", outcome="completed") == 1
+    asked = {"key": "anonymous", "priority": "interactive"}
+    assert more("requests_total", outcome="completed", **asked) == 1
+    assert before.values("requests_total", outcome="generation_failed", **asked)  # at 0
+    assert after.values("open_requests", priority="interactive")
     assert more("images_total", size="128") == 1
     assert more("steps_total", size="128") == 7
     assert more("pixels_total") == 96 * 64
@@ -302,8 +305,9 @@ def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProces
         timeout=240,
     )
 
+    folder = running.folder / "ray" / "session_latest" / "logs" / "serve"
+
     def lines() -> list[dict[str, Any]]:
-        folder = running.folder / "ray" / "session_latest" / "logs" / "serve"
         texts = [path.read_text() for path in folder.glob("replica_*Gateway_*.log")]
         assert not any("nobody reads this" in text for text in texts)
         found = [json.loads(line) for text in texts for line in text.splitlines()]
@@ -321,6 +325,9 @@ def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProces
     )
     parts_s = sum(ours[f"{part}_s"] for part in PARTS)
     assert parts_s == pytest.approx(ours["total_s"], abs=0.001)
+    replica, _, number = ours["engine_request"].partition("/")
+    assert len(list(folder.glob(f"replica_*Generator_{replica}.log"))) == 1
+    assert int(number) >= 1
     assert any("outcome" not in line for line in lines())  # Serve's own, of the same request
 
 

@@ -361,6 +361,7 @@ async def test_quality_is_a_number_of_steps(
     assert painter.asked[0].num_inference_steps == steps
 
 
+@pytest.mark.usefixtures("old")
 async def test_the_answer_says_what_it_cost(client: httpx.AsyncClient) -> None:
     answer = (await post(client, {"prompt": "x", "n": 2, "size": "48x24"})).json()
     assert answer["usage"] == {

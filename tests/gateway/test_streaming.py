@@ -29,6 +29,7 @@ def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
     return events
 
 
+@pytest.mark.usefixtures("old")
 async def test_partial_images_and_the_picture(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "seed": 4, "size": "48x32", "output_format": "webp", "stream": True}
     events = events_of(await post(client, body | {"partial_images": 2}))
