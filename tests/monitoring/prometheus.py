@@ -46,7 +46,8 @@ def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
     folder = Path(tempfile.mkdtemp(prefix="dp"))
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
     config = yaml.safe_load(CONFIG.read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    every = f"{SCRAPE_EVERY_S:g}s"
+    config["global"] = {"scrape_interval": every, "evaluation_interval": every}
     config["rule_files"] = [str(folder / "rules.yaml")]
     application, ray = config["scrape_configs"]
     application["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
