@@ -143,7 +143,12 @@ class Generator:
             if progress or not isinstance(event, Progress):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        submitted_at = time.perf_counter()
         number = self._engine.submit(params, on_event, standing)
+
+        def told(timeline: Timeline) -> Timeline:
+            return replace(timeline, age_s=time.perf_counter() - submitted_at)
+
         partial_images = itertools.count()
         end_at = located_at = loop.time()
         timeline: Timeline | None = None
@@ -156,7 +161,7 @@ class Generator:
                     self._engine.locate(number)
                 if timeline is not None and loop.time() >= tell_at:
                     tell_at = math.inf
-                    yield timeline
+                    yield told(timeline)
                 try:
                     event = await asyncio.wait_for(
                         events.get(), PLACE_EVERY_S if progress or tell_at < math.inf else None
@@ -166,7 +171,7 @@ class Generator:
                 match event:
                     case Queued():
                         end_at = loop.time() + event.eta_s
-                        yield event
+                        yield replace(event, replica=self._replica, number=number)
                     case Progress():
                         if event.eta_s is not None:
                             end_at = loop.time() + event.eta_s
@@ -176,15 +181,16 @@ class Generator:
                         data = await asyncio.to_thread(_encode_preview, event, params, encoding)
                         yield PartialImage(next(partial_images), data)
                     case Timeline():
-                        timeline = replace(event, replica=self._replica)
+                        timeline = event
                         tell_at = loop.time() + PLACE_EVERY_S
                     case Completed(result):
                         ended = True
-                        yield await asyncio.to_thread(_encode_result, result, encoding, timeline)
+                        image = await asyncio.to_thread(_encode_result, result, encoding, timeline)
+                        yield replace(image, age_s=time.perf_counter() - submitted_at)
                     case Failed(error):
                         ended = True
                         if timeline is not None:
-                            yield timeline
+                            yield told(timeline)
                         raise error
         finally:
             if not ended:

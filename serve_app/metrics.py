@@ -25,7 +25,7 @@ from prometheus_client import (
 )
 from prometheus_client.metrics import MetricWrapperBase
 
-from serve_app.errors import DiffusionServeError
+from serve_app.errors import ConfigError, DiffusionServeError, Overloaded
 
 ENGINE = CollectorRegistry()
 GATEWAY = CollectorRegistry()
@@ -51,26 +51,35 @@ def size_label(width: int, height: int) -> str:
     return SIZES[-1]
 
 
-def _codes(kind: type[DiffusionServeError]) -> Iterator[str]:
-    yield kind.code
-    for below in kind.__subclasses__():
-        yield from _codes(below)
+def _errors(kind: type[DiffusionServeError]) -> Iterator[type[DiffusionServeError]]:
+    """That a request can meet."""
+    if not issubclass(kind, ConfigError):  # raised at start
+        yield kind
+        for below in kind.__subclasses__():
+            yield from _errors(below)
 
 
-OUTCOMES = tuple(dict.fromkeys(("completed", "http_error", *_codes(DiffusionServeError))))
+ERRORS = tuple(_errors(DiffusionServeError))
+
+OUTCOMES = tuple(dict.fromkeys(("completed", "http_error", *(error.code for error in ERRORS))))
 """Values of the label ``outcome`` of a request: done, or the code of what the client was told."""
+
+UNSERVED = tuple(
+    error.code for error in ERRORS if error.status >= 500 or issubclass(error, Overloaded)
+)
+"""Those of requests that were right, and whose picture the server owes."""
 
 LABELS = {
     "model": "`model.id` of the config",
     "replica": "Serve's name of the replica that measured it",
-    "key": "names of API keys; `anonymous` where none is asked for, `none` for who has none",
+    "key": "names of API keys; `anonymous` where none is asked for, `none` where none is known",
     "outcome": "`completed` or the error code; `met` or `missed` of deadlines",
     "part": "`queue`, `encode`, `denoise`, `decode`, `response`; they add up to the whole",
     "size": f"pixels, as the side of a square that has as many: {', '.join(SIZES)}",
     "state": "of requests `queued`, `parked`, `running`; of replicas `starting`, `updating`, "
     "`recovering`, `running`, `stopping`, `pending_migration`",
-    "priority": "`interactive`, `batch`",
-    "reason": "`deadline`, `backlog`",
+    "priority": "`interactive`, `batch`: the key's; without one `interactive`",
+    "reason": "`deadline`, `backlog`: of an engine; `queue`: Serve's before the replicas is full",
     "set_by": "`client`: the request named it; `server`: from `engine.slo_scale`",
     "activity": "`denoise`, `encode`, `decode`",
     "kind": "`used`, `reserved`: by torch; `free`, `total`: of the device",
@@ -100,13 +109,21 @@ STEPS_S = (0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0)
 REQUESTS = Counter(
     "diffusion_serve_requests_total",
     "HTTP requests for pictures that have ended.",
-    ["model", "key", "outcome"],
+    ["model", "key", "priority", "outcome"],
+    registry=GATEWAY,
+)
+
+OPEN_REQUESTS = Gauge(
+    "diffusion_serve_open_requests",
+    "HTTP requests for pictures that have come and not ended, wherever they wait.",
+    ["model", "priority"],
     registry=GATEWAY,
 )
 
 REQUEST = Histogram(
     "diffusion_serve_request_seconds",
-    "From the arrival of a request for pictures to the last byte of its answer, if completed.",
+    "From the arrival of a request for pictures at the gateway to the last byte of its answer, if "
+    "completed.",
     ["model"],
     buckets=WAITS_S,
     registry=GATEWAY,
@@ -180,10 +197,11 @@ UTILIZATION = Gauge(
 
 REFUSALS = Counter(
     "diffusion_serve_refusals_total",
-    "Pictures that an engine did not take in, by the limit that they would have broken.",
+    "Pictures that were not taken in, by the limit that they would have broken.",
     ["model", "reason"],
     registry=ENGINE,
 )
+GATEWAY.register(REFUSALS)  # which says of those that came to no engine
 
 FORECAST_ERROR = Histogram(
     "diffusion_serve_forecast_error_ratio",
@@ -290,7 +308,8 @@ DEVICE_MEMORY = Gauge(
 
 SHARING = Enum(
     "diffusion_serve_sharing",
-    "How requests share the pipeline, as far as pictures came out the same at start-up.",
+    "How requests share the pipeline, as far as pictures came out the same at start-up; none where "
+    "`max_running` is 1.",
     ["model"],
     states=["batched", "interleaved", "alone"],
     registry=ENGINE,

@@ -42,6 +42,7 @@ from serve_app.metrics import (
     GATEWAY_INFO,
     HELD,
     IMAGES,
+    OPEN_REQUESTS,
     OUT_OF_MEMORY,
     REFUSALS,
     REPLICAS,
@@ -53,6 +54,7 @@ from serve_app.metrics import (
     STALL,
     STEPS,
     TARGET_REPLICAS,
+    UNSERVED,
     WAITS_S,
 )
 
@@ -399,12 +401,19 @@ def _waits(view: View) -> str:
     )
 
 
+def _requests(view: View) -> str:
+    text, still = _rates(view, "outcome", REQUESTS), view.now.total(OPEN_REQUESTS)
+    return text if still is None else f"{text}; {still:.0f} open"
+
+
 def _slo(view: View) -> str:
-    outcomes = view.rose.by("outcome", DEADLINES)
-    due = sum(outcomes.values())
-    if not due:
+    """As the alerts count it: who asks in vain does not get it in time either."""
+    painted = view.rose.by("outcome", DEADLINES)
+    ended = view.rose.by("outcome", REQUESTS, priority="interactive")
+    asked = sum(painted.values()) + sum(ended.get(outcome, 0.0) for outcome in UNSERVED)
+    if not asked:
         return UNKNOWN
-    return f"{_share(outcomes.get('met', 0.0) / due)} of {due:.0f} pictures in time"
+    return f"{_share(painted.get('met', 0.0) / asked)} of {asked:.0f} asked for, in time"
 
 
 def _painted(view: View) -> str:
@@ -542,7 +551,7 @@ def frame(
     for name, said in (
         ("Replicas", _replicas(view)),
         ("Arriving", _arriving(view)),
-        ("Requests", _rates(view, "outcome", REQUESTS)),
+        ("Requests", _requests(view)),
         ("Painted", _painted(view)),
         ("Wait", _waits(view)),
         ("SLO", _slo(view)),

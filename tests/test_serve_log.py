@@ -3,16 +3,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from serve_app.serve_log import REPEATED_AFTER_S, WithoutRepeats
+from serve_app.serve_log import FEW, REPEATED_AFTER_S, WithoutRepeats
 
 
 class Kept(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[str] = []
+        self.tracebacks = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         self.messages.append(record.getMessage())
+        self.tracebacks += record.exc_info is not None
 
 
 @pytest.fixture
@@ -29,20 +31,55 @@ def test_the_same_warning_comes_once_and_says_how_often_it_was(kept: Kept) -> No
     now = 100.0
     ours = logging.Logger("ours", logging.INFO)
     ours.addHandler(WithoutRepeats(logging.getLogger("theirs"), clock=lambda: now))
+
+    def warn(of: str) -> None:
+        ours.warning("no answer: %r", of)
+
     for _ in range(5):
-        ours.warning("no answer: %r", "x")
-    ours.warning("no answer: %r", "y")
-    for _ in range(3):
-        ours.info("a request")
+        warn("x")
+    warn("y")
     now += REPEATED_AFTER_S
-    ours.warning("no answer: %r", "x")
-    ours.warning("no answer: %r", "x")
+    warn("x")
+    warn("x")
     assert kept.messages == [
         "no answer: 'x'",
         "no answer: 'y'",
-        *["a request"] * 3,
-        "no answer: 'x' (4 times more before)",
+        "no answer: 'x' (4 more like it before)",
     ]
+
+
+def test_a_few_that_differ_in_a_number_are_whole_and_the_others_are_counted(kept: Kept) -> None:
+    now = 100.0
+    ours = logging.Logger("ours", logging.INFO)
+    ours.addHandler(WithoutRepeats(logging.getLogger("theirs"), clock=lambda: now))
+
+    def fail(number: int) -> None:
+        try:
+            raise RuntimeError(f"picture {number}")
+        except RuntimeError:
+            ours.exception("request %d failed", number)
+
+    for number in range(1_000):
+        fail(number)
+    ours.error("request %d failed", 7)  # the same words at another place
+    assert kept.messages == [
+        *(f"request {number} failed" for number in range(FEW - 1)),
+        f"request {FEW - 1} failed (more like it are left out for 30 s)",
+        "request 7 failed",
+    ]
+    assert kept.tracebacks == FEW
+    now += REPEATED_AFTER_S
+    fail(1_000)
+    assert kept.messages[-1] == f"request 1000 failed ({1_000 - FEW} more like it before)"
+
+
+def test_what_is_no_warning_always_comes(kept: Kept) -> None:
+    """Such as the line of each request."""
+    ours = logging.Logger("ours", logging.INFO)
+    ours.addHandler(WithoutRepeats(logging.getLogger("theirs")))
+    for number in range(1_000):
+        ours.info("request %d completed", number % 2)
+    assert len(kept.messages) == 1_000
 
 
 def test_what_it_remembers_has_an_end(kept: Kept) -> None:
@@ -50,6 +87,6 @@ def test_what_it_remembers_has_an_end(kept: Kept) -> None:
     handler = WithoutRepeats(logging.getLogger("theirs"))
     ours.addHandler(handler)
     for number in range(1_000):
-        ours.error("request %d failed", number)
+        ours.error(f"request {number} failed")  # each a line of its own
     assert len(kept.messages) == 1_000
     assert len(handler._said) < 300

@@ -74,8 +74,14 @@ diffusion_serve_engine_info{device="cuda",gpu="GPU-1",model="demo",node="a",repl
 diffusion_serve_engine_info{device="cuda",gpu="GPU-2",model="demo",node="b",replica="r2",version="0.1.0"} 1.0
 diffusion_serve_arriving_work_ratio{model="demo",replica="r1"} 1.2
 diffusion_serve_arriving_work_ratio{model="demo",replica="r2"} 0.3
-diffusion_serve_requests_total{key="anonymous",model="demo",outcome="completed",replica="gw"} 20.0
-diffusion_serve_requests_total{key="other",model="demo",outcome="overloaded",replica="gw"} 5.0
+diffusion_serve_requests_total{key="anonymous",model="demo",outcome="completed",priority="interactive",replica="gw"} 20.0
+diffusion_serve_requests_total{key="anonymous",model="demo",outcome="invalid_value",priority="interactive",replica="gw"} 1.0
+diffusion_serve_requests_total{key="other",model="demo",outcome="overloaded",priority="interactive",replica="gw"} 4.0
+diffusion_serve_requests_total{key="other",model="demo",outcome="generation_failed",priority="interactive",replica="gw"} 1.0
+diffusion_serve_requests_total{key="other",model="demo",outcome="unavailable",priority="interactive",replica="gw"} 0.0
+diffusion_serve_requests_total{key="night",model="demo",outcome="overloaded",priority="batch",replica="gw"} 6.0
+diffusion_serve_open_requests{model="demo",priority="interactive",replica="gw"} 17.0
+diffusion_serve_open_requests{model="demo",priority="batch",replica="gw"} 2.0
 diffusion_serve_steps_total{model="demo",replica="r1",size="512"} 150.0
 diffusion_serve_steps_total{model="demo",replica="r1",size="1024"} 250.0
 diffusion_serve_images_total{model="demo",replica="r1",size="512"} 14.0
@@ -113,10 +119,11 @@ demo at http://h:8000  0.1.0  12:00:00  last 10 s
 
 Replicas   2 running, 1 starting; 3 wanted; cold start 13.0 s, most of it load
 Arriving   work for 1.5 replicas, if no request shared a batch
-Requests   2.0/s completed, 0.50/s overloaded
+Requests   2.0/s completed, 1.0/s overloaded, 0.10/s generation_failed, 0.10/s
+           invalid_value; 19 open
 Painted    2.0 pictures/s, 30.0 steps/s
 Wait       in queue p50 0.10 s, p95 0.23 s; in all p50 -, p95 -
-SLO        90% of 20 pictures in time
+SLO        72% of 25 asked for, in time
 Refused    0.50/s deadline
 Cancelled  0.20/s, places free within 0.03 s (p95)
 
@@ -344,8 +351,13 @@ def test_a_wide_terminal_says_where_replicas_run() -> None:
 
 
 def test_without_a_replica() -> None:
-    text = drawn(views(*['diffusion_serve_target_replicas{model="demo"} 0\n'] * 2))
+    waiting = (
+        'diffusion_serve_target_replicas{model="demo"} 0\n'
+        'diffusion_serve_open_requests{model="demo",priority="interactive",replica="gw"} 3\n'
+    )
+    text = drawn(views(waiting, waiting))
     assert "0 running; 0 wanted" in text
+    assert re.search(r"Requests +none; 3 open\n", text)
     assert text.rstrip().splitlines()[-1].startswith("REPLICA")
 
 
@@ -383,7 +395,7 @@ diffusion_serve_engine_requests{model="demo",replica="r2",state="parked"} 1.0
     assert "engines stood still for 1.5 s between two calls" in text
     assert "4 held for a replica" in " ".join(text.split())
     assert "1 silent" in text.splitlines()
-    assert "Trouble" not in drawn(views(BEFORE, AFTER))
+    assert "Trouble" not in drawn(views(BEFORE, AFTER))  # nor where nothing is said of sharing
 
 
 def test_waits_beyond_the_last_bucket() -> None:

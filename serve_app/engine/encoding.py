@@ -57,12 +57,9 @@ class EncodedImage:
     """Until the pixels were off the device; the others as `GenerationResult` has them."""
     timeline: Timeline | None = None
     """If it is traced."""
+    age_s: float = 0.0
+    """Since its submission, when it left the replica."""
 
     @property
     def parts_s(self) -> tuple[float, float, float, float]:
         return self.queue_s, self.encode_s, self.denoise_s, self.decode_s
-
-    @property
-    def painted_s(self) -> float:
-        """From its sending to its pixels."""
-        return sum(self.parts_s)

@@ -293,7 +293,7 @@ class Engine:
             now = time.perf_counter()
             task = Task(number, now, 0.0, background=params.priority == "batch")
             waited_s = 0.0 if standing.sent_at is None else max(0.0, time.time() - standing.sent_at)
-            request = Request(number, resolved, standing, on_event, now - waited_s, task)
+            request = Request(number, resolved, standing, on_event, now, task, waited_s)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -388,13 +388,14 @@ class Engine:
 
     def _report_certificate(self) -> None:
         certificate, name = self._certificate, f"{self.info.id} ({self.info.pipeline})"
-        self._meter.certified(certificate.sharing, certificate.difference)
+        wanted = self._config.max_running == 1  # and nothing was compared
+        if not wanted:
+            self._meter.certified(certificate.sharing, certificate.difference)
         if certificate.sharing == "batched":
             logger.info(
                 "model %s: batching=on, largest difference %.2g", name, certificate.difference
             )
             return
-        wanted = self._config.max_running == 1
         logger.log(
             logging.INFO if wanted else logging.WARNING,
             "model %s: batching=off, requests %s: %s",
@@ -469,7 +470,7 @@ class Engine:
         if not (task.background or request.standing.returning):
             self._demand.offered(time.perf_counter(), alone_s)
         wanted_s = deadline_s or self._config.slo_scale * alone_s
-        task.deadline_at = request.submitted_at + wanted_s
+        task.deadline_at = request.submitted_at - request.waited_s + wanted_s
         can_be_late = {other for other in self._by_number.values() if other.task.late}
         self._by_number[request.number] = request
         self._policy.add(task)

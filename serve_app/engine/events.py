@@ -23,6 +23,11 @@ class Queued:
     """Requests that wait before it."""
     eta_s: float
     """Seconds until the picture should be done; 0 while nothing is known of the model."""
+    replica: str = ""
+    """Whose engine that is, where there are several. The engine does not know: who passes it on
+    sets this and ``number``."""
+    number: int = 0
+    """The engine's, of this request."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,8 @@ class Timeline:
     steps: tuple[Step, ...] = ()
     mates: tuple[str, ...] = ()
     """`Standing.trace` of others that shared its denoiser calls; of no more than `MOST_MATES`."""
-    replica: str = ""
-    """Whose engine that was, where there are several; the engine does not know."""
+    age_s: float = 0.0
+    """Since its submission, when this was passed on; set by who does so."""
 
 
 MOST_MATES = 32

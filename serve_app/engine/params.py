@@ -274,7 +274,8 @@ class Standing:
     order: str = ""
     """Requests of one order are taken in together: they do not count as each other's backlog."""
     sent_at: float | None = None
-    """In Unix time, if it was not sent just now: another machine may have taken it."""
+    """In Unix time, if it was not sent just now: its deadline counts from then. By the clock of
+    another machine, perhaps, so that where the time went is measured without it."""
     returning: bool = False
     """It was refused, and comes again as it was told to, or was held until it could."""
     promised_s: float = 0.0

@@ -26,8 +26,10 @@ class Request:
     standing: Standing
     on_event: EventCallback
     submitted_at: float
-    """When it was sent: before it came here, if it was held on its way."""
+    """When it came here."""
     task: Task
+    waited_s: float = 0.0
+    """On its way here, by the clocks of two machines: for its deadline, and nothing else."""
     accepted_at: float = 0.0
     predicted_s: float = 0.0
     """From then to its end, as it looked then."""

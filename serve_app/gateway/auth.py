@@ -57,6 +57,11 @@ class Guest(NamedTuple):
     priority: Priority
 
 
+def guest_of(key: ApiKey | None) -> Guest:
+    """Whose key it is; without one, anybody."""
+    return Guest(ANONYMOUS, "interactive") if key is None else Guest(key.name, key.priority)
+
+
 def digest(key: str) -> str:
     """As entries have it. Keys are random and long, so that a fast hash is enough."""
     return hashlib.sha256(key.encode()).hexdigest()
@@ -115,6 +120,11 @@ class KeyRing:
         """Whether a key is asked for: also while a file without entries is configured."""
         return bool(self._keys) or self._path is not None
 
+    @property
+    def guests(self) -> list[Guest]:
+        """Whom it would let in now."""
+        return [guest_of(key) for key in self._keys] if self else [guest_of(None)]
+
     def recognise(self, authorization: str | None) -> ApiKey | None:
         """Whose key it is; none where nobody is asked for one.
 
@@ -131,7 +141,7 @@ class KeyRing:
             RateLimited: if the key has used what it has.
         """
         if key is None:
-            return Guest(ANONYMOUS, "interactive")
+            return guest_of(key)
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise RateLimited(
                 f"the key {key.name!r} may have {key.max_concurrent} requests at a time.",
@@ -146,7 +156,7 @@ class KeyRing:
                     retry_after_s=max(1.0, wait_s),
                 )
         self._running[key.name] += 1
-        return Guest(key.name, key.priority)
+        return guest_of(key)
 
     def leave(self, name: str) -> None:
         self._running[name] -= 1
@@ -218,7 +228,8 @@ class KeyGuard:
                     "a page of another web site may not use this server, which asks for no key."
                 )
             key = self._keys.recognise(headers.get("authorization"))
-            record_of(scope).guest = ANONYMOUS if key is None else key.name
+            record = record_of(scope)
+            record.guest, record.priority = guest_of(key)
             guest = self._keys.enter(key)
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)

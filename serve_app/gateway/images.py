@@ -30,6 +30,7 @@ from serve_app.gateway.schemas import (
     Usage,
 )
 from serve_app.gateway.uploads import apart, read_image, read_mask
+from serve_app.metrics import REFUSALS
 
 TOKEN_PX = 16
 """Side of the square that counts as one token: what models with patches of latents work on."""
@@ -45,8 +46,6 @@ class Order:
     """Resolved; one for each picture."""
     record: Record
     guest: Guest
-    lead_s: float
-    """From its arrival until it was sent on, from when the engine counts."""
     fingerprint: bytes
     """By which it is known if it comes again."""
     standing: Standing
@@ -73,37 +72,51 @@ class Order:
             total_tokens=text_tokens + image_tokens + output_tokens,
         )
 
-    def timings(self, images: Sequence[EncodedImage]) -> Timings:
+    def timings(self) -> Timings:
         """Now that all are painted; it is put on record."""
-        last = max(images, key=lambda image: image.painted_s)
-        painted_s = self.lead_s + last.painted_s
-        total_s = self.record.age_s
-        timings = Timings(
-            queue_s=self.lead_s + last.queue_s,
-            encode_s=last.encode_s,
-            denoise_s=last.denoise_s,
-            decode_s=last.decode_s,
-            response_s=max(0.0, total_s - painted_s),
-            total_s=total_s,
-        )
+        assert self.record.painted is not None
+        timings = self.record.painted.until(self.record.age_s)
         self.record.completed(timings)
         return timings
 
     def reached(self, params: GenerationParams, event: PainterEvent) -> None:
-        """For the trace: what ``event`` says of how far this picture has come."""
+        """Put on record what ``event`` says of how far this picture has come."""
+        record = self.record
         match event:
             case Queued():  # again, if the replica that painted it was lost
                 timeline = Timeline()
+                if event.replica:
+                    record.engine_requests[params.seed] = event.replica, event.number
             case Timeline():
-                timeline = event
+                parts_s = parts_by(record.age_s, event.age_s, event.parts_s)
+                timeline = replace(event, parts_s=parts_s)
             case EncodedImage():
-                timeline = replace(event.timeline or Timeline(), parts_s=event.parts_s)
+                now_s = record.age_s
+                parts_s = parts_by(now_s, event.age_s, event.parts_s)
+                record.painted = Timings.of((*parts_s, max(0.0, now_s - sum(parts_s))))
+                timeline = replace(event.timeline or Timeline(), parts_s=parts_s)
             case _:
                 return
-        if timeline.parts_s:
-            queue_s, *others = timeline.parts_s
-            timeline = replace(timeline, parts_s=(self.lead_s + queue_s, *others))
-        self.record.timelines[params.seed] = timeline
+        if record.sampled:
+            record.timelines[params.seed] = timeline
+
+
+def parts_by(now_s: float, age_s: float, parts_s: Sequence[float]) -> tuple[float, ...]:
+    """The parts, by a replica's clock, of a request that is ``now_s`` old and has been there for
+    ``age_s``.
+
+    Only durations are compared, for clocks of two machines never agree: what the replica does not
+    account for was waiting, for it and on the way from it. One that runs faster says too much,
+    which is cut.
+    """
+    if not parts_s:
+        return ()
+    queue_s, *others = parts_s
+    cut, left_s = [], now_s
+    for part_s in (max(0.0, now_s - age_s) + queue_s, *others):
+        cut.append(min(part_s, left_s))
+        left_s -= cut[-1]
+    return tuple(cut)
 
 
 class Studio:
@@ -113,6 +126,7 @@ class Studio:
         self._config = config
         self._limits = config.engine.limits
         self._painter = painter
+        self._queue_full = REFUSALS.labels(config.model.id, "queue")
         self._promises: dict[Priority, Promises] = {
             "interactive": Promises(),
             "batch": Promises(),
@@ -133,7 +147,7 @@ class Studio:
             InvalidRequest: naming the field and what is allowed.
             Unavailable: if no replica is there to say what the model takes.
         """
-        lead_s, sent_at = record.age_s, time.time()
+        sent_at = time.time()
         body.check()
         if body.model is not None and body.model != self._config.model.id:
             raise ModelNotFound(
@@ -141,7 +155,7 @@ class Studio:
             )
         if body.n > self._limits.max_images:
             raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
-        model = await self._painter.describe()
+        model = await self._describe(body.n)
         params = replace(self._params(body, model), priority=guest.priority)
         if image is None:
             params = params.resolved(model)
@@ -171,7 +185,7 @@ class Studio:
             ),
             trace=record.traceparent if record.sampled else "",
         )
-        return Order(kind, body, pictures, record, guest, lead_s, known_by, standing)
+        return Order(kind, body, pictures, record, guest, known_by, standing)
 
     async def paint_all(self, order: Order) -> ImagesResponse:
         """All pictures or none: when one fails, or the client goes away, the others are dropped."""
@@ -194,7 +208,7 @@ class Studio:
             output_format=order.body.output_format,
             quality=order.body.painted_quality,
             usage=order.usage(images),
-            timings=order.timings(images),
+            timings=order.timings(),
             warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
         )
 
@@ -210,7 +224,8 @@ class Studio:
 
     def _promised(self, order: Order, refusal: Overloaded) -> Overloaded:
         """With the time to come again: for all of its pictures, that they are taken in together."""
-        if refusal.retry_after_s is None:
+        if refusal.retry_after_s is None:  # not an engine's
+            self._queue_full.inc(len(order.pictures))
             return refusal
         whole = Overloaded(
             refusal.message,
@@ -230,9 +245,16 @@ class Studio:
         )
         async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
             async for event in events:
-                if order.record.sampled:
-                    order.reached(params, event)
+                order.reached(params, event)
                 yield event
+
+    async def _describe(self, pictures: int) -> ModelInfo:
+        """For a request for so many."""
+        try:
+            return await self._painter.describe()
+        except Overloaded:
+            self._queue_full.inc(pictures)
+            raise
 
     async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:
         async with aclosing(self._events(order, params)) as events:

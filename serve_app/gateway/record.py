@@ -1,21 +1,30 @@
 """What becomes of every request for pictures: one line in the log, and its metrics."""
 
+import functools
 import logging
 import re
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Histogram
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.engine.events import Timeline
-from serve_app.engine.params import GenerationParams
+from serve_app.engine.params import GenerationParams, Priority
 from serve_app.errors import Cancelled, DiffusionServeError
 from serve_app.gateway.schemas import PARTS, Timings
-from serve_app.metrics import FIRST_PARTIAL, REQUEST, REQUEST_PART, REQUESTS
+from serve_app.metrics import (
+    FIRST_PARTIAL,
+    OPEN_REQUESTS,
+    OUTCOMES,
+    REQUEST,
+    REQUEST_PART,
+    REQUESTS,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +36,7 @@ _EXEMPLAR = re.compile(r"[A-Za-z0-9_.:/+=-]{1,100}")
 parsers stumble over quotes and braces in there."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Record:
     """One request. Whoever knows more writes it down here."""
 
@@ -35,12 +44,18 @@ class Record:
     received_at: float = field(default_factory=time.perf_counter)
     guest: str = NOBODY
     """The name of its key."""
+    priority: Priority = "interactive"
+    """Of its key; who has none, or one that nobody knows, is as urgent as anybody."""
     pictures: Sequence[GenerationParams] = ()
     """What it asks for, once that was found right."""
     outcome: str = "cancelled"
     """The client went away, unless somebody says otherwise."""
     status: int = Cancelled.status
     """Of the outcome; a stream that fails has sent a 200 before."""
+    engine_requests: dict[int, tuple[str, int]] = field(default_factory=dict)
+    """Which replica took which picture in, by its seed, and as which number."""
+    painted: Timings | None = None
+    """As it was when the last picture so far came here."""
     timings: Timings | None = None
     """If it was painted."""
     first_partial_s: float | None = None
@@ -49,7 +64,8 @@ class Record:
     sampled: bool = False
     """Its trace is kept: what its pictures go through is worth writing down."""
     timelines: dict[int, Timeline] = field(default_factory=dict)
-    """How far its pictures have come, by their seeds; the queue begins when it arrived."""
+    """How far its pictures have come, by their seeds, if that is worth writing down; the queue
+    begins when it arrived."""
 
     @property
     def age_s(self) -> float:
@@ -85,9 +101,17 @@ class Recorder:
     """Keeps a `Record` of each request for pictures. Plain ASGI: until the last byte is sent."""
 
     def __init__(
-        self, app: ASGIApp, model: str, paths: Collection[str], log_prompts: bool = False
+        self,
+        app: ASGIApp,
+        model: str,
+        paths: Collection[str],
+        log_prompts: bool = False,
+        guests: Iterable[tuple[str, Priority]] = (),
     ) -> None:
-        """``paths``: where pictures are asked for, as routes have them."""
+        """``paths``: where pictures are asked for, as routes have them.
+
+        ``guests``: who may come, by the names of their keys, as far as is known now.
+        """
         self._app = app
         self._model = model
         self._paths = frozenset(paths)
@@ -97,6 +121,13 @@ class Recorder:
         self._parts: dict[str, Histogram] = {
             part: REQUEST_PART.labels(model, part) for part in PARTS
         }
+        self._open: set[Record] = set()
+        for priority in get_args(Priority):
+            count = functools.partial(self._count_open, priority)
+            OPEN_REQUESTS.labels(model, priority).set_function(count)
+        self._known: set[tuple[str, Priority]] = set()
+        for guest, priority in [(NOBODY, Record.priority), *guests]:
+            self._expect(guest, priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
@@ -108,18 +139,33 @@ class Recorder:
             return
         record = Record(request_id(scope))
         scope.setdefault("state", {})["record"] = record
+        self._open.add(record)
         try:
             await self._app(scope, receive, send)
         except Exception as error:
             record.failed(error)
             raise
         finally:
+            self._open.discard(record)
             self._count(record)
             self._log(record)
 
+    def _count_open(self, priority: Priority) -> float:
+        return sum(record.priority == priority for record in tuple(self._open))
+
+    def _expect(self, guest: str, priority: Priority) -> None:
+        """Have its counters at 0: one that appears with a failure has not risen, to Prometheus.
+
+        16 series a key, 2 kB of what each gateway replica says: of 50 keys and 4 of them, 0.4 MB.
+        """
+        if (guest, priority) not in self._known:
+            self._known.add((guest, priority))
+            for outcome in OUTCOMES:
+                REQUESTS.labels(self._model, guest, priority, outcome)
+
     def _count(self, record: Record) -> None:
-        requests: Counter = REQUESTS.labels(self._model, record.guest, record.outcome)
-        requests.inc()
+        self._expect(record.guest, record.priority)  # a key that came with another file of keys
+        REQUESTS.labels(self._model, record.guest, record.priority, record.outcome).inc()
         plain = _EXEMPLAR.fullmatch(record.request_id)
         exemplar = {"request_id": record.request_id} if plain else None
         if record.first_partial_s is not None:
@@ -135,6 +181,7 @@ class Recorder:
         fields: dict[str, str | int | float] = {
             "request_id": record.request_id,
             "key": record.guest,
+            "priority": record.priority,
             "outcome": record.outcome,
         }
         what = ""
@@ -157,16 +204,21 @@ class Recorder:
             spent = record.timings.until(age_s).parts()
             fields |= {f"{part}_s": round(seconds, 4) for part, seconds in spent.items()}
             parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in spent.items())
+            parts = f" ({parts})"
+        painters = ", ".join(f"{replica}/{n}" for replica, n in record.engine_requests.values())
+        if painters:
+            fields["engine_request"] = painters
         if self._log_prompts and record.pictures:
             fields["prompt"] = record.pictures[0].prompt
         logger.info(
-            "request %s of %s:%s %s after %.3f s%s%s",
+            "request %s of %s:%s %s after %.3f s%s%s%s",
             record.request_id,
             record.guest,
             what,
             record.outcome,
             age_s,
-            f" ({parts})" if parts else "",
+            parts,
+            f" as {painters}" if painters else "",
             f": {fields['prompt']!r}" if "prompt" in fields else "",
             extra=fields,
         )

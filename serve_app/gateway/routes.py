@@ -68,6 +68,7 @@ def create_api(
         model=config.model.id,
         paths=(GENERATIONS, EDITS),
         log_prompts=config.gateway.log_prompts,
+        guests=keys.guests,
     )
     add_error_handlers(api)
     complete(api, with_keys=bool(keys))

@@ -1,5 +1,6 @@
 """Requests, responses and events of the HTTP API, as pydantic models."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -211,12 +212,20 @@ class Usage(BaseModel):
 class Timings(BaseModel):
     """Where the time went, in seconds; the parts add up. Of several pictures, of the last one."""
 
-    queue_s: float = Field(description="From the request's arrival to its start.")
+    queue_s: float = Field(
+        description="From the request's arrival to its start, and the way back from the replica."
+    )
     encode_s: float = Field(description="From there to its first step: text encoding.")
     denoise_s: float = Field(description="The steps, with waits in between.")
     decode_s: float = Field(description="From latents to pixels.")
     response_s: float = Field(description="From there to this answer: the file, and its way.")
     total_s: float = Field(description="From the request's arrival to this answer.")
+
+    @classmethod
+    def of(cls, parts_s: Sequence[float]) -> "Timings":
+        """In the order of `PARTS`."""
+        named = {f"{part}_s": took_s for part, took_s in zip(PARTS, parts_s, strict=True)}
+        return cls(**named, total_s=sum(parts_s))
 
     def until(self, total_s: float) -> "Timings":
         """The same, so long after the request's arrival."""

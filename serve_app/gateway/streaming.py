@@ -119,6 +119,6 @@ def _event(
                 output_format=body.output_format,
                 usage=order.usage([event]),
                 seed=event.seed,
-                timings=order.timings([event]),
+                timings=order.timings(),
                 warnings=list(event.warnings),
             )

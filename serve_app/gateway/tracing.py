@@ -184,8 +184,9 @@ class RequestTrace:
         parent, several = self._server, len(self._record.pictures) > 1
         if several:
             parent = self._child(parent, "picture", 0.0, {"gen_ai.request.seed": params.seed})
-        if timeline.replica:
-            parent.set_attribute("diffusion_serve.replica", timeline.replica)
+        if params.seed in self._record.engine_requests:
+            replica, _ = self._record.engine_requests[params.seed]
+            parent.set_attribute("diffusion_serve.replica", replica)
         at_s = 0.0
         for part, took_s in zip(_PAINTING, (*timeline.parts_s, math.inf), strict=False):
             if part == "denoise":
@@ -236,7 +237,7 @@ class RequestTrace:
             span.set_attribute("error.type", self._record.outcome)
 
     def _at(self, seconds: float) -> int:
-        """In Unix time, in nanoseconds; what another machine's clock puts after the end is cut."""
+        """In Unix time, in nanoseconds; what a clock that runs faster puts after the end is cut."""
         return self._arrived_ns + round(min(seconds, self._ended_s) * 1e9)
 
 

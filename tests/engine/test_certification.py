@@ -12,9 +12,11 @@ from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.certification import largest_difference
 from serve_app.engine.engine import Engine
 from serve_app.engine.events import Completed, Progress
+from serve_app.engine.meter import Meter
 from serve_app.engine.params import GenerationParams
 from serve_app.engine.pipeline import LoadedPipeline
 from serve_app.errors import ModelLoadError
+from serve_app.metrics import report
 from tests.conftest import DEMO, FIFO
 from tests.tiny_pipelines import FAMILIES, animatediff, pag
 
@@ -179,12 +181,16 @@ def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
 
 
 def test_without_company_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
-    engine = Engine(pipeline, DEMO, EngineConfig(max_running=1))
+    engine = Engine(pipeline, DEMO, EngineConfig(max_running=1), meter=Meter("nothing shared"))
     with engine:
         assert engine.stats().ticks == 0
         engine.generate(_requests()[0])
     assert engine.info.sharing == "alone"
     assert engine.info.sharing_note == "max_running is 1"
+    said = [one for family in report("engine", "a").families for one in family.samples]
+    ours = {one.name for one in said if one.labels.get("model") == "nothing shared"}
+    assert "diffusion_serve_images_total" in ours
+    assert not {name for name in ours if "sharing" in name}  # it would look like a loss
 
 
 def test_a_pipeline_that_cannot_paint_is_refused_at_start(pipeline: LoadedPipeline) -> None:

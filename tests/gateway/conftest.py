@@ -14,7 +14,7 @@ from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
 from serve_app.engine.events import Progress, Queued
 from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
-from serve_app.errors import Unavailable
+from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.routes import create_api
@@ -60,6 +60,10 @@ class FakePainter:
         self.error: Exception | None = None
         self.error_in_the_middle: Exception | None = None
         self.ready = True
+        self.overloaded = False
+        self.parts_s = (0.25, 0.0625, 1.0, 0.125)
+        """That it says to have taken, the file apart, whatever it took."""
+        self.file_s = 0.5
         self.cancelled = 0
         self.slow_seed: int | None = None
         """Its picture never gets done."""
@@ -94,7 +98,13 @@ class FakePainter:
                 raise self.error_in_the_middle
             data = encoding.encode(picture)
             yield EncodedImage(
-                data, params.seed, *picture.size, ("a warning",), 7, 0.25, 0.0625, 1.0, 0.125
+                data,
+                params.seed,
+                *picture.size,
+                ("a warning",),
+                7,
+                *self.parts_s,
+                age_s=sum(self.parts_s) + self.file_s,
             )
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
@@ -102,6 +112,8 @@ class FakePainter:
 
     async def describe(self) -> ModelInfo:
         await self.check_ready()
+        if self.overloaded:
+            raise Overloaded("too many requests are waiting")
         return INFO
 
     async def check_ready(self) -> None:

@@ -1,24 +1,28 @@
 """What is counted and logged of requests, through the whole gateway."""
 
+import asyncio
 import hashlib
 import logging
 import random
 import re
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from serve_app.config import ModelConfig
+from serve_app.engine.params import Priority
 from serve_app.errors import Overloaded
 from serve_app.gateway.auth import KeyRing
-from serve_app.gateway.record import NOBODY
+from serve_app.gateway.images import parts_by
+from serve_app.gateway.record import NOBODY, Record
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
-from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, report
+from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
 from tests.gateway.conftest import CONFIG, FakePainter
 
 pytestmark = pytest.mark.anyio
@@ -31,10 +35,20 @@ def sample(name: str, model: str, **labels: str) -> float:
     return value or 0.0
 
 
+@pytest.fixture
+def old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that are as old as the painter says."""
+    aged = property(lambda record: time.perf_counter() - record.received_at + 2.0)
+    monkeypatch.setattr(Record, "age_s", aged)
+
+
 def keys(folder: Path, per_minute: int) -> KeyRing:
     path = folder / "keys.yaml"
-    digest = hashlib.sha256(b"sk-one").hexdigest()
-    path.write_text(f"- {{name: one, sha256: {digest}, requests_per_minute: {per_minute}}}\n")
+    one, night = (hashlib.sha256(key).hexdigest() for key in (b"sk-one", b"sk-night"))
+    path.write_text(
+        f"- {{name: one, sha256: {one}, requests_per_minute: {per_minute}}}\n"
+        f"- {{name: night, sha256: {night}, requests_per_minute: 1, priority: batch}}\n"
+    )
     return KeyRing(path, None)
 
 
@@ -49,8 +63,8 @@ def client_of(painter: FakePainter, model: str, ring: KeyRing | None = None) -> 
 async def test_requests_count_by_what_became_of_them_and_whose_they_are(
     painter: FakePainter, tmp_path: Path
 ) -> None:
-    def count(key: str, outcome: str) -> float:
-        return sample("requests_total", "counted", key=key, outcome=outcome)
+    def count(key: str, outcome: str, priority: Priority = "interactive") -> float:
+        return sample("requests_total", "counted", key=key, outcome=outcome, priority=priority)
 
     async with client_of(painter, "counted", keys(tmp_path, 3)) as client:
         mine = {"Authorization": "Bearer sk-one"}
@@ -59,11 +73,100 @@ async def test_requests_count_by_what_became_of_them_and_whose_they_are(
         await client.get("/v1/models", headers=mine)
         await client.post(PATH, json={"prompt": "x"}, headers=mine)
         await client.post(PATH, json={"prompt": "x"})
+        for _ in range(2):
+            theirs = {"Authorization": "Bearer sk-night"}
+            await client.post(PATH, json={"prompt": "x"}, headers=theirs)
+    assert count("night", "completed", "batch") == 1
+    assert count("night", "rate_limit_exceeded", "batch") == 1  # not let in, and known all the same
     assert count("one", "completed") == 1
     assert count("one", "invalid_value") == 1
     assert count("one", "rate_limit_exceeded") == 1
     assert count(NOBODY, "invalid_api_key") == 1
-    assert sample("request_seconds_count", "counted") == 1
+    assert sample("request_seconds_count", "counted") == 2
+
+
+async def test_counters_are_there_before_what_they_count(
+    painter: FakePainter, tmp_path: Path
+) -> None:
+    """Prometheus sees no rise in a series that begins with a 1."""
+    async with client_of(painter, "unused", keys(tmp_path, 3)) as client:
+        await client.get("/health")
+    of_all = [("one", "interactive"), ("night", "batch"), (NOBODY, "interactive")]
+    found = [
+        (one.labels["key"], one.labels["priority"], one.labels["outcome"], one.value)
+        for family in REQUESTS.collect()
+        for one in family.samples
+        if one.labels["model"] == "unused" and one.name.endswith("_total")
+    ]
+    assert sorted(found) == sorted((*guest, name, 0.0) for guest in of_all for name in OUTCOMES)
+    async with client_of(painter, "open to all") as client:
+        await client.get("/health")
+    for outcome in ("completed", *UNSERVED):
+        labels = {"key": "anonymous", "priority": "interactive", "outcome": outcome}
+        name = "diffusion_serve_requests_total"
+        assert GATEWAY.get_sample_value(name, {"model": "open to all", **labels}) == 0
+
+
+async def test_open_requests_are_those_that_have_come_and_not_ended(
+    painter: FakePainter, tmp_path: Path
+) -> None:
+    def still() -> tuple[float, ...]:
+        return tuple(
+            sample("open_requests", "open", priority=priority) for priority in get_args(Priority)
+        )
+
+    async def until(count: tuple[int, int]) -> None:
+        async with asyncio.timeout(10):
+            while still() != count:
+                await asyncio.sleep(0)
+
+    async with client_of(painter, "open", keys(tmp_path, 99)) as client:
+
+        def ask(key: str, **body: Any) -> "asyncio.Task[httpx.Response]":
+            headers = {"Authorization": f"Bearer sk-{key}"}
+            return asyncio.create_task(
+                client.post(PATH, json={"prompt": "x"} | body, headers=headers)
+            )
+
+        painter.accepting.clear()  # as when no replica is there
+        done, streamed, gone, batch = (
+            ask("one"),
+            ask("one", stream=True),
+            ask("one"),
+            ask("night", n=3),
+        )
+        await until((3, 1))
+        gone.cancel()
+        await until((2, 1))
+        assert (await client.get("/health")).status_code == 200
+        assert (await client.post(PATH, json={"prompt": "x"})).status_code == 401
+        assert still() == (2, 1)
+        painter.error_in_the_middle = RuntimeError("a bug")
+        painter.accepting.set()
+        await asyncio.wait([done, streamed, batch])
+    assert still() == (0, 0)
+
+
+async def test_who_finds_the_queue_full_is_counted_as_refused(painter: FakePainter) -> None:
+    async def refuse(error: Overloaded, **body: Any) -> None:
+        painter.error = error
+        response = await client.post(PATH, json={"prompt": "x"} | body)
+        assert response.status_code == 429
+
+    async with client_of(painter, "full") as client:
+        await refuse(Overloaded("an engine's own refusal", retry_after_s=3.0))
+        assert (
+            GATEWAY.get_sample_value(
+                "diffusion_serve_refusals_total", {"model": "full", "reason": "queue"}
+            )
+            == 0
+        )
+        await refuse(Overloaded("Serve's queue"), n=2)
+        await refuse(Overloaded("Serve's queue"), stream=True)
+        assert sample("refusals_total", "full", reason="queue") == 3
+        painter.overloaded = True  # before the first replica has said what the model takes
+        await refuse(Overloaded("not asked for"), n=4)
+        assert sample("refusals_total", "full", reason="queue") == 7
 
 
 async def test_refusals_and_failures_count_by_their_codes(painter: FakePainter) -> None:
@@ -74,11 +177,11 @@ async def test_refusals_and_failures_count_by_their_codes(painter: FakePainter) 
         painter.error, painter.error_in_the_middle = None, RuntimeError("a bug")
         await client.post(PATH, json={"prompt": "x", "stream": True})
     for outcome, times in (("overloaded", 1), ("internal_error", 2)):
-        assert sample("requests_total", "failed", key="anonymous", outcome=outcome) == times, (
-            outcome
-        )
+        labels = {"key": "anonymous", "priority": "interactive", "outcome": outcome}
+        assert sample("requests_total", "failed", **labels) == times, outcome
 
 
+@pytest.mark.usefixtures("old")
 async def test_parts_add_up_to_the_whole(painter: FakePainter) -> None:
     async with client_of(painter, "parts") as client:
         timings = (await client.post(PATH, json={"prompt": "x"})).json()["timings"]
@@ -90,9 +193,30 @@ async def test_parts_add_up_to_the_whole(painter: FakePainter) -> None:
         assert sample("request_part_seconds_sum", "parts", part=part) == 2 * seconds
         assert sample("request_part_seconds_count", "parts", part=part) == 2
     assert timings["queue_s"] >= 0.25  # the painter's, and the way to it
+    assert timings["response_s"] >= 0.5
+    assert sum(timings[f"{part}_s"] for part in PARTS) == pytest.approx(timings["total_s"])
+    sums = [sample("request_part_seconds_sum", "parts", part=part) for part in PARTS]
+    assert sum(sums) == pytest.approx(sample("request_seconds_sum", "parts"))
     assert sample("first_partial_seconds_count", "parts") == 1
 
 
+@pytest.mark.parametrize(
+    ("now_s", "age_s", "parts"),
+    [
+        (10.0, 6.0, (4.5, 1.0, 3.0, 1.0)),  # and half a second for the file
+        (10.0, 0.0, (10.0, 0.0, 0.0, 0.0)),
+        (5.5, 6.0, (0.5, 1.0, 3.0, 1.0)),
+        (3.0, 6.0, (0.5, 1.0, 1.5, 0.0)),
+    ],
+)
+def test_what_a_replica_does_not_account_for_was_waiting(
+    now_s: float, age_s: float, parts: tuple[float, ...]
+) -> None:
+    assert parts_by(now_s, age_s, (0.5, 1.0, 3.0, 1.0)) == pytest.approx(parts)
+    assert parts_by(now_s, age_s, ()) == ()
+
+
+@pytest.mark.usefixtures("old")
 async def test_every_request_is_one_line(
     painter: FakePainter, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -133,7 +257,7 @@ async def test_no_request_can_make_a_series_of_its_own(fuzzed: httpx.AsyncClient
     def series() -> int:
         samples = [one for family in report("gateway", "a").families for one in family.samples]
         ours = [one.labels for one in samples if one.labels.get("model") == "fuzzed"]
-        assert {labels["key"] for labels in ours if "key" in labels} <= {"one", NOBODY}
+        assert {labels["key"] for labels in ours if "key" in labels} <= {"one", "night", NOBODY}
         assert {labels["outcome"] for labels in ours if "outcome" in labels} <= set(OUTCOMES)
         assert {labels["part"] for labels in ours if "part" in labels} <= set(PARTS)
         return len(ours)
@@ -156,8 +280,9 @@ async def test_no_request_can_make_a_series_of_its_own(fuzzed: httpx.AsyncClient
     await send(1)
     # Every outcome once, so that all series are there that there can be.
     for outcome in OUTCOMES:
-        for key in ("one", NOBODY):
-            REQUESTS.labels("fuzzed", key, outcome)
+        for key in ("one", "night", NOBODY):
+            for priority in get_args(Priority):
+                REQUESTS.labels("fuzzed", key, priority, outcome)
     before = series()
     await send(300)
     assert series() == before < 400
