@@ -133,7 +133,7 @@ SERVICE = Dashboard(
         ),
         _panel(
             "Requests ended, by outcome",
-            (_rate("requests_total", "outcome"), "{{outcome}}"),
+            (f"{_rate('requests_total', 'outcome')} > 0", "{{outcome}}"),
             unit="reqps",
             stacked=True,
         ),
@@ -141,7 +141,7 @@ SERVICE = Dashboard(
             "Requests not completed, by Ray cluster",
             (
                 "sum by (ray_io_cluster, outcome) (rate(diffusion_serve_requests_total"
-                f'{{{MODEL}, outcome!="completed"}}[{RATE}]))',
+                f'{{{MODEL}, outcome!="completed"}}[{RATE}])) > 0',
                 "{{ray_io_cluster}} {{outcome}}",
             ),
             unit="reqps",
@@ -150,7 +150,7 @@ SERVICE = Dashboard(
         ),
         _panel(
             "Requests ended, by API key",
-            (_rate("requests_total", "key"), "{{key}}"),
+            (f"{_rate('requests_total', 'key')} > 0", "{{key}}"),
             unit="reqps",
             stacked=True,
         ),

@@ -14,11 +14,11 @@ from tests.e2e.conftest import scaled_demo
 KNOBS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
 """Two replicas for what these clients bring, decided within seconds."""
 
-CLIENTS = 4
+CLIENTS = 3
 
 STEPS = 10
 
-PAUSE_S = 0.5
+PAUSE_S = 1.0
 """A client looks at what it got for as long: all ask for less than two replicas can do."""
 
 TIGHT = 1.25

@@ -80,7 +80,15 @@ def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
 
     try:
         wait_until(ready, deadline_s=30, every_s=0.1, what="Prometheus")
-        yield Prometheus(f"http://{address}")
+        prometheus = Prometheus(f"http://{address}")
+        # What is counted before the first look has not risen.
+        wait_until(
+            lambda: prometheus.value('up{job="diffusion-serve"} == 1'),
+            deadline_s=30,
+            every_s=0.1,
+            what="the first scrape",
+        )
+        yield prometheus
     finally:
         process.terminate()
         process.wait(30)

@@ -51,10 +51,11 @@ def watched(report: Callable[[str], None]) -> Iterator[Watched]:
                         monotonic() > loaded_at + LOAD_S
                         and load.outcomes.keys() >= KINDS
                         and prometheus.value('diffusion_serve_replicas{state="running"}') == 2
+                        and prometheus.value("model:diffusion_serve_missed:rate5m > 0")
                     ),
                     deadline_s=90,
                     every_s=0.5,
-                    what="all kinds of answers and a second replica",
+                    what="all kinds of answers, a refusal that the rules see, a second replica",
                 )
                 report(f"watched for {monotonic() - started_at:.0f} s: {dict(load.outcomes)}")
                 window = Window(started_s, time.time(), SCRAPE_EVERY_S, 10 * SCRAPE_EVERY_S)
