@@ -11,15 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-MODEL = 'model=~"$model"'
+NAMESPACE = 'namespace=~"$namespace"'
+"""Of Kubernetes; where there is none, nothing has the label, and nothing is asked for."""
+
+MODEL = f'{NAMESPACE}, model=~"$model"'
 
 RATE = "$__rate_interval"
 
-OF_REPLICA = (
-    "max by (UUID, replica) "
-    f'(label_replace(diffusion_serve_engine_info{{{MODEL}}}, "UUID", "$1", "gpu", "(.+)"))'
-)
-"""1 for each replica of the generator and its GPU, named as dcgm-exporter names it."""
+
+def _on_gpus(labels: str = "") -> str:
+    """1 for each replica of the generator and its GPU, named as dcgm-exporter names it."""
+    info = f"diffusion_serve_engine_info{labels}"
+    return f'max by (UUID, replica) (label_replace({info}, "UUID", "$1", "gpu", "(.+)"))'
+
+
+APPLICATION = ("ray_io_cluster", "application", "deployment")
+"""What Ray's series of a deployment are told apart by, besides the namespace."""
+
+WHOSE = "{{application}} {{ray_io_cluster}}"
 
 
 @dataclass(frozen=True)
@@ -76,19 +85,25 @@ def _rate(counter: str, *labels: str) -> str:
     return _sum(f"rate(diffusion_serve_{counter}{{{MODEL}}}[{RATE}])", *labels)
 
 
+def _serve_counts(counter: str) -> str:
+    return _sum(f"ray_serve_{counter}{{{NAMESPACE}}}", *APPLICATION)
+
+
 def _quantile(share: float, histogram: str, *labels: str) -> str:
     return f"histogram_quantile({share}, {_rate(f'{histogram}_bucket', 'le', *labels)})"
 
 
 def _policy(gauge: str, *labels: str) -> str:
-    by = ", ".join(("deployment", *labels))
-    return f"max by ({by}) (ray_diffusion_serve_autoscaling_{gauge})"
+    """Of each application: Ray's series do not know models."""
+    by = ", ".join((*APPLICATION, *labels))
+    return f"max by ({by}) (ray_diffusion_serve_autoscaling_{gauge}{{{NAMESPACE}}})"
 
 
 def _of_gpu(field: str) -> str:
-    """By replica; a GPU that none is on is there as well."""
+    """By replica; a GPU that nobody's is on is there as well."""
     gpu = f"max by (UUID) ({field})"
-    return f"{OF_REPLICA} * on (UUID) group_left () {gpu} or on (UUID) {gpu}"
+    chosen, all_ = _on_gpus(f"{{{MODEL}}}"), _on_gpus()
+    return f"{chosen} * on (UUID) group_left () {gpu} or {gpu} unless on (UUID) {all_}"
 
 
 SERVICE = Dashboard(
@@ -97,8 +112,8 @@ SERVICE = Dashboard(
     (
         _panel(
             "Replicas that run, of those wanted",
-            (f'diffusion_serve_replicas{{{MODEL}, state="running"}}', "running"),
-            (f"diffusion_serve_target_replicas{{{MODEL}}}", "wanted"),
+            (f"model:diffusion_serve_running:sum{{{MODEL}}}", "{{model}}: running"),
+            (f"model:diffusion_serve_wanted:sum{{{MODEL}}}", "{{model}}: wanted"),
             kind="stat",
         ),
         _panel(
@@ -106,32 +121,55 @@ SERVICE = Dashboard(
             (f"1 - model:diffusion_serve_missed:ratio_rate1h{{{MODEL}}}", "{{model}}"),
             unit="percentunit",
             kind="stat",
-            description="Of the pictures asked for: refused and failed ones are not in time.",
+            description="Of interactive pictures that were painted, and interactive requests that "
+            "were refused or failed, each time that they came: the share painted in time.",
         ),
         _panel(
             "Load",
             (f"model:diffusion_serve_load:ratio{{{MODEL}}}", "{{model}}"),
             unit="percentunit",
             kind="stat",
-            description="Work that arrives, of what the replicas that run get done.",
+            description="Interactive work that arrives, of what the replicas that run get done.",
         ),
         _panel(
             "Requests ended, by outcome",
-            (_rate("requests_total", "outcome"), "{{outcome}}"),
+            (f"{_rate('requests_total', 'outcome')} > 0", "{{outcome}}"),
             unit="reqps",
             stacked=True,
+        ),
+        _panel(
+            "Requests not completed, by Ray cluster",
+            (
+                "sum by (ray_io_cluster, outcome) (rate(diffusion_serve_requests_total"
+                f'{{{MODEL}, outcome!="completed"}}[{RATE}])) > 0',
+                "{{ray_io_cluster}} {{outcome}}",
+            ),
+            unit="reqps",
+            stacked=True,
+            description="Two clusters serve while an upgrade moves traffic from one to the other.",
         ),
         _panel(
             "Requests ended, by API key",
-            (_rate("requests_total", "key"), "{{key}}"),
+            (f"{_rate('requests_total', 'key')} > 0", "{{key}}"),
             unit="reqps",
             stacked=True,
         ),
         _panel(
+            "Requests open",
+            (_total("open_requests", "priority"), "{{priority}}"),
+            stacked=True,
+            description="From arrival to end, wherever they wait: with no replica as well.",
+        ),
+        _panel(
             "Refused",
-            (_rate("refusals_total", "reason"), "pictures by engines: {{reason}}"),
-            ("sum(diffusion_serve_held_requests)", "held at gateways"),
-            description="An engine's refusal is the client's only if no other takes the request.",
+            (_rate("refusals_total", "reason"), "pictures: {{reason}}"),
+            (
+                "sum(diffusion_serve_held_requests * on (replica) group_left () "
+                f"max by (replica) (diffusion_serve_gateway_info{{{MODEL}}}))",
+                "held at gateways",
+            ),
+            description="By engines, and by Serve's queue before them (`queue`). An engine's "
+            "refusal is the client's only if no other takes the request.",
         ),
         _panel(
             "What clients wait",
@@ -157,13 +195,14 @@ SERVICE = Dashboard(
             unit="s",
         ),
         _panel(
-            "Late, refused or failed, of pictures asked for",
+            "Late, refused or failed, of what was tried",
             *(
                 (f"model:diffusion_serve_missed:ratio_rate{window}{{{MODEL}}}", window)
                 for window in ("5m", "1h", "6h")
             ),
             unit="percentunit",
-            description="The alerts look at these; 5 % may be, over 30 days.",
+            description="Tried: an interactive picture that was painted, or an interactive request "
+            "that was refused or failed. The alerts look at these; 5 % may be, over 30 days.",
         ),
         _panel(
             "Deadlines",
@@ -172,8 +211,12 @@ SERVICE = Dashboard(
         ),
         _panel(
             "Failed for reasons of the server's",
-            (f"model:diffusion_serve_errors:ratio_rate5m{{{MODEL}}}", "{{model}}"),
+            (
+                f"model:diffusion_serve_errors:ratio_rate5m{{{MODEL}}}",
+                "{{model}} {{ray_io_cluster}}",
+            ),
             unit="percentunit",
+            description="Of interactive requests.",
         ),
     ),
 )
@@ -271,19 +314,25 @@ SCALING = Dashboard(
     (
         _panel(
             "Replicas",
-            (_policy("wanted_replicas"), "wanted by the policy"),
-            (f"diffusion_serve_target_replicas{{{MODEL}}}", "wanted by Serve"),
-            (f'diffusion_serve_replicas{{{MODEL}, state="running"}}', "running"),
-            (f'diffusion_serve_replicas{{{MODEL}, state="starting"}}', "starting"),
+            (_policy("wanted_replicas"), f"{WHOSE}: wanted by the policy"),
+            (
+                f"sum by (ray_io_cluster, model) (diffusion_serve_target_replicas{{{MODEL}}})",
+                "{{model}} {{ray_io_cluster}}: wanted by Serve",
+            ),
+            (
+                "sum by (ray_io_cluster, model, state) "
+                f'(diffusion_serve_replicas{{{MODEL}, state=~"running|starting"}})',
+                "{{model}} {{ray_io_cluster}}: {{state}}",
+            ),
         ),
         _panel(
             "Replicas that the policy would need",
-            (_policy("needed_replicas", "by"), "for {{by}}"),
-            (_policy("forecast_replicas"), "busy when one asked for now is there"),
+            (_policy("needed_replicas", "by"), f"{WHOSE}: for {{{{by}}}}"),
+            (_policy("forecast_replicas"), f"{WHOSE}: busy when one asked for now is there"),
         ),
         _panel(
             "What decided",
-            (f"{_policy('term', 'term')} == 1", "{{term}}"),
+            (f"{_policy('term', 'term')} == 1", f"{WHOSE}: {{{{term}}}}"),
         ),
         _panel(
             "Work that arrives, and what gets done",
@@ -293,21 +342,22 @@ SCALING = Dashboard(
             description="Seconds of work a second, each request alone.",
         ),
         _panel(
-            "Load, and with one replica more",
-            (f"model:diffusion_serve_load:ratio{{{MODEL}}}", "now"),
+            "Load, and shared with one replica more",
+            (f"model:diffusion_serve_load:ratio{{{MODEL}}}", "{{model}}: now"),
             (
-                f"model:diffusion_serve_load:ratio{{{MODEL}}} * on (model) "
-                f'(diffusion_serve_replicas{{{MODEL}, state="running"}} '
-                f'/ (diffusion_serve_replicas{{{MODEL}, state="running"}} + 1))',
-                "with one more",
+                f"model:diffusion_serve_load:ratio{{{MODEL}}} * model:diffusion_serve_running:sum "
+                "/ (model:diffusion_serve_running:sum + 1)",
+                "{{model}}: if one more did as much as each of them",
             ),
             unit="percentunit",
-            description="Over 100 % pictures are refused. What one more brings below it, it sells.",
+            description="Over 100 % more arrives than gets done at present: batches grow, and get "
+            "more done, as far as they can, and what is over that is refused. With one more they "
+            "are smaller again, so that it buys somewhat less than is drawn.",
         ),
         _panel(
             "Work that waits",
             (_total("backlog_seconds", "priority"), "{{priority}}, of all replicas"),
-            (_policy("waiting_seconds"), "that the policy sees"),
+            (_policy("waiting_seconds"), f"{WHOSE}: that the policy sees"),
             unit="s",
         ),
         _panel(
@@ -317,7 +367,7 @@ SCALING = Dashboard(
         ),
         _panel(
             "Start of a replica",
-            (_policy("cold_start_seconds"), "until it paints, as the policy counts"),
+            (_policy("cold_start_seconds"), f"{WHOSE}: until it paints, as the policy counts"),
             (
                 f"max by (phase) (diffusion_serve_cold_start_seconds{{{MODEL}}})",
                 "{{phase}}, of the slowest",
@@ -326,41 +376,71 @@ SCALING = Dashboard(
         ),
         _panel(
             "Serve's word on each deployment",
-            ("min by (deployment) (ray_serve_deployment_status)", "{{deployment}}"),
+            (
+                f"min by ({', '.join(APPLICATION)}) (ray_serve_deployment_status{{{NAMESPACE}}})",
+                f"{WHOSE} {{{{deployment}}}}",
+            ),
             description="1 failed, 2 unhealthy, 3 updating, 4 scaling up, 5 down, 6 healthy.",
         ),
         _panel(
+            "Replicas that got ready, and that ended",
+            (
+                _serve_counts("replica_startup_latency_ms_count"),
+                f"{WHOSE} {{{{deployment}}}}: ready",
+            ),
+            (
+                _serve_counts("replica_shutdown_duration_ms_count"),
+                f"{WHOSE} {{{{deployment}}}}: ended",
+            ),
+            description="Since Serve's controller began; those whose start failed have ended.",
+        ),
+        _panel(
             "Nodes",
-            ("sum by (node_type) (ray_cluster_active_nodes)", "{{node_type}}, there"),
-            ("sum by (node_type) (ray_cluster_pending_nodes)", "{{node_type}}, coming"),
-            ("sum by (node_type) (ray_cluster_failed_nodes)", "{{node_type}}, failed"),
+            *(
+                (
+                    f"sum by (node_type) (ray_cluster_{state}_nodes{{{NAMESPACE}}})",
+                    f"{{{{node_type}}}}, {words}",
+                )
+                for state, words in (
+                    ("active", "there"),
+                    ("pending", "coming"),
+                    ("failed", "failed"),
+                )
+            ),
         ),
         _panel(
             "KubeRay's word on the service",
-            ('sum by (name) (kuberay_service_condition_ready{condition="true"})', "{{name}}"),
+            (
+                f'sum by (name) (kuberay_service_condition_ready{{{NAMESPACE}, condition="true"}})',
+                "{{name}}",
+            ),
             description="1: it has a gateway that answers.",
         ),
         _panel(
             "Replicas that did not tell their figures",
             (
                 f'diffusion_serve_scraped_replicas{{{MODEL}, answer="silent"}}',
-                "{{deployment}}, silent",
+                "{{deployment}} {{ray_io_cluster}}, silent",
             ),
-            (f"diffusion_serve_scrape_seconds{{{MODEL}}}", "seconds of a scrape"),
+            (
+                f"diffusion_serve_scrape_seconds{{{MODEL}}}",
+                "{{ray_io_cluster}} seconds of a scrape",
+            ),
         ),
     ),
     annotations=(
         Query(
-            f"{_policy('term', 'term')} == 1 and on (deployment) max by (deployment) "
-            f"(changes(ray_diffusion_serve_autoscaling_wanted_replicas[{RATE}])) > 0",
-            "{{deployment}}: by {{term}}",
+            f"{_policy('term', 'term')} == 1 and on ({', '.join(APPLICATION)}) "
+            f"max by ({', '.join(APPLICATION)}) (changes("
+            f"ray_diffusion_serve_autoscaling_wanted_replicas{{{NAMESPACE}}}[{RATE}])) > 0",
+            f"{WHOSE}: by {{{{term}}}}",
         ),
     ),
 )
 
 GPU = Dashboard(
     "GPU",
-    "What the devices do, and for which replica: one that has no replica is idle.",
+    "What the devices do, and for which replica: one without a name has none, of any model.",
     (
         _panel(
             "A kernel runs",
@@ -435,10 +515,18 @@ def grafana(dashboard: Dashboard) -> dict[str, Any]:
             "list": [
                 {"name": "datasource", "type": "datasource", "query": "prometheus"},
                 {
+                    # One at a time: nobody wants the sum of staging and production.
+                    "name": "namespace",
+                    "type": "query",
+                    "datasource": SOURCE,
+                    "query": "label_values(diffusion_serve_target_replicas, namespace)",
+                    "refresh": 2,
+                },
+                {
                     "name": "model",
                     "type": "query",
                     "datasource": SOURCE,
-                    "query": "label_values(diffusion_serve_target_replicas, model)",
+                    "query": f"label_values(diffusion_serve_target_replicas{{{NAMESPACE}}}, model)",
                     "refresh": 2,
                     "multi": True,
                     "includeAll": True,

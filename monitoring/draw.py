@@ -48,8 +48,9 @@ class Window:
 
 
 def filled_in(expr: str, window: Window) -> str:
-    """As Grafana sends it, for all models."""
-    return expr.replace(RATE, f"{math.ceil(window.rate_s)}s").replace("$model", ".*")
+    """As Grafana sends it, for all models of all namespaces."""
+    expr = expr.replace(RATE, f"{math.ceil(window.rate_s)}s")
+    return expr.replace("$namespace", ".*").replace("$model", ".*")
 
 
 def curves(prometheus: str, query: Query, window: Window) -> list[Curve]:
@@ -122,7 +123,7 @@ def main(
     prometheus: str,
     folder: Path,
     minutes: float = 15,
-    rate_s: Annotated[float, typer.Option(help="Over which rates are taken.")] = 20,
+    rate_s: Annotated[float, typer.Option(help="Over which rates are taken.")] = 40,
 ) -> None:
     """Draw the last minutes of all dashboards into a folder."""
     end_s = time.time()

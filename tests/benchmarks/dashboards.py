@@ -40,6 +40,7 @@ def main(
             start_s = time.time()
             with MixedLoad(url) as load:
                 time.sleep(seconds)
+                pending = prometheus.get("alerts")["alerts"]
             window = Window(start_s, time.time(), seconds / 120, RATE_S)
             with_data, without = 0, []
             queries = [query for dashboard in DASHBOARDS for query in dashboard.queries]
@@ -71,6 +72,7 @@ def main(
         "without_data": [expr for expr in without if expr not in foreign],
         "alerts": len(alerts()),
         "alerts_pending_at_some_time": _names(said, "pending"),
+        "alerts_pending_at_the_end": sorted(one["labels"]["alertname"] for one in pending),
         "alerts_fired": _names(said, "firing"),
     }
     print(json.dumps(figures, indent=2))

@@ -51,6 +51,7 @@ PORTS = {
     "https": 443,
     "dns": 53,
     "kubernetes": 6443,
+    "otlp": 4318,
 }
 """One name, one number: ours, Ray's, and those that pods call."""
 
@@ -423,7 +424,7 @@ def ports_have_one_name(manifests: Manifests) -> Iterator[str]:
                             yield from wrong(None, port["port"], f"{name}: spec.{way}", document)
             case "HTTPRoute":
                 for rule in spec["rules"]:
-                    for backend in rule["backendRefs"]:
+                    for backend in rule.get("backendRefs", []):
                         yield from wrong("serve", backend["port"], f"{name}: spec.rules", document)
             case "PodMonitor" | "ServiceMonitor":
                 kind = document["kind"]
@@ -437,6 +438,36 @@ def ports_have_one_name(manifests: Manifests) -> Iterator[str]:
                             f"{name}: port {endpoint['port']} is not one of {', '.join(PORTS)} "
                             f"({manifests.written_in(document, document['kind'])})"
                         )
+                    for address in _addresses(endpoint):
+                        number = int(address.rpartition(":")[2])
+                        yield from wrong("serve", number, f"{name}: relabelings", document)
+
+
+def _addresses(endpoint: dict[str, Any]) -> list[str]:
+    """Of a monitor: what it asks instead of what was found."""
+    relabelings = endpoint.get("relabelings", [])
+    return [one["replacement"] for one in relabelings if one["targetLabel"] == "__address__"]
+
+
+def the_application_is_read_once(manifests: Manifests) -> Iterator[str]:
+    """A cluster: each gateway answers for all of it, and all would count it several times."""
+    ray = [pod for pod in manifests.pods if pod.document["kind"] == "RayService"]
+    monitors = manifests.of_kind("PodMonitor")
+    of_application = []
+    for monitor in monitors:
+        where = f"PodMonitor/{monitor['metadata']['name']}: spec"
+        file = manifests.written_in(monitor, "PodMonitor")
+        labels = monitor["spec"]["selector"]["matchLabels"]
+        own = {k: v for k, v in labels.items() if not k.startswith("ray.io/")}  # not KubeRay's
+        if not all(own.items() <= pod.labels.items() for pod in ray):
+            yield f"{where}.selector: {own} are not the labels of Ray's pods ({file})"
+        if any(map(_addresses, monitor["spec"].get("podMetricsEndpoints", []))):
+            of_application.append(monitor)
+            if labels.get("ray.io/node-type") != "head":
+                yield f"{where}.selector: write ray.io/node-type: head: there is one ({file})"
+    if monitors and len(of_application) != 1:
+        file = manifests.written_in(monitors[0], "PodMonitor")
+        yield f"PodMonitor: {len(of_application)} of them read the application's /metrics ({file})"
 
 
 _SECRET_NAME = re.compile(r"TOKEN|PASSWORD|SECRET|KEYS?$", re.IGNORECASE)
@@ -731,13 +762,23 @@ def neighbours_are_reached(manifests: Manifests) -> Iterator[str]:
             )
     for route in manifests.of_kind("HTTPRoute"):
         for rule in route["spec"]["rules"]:
-            for backend in rule["backendRefs"]:
+            for backend in rule.get("backendRefs", []):
                 if backend["name"] not in {*services, f"{name}-serve-svc"}:
                     yield (
                         f"HTTPRoute/{route['metadata']['name']}: spec.rules.backendRefs: no "
                         f"Service {backend['name']} ({manifests.written_in(route, 'backendRefs')})"
                     )
     known = {(one["kind"], one["metadata"]["name"]) for one in manifests.documents}
+    for route in manifests.of_kind("HTTPRoute"):
+        for rule in route["spec"]["rules"]:
+            for one in rule.get("filters", []):
+                reference = one.get("extensionRef")
+                if reference and (reference["kind"], reference["name"]) not in known:
+                    yield (
+                        f"HTTPRoute/{route['metadata']['name']}: spec.rules.filters: no "
+                        f"{reference['kind']} {reference['name']} "
+                        f"({manifests.written_in(route, 'extensionRef')})"
+                    )
     if "upgradeStrategy" in manifests.service["spec"]:  # KubeRay's
         known |= {("Gateway", f"{name}-gateway"), ("HTTPRoute", f"{name}-httproute")}
     for policy in manifests.of_kind("BackendTrafficPolicy", "ClientTrafficPolicy"):
@@ -772,6 +813,11 @@ def neighbours_are_reached(manifests: Manifests) -> Iterator[str]:
             }
             if missing := ports - let_in:
                 yield f"{where}.ingress: {namespace} does not get to {sorted(missing)} ({file})"
+        let_out = {
+            port["port"] for rule in policy["spec"]["egress"] for port in rule.get("ports", [])
+        }
+        if missing := {PORTS["https"], PORTS["dns"], PORTS["otlp"]} - let_out:
+            yield f"{where}.egress: pods do not get to {sorted(missing)} ({file})"
 
 
 def the_way_in_is_wide_enough(manifests: Manifests) -> Iterator[str]:
@@ -790,7 +836,20 @@ def the_way_in_is_wide_enough(manifests: Manifests) -> Iterator[str]:
     limits = config.engine.limits
     timeouts, removed, sizes = [], set(), []
     for route in routes:
+        closed = {
+            match["path"]["value"]
+            for rule in route["spec"]["rules"]
+            if "backendRefs" not in rule
+            for match in rule["matches"]
+        }
+        if "/metrics" not in closed:
+            yield (
+                f"HTTPRoute/{route['metadata']['name']}: spec.rules: /metrics is open to every API "
+                f"key, and names all of them ({manifests.written_in(route, 'HTTPRoute')})"
+            )
         for rule in route["spec"]["rules"]:
+            if "backendRefs" not in rule:
+                continue
             where = f"HTTPRoute/{route['metadata']['name']}: spec.rules.timeouts.request"
             timeouts.append((route, where, rule.get("timeouts", {}).get("request", "15s")))
             for one in rule.get("filters", []):
@@ -845,6 +904,7 @@ RULES: list[Rule] = [
     nobody_is_privileged,
     budgets_select_pods,
     neighbours_are_reached,
+    the_application_is_read_once,
     the_way_in_is_wide_enough,
     daemons_reach_their_nodes,
     platform_keeps_its_schemas,

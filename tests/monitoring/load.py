@@ -4,7 +4,7 @@ import concurrent.futures
 import itertools
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import httpx
@@ -14,10 +14,19 @@ from tests.e2e.conftest import scaled_demo
 KNOBS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
 """Two replicas for what these clients bring, decided within seconds."""
 
-CLIENTS = 4
+CLIENTS = 3
 
-RETRY_S = 1.0
-"""A client that is refused does something else for as long."""
+STEPS = 10
+
+PAUSE_S = 1.0
+"""A client looks at what it got for as long: all ask for less than two replicas can do."""
+
+TIGHT = 1.25
+"""Of the time that a picture takes alone: who names that as its deadline is in time with whoever
+has nothing else to do, and is refused by the others."""
+
+TIGHT_EVERY = 8
+"""Turns, once one was refused: of what is promised, one of twenty may be."""
 
 
 def demo_of_two(port: int) -> dict[str, Any]:
@@ -25,19 +34,26 @@ def demo_of_two(port: int) -> dict[str, Any]:
     return scaled_demo(port, (1, 2), {"num_gpus": 0, "num_cpus": 0.4}, KNOBS)
 
 
-def _kinds() -> Iterator[dict[str, Any]]:
-    """Sizes, lengths and ways to ask, in turns."""
+def _kinds(alone_s: float, outcomes: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Sizes, lengths and ways to ask, in turns.
+
+    ``alone_s``: what a picture of `STEPS` takes; ``outcomes``: those so far.
+    """
+    seeds = itertools.count()
+    tight = {"num_inference_steps": STEPS, "deadline_s": TIGHT * alone_s}
     ways: list[dict[str, Any]] = [
         {"num_inference_steps": 20},
         {"num_inference_steps": 40, "size": "128x128"},
         {"num_inference_steps": 30, "stream": True, "partial_images": 2},
         {"num_inference_steps": 30, "n": 2},
         {"num_inference_steps": 20, "size": "96x64"},
-        {"num_inference_steps": 200, "deadline_s": 0.01},  # refused: nobody can be so quick
-        {"num_inference_steps": 200, "hang_up": True},
+        {"num_inference_steps": 200, "deadline_s": 0.01},  # a mistake: nobody can be so quick
+        {"num_inference_steps": 40, "hang_up": True},
     ]
-    for seed, way in enumerate(itertools.cycle(ways)):
-        yield {"prompt": "a red circle", "seed": seed, "deadline_s": 90} | way
+    for turn in itertools.count():
+        asked = [tight] if turn % TIGHT_EVERY == 0 or "429" not in outcomes else []
+        for way in ways[:3] + asked + ways[3:]:
+            yield {"prompt": "a red circle", "seed": next(seeds), "deadline_s": 90} | way
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
@@ -58,7 +74,7 @@ class MixedLoad:
 
     def __init__(self, url: str) -> None:
         self._url = url
-        self._kinds = _kinds()
+        self._kinds: Iterator[dict[str, Any]] = iter(())
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._pool = concurrent.futures.ThreadPoolExecutor(CLIENTS)
@@ -67,6 +83,7 @@ class MixedLoad:
         """How many came out how: statuses, and "hung up"."""
 
     def __enter__(self) -> "MixedLoad":
+        self._kinds = _kinds(self._alone_s(), self.outcomes)
         self._clients = [self._pool.submit(self._run) for _ in range(CLIENTS)]
         return self
 
@@ -76,6 +93,13 @@ class MixedLoad:
         for client in self._clients:
             client.result()
 
+    def _alone_s(self) -> float:
+        """By the server's own clock."""
+        body = {"prompt": "a red circle", "seed": 0, "num_inference_steps": STEPS}
+        answer = httpx.post(f"{self._url}/v1/images/generations", json=body, timeout=120)
+        timings = answer.raise_for_status().json()["timings"]
+        return float(timings["encode_s"] + timings["denoise_s"] + timings["decode_s"])
+
     def _run(self) -> None:
         with httpx.Client(base_url=self._url, timeout=120) as client:
             while not self._over.is_set():
@@ -84,5 +108,4 @@ class MixedLoad:
                 outcome = _ask(client, body)
                 with self._lock:
                     self.outcomes[outcome] += 1
-                if outcome == "429":
-                    self._over.wait(RETRY_S)
+                self._over.wait(PAUSE_S)

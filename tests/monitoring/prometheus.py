@@ -46,7 +46,8 @@ def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
     folder = Path(tempfile.mkdtemp(prefix="dp"))
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
     config = yaml.safe_load(CONFIG.read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    every = f"{SCRAPE_EVERY_S:g}s"
+    config["global"] = {"scrape_interval": every, "evaluation_interval": every}
     config["rule_files"] = [str(folder / "rules.yaml")]
     application, ray = config["scrape_configs"]
     application["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
@@ -79,7 +80,15 @@ def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
 
     try:
         wait_until(ready, deadline_s=30, every_s=0.1, what="Prometheus")
-        yield Prometheus(f"http://{address}")
+        prometheus = Prometheus(f"http://{address}")
+        # What is counted before the first look has not risen.
+        wait_until(
+            lambda: prometheus.value('up{job="diffusion-serve"} == 1'),
+            deadline_s=30,
+            every_s=0.1,
+            what="the first scrape",
+        )
+        yield prometheus
     finally:
         process.terminate()
         process.wait(30)

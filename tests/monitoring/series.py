@@ -14,6 +14,7 @@ FOREIGN = {
     "kuberay_service_condition_ready": "the KubeRay operator",
     "ray_cluster_failed_nodes": "Ray's autoscaler, of a node that failed",
     "ray_cluster_pending_nodes": "Ray's autoscaler, of a node that is coming",
+    "ray_serve_replica_shutdown_duration_ms_count": "Serve's controller, of a replica that ended",
 }
 """Series that a demo on one machine without a GPU cannot have, with who exports them."""
 
@@ -22,8 +23,9 @@ _NO_SERIES = (
     r"{[^}]*}",  # labels that are asked for
     r"\[[^\]]*\]",  # ranges
     r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)",
-    r"\b(and|or|unless|bool|offset)\b",
-    r"\b\w+(?=\s*\()",  # functions
+    r"\boffset\s+\w+",
+    r"\b(and|or|unless|bool)\b",
+    r"(?<![\w:])\w+(?=\s*\()",  # functions
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from monitoring.dashboards import DASHBOARDS, SCALING
 from monitoring.draw import Window, curves, draw, filled_in
-from monitoring.rules import alerts
+from monitoring.rules import alerts, rules
 from tests.e2e.conftest import free_port, start_serve
 from tests.monitoring.load import MixedLoad, demo_of_two
 from tests.monitoring.prometheus import SCRAPE_EVERY_S, Prometheus, start_prometheus
@@ -23,10 +23,13 @@ pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
 LOAD_S = 15.0
 """At least."""
 
+KINDS = {"200", "400", "429", "hung up"}
+"""Of answers: painted, a mistake, refused, and nobody there any more."""
+
 
 @dataclass(frozen=True)
 class Watched:
-    """What is left of the run: a Prometheus that has seen it."""
+    """A Prometheus that has seen all kinds of answers and a second replica, and sees more."""
 
     prometheus: Prometheus
     window: Window
@@ -46,16 +49,17 @@ def watched(report: Callable[[str], None]) -> Iterator[Watched]:
                 wait_until(
                     lambda: (
                         monotonic() > loaded_at + LOAD_S
-                        and {"200", "400", "hung up"} <= load.outcomes.keys()
+                        and load.outcomes.keys() >= KINDS
                         and prometheus.value('diffusion_serve_replicas{state="running"}') == 2
+                        and prometheus.value("model:diffusion_serve_missed:rate5m > 0")
                     ),
                     deadline_s=90,
                     every_s=0.5,
-                    what="all kinds of answers and a second replica",
+                    what="all kinds of answers, a refusal that the rules see, a second replica",
                 )
-            report(f"watched for {monotonic() - started_at:.0f} s: {dict(load.outcomes)}")
-            window = Window(started_s, time.time(), SCRAPE_EVERY_S, 10 * SCRAPE_EVERY_S)
-            yield Watched(prometheus, window)
+                report(f"watched for {monotonic() - started_at:.0f} s: {dict(load.outcomes)}")
+                window = Window(started_s, time.time(), SCRAPE_EVERY_S, 10 * SCRAPE_EVERY_S)
+                yield Watched(prometheus, window)
     finally:
         running.stop()
 
@@ -75,6 +79,10 @@ def test_every_query_shows_what_is_exported(watched: Watched) -> None:
         elif not found:
             empty.append(f"{where}: {query.expr}")
         unknown += [f"{where}: {name}" for name in names - exported]
+    for group in rules()["groups"]:
+        for rule in group["rules"]:
+            names = series_of(rule["expr"]) - FOREIGN.keys()
+            unknown += [f"{group['name']}: {name}" for name in names - exported]
     assert not unknown
     assert not empty
 
@@ -82,7 +90,7 @@ def test_every_query_shows_what_is_exported(watched: Watched) -> None:
 def test_a_client_that_hangs_up_is_no_failure(watched: Watched) -> None:
     counted = watched.prometheus.get("query", query="diffusion_serve_requests_total > 0")["result"]
     outcomes = {series["metric"]["outcome"] for series in counted}
-    assert "cancelled" in outcomes
+    assert {"cancelled", "overloaded"} <= outcomes
     assert not {"internal_error", "generation_failed"} & outcomes
 
 
@@ -101,10 +109,11 @@ def test_alerts_are_looked_at_and_stay_quiet(watched: Watched) -> None:
         step=SCRAPE_EVERY_S,
     )
     assert fired["result"] == []
-    # Nor would one fire if all stayed as it is: none is waiting for its time to be over.
+    # Nor would one fire if all stayed as it is: there is a moment under this load in which none is
+    # waiting for its time to be over.
     wait_until(
         lambda: not watched.prometheus.get("alerts")["alerts"],
-        deadline_s=40,
+        deadline_s=120,
         every_s=0.5,
         what=f"no alert to be pending; {watched.prometheus.get('alerts')}",
     )

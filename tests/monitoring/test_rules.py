@@ -5,14 +5,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from monitoring.dashboards import DASHBOARDS, GPU, RATE
 from monitoring.rules import SOURCE, alerts, rules
-from serve_app.errors import ConfigError, DiffusionServeError, Overloaded
-from serve_app.metrics import RAY_GAUGES, declared
+from serve_app.errors import Overloaded
+from serve_app.metrics import RAY_GAUGES, UNSERVED, declared
 from tests.monitoring.series import FOREIGN, series_of
 
 ROOT = Path(__file__).parents[2]
@@ -76,18 +77,9 @@ def test_every_alert_has_its_section_in_the_runbook_and_none_is_left_over() -> N
             assert part in section, f"{name} has no {part}"
 
 
-def _codes(kind: type[DiffusionServeError]) -> set[str]:
-    """Of failures that a request can meet and that are not the client's."""
-    if issubclass(kind, ConfigError):  # at start
-        return set()
-    own = {kind.code} if kind.status >= 500 else set()
-    return own.union(*(_codes(below) for below in kind.__subclasses__()))
-
-
 def test_failures_are_all_that_the_server_is_to_blame_for() -> None:
     named = [set(found.split("|")) for found in re.findall(r'outcome=~"(.*?)"', SOURCE.read_text())]
-    failures = _codes(DiffusionServeError)
-    assert named == [failures | {Overloaded.code}] * 2 + [failures]
+    assert named == [set(UNSERVED)] * 2 + [set(UNSERVED) - {Overloaded.code}]
 
 
 def _rule_expressions() -> list[str]:
@@ -111,7 +103,9 @@ def test_rules_and_dashboards_name_only_series_that_somebody_exports() -> None:
         "up",
         "process_resident_memory_bytes",
         "ray_cluster_active_nodes",
+        "ray_serve_deployment_replica_healthy",
         "ray_serve_deployment_status",
+        "ray_serve_replica_startup_latency_ms_count",
         *FOREIGN,
     }
     shown = [query.expr for dashboard in DASHBOARDS for query in dashboard.queries]
@@ -120,31 +114,49 @@ def test_rules_and_dashboards_name_only_series_that_somebody_exports() -> None:
     assert FOREIGN.keys() <= named, "nobody asks for them any more"
 
 
-def test_gpus_are_joined_with_the_replicas_on_them(tmp_path: Path) -> None:
-    """Two replicas may share one; an idle GPU is shown as well."""
+@pytest.mark.parametrize(
+    ("model", "others"),
+    [
+        (".*", [{"labels": '{UUID="GPU-4", replica="d"}', "value": 0.4}]),
+        ("sdxl", []),
+    ],
+)
+def test_gpus_are_joined_with_the_replicas_on_them(
+    tmp_path: Path, model: str, others: list[dict[str, Any]]
+) -> None:
+    """Two replicas may share one; an idle GPU is shown as well, and one of another model is not."""
     [expr] = [query.expr for panel in GPU.panels for query in panel.queries if "UTIL" in query.expr]
-    info = 'diffusion_serve_engine_info{model="sdxl", gpu="GPU-%s", replica="%s"}'
+    info = 'diffusion_serve_engine_info{model="%s", gpu="GPU-%s", replica="%s"}'
     checks = {
         "input_series": [
-            {"series": info % ("1", "a"), "values": "1x5"},
-            {"series": info % ("1", "b"), "values": "1x5"},
-            {"series": info % ("2", "c"), "values": "1x5"},
+            *(
+                {"series": info % whose, "values": "1x5"}
+                for whose in (
+                    ("sdxl", "1", "a"),
+                    ("sdxl", "1", "b"),
+                    ("sdxl", "2", "c"),
+                    ("flux", "4", "d"),
+                )
+            ),
             *(
                 {
                     "series": f'DCGM_FI_DEV_GPU_UTIL{{UUID="GPU-{n}", gpu="{n}"}}',
                     "values": f"{n}0x5",
                 }
-                for n in (1, 2, 3)
+                for n in (1, 2, 3, 4)
             ),
         ],
         "promql_expr_test": [
             {
-                "expr": expr.replace("$model", ".*").replace(RATE, "1m"),
+                "expr": expr.replace("$namespace", ".*")
+                .replace("$model", model)
+                .replace(RATE, "1m"),
                 "eval_time": "3m",
                 "exp_samples": [
                     {"labels": '{UUID="GPU-1", replica="a"}', "value": 0.1},
                     {"labels": '{UUID="GPU-1", replica="b"}', "value": 0.1},
                     {"labels": '{UUID="GPU-2", replica="c"}', "value": 0.2},
+                    *others,
                     {"labels": '{UUID="GPU-3"}', "value": 0.3},
                 ],
             }
