@@ -16,7 +16,7 @@ from serve_app.engine.events import Queued, Timeline
 from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo, Priority, Standing
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Guest
-from serve_app.gateway.painter import Painter, PainterEvent, within
+from serve_app.gateway.painter import Painter, PainterEvent
 from serve_app.gateway.promises import Promises, fingerprint
 from serve_app.gateway.record import Record
 from serve_app.gateway.schemas import (
@@ -141,7 +141,7 @@ class Studio:
             )
         if body.n > self._limits.max_images:
             raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
-        model = await self._painter.describe()
+        model = await self._painter.describe(body.deadline_s)
         params = replace(self._params(body, model), priority=guest.priority)
         if image is None:
             params = params.resolved(model)
@@ -224,11 +224,11 @@ class Studio:
     async def _events(
         self, order: Order, params: GenerationParams
     ) -> AsyncGenerator[PainterEvent, None]:
-        """The events of one of its pictures, within the time that the server allows."""
+        """The events of one of its pictures."""
         painting = self._painter.paint(
             params, order.body.encoding(), order.body.progress, order.standing
         )
-        async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
+        async with aclosing(painting) as events:
             async for event in events:
                 if order.record.sampled:
                     order.reached(params, event)
