@@ -102,8 +102,9 @@ def judge(
     if own is not None and not standing.returning:
         delay_s = max((one.late_s for one in delayed), default=0.0)
         excess_s = max(excess_s, own.wish.finish_s - own.deadline_s, delay_s)
-        if own.wish.late_s > 0 or (idle and delay_s > 0):
-            cause = "company" if idle else "late"
+        missed_s = max(own.wish.late_s, delay_s) if idle else own.wish.late_s
+        if missed_s > 0:
+            cause = "company" if in_company and missed_s > joined_s else "late"
         elif own.wish.late_s + promised_s > 0:
             cause = "promised"
         elif delay_s > 0:

@@ -72,6 +72,12 @@ def test_who_cannot_be_in_time_together_is_refused_though_nobody_else_is_here() 
     refusal = judge(0.0, 30.0, FRESH, own(3.0, 2.0), in_company=True)
     assert refusal is not None
     assert (refusal.reason, refusal.cause, refusal.excess_s) == ("deadline", "company", 1.0)
+    refusal = judge(0.5, 30.0, FRESH, own(3.5, 2.0), in_company=True)
+    assert refusal is not None
+    assert refusal.cause == "company"  # too late without what else is here as well
+    refusal = judge(1.5, 30.0, FRESH, own(3.0, 2.0), in_company=True)
+    assert refusal is not None
+    assert refusal.cause == "late"
     # Nor if it is the others of them that would be late.
     assert judge(0.0, 30.0, FRESH, own(1.0, 2.0), [Wish(3.0, 2.0)], in_company=True) is not None
     assert judge(0.0, 30.0, FRESH, own(2.0, 2.0), [Wish(2.0, 2.0)], in_company=True) is None
