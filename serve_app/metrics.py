@@ -382,7 +382,7 @@ WAITING = RayGauge(
 )
 MEASURED_COLD_START = RayGauge(
     "diffusion_serve_autoscaling_cold_start_seconds",
-    "From asking for a replica until it paints, as measured, or else as configured.",
+    "From asking for a replica until it paints: measured or configured, more while one is overdue.",
 )
 
 RAY_GAUGES = (

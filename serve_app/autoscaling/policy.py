@@ -152,7 +152,8 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
     that what waits is done within ``target_drain_s`` from when new ones could help. Those that are
     starting count: one burst is answered once. A surplus is given up when nothing larger was wanted
     for ``hold_s`` or half a cold start: who gives up a replica that is wanted again pays that start
-    with late requests.
+    with late requests. The first replica is awaited even if nobody waits any more: clients were
+    told to come when it is there.
     """
     memory = _observed(load, params, memory)
     cold_start_s = _cold_start(load, params, memory)
@@ -166,6 +167,8 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
     term: Term = "backlog" if by_backlog > by_arrivals else "arrivals"
     if wanted < 1 and any(one.batch_backlog_s > 0 for one in load.replicas):
         wanted, term = 1, "batch"
+    if wanted < 1 and not load.running and load.target and _comes(load, params, memory):
+        wanted, term = 1, "held"
 
     recent = [entry for entry in memory.wanted if entry[1] > wanted]
     since_s = load.at_s - max(params.hold_s, cold_start_s / 2)
@@ -243,6 +246,12 @@ def _cold_start(load: Load, params: ScalingParams, memory: Memory) -> float:
     overdue_s = load.at_s - memory.starts[0].at_s if memory.starts else 0.0
     # One that never comes, for want of a GPU, shall not stop the rest of the arithmetic.
     return max(known_s, min(overdue_s, _MOST_OVERDUE * known_s))
+
+
+def _comes(load: Load, params: ScalingParams, memory: Memory) -> bool:
+    """Whether a start is under way that may still end well."""
+    known_s = memory.cold_start_s or params.cold_start_s
+    return bool(memory.starts) and load.at_s - memory.starts[0].at_s < _MOST_OVERDUE * known_s
 
 
 def _forecast(params: ScalingParams, memory: Memory, cold_start_s: float) -> float:

@@ -49,6 +49,9 @@ STALE_S = 10.0
 STALE_REPORTS = 3.0
 """The same in multiples of the interval between reports, where that is long."""
 
+SILENT_S = 60.0
+"""Replicas that say nothing for so long are a fault, and no start or hiccup."""
+
 
 class WorkPolicy:
     """Scales a deployment by the work that waits; kept by Serve, called with its figures.
@@ -70,6 +73,7 @@ class WorkPolicy:
             )
         self._memory = Memory()
         self._wanted: int | None = None
+        self._all_known_at: float | None = None
         self._gauges = _Gauges()
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
@@ -84,8 +88,29 @@ class WorkPolicy:
         if decision.replicas != self._wanted:
             self._wanted = decision.replicas
             logger.info("%s/%s: %s", ctx.app_name, ctx.deployment_name, decision)
+        self._complain(load, ctx)
         self._gauges.set(decision, ctx)
         return decision.replicas, {}
+
+    def _complain(self, load: Load, ctx: AutoscalingContext) -> None:
+        """Once for each time that it goes on with figures missing: it would not scale, and be
+        silent."""
+        missing = load.running - len(load.replicas)
+        if not missing or self._all_known_at is None:
+            self._all_known_at = load.at_s
+        elif load.at_s - self._all_known_at > SILENT_S:
+            self._all_known_at = math.inf
+            logger.warning(
+                "%s/%s: no figures, or old ones, of %d of %d replicas for %.0f s: none is given "
+                "up, and what waits there is not seen. Do they answer, and are the clocks of their "
+                "nodes within %.0f s of the head's?",
+                ctx.app_name,
+                ctx.deployment_name,
+                missing,
+                load.running,
+                SILENT_S,
+                STALE_S,
+            )
 
 
 def load_of(ctx: AutoscalingContext) -> Load:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParams, decide
+from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParams, Start, decide
 
 PARAMS = ScalingParams(
     min_replicas=1,
@@ -281,6 +281,43 @@ def test_to_zero_and_from_zero() -> None:
     decision, _ = decide(load, params, replace(cluster.memory, mean_work_s=4.0))
     assert decision.replicas == math.ceil(30 * 4 / params.target_drain_s)
     assert decision.term == "backlog"
+
+
+def test_the_first_replica_is_awaited_though_nobody_waits_any_more() -> None:
+    """Who was told to come when it is there shall find it, and for as long as a surplus is held."""
+    params = replace(PARAMS, min_replicas=0, hold_s=10.0, cold_start_s=100.0)
+    cluster = Cluster(params, 0, cold_start_s=150.0)
+    for _ in range(60):
+        cluster.tick(0.0)
+    assert cluster.target == 0
+    # Serve starts the first one by itself, and asks again when who waited for it has gone.
+    cluster.target, cluster.ready_at = 1, [cluster.now + cluster.cold_start_s]
+    start = Start(cluster.now, 1)
+    cluster.memory = replace(cluster.memory, starts=(start,))
+    for _ in range(150):
+        cluster.tick(0.0)
+        assert cluster.target == 1
+    assert cluster.running == 1
+    there_for_s = 0
+    while cluster.target:
+        cluster.tick(0.0)
+        there_for_s += 1
+    assert cluster.memory.cold_start_s is not None
+    assert there_for_s == pytest.approx(cluster.memory.cold_start_s / 2, abs=2)
+
+
+def test_a_first_replica_that_never_comes_is_given_up() -> None:
+    params = replace(PARAMS, min_replicas=0, hold_s=10.0, cold_start_s=100.0)
+    cluster = Cluster(params, 0, cold_start_s=math.inf)
+    cluster.tick(0.0)
+    cluster.target, cluster.ready_at = 1, [math.inf]
+    cluster.memory = replace(cluster.memory, starts=(Start(cluster.now, 1),))
+    for _ in range(399):
+        cluster.tick(0.0)
+    assert cluster.target == 1
+    for _ in range(300):
+        cluster.tick(0.0)
+    assert cluster.target == 0
 
 
 def test_batch_work_keeps_one_replica_and_buys_none() -> None:

@@ -147,6 +147,39 @@ def test_a_change_of_the_number_is_one_line(caplog: pytest.LogCaptureFixture) ->
     assert "waiting_s 150" in lines[1]
 
 
+def test_figures_that_stay_missing_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray.serve").addHandler(caplog.handler)
+    policy = WorkPolicy()
+
+    def told(of: int) -> int:
+        return caplog.text.count(f"no figures, or old ones, of 1 of {of} replicas for 60 s")
+
+    both = dict.fromkeys("ab", FIGURES)
+    try:
+        for second in range(60):  # a start, for one
+            policy(context({"a": FIGURES}, running=["a", "b"], at_s=NOW + second))
+        assert not told(2)
+        policy(context(both, at_s=NOW + 60))
+        for second in range(61, 300):
+            policy(context({"a": FIGURES}, running=["a", "b"], at_s=NOW + second))
+        assert told(2) == 1
+        policy(context(both, at_s=NOW + 300))
+        for second in range(301, 400):
+            policy(context(both, running=["a", "b", "c"], at_s=NOW + second))
+        assert told(3) == 1
+    finally:
+        logging.getLogger("ray.serve").removeHandler(caplog.handler)
+
+
+def test_a_first_replica_that_serve_started_is_kept_though_nobody_waits() -> None:
+    policy = WorkPolicy(cold_start_s=100, hold_s=0)
+    assert policy(context(at_s=NOW))[0] == 0
+    up = {"last_scale_up_time": NOW + 1, "target": 1}
+    assert policy(context(at_s=NOW + 30, **up))[0] == 1  # type: ignore[arg-type]
+    assert policy(context(at_s=NOW + 300, **up))[0] == 1  # type: ignore[arg-type]
+    assert policy(context(at_s=NOW + 600, **up))[0] == 0  # type: ignore[arg-type]
+
+
 def test_the_start_of_the_first_replica_is_measured_though_serve_decided_it() -> None:
     policy = WorkPolicy(cold_start_s=100)
     policy(context(at_s=NOW))

@@ -47,6 +47,18 @@ class Manifests:
     folder: Path
     documents: list[Document]
 
+    @property
+    def root(self) -> Path:
+        """Of the repository, or of a copy of its cluster/ and what belongs to that."""
+        return self.folder.parents[2]
+
+    @cached_property
+    def expected(self) -> dict[str, Any]:
+        """Of the cluster's nodes."""
+        text = (self.root / "cluster/platform/nodes.yaml").read_text()
+        content: dict[str, Any] = yaml.safe_load(text)
+        return content
+
     def of_kind(self, *kinds: str) -> list[Document]:
         return [one for one in self.documents if one["kind"] in kinds]
 
@@ -118,7 +130,7 @@ class Manifests:
             file for file in candidates if all(pattern.search(texts[file]) for pattern in patterns)
         ]
         found = (having or defining)[-1]
-        return str(found.relative_to(self.folder.parents[2]))
+        return str(found.relative_to(self.root))
 
 
 _PATCH = re.compile(r"^\s*- \{?op: ", re.MULTILINE)

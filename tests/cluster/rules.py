@@ -9,11 +9,9 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from kubernetes.utils.quantity import parse_quantity
 from packaging.requirements import Requirement
 from pydantic import ValidationError
@@ -26,6 +24,12 @@ from serve_app.config import AppConfig, parse_app_config, policy_kwargs
 from serve_app.doctor.placement import untolerated
 from serve_app.errors import ConfigError
 from tests.cluster.manifests import Document, Manifests, Pod
+from tests.cluster.platform_rules import (
+    daemons_reach_their_nodes,
+    platform_gives_what_pods_name,
+    platform_is_installed_in_order,
+    platform_keeps_its_schemas,
+)
 from tests.cluster.schemas import check_schema
 
 ROOT = Path(__file__).parents[2]
@@ -59,6 +63,9 @@ SECRETS = {
     "diffusion-serve-tls": {"tls.crt", "tls.key"},
 }
 """Those that cluster/README.md says how to make, with their keys."""
+
+OPTIONAL_SECRETS = {"hugging-face"}
+"""Pods start without them."""
 
 
 # What the parts of a rendered overlay say.
@@ -123,12 +130,6 @@ def worker(manifests: Manifests, group: str) -> Pod:
     return pod
 
 
-@cache
-def platform() -> dict[str, Any]:
-    content: dict[str, Any] = yaml.safe_load((ROOT / "cluster/platform/nodes.yaml").read_text())
-    return content
-
-
 def variables(container: dict[str, Any]) -> dict[str, str]:
     return {one["name"]: one.get("value", "") for one in container.get("env", [])}
 
@@ -163,7 +164,7 @@ def groups_have_one_name(manifests: Manifests) -> Iterator[str]:
 def serve_config_is_right(manifests: Manifests) -> Iterator[str]:
     where = "RayService/diffusion-serve: spec.serveConfigV2"
     if not manifests.serve:
-        file = (manifests.folder / "kustomization.yaml").relative_to(manifests.folder.parents[2])
+        file = (manifests.folder / "kustomization.yaml").relative_to(manifests.root)
         yield f"{where} is empty: copy one of configs/ into it by replacements ({file})"
         return
     try:
@@ -184,7 +185,7 @@ def serve_config_is_right(manifests: Manifests) -> Iterator[str]:
 def _config_file(manifests: Manifests) -> str:
     """Which of configs/ it is a copy of."""
     text = manifests.service["spec"]["serveConfigV2"]
-    configs = manifests.folder.parents[2] / "configs"
+    configs = manifests.root / "configs"
     for file in configs.glob("*.yaml"):
         if file.read_text() == text:
             return f"configs/{file.name}"
@@ -295,12 +296,12 @@ def graces_are_in_order(manifests: Manifests) -> Iterator[str]:
         if group.get("labels", {}).items() >= NO_GATEWAY.items()
     }
     for pod in manifests.pods:
-        if pod.group is None:
+        if pod.document["kind"] != "RayService":
             continue
         here = [deployed["Generator"]] if pod.group in without else deployed.values()
         grace_s = max(one.grace_s for one in here)
         drain_s = float(variables(pod.spec["containers"][0]).get(DRAIN_VARIABLE, 30))
-        if grace_s > drain_s:
+        if pod.group is not None and grace_s > drain_s:  # the head has no replicas
             yield (
                 f"{pod.where}.containers[0].env.{DRAIN_VARIABLE} is {drain_s:g} "
                 f"({manifests.written_in(pod, DRAIN_VARIABLE)}), less than "
@@ -346,7 +347,7 @@ def tolerations_fit_the_taints(manifests: Manifests) -> Iterator[str]:
         on_gpu_nodes = gpus_of(pod) or "nvidia.com/gpu.present" in selected
         met = [
             taint
-            for taint in platform()["taints"]
+            for taint in manifests.expected["taints"]
             if (on_gpu_nodes if taint["key"] == "nvidia.com/gpu" else taint["key"] in selected)
         ]
         for taint in untolerated(pod.spec, {"spec": {"taints": met}}):
@@ -501,6 +502,28 @@ def _secret_references(
             yield document, *found
 
 
+def secrets_are_made_first(manifests: Manifests) -> Iterator[str]:
+    """README.md makes what an overlay needs before it applies it, and keys before their Secret."""
+    text = (manifests.root / "README.md").read_text()
+    steps, applied, _ = text.partition(
+        f"kubectl apply -k cluster/overlays/{manifests.folder.name}\n"
+    )
+    if not applied:
+        return
+    steps = steps[steps.rindex("```sh\n") :]
+    needed = {name for _, _, name, _ in _secret_references(manifests)} - OPTIONAL_SECRETS
+    for name in sorted(needed):
+        made = re.search(rf"create secret generic {name}\s(.*\\\n)*.*", steps)
+        keys = set(re.findall(r"--from-(?:file|literal)=([\w.]+)", made[0])) if made else set()
+        if keys != SECRETS[name]:
+            yield (
+                f"the Secret {name}, keys {', '.join(sorted(SECRETS[name]))}, is not made before "
+                f"`{applied.strip()}` (README.md)"
+            )
+    if steps.rfind("> keys.yaml") > steps.find("--from-file=keys.yaml") >= 0:
+        yield "a key is written to keys.yaml after the Secret api-keys was made of it (README.md)"
+
+
 def volumes_exist(manifests: Manifests) -> Iterator[str]:
     claims = {one["metadata"]["name"] for one in manifests.of_kind("PersistentVolumeClaim")}
     for pod in manifests.pods:
@@ -567,35 +590,38 @@ def worker_groups_are_alike(manifests: Manifests) -> Iterator[str]:
 
 
 def pods_fit_their_nodes(manifests: Manifests) -> Iterator[str]:
-    nodes = {one["product"]: one for one in platform()["nodes"]}
+    """Nodes with a product that they name; else all that have what they ask for."""
+    nodes = {one["product"]: one for one in manifests.expected["nodes"]}
     for pod in manifests.pods:
-        for product in _products(pod):
+        named = _products(pod)
+        for product in named:
             if product not in nodes:
                 yield (
                     f"{pod.where}.affinity: the product {product} is not in "
                     f"cluster/platform/nodes.yaml ({manifests.written_in(pod, product)})"
                 )
-                continue
-            room = nodes[product]["allocatable"]
-            requests = pod.spec["containers"][0]["resources"]["requests"]
-            gpu = next(filter(_is_gpu, requests), "nvidia.com/gpu")
-            if gpu not in requests:
-                continue  # requests_equal_limits says so
-            if gpu not in room:
-                yield (
-                    f"{pod.where}.containers[0].resources: nodes with {product} have no {gpu} "
-                    f"(cluster/platform/nodes.yaml; {manifests.written_in(pod, gpu)})"
-                )
-                continue
+        requests = pod.spec["containers"][0].get("resources", {}).get("requests", {})
+        gpu = next(filter(_is_gpu, requests), None)
+        if gpu is None:
+            continue
+        chosen = [one for one in nodes.values() if not named or one["product"] in named]
+        having = [one for one in chosen if gpu in one["allocatable"]]
+        if chosen and not having:
+            yield (
+                f"{pod.where}.containers[0].resources: no nodes with {', '.join(named) or 'a GPU'} "
+                f"have {gpu} (cluster/platform/nodes.yaml; {manifests.written_in(pod, gpu)})"
+            )
+        for node in having:
+            room = node["allocatable"]
             pods = parse_quantity(room[gpu]) // parse_quantity(requests[gpu])
             for name in ("cpu", "memory"):
                 wanted = pods * parse_quantity(requests[name])
-                wanted += parse_quantity(platform()["daemons"][name])
+                wanted += parse_quantity(manifests.expected["daemons"][name])
                 if not pods or wanted > parse_quantity(room[name]):
                     yield (
                         f"{pod.where}.containers[0].resources.requests.{name} is {requests[name]}: "
                         f"{pods} such pods and the daemons do not fit into {room[name]} of "
-                        f"{nodes[product]['machine']} (cluster/platform/nodes.yaml; "
+                        f"{node['machine']} (cluster/platform/nodes.yaml; "
                         f"{manifests.written_in(pod, name, requests[name])})"
                     )
 
@@ -825,6 +851,7 @@ RULES: list[Rule] = [
     images_are_pinned,
     ports_have_one_name,
     secrets_are_referred_to,
+    secrets_are_made_first,
     volumes_exist,
     worker_groups_are_alike,
     pods_fit_their_nodes,
@@ -833,6 +860,10 @@ RULES: list[Rule] = [
     budgets_select_pods,
     neighbours_are_reached,
     the_way_in_is_wide_enough,
+    daemons_reach_their_nodes,
+    platform_keeps_its_schemas,
+    platform_gives_what_pods_name,
+    platform_is_installed_in_order,
 ]
 
 

@@ -4,13 +4,14 @@ rule against a one-line edit that breaks it."""
 import os
 import re
 import shutil
+import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.cluster.manifests import Manifests, RenderError, render
+from tests.cluster.manifests import KUBECTL, Manifests, RenderError, render
 from tests.cluster.rules import RULES, problems
 from tests.cluster.schemas import CRD_DIR
 
@@ -32,9 +33,10 @@ def _crds() -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """cluster/ and configs/, to be edited."""
+    """cluster/ and what belongs to it, to be edited."""
     for folder in ("cluster", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "README.md", tmp_path)
     return tmp_path
 
 
@@ -120,6 +122,21 @@ def test_the_smoke_test_of_the_platform_keeps_all_rules() -> None:
     manifests = Manifests(production.folder, [*production.documents, smoke])
     assert [pod.document["kind"] for pod in manifests.pods][-1] == "Pod"
     assert problems(manifests) == []
+
+
+def test_the_smoke_test_is_given_the_runtime_class_by_the_command_that_is_shown() -> None:
+    readme = (CLUSTER / "platform/README.md").read_text()
+    shown = re.search(r"^kubectl (patch .*?) \| kubectl create", readme.replace("\\\n", ""), re.M)
+    assert shown is not None
+    done = subprocess.run(
+        f"{KUBECTL} {shown[1]}", shell=True, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    [runtime] = yaml.safe_load_all((CLUSTER / "platform/runtimeclass.yaml").read_text())
+    smoke = yaml.safe_load((CLUSTER / "platform/gpu-smoke.yaml").read_text())
+    smoke["spec"]["runtimeClassName"] = runtime["metadata"]["name"]
+    [container] = smoke["spec"]["containers"]
+    container["image"] = f"registry.example.com/{container['image']}"
+    assert yaml.safe_load(done.stdout) == smoke
 
 
 def test_components_that_exclude_each_other_are_told(copy: Path) -> None:

@@ -103,6 +103,14 @@ def test_the_targets_differ_in_nothing_but_cuda(dockerfile: Dockerfile) -> None:
     ]
     assert [value.split() for value in steps[0]] == [value.split() for value in steps[1]]
     assert extra in dockerfile.of("packages-gpu", "RUN")[-1].split()
+    last = [dockerfile.stages[target].instructions for target in TARGETS]
+    cpu_steps, gpu_steps = (
+        [one.value for one in steps if one.keyword in ("COPY", "RUN")] for steps in last
+    )
+    assert [
+        value.replace("packages-gpu", "packages-cpu").replace("sdxl.yaml", "demo.yaml")
+        for value in gpu_steps
+    ] == cpu_steps
     indexes = [dockerfile.defaults(f"packages-{target}")["TORCH_INDEX"] for target in TARGETS]
     assert indexes[0].endswith("/cpu")
     assert indexes[1] == ""
