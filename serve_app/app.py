@@ -9,7 +9,7 @@ from serve_app.gateway.deployment import Gateway
 from serve_app.generator import Generator
 
 GRACE_S = 10.0
-"""Between the longest deadline of a request and the end of a replica that is to go away."""
+"""Between the longest that a request may take and the end of a replica that is to go away."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -21,11 +21,11 @@ def build(args: dict[str, Any]) -> Application:
     """
     config = parse_app_config(args)
     check_model_folder(config.model)
+    paint_s = config.engine.limits.max_deadline_s
+    hold_s = config.gateway.max_hold_s
     # The decorator makes deployments of the classes, which type checkers do not see.
     generator, gateway = (
-        cast(Deployment, deployment).options(
-            graceful_shutdown_timeout_s=config.engine.limits.max_deadline_s + GRACE_S
-        )
-        for deployment in (Generator, Gateway)
+        cast(Deployment, deployment).options(graceful_shutdown_timeout_s=longest_s + GRACE_S)
+        for deployment, longest_s in ((Generator, paint_s), (Gateway, hold_s + paint_s))
     )
     return gateway.bind(config, generator.bind(config))

@@ -201,8 +201,8 @@ class LimitsConfig(_Config):
     max_deadline_s: float = Field(
         600.0,
         gt=0,
-        description="The longest deadline that a request may name. What is not done by then is "
-        "given up.",
+        description="The longest deadline that a request may name. What is not done so long after "
+        "a replica took it in is given up.",
     )
 
 

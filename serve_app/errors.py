@@ -110,7 +110,7 @@ class Overloaded(DiffusionServeError):
     """More work waits than can be done in time.
 
     ``work_s`` is what of it this request would have been: so much later the next one is told to
-    come.
+    come. 0 if it came to no engine, which could have said.
     """
 
     status = 429

@@ -4,10 +4,15 @@ from serve_app.app import GRACE_S, build
 
 
 def test_replicas_that_go_away_may_finish_what_they_took_in() -> None:
-    gateway = build({"engine": {"limits": {"max_deadline_s": 45}}})._bound_deployment
+    """A gateway may hold a request for a replica that is starting, before it is painted."""
+    args = {"engine": {"limits": {"max_deadline_s": 45}}, "gateway": {"max_hold_s": 200}}
+    gateway = build(args)._bound_deployment
     [_, generator] = gateway.init_args
-    for deployment in (gateway, generator._bound_deployment):
-        assert deployment._deployment_config.graceful_shutdown_timeout_s == 45 + GRACE_S
+    graces_s = [
+        deployment._deployment_config.graceful_shutdown_timeout_s
+        for deployment in (generator._bound_deployment, gateway)
+    ]
+    assert graces_s == [45 + GRACE_S, 200 + 45 + GRACE_S]
 
 
 def test_gateways_keep_off_nodes_that_come_and_go() -> None:

@@ -1,9 +1,10 @@
 """Who is taken in, and who is told to come again later. Pure Python: from predicted seconds.
 
 Nobody joins a backlog of more than `EngineConfig.max_backlog_s`; and who names a deadline must make
-it, and make nobody miss one who named it before. Who was refused and comes again when told to, as
-`Standing` says, has our word: the backlog may be twice as long, so that those who come for the
-first time cannot take the place that was promised, and if the time was misjudged, it is late.
+it, together with what came with it, and make nobody miss one who named it before. Who was refused
+and comes again when told to, as `Standing` says, has our word: the backlog may be twice as long, so
+that those who come for the first time cannot take the place that was promised, and if the time was
+misjudged, it is late.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,10 @@ RESERVE = 2.0
 """How many times as much work may wait before who comes again when told to."""
 
 Reason = Literal["deadline", "backlog"]
+
+Cause = Literal["backlog", "late", "promised", "company", "delay"]
+"""More is not taken in; or it would itself miss its deadline: for what is here, only with what was
+promised to others, or for those that came with it; or it would make another miss its own."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,13 @@ class Wish:
 class Refusal:
     """Why a request is not taken in."""
 
-    reason: Reason
+    cause: Cause
     excess_s: float
     """When so much of the work that is here is done, it could be, if nobody else comes."""
+
+    @property
+    def reason(self) -> Reason:
+        return "backlog" if self.cause == "backlog" else "deadline"
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ def judge(
     standing: Standing,
     own: Deadline | None = None,
     delayed: Sequence[Wish] = (),
+    in_company: bool = False,
 ) -> Refusal | None:
     """Whether to take a request in: ``None``, or why not.
 
@@ -74,20 +84,31 @@ def judge(
         limit_s: The most of it that the request may join.
         standing: How it comes.
         own: Its deadline, if it names one.
-        delayed: Others with a deadline, which it goes before.
+        delayed: Others with a deadline, which it goes before, those that came with it among them.
+        in_company: Whether others are here that came with it.
 
-    An idle engine refuses only who has waited for it so long that he would be late by far.
+    An idle engine refuses only who has waited for it so long that he would be late by far, and who
+    comes in a company that cannot be done in time together.
     """
-    if not joined_s:
-        too_late = own is not None and hopeless(own.alone_s, own.wish.left_s)
-        return Refusal("deadline", 0.0) if too_late else None
+    idle = not joined_s
+    if idle and own is not None and hopeless(own.alone_s, own.wish.left_s):
+        return Refusal("late", 0.0)
+    if idle and not (in_company and own is not None):
+        return None
     width = RESERVE if standing.returning else 1.0
+    promised_s = 0.0 if idle else standing.promised_s
     excess_s = max(0.0, joined_s - limit_s)
-    late_s = 0.0
+    cause: Cause | None = None
     if own is not None and not standing.returning:
         delay_s = max((one.late_s for one in delayed), default=0.0)
-        late_s = max(own.wish.late_s + standing.promised_s, delay_s)
         excess_s = max(excess_s, own.wish.finish_s - own.deadline_s, delay_s)
-    if joined_s + standing.promised_s > width * limit_s:
-        return Refusal("backlog", excess_s)
-    return Refusal("deadline", excess_s) if late_s > 0 else None
+        missed_s = max(own.wish.late_s, delay_s) if idle else own.wish.late_s
+        if missed_s > 0:
+            cause = "company" if in_company and missed_s > joined_s else "late"
+        elif own.wish.late_s + promised_s > 0:
+            cause = "promised"
+        elif delay_s > 0:
+            cause = "delay"
+    if joined_s + promised_s > width * limit_s:
+        cause = "backlog"
+    return None if cause is None else Refusal(cause, excess_s)

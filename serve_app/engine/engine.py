@@ -483,10 +483,13 @@ class Engine:
             for other, finish in zip(order[index:], finish_s[index:], strict=True)
             if other.params.deadline_s is not None and other not in can_be_late
         ]
-        if refusal := self._judge(request, alone_s, wishes):
+        company = {other for other in self._by_number.values() if self._came_with(request, other)}
+        joined_s = self._joined_s(request, company)
+        if refusal := self._judge(request, joined_s, alone_s, wishes, bool(company)):
             self._policy.drop(task)
             del self._by_number[request.number]
-            self._refuse(request, refusal.reason, self._overloaded(request, refusal, alone_s))
+            error = self._overloaded(request, refusal, joined_s, alone_s)
+            self._refuse(request, refusal.reason, error)
             return
         self._note(request.number, "queued")
         self._waiting.append(request)
@@ -495,33 +498,61 @@ class Engine:
         before = sum(other.job is None for other in order[:index])
         self._tell(request, Queued(before, request.predicted_s))
 
-    def _judge(self, request: Request, alone_s: float, wishes: list[Wish]) -> Refusal | None:
-        """``wishes``: of those that name a deadline, its own first, then those that it delays."""
-        standing, background = request.standing, request.task.background
+    def _came_with(self, request: Request, other: Request) -> bool:
+        order = request.standing.order
+        return other is not request and bool(order) and other.standing.order == order
+
+    def _joined_s(self, request: Request, company: set[Request]) -> float:
+        """Seconds of the work that it finds, without what came with it."""
         joined_s = sum(
             other.task.remaining_s
             for other in self._by_number.values()
-            if other.task.background <= background
+            if other.task.background <= request.task.background
             and other is not request
-            and not (standing.order and other.standing.order == standing.order)
+            and other not in company
         )
-        joined_s /= self._demand.throughput()
-        if background:
+        return joined_s / self._demand.throughput()
+
+    def _judge(
+        self,
+        request: Request,
+        joined_s: float,
+        alone_s: float,
+        wishes: list[Wish],
+        in_company: bool,
+    ) -> Refusal | None:
+        """``wishes``: of those that name a deadline, its own first, then those that it delays."""
+        standing, deadline_s = request.standing, request.params.deadline_s
+        if request.task.background:
             # It has time until it is given up; half of that, for those who come again.
             limit_s = self._config.limits.max_deadline_s / RESERVE
             return judge(joined_s, limit_s, standing)
-        deadline_s = request.params.deadline_s
         own = None if deadline_s is None else Deadline(deadline_s, alone_s, wishes.pop(0))
-        return judge(joined_s, self._config.max_backlog_s, standing, own, wishes)
+        return judge(joined_s, self._config.max_backlog_s, standing, own, wishes, in_company)
 
-    def _overloaded(self, request: Request, refusal: Refusal, alone_s: float) -> Overloaded:
-        backlog_s = self._demand.backlog_s()
-        if refusal.reason == "deadline":
-            why = f"it cannot be done within {request.params.deadline_s:g} s, as deadline_s says"
-        else:
-            why = "more is not taken in"
+    def _overloaded(
+        self, request: Request, refusal: Refusal, joined_s: float, alone_s: float
+    ) -> Overloaded:
+        deadline_s, promised_s = request.params.deadline_s, request.standing.promised_s
+        waiting = f"about {joined_s:.1f} s of work are waiting"
+        if promised_s and refusal.cause in ("backlog", "promised"):
+            waiting += f", {promised_s:.1f} s are promised to others who were told to come again"
+        match refusal.cause:
+            case "backlog":
+                why = f"{waiting}, and more is not taken in."
+            case "late" | "promised":
+                why = (
+                    f"{waiting}, and it cannot be done within {deadline_s:g} s, as deadline_s says."
+                )
+            case "company":
+                why = (
+                    f"its pictures cannot all be done within {deadline_s:g} s, as deadline_s says; "
+                    "ask for fewer at a time, or allow more."
+                )
+            case "delay":
+                why = f"{waiting}, and it would make another request miss its deadline."
         return Overloaded(
-            f"about {backlog_s:.1f} s of work are waiting, and {why}.",
+            why,
             "deadline_s" if refusal.reason == "deadline" else None,
             retry_after_s=max(1.0, refusal.excess_s),
             work_s=alone_s / self._demand.throughput(),

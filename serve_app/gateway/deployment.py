@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
@@ -20,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
 from serve_app.engine.encoding import Encoding, PartialImage
 from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
-from serve_app.errors import DiffusionServeError, Overloaded, Unavailable
+from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.replicas import LOOK_EVERY_S, Fleet, Replicas, ask_controller
@@ -60,11 +61,16 @@ class HandlePainter:
     """A `Painter` behind a Serve handle."""
 
     def __init__(
-        self, generator: DeploymentHandle[Any], max_hold_s: float, replicas: Replicas | None = None
+        self,
+        generator: DeploymentHandle[Any],
+        max_hold_s: float,
+        max_deadline_s: float,
+        replicas: Replicas | None = None,
     ) -> None:
-        """``max_hold_s``: how long a request may wait for a replica to start."""
+        """How long a request may wait for a replica to start, and, apart from that, be painted."""
         self._generator = generator
         self._max_hold_s = max_hold_s
+        self._max_deadline_s = max_deadline_s
         self._replicas = replicas or Replicas(
             functools.partial(ask_controller, generator.app_name, generator.deployment_name)
         )
@@ -79,21 +85,23 @@ class HandlePainter:
         standing: Standing = FRESH,
     ) -> AsyncGenerator[PainterEvent, None]:
         loop = asyncio.get_running_loop()
-        hold_s = min(self._max_hold_s, params.deadline_s or self._max_hold_s)
-        # An engine that is there says itself which deadlines are too short, and better.
-        answer_s = min(self._max_hold_s, FIRST_ANSWER_WITHIN_S)
         waited_s = 0.0 if standing.sent_at is None else time.time() - standing.sent_at
-        hold_until = loop.time() + hold_s - waited_s
+        sent_at = loop.time() - waited_s
+        due_at = sent_at + (params.deadline_s or math.inf)
+        hold_until = min(sent_at + self._max_hold_s, due_at)
+        paint_s = self._max_deadline_s  # that are left
         refusal = Unavailable("the replicas that painted this request were lost; try again.")
         partial_images = 0  # sent so far
         lost = 0
         # The same seed paints the same picture on another replica, and the same previews.
         while lost < REPLICA_ATTEMPTS:
+            began_at: float | None = None
+            answer_until = max(hold_until, loop.time() + self._answer_s)
             try:
                 painting = self._events(params, encoding, progress, standing)
-                answer_until = max(hold_until, loop.time() + answer_s)
-                async with aclosing(_beginning(painting, answer_until)) as events:
+                async with aclosing(self._in_time(painting, answer_until, paint_s)) as events:
                     async for event in events:
+                        began_at = began_at or loop.time()
                         if isinstance(event, PartialImage):
                             if event.index < partial_images:
                                 continue
@@ -102,29 +110,61 @@ class HandlePainter:
                 return
             except (RayActorError, ObjectLostError):
                 lost += 1  # it died, or its node did, with the picture
-                hold_until = loop.time() + hold_s
             except Unavailable as error:
                 lost += 1  # it is going away; another may not
                 refusal = error
             except Overloaded as error:
-                if error.retry_after_s is None:
-                    raise  # not the engine: nothing is known of when to come again
-                fleet = await self._replicas.look()
-                if not await self._hold(fleet, hold_until, error.retry_after_s):
-                    raise _by_the_fleet(error, fleet) from None
+                refused_at = loop.time()
+                room_in_s = error.retry_after_s  # none if too many wait for the first replica
+                if room_in_s is None or not await self._hold(hold_until, room_in_s):
+                    fleet = await self._replicas.look()
+                    raise _by_the_fleet(error, fleet, loop.time() - refused_at) from None
                 standing = replace(standing, returning=True)
             except TimeoutError:
-                fleet = await self._replicas.look()
-                raise Unavailable(
-                    f"no replica was ready within {max(hold_s, answer_s):g} s; try again later.",
-                    retry_after_s=fleet.ready_in_s,
-                ) from None
+                raise await self._nobody(answer_until - sent_at) from None
+            if began_at is not None:  # what was painted is no waiting, though it is lost
+                painted_s = loop.time() - began_at
+                paint_s -= painted_s
+                hold_until = min(hold_until + painted_s, due_at)
         raise refusal
 
-    async def _hold(self, fleet: Fleet, until: float, room_in_s: float) -> bool:
+    @property
+    def _answer_s(self) -> float:
+        """An engine that is there says itself which deadlines are too short, and better."""
+        return min(self._max_hold_s, FIRST_ANSWER_WITHIN_S)
+
+    async def _in_time(
+        self, events: AsyncGenerator[PainterEvent, None], first_by: float, seconds: float
+    ) -> AsyncGenerator[PainterEvent, None]:
+        """The same events.
+
+        Raises:
+            TimeoutError: if the first has not come by then, on the loop's clock.
+            DeadlineExceeded: if the last has not come so many seconds after the first.
+        """
+        async with aclosing(events):
+            async with asyncio.timeout_at(first_by):
+                with self._replicas.watched():
+                    event = await anext(events)
+            end_at = asyncio.get_running_loop().time() + seconds
+            while True:
+                yield event
+                try:
+                    async with asyncio.timeout_at(end_at):
+                        event = await anext(events)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"the picture was not done within {self._max_deadline_s:g} s, and was "
+                        "given up."
+                    ) from None
+
+    async def _hold(self, until: float, room_in_s: float) -> bool:
         """While a replica is starting, wait for it or for room in another; whether there is any."""
         loop = asyncio.get_running_loop()
         room_at = loop.time() + room_in_s
+        fleet = await self._replicas.look()
         in_time = loop.time() + (fleet.ready_in_s or 0.0) <= until
         if not (fleet.coming and in_time and self._held < MOST_HELD):
             return False
@@ -157,10 +197,11 @@ class HandlePainter:
             if not ended:
                 events.cancel()
 
-    async def describe(self) -> ModelInfo:
+    async def describe(self, deadline_s: float | None = None) -> ModelInfo:
         # Asked for once: all replicas of an application run the same model.
         if self._info is None:
-            self._info = await self._describe(self._max_hold_s)
+            hold_s = min(self._max_hold_s, deadline_s or math.inf)
+            self._info = await self._describe(max(hold_s, self._answer_s))
         return self._info
 
     async def check_ready(self) -> None:
@@ -168,10 +209,24 @@ class HandlePainter:
 
     async def _describe(self, timeout_s: float) -> ModelInfo:
         try:
-            info: ModelInfo = await asyncio.wait_for(self._call("describe"), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                with self._replicas.watched():
+                    info: ModelInfo = await self._call("describe")
             return info
-        except (TimeoutError, RayActorError):
-            raise Unavailable("no replica is ready; try again in a few seconds.") from None
+        except TimeoutError:
+            raise await self._nobody(timeout_s) from None
+        except RayActorError:
+            raise Unavailable("the replica that was asked was lost; try again.") from None
+        except Overloaded as error:
+            raise _by_the_fleet(error, await self._replicas.look()) from None
+
+    async def _nobody(self, waited_s: float) -> Unavailable:
+        """Who waited for a replica in vain may come when the next one should be there."""
+        fleet = await self._replicas.look()
+        return Unavailable(
+            f"no replica was ready within {waited_s:.3g} s; try again later.",
+            retry_after_s=fleet.ready_in_s,
+        )
 
     async def _call(self, method: str) -> Any:
         response = getattr(self._generator, method).remote()
@@ -183,24 +238,20 @@ class HandlePainter:
             raise
 
 
-async def _beginning(
-    events: AsyncGenerator[PainterEvent, None], until: float
-) -> AsyncGenerator[PainterEvent, None]:
-    """The same events; `TimeoutError` if the first has not come by then, on the loop's clock."""
-    async with aclosing(events):
-        async with asyncio.timeout_at(until):
-            first = await anext(events)
-        yield first
-        async for event in events:
-            yield event
+def _by_the_fleet(refusal: Overloaded, fleet: Fleet, waited_s: float = 0.0) -> Overloaded:
+    """What a refusal, so many seconds old, means where there is more than one replica.
 
-
-def _by_the_fleet(refusal: Overloaded, fleet: Fleet) -> Overloaded:
-    """One replica refused; others do their share of what is promised, those that come as well."""
-    retry_after_s = refusal.retry_after_s or 0.0
-    if fleet.ready_in_s is not None:
-        retry_after_s = min(retry_after_s, fleet.ready_in_s)
-    work_s = refusal.work_s / max(1, fleet.running)
+    There is room when the one that refused has some, or when the next one is there; and all that
+    run by then do their share of what is promised. No time is told where nothing is known.
+    """
+    times_s = list(fleet.ready_s[:1])
+    if refusal.retry_after_s is not None:
+        times_s.append(max(0.0, refusal.retry_after_s - waited_s))
+    retry_after_s = min(times_s, default=None)
+    there = fleet.running
+    if retry_after_s is not None:
+        there += sum(ready_s <= retry_after_s for ready_s in fleet.ready_s)
+    work_s = refusal.work_s / max(1, there)
     return Overloaded(refusal.message, refusal.param, retry_after_s, work_s)
 
 
@@ -237,7 +288,10 @@ class Gateway:
         replicas = Replicas(
             functools.partial(ask_controller, generator.app_name, generator.deployment_name)
         )
-        self._painter = HandlePainter(generator, config.gateway.max_hold_s, replicas)
+        limits = config.engine.limits
+        self._painter = HandlePainter(
+            generator, config.gateway.max_hold_s, limits.max_deadline_s, replicas
+        )
         fellows: DeploymentHandle[Any] = DeploymentHandle(context.deployment, context.app_name)
         name = context.replica_id.unique_id
         self._scraper = Scraper(config.model.id, name, fellows, generator, replicas)

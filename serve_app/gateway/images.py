@@ -16,7 +16,7 @@ from serve_app.engine.events import Queued, Timeline
 from serve_app.engine.params import MAX_SEED, GenerationParams, ModelInfo, Priority, Standing
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Guest
-from serve_app.gateway.painter import Painter, PainterEvent, within
+from serve_app.gateway.painter import Painter, PainterEvent
 from serve_app.gateway.promises import Promises, fingerprint
 from serve_app.gateway.record import Record
 from serve_app.gateway.schemas import (
@@ -155,7 +155,7 @@ class Studio:
             )
         if body.n > self._limits.max_images:
             raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
-        model = await self._describe(body.n)
+        model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=guest.priority)
         if image is None:
             params = params.resolved(model)
@@ -224,8 +224,9 @@ class Studio:
 
     def _promised(self, order: Order, refusal: Overloaded) -> Overloaded:
         """With the time to come again: for all of its pictures, that they are taken in together."""
-        if refusal.retry_after_s is None:  # not an engine's
+        if not refusal.work_s:
             self._queue_full.inc(len(order.pictures))
+        if refusal.retry_after_s is None:
             return refusal
         whole = Overloaded(
             refusal.message,
@@ -239,21 +240,20 @@ class Studio:
     async def _events(
         self, order: Order, params: GenerationParams
     ) -> AsyncGenerator[PainterEvent, None]:
-        """The events of one of its pictures, within the time that the server allows."""
+        """The events of one of its pictures."""
         painting = self._painter.paint(
             params, order.body.encoding(), order.body.progress, order.standing
         )
-        async with aclosing(within(painting, self._limits.max_deadline_s)) as events:
+        async with aclosing(painting) as events:
             async for event in events:
                 order.reached(params, event)
                 yield event
 
-    async def _describe(self, pictures: int) -> ModelInfo:
-        """For a request for so many."""
+    async def _describe_for(self, body: ImageRequest) -> ModelInfo:
         try:
-            return await self._painter.describe()
+            return await self._painter.describe(body.deadline_s)
         except Overloaded:
-            self._queue_full.inc(pictures)
+            self._queue_full.inc(body.n)
             raise
 
     async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:

@@ -274,20 +274,33 @@ def groups_have_room(manifests: Manifests) -> Iterator[str]:
 
 
 def graces_are_in_order(manifests: Manifests) -> Iterator[str]:
-    """The longest deadline < the replica's grace <= the node's drain < the pod's grace."""
+    """The longest request < the replica's grace <= the node's drain < the pod's grace.
+
+    A gateway holds a request before it is painted; a node without one goes the sooner.
+    """
     config, deployed = application(manifests)
     file = _config_file(manifests)
     deadline_s = config.engine.limits.max_deadline_s
-    for one in deployed.values():
-        if one.grace_s <= deadline_s:
+    held_s = config.gateway.max_hold_s + deadline_s
+    for name, what, longest_s in (
+        ("Generator", "max_deadline_s", deadline_s),
+        ("Gateway", "max_hold_s and max_deadline_s", held_s),
+    ):
+        if deployed[name].grace_s <= longest_s:
             yield (
                 f"RayService/diffusion-serve: spec.serveConfigV2: graceful_shutdown_timeout_s of "
-                f"{one.name} is {one.grace_s:g}, not over max_deadline_s, {deadline_s:g} ({file})"
+                f"{name} is {deployed[name].grace_s:g}, not over {what}, {longest_s:g} ({file})"
             )
-    grace_s = max(one.grace_s for one in deployed.values())
+    without = {
+        group["groupName"]
+        for group in manifests.worker_groups
+        if group.get("labels", {}).items() >= NO_GATEWAY.items()
+    }
     for pod in manifests.pods:
         if pod.document["kind"] != "RayService":
             continue
+        here = [deployed["Generator"]] if pod.group in without else deployed.values()
+        grace_s = max(one.grace_s for one in here)
         drain_s = float(variables(pod.spec["containers"][0]).get(DRAIN_VARIABLE, 30))
         if pod.group is not None and grace_s > drain_s:  # the head has no replicas
             yield (
@@ -834,6 +847,7 @@ def the_way_in_is_wide_enough(manifests: Manifests) -> Iterator[str]:
         )
     config, _ = application(manifests)
     limits = config.engine.limits
+    longest_s = config.gateway.max_hold_s + limits.max_deadline_s
     timeouts, removed, sizes = [], set(), []
     for route in routes:
         closed = {
@@ -869,9 +883,9 @@ def the_way_in_is_wide_enough(manifests: Manifests) -> Iterator[str]:
     for policy in manifests.of_kind("ClientTrafficPolicy"):
         removed |= set(policy["spec"]["headers"]["earlyRequestHeaders"]["remove"])
     for document, where, seconds in timeouts:
-        if float(seconds.removesuffix("s")) <= limits.max_deadline_s:
+        if float(seconds.removesuffix("s")) <= longest_s:
             yield (
-                f"{where} is {seconds}, not over max_deadline_s, {limits.max_deadline_s:g} "
+                f"{where} is {seconds}, not over max_hold_s and max_deadline_s, {longest_s:g} "
                 f"({manifests.written_in(document, seconds)})"
             )
     way_in = manifests.of_kind("Gateway", "ClientTrafficPolicy")

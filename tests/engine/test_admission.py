@@ -56,6 +56,36 @@ def test_who_would_make_another_miss_its_own_is_refused() -> None:
     assert judge(61.0, 30.0, RETURNING, own(6.0, 3.0)) is not None
 
 
+def test_why_somebody_is_refused_is_told_apart() -> None:
+    def cause(joined_s: float, promised_s: float, own: Deadline, *delayed: Wish) -> str:
+        refusal = judge(joined_s, 30.0, Standing(promised_s=promised_s), own, delayed)
+        assert refusal is not None
+        return refusal.cause
+
+    assert cause(5.0, 0.0, own(6.0, 4.0)) == "late"
+    assert cause(5.0, 3.0, own(8.0, 10.0)) == "promised"
+    assert cause(5.0, 0.0, own(2.0, 3.0), Wish(8.0, 7.0)) == "delay"
+    assert cause(31.0, 0.0, own(60.0, 10.0)) == "backlog"
+
+
+def test_who_cannot_be_in_time_together_is_refused_though_nobody_else_is_here() -> None:
+    refusal = judge(0.0, 30.0, FRESH, own(3.0, 2.0), in_company=True)
+    assert refusal is not None
+    assert (refusal.reason, refusal.cause, refusal.excess_s) == ("deadline", "company", 1.0)
+    refusal = judge(0.5, 30.0, FRESH, own(3.5, 2.0), in_company=True)
+    assert refusal is not None
+    assert refusal.cause == "company"  # too late without what else is here as well
+    refusal = judge(1.5, 30.0, FRESH, own(3.0, 2.0), in_company=True)
+    assert refusal is not None
+    assert refusal.cause == "late"
+    # Nor if it is the others of them that would be late.
+    assert judge(0.0, 30.0, FRESH, own(1.0, 2.0), [Wish(3.0, 2.0)], in_company=True) is not None
+    assert judge(0.0, 30.0, FRESH, own(2.0, 2.0), [Wish(2.0, 2.0)], in_company=True) is None
+    assert judge(0.0, 30.0, Standing(promised_s=9.0), own(2.0, 2.0), in_company=True) is None
+    assert judge(0.0, 30.0, FRESH, in_company=True) is None  # it names no deadline
+    assert judge(0.0, 30.0, RETURNING, own(3.0, 2.0), in_company=True) is None
+
+
 @given(
     promised_s=st.floats(0, 1e3),
     returning=st.booleans(),

@@ -528,6 +528,7 @@ def test_a_deadline_that_cannot_be_met_is_refused(demo_pipeline: LoadedPipeline)
         assert 1 <= error.retry_after_s < 3 * long_s + 1
         assert 0 < error.work_s < long_s
         assert str(error).startswith("about ")
+        assert "cannot be done within" in str(error)
         assert [entry.what for entry in engine.stats().log if entry.request > numbers[-1]] == [
             "refused"
         ]
@@ -559,7 +560,8 @@ def test_nobody_misses_a_deadline_for_who_comes_later(demo_pipeline: LoadedPipel
         assert isinstance(event, Queued)
         # Another shape, more urgent: it would go first, and take too long for the other.
         urgent = params(num_inference_steps=60, width=96, deadline_s=1.4 * long_s)
-        refused(submitted(engine, urgent)[1])
+        error = refused(submitted(engine, urgent)[1])
+        assert "would make another request miss its deadline" in str(error)
         engine.close(drain=False)
 
 
@@ -609,6 +611,53 @@ def test_an_idle_engine_takes_in_what_is_longer_than_its_limit(
         refused(submitted(engine, params(), Standing(order="others"))[1])
         wait_until(lambda: not engine.demand().backlog_s)
         assert isinstance(submitted(engine, params())[1], Queued)
+
+
+def test_pictures_that_cannot_be_done_in_time_together_are_refused(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    """On an idle engine too, which takes in each of them alone, even if it may be a little late."""
+    config = EngineConfig(max_batch_size=1)
+    with Engine(demo_pipeline, DEMO, config) as engine:
+        long_s = measured(engine)
+        long = params(num_inference_steps=100, deadline_s=0.8 * long_s)
+        number, event, inbox = submitted(engine, long)
+        assert isinstance(event, Queued)
+        engine.cancel(number)
+        inbox.get(timeout=30)
+        order = Standing(order="ten pictures")
+        long = replace(long, deadline_s=2.5 * long_s)
+        ten = [submitted(engine, replace(long, seed=seed), order)[1] for seed in range(10)]
+        assert isinstance(ten[0], Queued)
+        for event in ten[3:]:
+            error = refused(event)
+            assert error.param == "deadline_s"
+            assert "its pictures cannot all be done within" in str(error)
+        engine.close(drain=False)
+
+
+def test_what_was_promised_and_what_waits_for_idle_time_is_said(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    with Engine(demo_pipeline, DEMO, EngineConfig(max_backlog_s=20.0)) as engine:
+        long_s = measured(engine)
+        long = params(num_inference_steps=100)
+        submitted(engine, long)
+        error = refused(submitted(engine, long, Standing(promised_s=30.0))[1])
+        assert "30.0 s are promised to others" in str(error)
+        soon = replace(long, deadline_s=5 * long_s)
+        error = refused(submitted(engine, soon, Standing(promised_s=15.0))[1])
+        assert "15.0 s are promised to others" in str(error)
+        assert "cannot be done within" in str(error)
+        engine.close(drain=False)
+    limits = LimitsConfig(max_deadline_s=0.01)
+    with Engine(demo_pipeline, DEMO, EngineConfig(limits=limits)) as engine:
+        measured(engine)
+        batch = params(num_inference_steps=100, priority="batch")
+        submitted(engine, batch)
+        error = refused(submitted(engine, batch)[1])
+        assert "about 0.0 s of work are waiting" not in str(error)
+        engine.close(drain=False)
 
 
 def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:

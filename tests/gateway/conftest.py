@@ -59,6 +59,8 @@ class FakePainter:
     def __init__(self) -> None:
         self.asked: list[GenerationParams] = []
         self.standings: list[Standing] = []
+        self.described_for: list[float | None] = []
+        """The deadlines of those who wanted to know what the model takes."""
         self.error: Exception | None = None
         self.error_in_the_middle: Exception | None = None
         self.ready = True
@@ -112,7 +114,8 @@ class FakePainter:
             self.cancelled += 1
             raise
 
-    async def describe(self) -> ModelInfo:
+    async def describe(self, deadline_s: float | None = None) -> ModelInfo:
+        self.described_for.append(deadline_s)
         await self.check_ready()
         if self.overloaded:
             raise Overloaded("too many requests are waiting")

@@ -146,14 +146,14 @@ async def test_who_finds_the_queue_full_is_counted_as_refused(painter: FakePaint
         assert response.status_code == 429
 
     async with client_of(painter, "full") as client:
-        await refuse(Overloaded("an engine's own refusal", retry_after_s=3.0))
+        await refuse(Overloaded("an engine's own refusal", None, 3.0, 1.0))
         assert (
             GATEWAY.get_sample_value(
                 "diffusion_serve_refusals_total", {"model": "full", "reason": "queue"}
             )
             == 0
         )
-        await refuse(Overloaded("Serve's queue"), n=2)
+        await refuse(Overloaded("Serve's queue", retry_after_s=9.0), n=2)
         await refuse(Overloaded("Serve's queue"), stream=True)
         assert sample("refusals_total", "full", reason="queue") == 3
         painter.overloaded = True  # before the first replica has said what the model takes
