@@ -58,7 +58,7 @@ class Replica:
         async for event in self._generator.generate(*asked):
             yield event
 
-    async def describe(self) -> ModelInfo:
+    async def describe(self, deadline_s: float | None = None) -> ModelInfo:
         info: ModelInfo = await self._generator.describe()
         return info
 
