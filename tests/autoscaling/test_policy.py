@@ -163,17 +163,17 @@ def test_a_steady_load_changes_nothing_once_it_is_answered(busy: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "an_hour", "apart"), [(0.5, 3, 1), (2.0, 14, 2), (8.0, 36, 3), (25.0, 75, 6)]
+    ("mean", "an_hour", "apart"), [(0.5, 2, 1), (2.0, 25, 2), (8.0, 40, 3), (25.0, 80, 7)]
 )
 def test_a_steady_load_that_is_drawn_moves_the_number_by_one_now_and_then(
     mean: float, an_hour: float, apart: int
 ) -> None:
-    """Poisson arrivals of 2 s each, counted over 30 s as replicas do, for four hours.
+    """Poisson arrivals of 2 s each, counted over 30 s as replicas do, for four hours; the defaults.
 
-    Noise crosses a whole number 1, 11, 31 and 66 times an hour.
+    Noise crosses a whole number 0.5, 22, 36 and 72 times an hour.
     """
     rng = Random(1)
-    cluster = Cluster(PARAMS, 1)
+    cluster = Cluster(ScalingParams(1, 50), 1, cold_start_s=90.0)
     window, backlog_s = [0.0] * 30, 0.0
     arrives_at = rng.expovariate(mean / 2)
     for second in range(900 + 4 * 3_600):
