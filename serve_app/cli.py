@@ -30,6 +30,7 @@ from serve_app.config import (
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
 
 Routing = Literal["count", "work"]
+"""As the simulator has it."""
 
 if TYPE_CHECKING:
     from serve_app.doctor.report import Finding
