@@ -19,6 +19,7 @@ from serve_app.config import (
     ModelConfig,
     api_key_in_environment,
     check_model_folder,
+    foreign_policy,
     is_path,
     keys_in_environment,
     policy_kwargs,
@@ -27,6 +28,9 @@ from serve_app.config import (
     read_serve_config,
 )
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
+
+Routing = Literal["count", "work"]
+"""As the simulator has it."""
 
 if TYPE_CHECKING:
     from serve_app.doctor.report import Finding
@@ -85,6 +89,11 @@ def check(
     try:
         for autoscaling in read_autoscaling(config, "Generator"):
             read_knobs(policy_kwargs(autoscaling))
+            if other := foreign_policy(autoscaling):
+                typer.echo(
+                    f"warning: {config}: Generator is scaled by {other}, which is not checked.",
+                    err=True,
+                )
         for application in read_serve_config(config):
             check_model_folder(application.model)
             KeyRing(application.gateway.keys_file, keys_in_environment())
@@ -213,7 +222,10 @@ def plan(
     ],
     trace: Annotated[
         Path | None,
-        typer.Option(help="Arrivals: CSV with at_s, size, steps; or a time in ms a line."),
+        typer.Option(
+            help="Arrivals: CSV with at_s, size, steps; or with hour, invocations; or a time in ms "
+            "a line. The last two need --mix."
+        ),
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Or so many requests a second.")] = None,
     minutes: Annotated[float, typer.Option(help="For so long, with --rate.")] = 60.0,
@@ -225,6 +237,9 @@ def plan(
         str | None, typer.Option(help="The mix drifts to this one over the trace.")
     ] = None,
     stretch: Annotated[float, typer.Option(help="Times of the trace are multiplied by it.")] = 1.0,
+    share: Annotated[
+        float, typer.Option(help="So much of the trace is taken, drawn: over 0, up to 1.")
+    ] = 1.0,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -241,6 +256,13 @@ def plan(
         typer.Option(help="Instead of the config's engine.max_backlog_s; inf refuses nobody."),
     ] = None,
     failures_per_hour: Annotated[float, typer.Option(help="Of one replica with its node.")] = 0.0,
+    routing: Annotated[
+        Routing,
+        typer.Option(help="A request goes to the replica with fewer requests, or with less work."),
+    ] = "count",
+    choices: Annotated[
+        int, typer.Option(min=1, help="Of so many that are drawn; Serve's own router draws two.")
+    ] = 8,
     slo: Annotated[float, typer.Option(help="Share of requests that must be in time.")] = 0.95,
     price: Annotated[float | None, typer.Option(help="Of a GPU for an hour.")] = None,
     repeats: Annotated[
@@ -259,13 +281,17 @@ def plan(
             raise ConfigError("give either --trace or --rate.")
         if not (stretch > 0 and (rate is None or rate > 0) and minutes > 0 and 0 < slo <= 1):
             raise ConfigError("--stretch, --rate and --minutes must be over 0, --slo up to 1.")
+        if not 0 < share <= 1 or (share < 1 and trace is None):
+            raise ConfigError("--share must be over 0 and up to 1, and goes with --trace.")
         families = planner.parse_families(policy or ["work", "count", "fixed"])
         application = read_serve_config(config)[0]
         engine = application.engine
         scaling = planner.read_scaling(config, max_replicas)
+        for note in planner.not_simulated(config):
+            typer.echo(f"warning: {config}: {note}", err=True)
         scenario = planner.Scenario(
             [
-                planner.arrivals(trace, rate, minutes * 60, mix, mix_at_end, stretch, number)
+                planner.arrivals(trace, rate, minutes * 60, mix, mix_at_end, stretch, share, number)
                 for number in range(seed, seed + repeats)
             ],
             planner.read_costs(costs, engine.max_batch_size),
@@ -275,6 +301,8 @@ def plan(
                 replica_start_s=replica_start_s,
                 node_idle_s=node_idle_s,
                 failures_per_hour=failures_per_hour,
+                routing=routing,
+                choices=choices,
                 slo_scale=engine.slo_scale,
                 max_running=engine.max_running,
                 max_backlog_s=engine.max_backlog_s if max_backlog_s is None else max_backlog_s,

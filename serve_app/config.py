@@ -40,6 +40,9 @@ API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
 WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
 """What a Serve config names to have replicas scaled by the work that waits."""
 
+SERVE_DELAYS_S = {"upscale_delay_s": 30.0, "downscale_delay_s": 600.0}
+"""How long Serve waits before it does what a policy says, where a config does not say."""
+
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
 
@@ -395,15 +398,31 @@ def policy_kwargs(autoscaling: Mapping[str, Any]) -> dict[str, object]:
     """What an ``autoscaling_config`` tells `WORK_POLICY`; nothing if it names another policy.
 
     Raises:
-        ConfigError: if ``policy_kwargs`` are no mapping.
+        ConfigError: if ``policy_kwargs`` are no mapping, or if Serve would wait before it does what
+            the policy says.
     """
     policy = autoscaling.get("policy") or {}
     if policy.get("policy_function") != WORK_POLICY:
         return {}
+    for name, default_s in SERVE_DELAYS_S.items():
+        if autoscaling.get(name, default_s) == 0:
+            continue
+        said = "" if name in autoscaling else ", Serve's default where it is not set"
+        raise ConfigError(
+            f"autoscaling_config.{name} is {autoscaling.get(name, default_s)}{said}: Serve would "
+            "wait so many seconds before it does what the policy says, which has patience of its "
+            "own. Set it to 0."
+        )
     given = policy.get("policy_kwargs") or {}
     if not isinstance(given, dict):
         raise ConfigError(f"policy_kwargs must be a mapping; it is {given!r}.")
     return given
+
+
+def foreign_policy(autoscaling: Mapping[str, Any]) -> str | None:
+    """What an ``autoscaling_config`` names instead of `WORK_POLICY`; none if it names nothing."""
+    named = (autoscaling.get("policy") or {}).get("policy_function")
+    return None if named in (None, WORK_POLICY) else str(named)
 
 
 def _applications(path: Path) -> list[dict[str, Any]]:

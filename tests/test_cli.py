@@ -139,3 +139,16 @@ def test_check_looks_at_the_knobs_of_the_scaling_policy(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["check", str(bad)])
     assert done.exit_code == 2
     assert "policy_kwargs.hold: unknown key" in done.output
+
+
+def test_check_says_when_serve_would_not_do_what_the_policy_says(tmp_path: Path) -> None:
+    good, path = (ROOT / "configs" / "sdxl.yaml").read_text(), tmp_path / "serve.yaml"
+    path.write_text(good.replace("          downscale_delay_s: 0\n", ""))
+    done = CliRunner().invoke(cli, ["check", str(path)])
+    assert done.exit_code == 2
+    assert "autoscaling_config.downscale_delay_s is 600.0, Serve's default" in done.output
+    path.write_text(good.replace("serve_app.autoscaling.ray_policy:WorkPolicy", "mine:Policy"))
+    done = CliRunner().invoke(cli, ["check", str(path)])
+    assert done.exit_code == 0
+    assert "warning" in done.stderr
+    assert "scaled by mine:Policy, which is not checked" in done.stderr

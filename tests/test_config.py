@@ -7,11 +7,13 @@ from pydantic import ValidationError
 
 from serve_app.config import (
     DEMO_MODEL_DIR,
+    SERVE_DELAYS_S,
     WORK_POLICY,
     AppConfig,
     GatewayConfig,
     ModelConfig,
     check_model_folder,
+    foreign_policy,
     parse_app_config,
     policy_kwargs,
     read_autoscaling,
@@ -90,7 +92,7 @@ def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
 
     def write(policy: object) -> None:
-        scaling = {"min_replicas": 0, "policy": policy}
+        scaling = {"min_replicas": 0, "policy": policy} | dict.fromkeys(SERVE_DELAYS_S, 0)
         deployments = [{"name": "Gateway"}, {"name": "Generator", "autoscaling_config": scaling}]
         ours = {"import_path": "serve_app.app:build", "deployments": deployments}
         path.write_text(yaml.safe_dump({"applications": [ours]}))
@@ -113,6 +115,25 @@ def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
     write([3])
     with pytest.raises(ConfigError, match="must be mappings"):
         told()
+
+
+@pytest.mark.parametrize("late", SERVE_DELAYS_S)
+def test_serve_must_not_wait_before_it_does_what_the_policy_says(late: str) -> None:
+    ours = {"policy": {"policy_function": WORK_POLICY}} | dict.fromkeys(SERVE_DELAYS_S, 0)
+    assert policy_kwargs(ours) == {}
+    default = f"{late} is {SERVE_DELAYS_S[late]}, Serve's default where it is not set: .* to 0"
+    with pytest.raises(ConfigError, match=default):
+        policy_kwargs({name: value for name, value in ours.items() if name != late})
+    with pytest.raises(ConfigError, match=f"{late} is 5: Serve would wait"):
+        policy_kwargs(ours | {late: 5})
+    theirs = {"policy": {"policy_function": "somebody:else"}}
+    assert policy_kwargs(theirs) == {}
+
+
+def test_a_policy_of_somebody_else_is_named() -> None:
+    assert foreign_policy({}) is None
+    assert foreign_policy({"policy": {"policy_function": WORK_POLICY}}) is None
+    assert foreign_policy({"policy": {"policy_function": "somebody:else"}}) == "somebody:else"
 
 
 @pytest.mark.parametrize(

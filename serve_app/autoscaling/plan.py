@@ -5,11 +5,11 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from serve_app.autoscaling.knobs import BOUNDS, read_knobs
 from serve_app.autoscaling.policy import ScalingParams
@@ -26,7 +26,7 @@ from serve_app.autoscaling.simulator import (
 )
 from serve_app.autoscaling.simulator import costs as costs_of
 from serve_app.autoscaling.trace import Trace, drawn, parse_mix, poisson, read_arrivals
-from serve_app.config import policy_kwargs, read_autoscaling
+from serve_app.config import foreign_policy, policy_kwargs, read_autoscaling
 from serve_app.engine.cost import CostModel
 from serve_app.engine.scheduler import POLICIES
 from serve_app.errors import ConfigError
@@ -93,7 +93,7 @@ class Scenario:
     """What all candidates are tried on."""
 
     traces: Sequence[Trace]
-    """The same arrivals; what they ask for, and all else that is drawn, differs."""
+    """Of one file or one rate; what they ask for, and all else that is drawn, differs."""
     costs: CostModel
     scheduling: str
     """The engine's, by its name in the config."""
@@ -177,7 +177,7 @@ def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
         ConfigError: if the file, its bounds or the policy's arguments are wrong.
     """
     autoscaling = read_autoscaling(path, "Generator")[0]
-    fewest, most = (autoscaling.get(name, 1) for name in BOUNDS)
+    fewest, most = _bounds(autoscaling)
     if not (isinstance(fewest, int) and isinstance(most, int)):
         raise ConfigError(f"{path}: {' and '.join(BOUNDS)} must be whole numbers.")
     if max_replicas is not None:
@@ -189,6 +189,32 @@ def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
         raise ConfigError(f"{path}: {error}.") from None
 
 
+def not_simulated(path: Path) -> list[str]:
+    """In which way the config file scales ``Generator`` otherwise than `read_scaling` says."""
+    autoscaling = read_autoscaling(path, "Generator")[0]
+    notes = []
+    fewest, most = _bounds(autoscaling)
+    other = foreign_policy(autoscaling)
+    if fewest != most and not (autoscaling.get("policy") or {}).get("policy_function"):
+        other = "Ray Serve's default policy"
+    if other is not None:
+        notes.append(
+            f"it scales Generator by {other}: what is called 'by work, as configured' here is this "
+            "project's policy with its defaults, within those bounds."
+        )
+    notes += [
+        f"autoscaling_config.{name} is not simulated."
+        for name in ("downscale_to_zero_delay_s", "upscaling_factor", "downscaling_factor")
+        if name in autoscaling
+    ]
+    return notes
+
+
+def _bounds(autoscaling: Mapping[str, Any]) -> tuple[Any, Any]:
+    fewest, most = (autoscaling.get(name, 1) for name in BOUNDS)
+    return fewest, most
+
+
 def arrivals(
     path: Path | None,
     rate: float | None,
@@ -196,6 +222,7 @@ def arrivals(
     mix: str | None,
     mix_at_end: str | None,
     stretch: float,
+    share: float,
     seed: int,
 ) -> Trace:
     """From a file, or at a steady rate.
@@ -205,13 +232,15 @@ def arrivals(
     """
     kinds = None
     if path is not None:
-        at_s, kinds = read_arrivals(path, stretch)
+        at_s, kinds = read_arrivals(path, stretch, share, seed)
     else:
         assert rate is not None
         at_s = poisson(rate, duration_s, seed)
     if kinds is not None:
-        if mix is not None:
-            raise ConfigError(f"{path} says what requests ask for: leave out --mix.")
+        if mix is not None or mix_at_end is not None:
+            raise ConfigError(
+                f"{path} says what requests ask for: leave out --mix and --mix-at-end."
+            )
         return Trace(at_s, kinds)
     if mix is None:
         raise ConfigError("say what requests ask for with --mix, such as 1024x1024/25:1.")

@@ -4,12 +4,15 @@ Each replica decides with the scheduler that the engine has, on costs from the s
 that the engine writes; a scaling policy sees what Serve would show it, as late as Serve would.
 
 What is simpler than in reality: text encoding is part of a request's first step, decoding of its
-last; the scheduler is asked again after half a second of steps, or when a request comes, rather
-than after every step; predictions are exact; a client that is refused does not come again.
+last; the scheduler is asked again, and throughput measured, after half a second of steps, or when a
+request comes, rather than after every step; predictions are exact; what arrives, and what a request
+takes in the mean, is measured for the cluster as a whole; a client that is refused does not come
+again.
 """
 
 import heapq
 import math
+from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +24,7 @@ from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParam
 from serve_app.autoscaling.queue_policy import QueueParams, QueuePolicy
 from serve_app.autoscaling.trace import Kind, Trace
 from serve_app.engine.cost import CostModel
+from serve_app.engine.demand import Throughput
 from serve_app.engine.scheduler import RankedPolicy, Task
 
 LEAP_S = 0.5
@@ -56,7 +60,7 @@ class ClusterParams:
     max_running: int = 32
     """Requests that a replica paints at once; the others wait their turn."""
     max_backlog_s: float = math.inf
-    """A replica with more predicted work than this refuses."""
+    """A replica that takes longer than this, as predicted, for what it accepted refuses."""
     seed: int = 1
 
 
@@ -226,32 +230,40 @@ class _Replica:
     """One engine in simulated time."""
 
     __slots__ = (
-        "batch", "begins_at", "between_s", "by_number", "extra_s", "number", "policy", "ready_at",
-        "running", "step_s", "steps", "turn", "waiting", "work_s",
+        "batch", "begins_at", "by_number", "extra_s", "node_at", "number", "policy", "ready_at",
+        "running", "saved_s", "step_s", "steps", "throughput", "turn", "waiting", "work_s",
     )  # fmt: skip
 
-    def __init__(self, number: int, ready_at: float, policy: RankedPolicy) -> None:
+    def __init__(self, number: int, node_at: float, ready_at: float, policy: RankedPolicy) -> None:
         self.number = number
+        self.node_at = node_at
+        """When its node is there."""
         self.ready_at = ready_at
         self.policy = policy
         self.by_number: dict[int, _Request] = {}
         self.waiting: list[_Request] = []
         self.running = 0
         self.work_s = 0.0
-        """Of all that it accepted, as of the end of the running steps."""
+        """Of all that it accepted, each alone; at the end of the running steps it is less."""
+        self.throughput = Throughput()
         self.batch: list[Task] = []
         self.begins_at = 0.0
         self.steps = 0
         self.step_s = 0.0
+        self.saved_s = 0.0
+        """By each of these steps, against one request after the other."""
         self.extra_s = 0.0
         """Before the first and after the last of these steps."""
         self.turn = 0
         """Tells the end of these steps from one that is no longer to come."""
 
     def backlog_s(self, now: float) -> float:
+        """Until all that it accepted is done, at its throughput."""
         if not self.batch:
             return 0.0
-        return max(0.0, self.work_s - (now - self.begins_at))
+        pace = 1 + self.saved_s / self.step_s
+        left_s = self.work_s - (now - self.begins_at) * pace
+        return max(0.0, left_s) / self.throughput.value()
 
 
 class Simulator:
@@ -280,7 +292,7 @@ class Simulator:
         self._starting: list[_Replica] = []
         self._leaving: set[_Replica] = set()
         self._nodes = 0
-        self._idle_nodes: deque[float] = deque()  # since when
+        self._idle_nodes: list[float] = []  # since when, or from when they will be there; sorted
         self._paid_at = 0.0
         self._held: deque[_Request] = deque()
         self._outstanding = 0
@@ -291,7 +303,7 @@ class Simulator:
         self._mean_work_s = 0.0
         for _ in range(initial_replicas):
             self._nodes += 1
-            self._up.append(_Replica(next(self._numbers), 0.0, scheduler()))
+            self._up.append(_Replica(next(self._numbers), 0.0, 0.0, scheduler()))
 
     def run(self) -> Outcome:
         """Until all is done; the cluster is paid until then."""
@@ -350,6 +362,11 @@ class Simulator:
             return
         self._accept(replica, request, now)
 
+    def _send_held(self, now: float) -> None:
+        """Gateways look once a second whether there is room, at once whether there is anybody."""
+        for _ in range(len(self._held)):
+            self._send(self._held.popleft(), now)
+
     def _choose(self, now: float) -> _Replica:
         up = self._up
         number, choices = len(up), self._params.choices
@@ -406,6 +423,7 @@ class Simulator:
         replica.begins_at = now
         replica.steps = steps
         replica.step_s = cost.step_s[len(chosen) - 1]
+        replica.saved_s = len(chosen) * cost.step_s[0] - replica.step_s
         replica.extra_s = extra_s
         self._schedule_end(replica)
 
@@ -438,6 +456,9 @@ class Simulator:
     def _end_steps(self, replica: _Replica, now: float) -> None:
         steps, by_number = replica.steps, replica.by_number
         batch, replica.batch = replica.batch, []
+        step_s = steps * replica.step_s
+        replica.throughput.called(step_s + steps * replica.saved_s, step_s)
+        replica.throughput.busy(now - replica.begins_at)
         for task in batch:
             request = by_number[task.request]
             cost = request.cost
@@ -471,7 +492,7 @@ class Simulator:
             replica.work_s = 0.0
             if replica in self._leaving:
                 self._leaving.discard(replica)
-                self._idle_nodes.append(now)
+                self._free_node(replica, now)
 
     # ---- machines --------------------------------------------------------------------------------
 
@@ -482,16 +503,16 @@ class Simulator:
         if self._offered:
             mean_s = self._offered_s / len(self._offered)
             self._mean_work_s += 0.1 * (mean_s - self._mean_work_s)
-        for _ in range(len(self._held)):
-            self._send(self._held.popleft(), now)
+        self._send_held(now)
         self._fail(now)
-        while self._idle_nodes and self._idle_nodes[0] <= now - self._params.node_idle_s:
-            self._idle_nodes.popleft()
-            self._nodes -= 1
+        idled = bisect_right(self._idle_nodes, now - self._params.node_idle_s)
+        del self._idle_nodes[:idled]
+        self._nodes -= idled
         up = self._up
         rate = self._offered_s / min(RATE_WINDOW_S, max(1.0, now)) / max(1, len(up))
         loads = [
-            ReplicaLoad(replica.backlog_s(now), rate, 1.0, self._mean_work_s) for replica in up
+            ReplicaLoad(replica.backlog_s(now), rate, replica.throughput.value(), self._mean_work_s)
+            for replica in up
         ]
         view = View(
             now,
@@ -523,35 +544,43 @@ class Simulator:
             self._start(now)
         while len(self._up) + len(self._starting) > target:
             if self._starting:
-                self._starting.pop()
-                self._idle_nodes.append(now)
+                self._free_node(self._starting.pop(), now)
             else:
                 self._leave(self._up.pop(), now)
 
     def _start(self, now: float) -> None:
-        start_s = self._params.replica_start_s
-        if self._idle_nodes:
-            self._idle_nodes.pop()
-        else:
-            self._nodes += 1
-            start_s += self._params.node_start_s
-        replica = _Replica(next(self._numbers), now + start_s, self._scheduler())
+        node_at = self._node_at(now)
+        ready_at = max(now, node_at) + self._params.replica_start_s
+        replica = _Replica(next(self._numbers), node_at, ready_at, self._scheduler())
         self._starting.append(replica)
         heapq.heappush(self._events, (replica.ready_at, next(self._order), -1, replica))
+
+    def _node_at(self, now: float) -> float:
+        """When the node of a replica that is started now is there: one that idles, for the shortest
+        time so far, or boots for nobody, or a new one."""
+        if not self._idle_nodes:
+            self._nodes += 1
+            return now + self._params.node_start_s
+        there = bisect_right(self._idle_nodes, now)
+        return self._idle_nodes.pop(max(0, there - 1))
+
+    def _free_node(self, replica: _Replica, now: float) -> None:
+        """A node that is still booting when its replica is given up comes nevertheless."""
+        insort(self._idle_nodes, max(now, replica.node_at))
 
     def _ready(self, replica: _Replica, now: float) -> None:
         if replica not in self._starting:
             return  # given up before it was there
         self._starting.remove(replica)
         self._up.append(replica)
-        for _ in range(len(self._held)):
-            self._send(self._held.popleft(), now)
+        if len(self._up) == 1:
+            self._send_held(now)
 
     def _leave(self, replica: _Replica, now: float) -> None:
         if replica.by_number:
             self._leaving.add(replica)
         else:
-            self._idle_nodes.append(now)
+            self._free_node(replica, now)
 
     def _fail(self, now: float) -> None:
         each = self._params.failures_per_hour * self._params.report_every_s / 3_600

@@ -3,7 +3,7 @@
 import csv
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,6 +26,9 @@ class Kind:
 
 Mix = dict[Kind, float]
 """Kinds with their shares, in any unit."""
+
+MOST_ARRIVALS = 20_000_000
+"""More do not fit into the memory of a laptop."""
 
 
 @dataclass(frozen=True)
@@ -90,22 +93,30 @@ def poisson(rate: float, duration_s: float, seed: int) -> list[float]:
     return at_s
 
 
-def read_arrivals(path: Path, stretch: float) -> tuple[list[float], list[Kind] | None]:
+def read_arrivals(
+    path: Path, stretch: float, share: float = 1.0, seed: int = 1
+) -> tuple[list[float], list[Kind] | None]:
     """When requests come, and what each asks for where the file says so.
 
-    Either a CSV file with the columns ``at_s``, ``size`` (WIDTHxHEIGHT) and ``steps``, or one time
-    a line in milliseconds, as in DiffServe's traces. Times are multiplied by ``stretch``.
+    A CSV file with the columns ``at_s``, ``size`` (WIDTHxHEIGHT) and ``steps``; or one with
+    ``hour`` and ``invocations``, as of Azure Functions, which come at any moment of their hour; or
+    one time a line in milliseconds, as in DiffServe's traces. A ``share`` of all is drawn. Times
+    are multiplied by ``stretch``.
 
     Raises:
         ConfigError: naming the line that is wrong.
     """
+    rng = Random(seed)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     lines = text.splitlines()
     entries: list[tuple[float, Kind | None]] = []
-    if lines and "at_s" in lines[0]:
+    if lines and "invocations" in lines[0]:
+        entries = [(at, None) for at in _by_the_hour(lines, path, share, rng)]
+        share = 1.0
+    elif lines and "at_s" in lines[0]:
         reader = csv.DictReader(lines)
         missing = {"at_s", "size", "steps"} - set(reader.fieldnames or ())
         if missing:
@@ -118,11 +129,14 @@ def read_arrivals(path: Path, stretch: float) -> tuple[list[float], list[Kind] |
                     f"{path}, line {number}: size must be WIDTHxHEIGHT and steps a number."
                 )
             kind = Kind((int(size[1]), int(size[2])), int(steps))
-            entries.append((_time(row["at_s"], path, number), kind))
+            entries.append((_number(row["at_s"], "time from the start", path, number), kind))
     else:
         for number, line in enumerate(lines, 1):
             if line.strip():
-                entries.append((_time(line, path, number) / 1_000, None))
+                at_ms = _number(line, "time from the start", path, number)
+                entries.append((at_ms / 1_000, None))
+    if share < 1:
+        entries = [entry for entry in entries if rng.random() < share]
     if not entries:
         raise ConfigError(f"{path}: there is no arrival in it.")
     entries.sort(key=lambda entry: entry[0])
@@ -131,13 +145,36 @@ def read_arrivals(path: Path, stretch: float) -> tuple[list[float], list[Kind] |
     return at_s, kinds or None
 
 
-def _time(text: str | None, path: Path, number: int) -> float:
+def _by_the_hour(lines: Sequence[str], path: Path, share: float, rng: Random) -> Iterator[float]:
+    """Arrivals in seconds, of counts by the hour."""
+    reader = csv.DictReader(lines)
+    if "hour" not in (reader.fieldnames or ()):
+        raise ConfigError(f"{path}: there is no column hour.")
+    counts = [
+        (
+            _number(row["hour"], "hour from the start", path, number),
+            _number(row["invocations"], "count", path, number),
+        )
+        for number, row in enumerate(reader, 2)
+    ]
+    whole = sum(invocations for _, invocations in counts)
+    if whole * share > MOST_ARRIVALS:
+        raise ConfigError(
+            f"{path} has {whole:,.0f} arrivals: take so many of them as a cluster of yours would "
+            f"get, and at most {MOST_ARRIVALS:,}, with --share, such as --share 0.001."
+        )
+    for hour, invocations in counts:
+        for _ in range(math.floor(invocations * share + rng.random())):
+            yield 3_600 * (hour + rng.random())
+
+
+def _number(text: str | None, what: str, path: Path, number: int) -> float:
     try:
         value = float(text or "")
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ConfigError(f"{path}, line {number}: {text!r} is no time from the start.")
+        raise ConfigError(f"{path}, line {number}: {text!r} is no {what}.")
     return value
 
 

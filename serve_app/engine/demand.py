@@ -62,6 +62,33 @@ class _Window:
             self._seconds.popleft()
 
 
+class Throughput:
+    """Alone-seconds of work done per busy second, smoothed; 1 while unknown."""
+
+    __slots__ = ("_saved_s", "_took_s")
+
+    def __init__(self) -> None:
+        # Sums that forget: of a second that was busy a third is left after WINDOW_S busy ones.
+        self._took_s = 0.0
+        self._saved_s = 0.0  # by calls that several shared
+
+    def called(self, alone_s: float, seconds: float) -> None:
+        """Denoiser calls took so long, and those in them one after the other so long."""
+        self._saved_s += alone_s - seconds
+
+    def busy(self, seconds: float) -> None:
+        """So much time has passed in which there was work, that of the calls included."""
+        fading = max(0.0, 1 - seconds / WINDOW_S)
+        self._saved_s *= fading
+        self._took_s = self._took_s * fading + seconds
+
+    def value(self) -> float:
+        # A second of knowing nothing, so that the first calls do not decide alone. What is not a
+        # denoiser call takes each request as long as it would alone.
+        took_s = self._took_s + 1.0
+        return max(_LEAST_THROUGHPUT, (took_s + self._saved_s) / took_s)
+
+
 class Demand:
     """Keeps the figures. Times are in seconds on any one clock; thread-safe."""
 
@@ -73,9 +100,7 @@ class Demand:
         self._busy = _Window()
         self._mean_s = 0.0
         self._counted_until = 0.0
-        # Sums that forget: of a second that was busy a third is left after WINDOW_S busy ones.
-        self._took_s = 0.0
-        self._saved_s = 0.0  # by calls that several shared
+        self._throughput = Throughput()
 
     def offered(self, now: float, alone_s: float) -> None:
         """An interactive request came for the first time, and could be done in time by somebody."""
@@ -94,7 +119,7 @@ class Demand:
     def called(self, alone_s: float, seconds: float) -> None:
         """A denoiser call took so long, and those in it one after the other so long."""
         with self._lock:
-            self._saved_s += alone_s - seconds
+            self._throughput.called(alone_s, seconds)
 
     def went_on(self, now: float, before_s: float, left_s: float, background: bool) -> None:
         """Of a request that was taken in so much was left, and is now: more, if it turns out to
@@ -114,7 +139,7 @@ class Demand:
 
     def throughput(self) -> float:
         with self._lock:
-            return self._throughput()
+            return self._throughput.value()
 
     def backlog_s(self, background: bool = False) -> float:
         """Seconds to finish what was accepted, at the measured throughput."""
@@ -129,20 +154,14 @@ class Demand:
                 backlog_s=self._backlog_s(False),
                 batch_backlog_s=self._backlog_s(True),
                 arrival_rate=self._offered.total(now) / WINDOW_S,
-                throughput=self._throughput(),
+                throughput=self._throughput.value(),
                 mean_work_s=self._mean_s,
                 utilization=min(1.0, self._busy.total(now) / WINDOW_S),
                 cold_start_s=cold_start_s,
             )
 
     def _backlog_s(self, background: bool) -> float:
-        return max(0.0, self._left_s[background]) / self._throughput()
-
-    def _throughput(self) -> float:
-        # A second of knowing nothing, so that the first calls do not decide alone. What is not a
-        # denoiser call takes each request as long as it would alone.
-        took_s = self._took_s + 1.0
-        return max(_LEAST_THROUGHPUT, (took_s + self._saved_s) / took_s)
+        return max(0.0, self._left_s[background]) / self._throughput.value()
 
     def _pass_to(self, now: float) -> None:
         """Count the time until now, in which as many requests were there as are."""
@@ -152,6 +171,4 @@ class Demand:
             return
         if self._requests[False]:
             self._busy.add(now, busy_s)
-        fading = max(0.0, 1 - busy_s / WINDOW_S)
-        self._saved_s *= fading
-        self._took_s = self._took_s * fading + busy_s
+        self._throughput.busy(busy_s)

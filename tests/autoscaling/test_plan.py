@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,75 @@ def test_a_steady_rate_needs_no_trace() -> None:
         (["--rate", 1, "--mix", "512x512/20:1", "--policy", "luck"], "--policy is 'luck'"),
         (["--rate", 1, "--mix", "512"], "the mix has '512'"),
         (["--trace", "/no/such/trace"], "cannot be read"),
+        (["--rate", 1, "--mix", "512x512/20:1", "--share", 0.5], "--share"),
+        (["--rate", 1, "--mix", "512x512/20:1", "--routing", "luck"], "luck"),
     ],
 )
 def test_what_is_wrong_is_said(arguments: list[object], reason: str) -> None:
     code, said = plan(*arguments)
     assert code == 2
     assert reason in said
+
+
+def test_a_mix_is_not_drawn_over_what_a_file_says(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("at_s,size,steps\n0,512x512,20\n1,512x512,20\n")
+    for option in ("--mix", "--mix-at-end"):
+        code, said = plan("--trace", trace, option, "1024x1024/25:1", "--policy", "fixed")
+        assert code == 2
+        assert "leave out --mix and --mix-at-end" in said
+
+
+def test_counts_by_the_hour_are_planned(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text(",hour,invocations\n0,0,100000\n1,1,200000\n")
+    code, said = plan(
+        *("--trace", trace, "--share", 0.01, "--stretch", 0.1, "--mix", "512x512/20:1"),
+        *("--policy", "configured"),
+    )
+    assert code == 0, said
+    assert "3000 requests in 12 minutes" in said
+
+
+def test_routing_can_be_compared() -> None:
+    """More replicas compared make more requests in time; by work it is another outcome."""
+    common = ("--rate", 4, "--minutes", 10, "--mix", "512x512/20:1,1536x1536/35:1")
+    found = []
+    for routing, choices in (("count", 1), ("count", 8), ("work", 8)):
+        options = ("--routing", routing, "--choices", choices, "--max-backlog-s", "inf")
+        code, said = plan(*common, *options, "--policy", "fixed")
+        assert code == 0, said
+        [in_time] = re.findall(r"^16 replicas, fixed +([\d.]+)%", said, re.MULTILINE)
+        found.append(float(in_time))
+    assert found[0] < found[1]
+    assert len(set(found)) == 3
+
+
+def test_what_the_config_scales_by_is_said_where_it_is_not_simulated(tmp_path: Path) -> None:
+    shipped, path = CONFIG.read_text(), tmp_path / "serve.yaml"
+    policy = shipped[shipped.index("          policy:\n") :]
+
+    def said(text: str) -> tuple[int, str]:
+        path.write_text(text)
+        steady = ("--rate", "1", "--minutes", "1", "--mix", "512x512/20:1")
+        command = ["plan", "--config", str(path), "--costs", str(COSTS), *steady]
+        result = CliRunner().invoke(cli, [*command, "--policy", "configured"])
+        return result.exit_code, result.stderr
+
+    assert said(shipped) == (0, "")
+    code, text = said(shipped.replace("serve_app.autoscaling.ray_policy:WorkPolicy", "mine:Policy"))
+    assert code == 0
+    assert "it scales Generator by mine:Policy" in text
+    code, text = said(shipped.replace(policy, ""))
+    assert code == 0
+    assert "it scales Generator by Ray Serve's default policy" in text
+    late = "          upscale_delay_s: 0\n"
+    code, text = said(shipped.replace(late, late + "          upscaling_factor: 0.5\n"))
+    assert code == 0
+    assert "autoscaling_config.upscaling_factor is not simulated" in text
+    code, text = said(shipped.replace(late, ""))
+    assert code == 2
+    assert "autoscaling_config.upscale_delay_s is 30.0, Serve's default" in text
 
 
 def test_the_shipped_step_times_say_where_they_come_from() -> None:
@@ -112,14 +176,16 @@ def test_scaling_is_read_from_the_config(tmp_path: Path) -> None:
     policy = (
         "policy: {policy_function: 'serve_app.autoscaling.ray_policy:WorkPolicy', policy_kwargs: "
     )
-    write(f"autoscaling_config: {{min_replicas: 0, max_replicas: 7, {policy} {{hold_s: 5}}}}}}")
+    at_once = "upscale_delay_s: 0, downscale_delay_s: 0"
+    bounds = "min_replicas: 0, max_replicas: 7"
+    write(f"autoscaling_config: {{{bounds}, {at_once}, {policy} {{hold_s: 5}}}}}}")
     assert read_scaling(path, None) == ScalingParams(0, 7, hold_s=5.0)
     assert read_scaling(path, 20) == ScalingParams(0, 20, hold_s=5.0)
     write("num_replicas: 3")
     assert read_scaling(path, None) == ScalingParams(3, 3)
     write("ray_actor_options: {num_gpus: 1}")
     assert read_scaling(path, None) == ScalingParams(1, 1)
-    write(f"autoscaling_config: {{{policy} {{luck: 1}}}}}}")
+    write(f"autoscaling_config: {{{at_once}, {policy} {{luck: 1}}}}}}")
     with pytest.raises(ConfigError, match="luck"):
         read_scaling(path, None)
     write("autoscaling_config: {min_replicas: 4, max_replicas: 2}")

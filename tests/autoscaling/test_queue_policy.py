@@ -11,6 +11,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from serve_app.autoscaling.queue_policy import QueueParams, QueuePolicy
+from serve_app.config import SERVE_DELAYS_S
 
 
 def test_the_defaults_are_those_that_serve_ships() -> None:
@@ -22,6 +23,7 @@ def test_the_defaults_are_those_that_serve_ships() -> None:
     assert ours.downscale_delay_s == shipped.downscale_delay_s
     assert ours.look_back_period_s == shipped.look_back_period_s
     assert ours.metrics_interval_s == shipped.metrics_interval_s
+    assert {name: getattr(shipped, name) for name in SERVE_DELAYS_S} == SERVE_DELAYS_S
 
 
 requests_seen = st.integers(0, 160).map(lambda quarters: quarters / 4)

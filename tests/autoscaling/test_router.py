@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
 from serve_app.autoscaling.router import CHOICES, ShortestOfSeveral
+from serve_app.autoscaling.simulator import ClusterParams
+from serve_app.cli import plan
 from serve_app.generator import Generator
 
 DEPLOYMENT = DeploymentID("Generator", "diffusion-serve")
@@ -105,6 +108,12 @@ async def test_a_full_replica_gets_nothing() -> None:
     chooser = router()
     chooser.update_replicas([full, busy])  # type: ignore[list-item]
     assert {(await choose(chooser)).name for _ in range(10)} == {"busy"}
+
+
+def test_it_is_simulated_as_it_is() -> None:
+    assert (ClusterParams().routing, ClusterParams().choices) == ("count", CHOICES)
+    options = signature(plan).parameters
+    assert [options[name].default for name in ("routing", "choices")] == ["count", CHOICES]
 
 
 def test_serve_takes_it_from_a_config() -> None:

@@ -16,10 +16,12 @@ from serve_app.autoscaling.simulator import (
     Outcome,
     Scaler,
     Simulator,
+    View,
     costs,
 )
 from serve_app.autoscaling.trace import Kind, Trace, drawn, poisson
 from serve_app.engine.cost import CostModel, Measurement
+from serve_app.engine.demand import Demand
 from serve_app.engine.scheduler import Fifo, OnTime, RankedPolicy
 
 SMALL, LARGE = Kind((512, 512), 10), Kind((1024, 1024), 20)
@@ -157,6 +159,95 @@ def test_to_zero_and_back() -> None:
     assert 0 in running
     assert outcome.waits_s[1] == pytest.approx(31.1, abs=1.1)
     assert outcome.gpu_s < 200
+
+
+class Scripted:
+    """Wants so many from then on; keeps what it was shown."""
+
+    def __init__(self, *wanted: tuple[float, int]) -> None:
+        self._wanted = wanted
+        self.seen: list[View] = []
+
+    def decide(self, cluster: View) -> tuple[int, str]:
+        self.seen.append(cluster)
+        return [number for at_s, number in self._wanted if at_s <= cluster.at_s][-1], "scripted"
+
+
+def test_replicas_report_what_batches_gain_as_the_engine_measures_it() -> None:
+    """A full batch of four is 1.6 times as fast as one after the other."""
+    at_s = [0.5 * number for number in range(240)]
+    together, alone = Scripted((0.0, 1)), Scripted((0.0, 1))
+    run(at_s, [SMALL] * 240, together, max_batch_size=4, scheduler=Fifo)
+    run(at_s, [SMALL] * 240, alone, scheduler=Fifo)
+    assert {view.replicas[0].throughput for view in alone.seen} == {1.0}
+    # The engine's own bookkeeping, of four that go on together for two minutes.
+    demand, now = Demand(), 0.0
+    demand.accepted(now, 1_000.0, False)
+    while now < 120:
+        for _ in range(10):
+            now += 0.25
+            demand.called(0.4, 0.25)
+            demand.went_on(now, 1_000.0, 1_000.0, False)
+        now += 0.4  # decoding, one after the other
+        demand.went_on(now, 1_000.0, 1_000.0, False)
+    measured = [view.replicas[0].throughput for view in together.seen if 60 < view.at_s < 120]
+    assert demand.throughput() == pytest.approx(1.5, abs=0.02)
+    assert sum(measured) / len(measured) == pytest.approx(demand.throughput(), abs=0.05)
+
+
+def test_what_waits_is_divided_by_what_batches_gain() -> None:
+    at_s = [0.5 * number for number in range(240)]
+    scaler = Scripted((0.0, 1))
+    outcome = run(at_s, [SMALL] * 240, scaler, max_batch_size=4, scheduler=Fifo)
+    ends_at = sorted(at + wait for at, wait in zip(at_s, outcome.waits_s, strict=True))[-1]
+    [seen] = [view for view in scaler.seen if view.at_s == 120.0]
+    assert seen.requests > 20
+    assert seen.at_s + seen.replicas[0].backlog_s == pytest.approx(ends_at, rel=0.05)
+
+
+def test_more_are_taken_in_where_batches_gain() -> None:
+    """As many seconds of waiting are more work."""
+    at_s = [0.25 * number for number in range(1_000)]
+    here = []
+    for batch in (1, 4):
+        scaler = Scripted((0.0, 1))
+        run(at_s, [SMALL] * 1_000, scaler, max_batch_size=batch, scheduler=Fifo, max_backlog_s=10.0)
+        seen = [view for view in scaler.seen if 60 < view.at_s < 240]
+        assert max(view.replicas[0].backlog_s for view in seen) < 10.0 + 1.1
+        assert min(view.replicas[0].backlog_s for view in seen) > 8.0
+        here.append(sum(view.requests for view in seen) / len(seen))
+    assert here[1] == pytest.approx(1.5 * here[0], rel=0.1)
+
+
+def test_batches_that_gain_need_fewer_replicas() -> None:
+    trace = drawn(poisson(6.0, 900, seed=1), {SMALL: 1.0}, None, seed=1)
+    alone, together = (
+        Simulator(trace, model(batch), Fifo, ByWork(ScalingParams(1, 20)), ClusterParams(), 1).run()
+        for batch in (1, 4)
+    )
+    assert together.gpu_s < 0.85 * alone.gpu_s
+    assert together.attainment > alone.attainment - 0.05
+
+
+def test_a_node_that_has_not_booted_idles_for_nobody_yet() -> None:
+    """Its replica is given up after 10 of 60 s; wanted again, it has to wait for the rest."""
+    machines = {"node_start_s": 60.0, "replica_start_s": 30.0, "node_idle_s": 40.0}
+    again = run(
+        [0.0, 400.0],
+        [SMALL] * 2,
+        Scripted((0.0, 1), (10.0, 2), (20.0, 1), (40.0, 2), (150.0, 1)),
+        **machines,
+    )
+    running = {sample.at_s: sample.running for sample in again.samples}
+    assert running[99.0] == 1
+    assert running[101.0] == 2
+    nodes = {sample.at_s: sample.nodes for sample in again.samples}
+    assert [nodes[at_s] for at_s in (15.0, 30.0, 60.0, 120.0, 189.0)] == [2] * 5
+    assert nodes[191.0] == 1
+    # Not wanted again: it comes at 70 s, and is kept for 40.
+    never = run([0.0, 400.0], [SMALL] * 2, Scripted((0.0, 1), (10.0, 2), (20.0, 1)), **machines)
+    nodes = {sample.at_s: sample.nodes for sample in never.samples}
+    assert (nodes[109.0], nodes[111.0]) == (2, 1)
 
 
 def test_nodes_are_paid_until_they_have_idled() -> None:

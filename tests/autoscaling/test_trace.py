@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.autoscaling.trace import Kind, drawn, parse_mix, poisson, read_arrivals
+from serve_app.autoscaling.trace import (
+    MOST_ARRIVALS,
+    Kind,
+    drawn,
+    parse_mix,
+    poisson,
+    read_arrivals,
+)
 from serve_app.errors import ConfigError
 
 SMALL, LARGE = Kind((512, 512), 20), Kind((1024, 768), 25)
@@ -48,6 +55,39 @@ def test_a_csv_says_what_is_asked_for(tmp_path: Path) -> None:
     assert read_arrivals(path, 1.0) == ([0.5, 1.5], [SMALL, LARGE])
 
 
+def test_counts_by_the_hour_are_spread_over_it(tmp_path: Path) -> None:
+    """As in the public figures of Azure Functions: the first column has no name."""
+    path = tmp_path / "trace.csv"
+    path.write_text(",hour,invocations\n0,0,100000.5\n1,1,0\n2,2,300000.25\n")
+    at_s, kinds = read_arrivals(path, 1.0, share=0.01, seed=1)
+    assert kinds is None
+    assert at_s == sorted(at_s)
+    by_hour = Counter(int(at // 3_600) for at in at_s)
+    assert by_hour[0] in (1_000, 1_001)
+    assert by_hour[2] in (3_000, 3_001)
+    assert by_hour.keys() == {0, 2}
+    halves = Counter(at % 3_600 < 1_800 for at in at_s)
+    assert halves[True] == pytest.approx(2_000, abs=160)
+    half_s, _ = read_arrivals(path, 0.5, share=0.01, seed=1)
+    assert half_s == [at / 2 for at in at_s]
+
+
+def test_more_than_fit_into_memory_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text(f"hour,invocations\n0,{MOST_ARRIVALS}\n1,{MOST_ARRIVALS}\n")
+    with pytest.raises(ConfigError, match=r"40,000,000 arrivals: .* --share"):
+        read_arrivals(path, 1.0)
+
+
+def test_a_share_of_a_trace_is_drawn(tmp_path: Path) -> None:
+    path = tmp_path / "trace.txt"
+    path.write_text("\n".join(str(number) for number in range(10_000)))
+    at_s, _ = read_arrivals(path, 1.0, share=0.1, seed=1)
+    assert len(at_s) == pytest.approx(1_000, abs=120)
+    assert at_s[-1] > 9
+    assert at_s != read_arrivals(path, 1.0, share=0.1, seed=2)[0]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -59,6 +99,9 @@ def test_a_csv_says_what_is_asked_for(tmp_path: Path) -> None:
         ("at_s,size,steps\n1,512,20\n", "line 2: size must be"),
         ("at_s,size,steps\n1,512x512,0\n", "line 2"),
         ("at_s,size,steps\nx,512x512,5\n", "line 2: 'x' is no time"),
+        ("day,invocations\n1,5\n", "no column hour"),
+        ("hour,invocations\n0,5\n1,many\n", "line 3: 'many' is no count"),
+        ("hour,invocations\nnoon,5\n", "line 2: 'noon' is no hour"),
     ],
 )
 def test_a_wrong_trace_names_its_line(tmp_path: Path, content: str, reason: str) -> None:
