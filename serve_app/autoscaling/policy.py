@@ -53,14 +53,15 @@ class ScalingParams:
 
     min_replicas: int = 1
     max_replicas: int = 1
-    target_utilization: float = 0.95
-    """Share of the time in which replicas should be busy: what arrives, over this, is bought."""
+    target_utilization: float = 1.0
+    """Share of the time in which replicas should be busy: what arrives, over this, is bought. What
+    is kept for the noise of arrivals comes on top."""
     spare_replicas: int = 0
     """More than that: idle ones, paid for what comes faster than a replica starts."""
     target_drain_s: float = 120.0
     """Work that waits should be gone within this time, counted from when replicas that would be
     started now could help."""
-    smoothing_s: float = 60.0
+    smoothing_s: float = 90.0
     """The arrival of work is averaged over about this time."""
     hold_s: float = 45.0
     """A surplus must have lasted this long, or half a cold start if that is longer, before replicas
@@ -152,16 +153,15 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
     that what waits is done within ``target_drain_s`` from when new ones could help. Those that are
     starting count: one burst is answered once. A surplus is given up when nothing larger was wanted
     for ``hold_s`` or half a cold start: who gives up a replica that is wanted again pays that start
-    with late requests. The first replica is awaited even if nobody waits any more: clients were
+    with late requests. For the same reason one is no surplus that noise alone would want again. The
+    first replica is awaited even if nobody waits any more: clients were
     told to come when it is there.
     """
     memory = _observed(load, params, memory)
     cold_start_s = _cold_start(load, params, memory)
     rate = _forecast(params, memory, cold_start_s)
     waiting_s = _waiting(load, params, memory)
-    by_arrivals = math.ceil(rate / params.target_utilization - _ROUNDING)
-    if rate > _ROUNDING:
-        by_arrivals += params.spare_replicas
+    by_arrivals = _for_arrivals(rate, params)
     by_backlog = _for_backlog(load, params, memory, rate, waiting_s, cold_start_s)
     wanted = max(by_arrivals, by_backlog)
     term: Term = "backlog" if by_backlog > by_arrivals else "arrivals"
@@ -169,6 +169,9 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
         wanted, term = 1, "batch"
     if wanted < 1 and not load.running and load.target and _comes(load, params, memory):
         wanted, term = 1, "held"
+    without_noise = min(load.target, _for_arrivals(rate, params, _noise(rate, params, memory)))
+    if without_noise > wanted:
+        wanted, term = without_noise, "held"
 
     recent = [entry for entry in memory.wanted if entry[1] > wanted]
     since_s = load.at_s - max(params.hold_s, cold_start_s / 2)
@@ -265,6 +268,20 @@ def _forecast(params: ScalingParams, memory: Memory, cold_start_s: float) -> flo
     rate = memory.arrival_rate
     slope = (rate - memory.slow_rate) / ((_SLOWER - 1) * params.smoothing_s)
     return max(0.0, rate + slope * (params.smoothing_s + cold_start_s))
+
+
+def _for_arrivals(rate: float, params: ScalingParams, noise: float = 0.0) -> int:
+    if rate <= _ROUNDING:
+        return 0
+    replicas = math.ceil(rate / params.target_utilization + noise - _ROUNDING)
+    return replicas + params.spare_replicas
+
+
+def _noise(rate: float, params: ScalingParams, memory: Memory) -> float:
+    """By how much a rate that is steady seems to vary: twice the standard deviation of its average
+    over ``smoothing_s``, if requests of the mean work come as a Poisson process."""
+    work_s = memory.mean_work_s or params.mean_work_s
+    return 2 * math.sqrt(rate * work_s / params.smoothing_s)
 
 
 def _waiting(load: Load, params: ScalingParams, memory: Memory) -> float:

@@ -155,7 +155,9 @@ def test_a_steady_load_changes_nothing_once_it_is_answered(busy: float) -> None:
     cluster = Cluster(PARAMS, 1)
     for _ in range(300):
         cluster.tick(busy)
-    assert cluster.target == max(1, math.ceil(busy / PARAMS.target_utilization - 1e-6))
+    needed = busy / PARAMS.target_utilization
+    noise = 2 * math.sqrt(busy * 2.0 / PARAMS.smoothing_s)
+    assert math.ceil(needed - 1e-6) <= cluster.target <= math.ceil(needed + noise)
     settled = len(cluster.changes)
     for _ in range(1_000):
         cluster.tick(busy)
@@ -163,14 +165,15 @@ def test_a_steady_load_changes_nothing_once_it_is_answered(busy: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mean", "an_hour", "apart"), [(0.5, 2, 1), (2.0, 25, 2), (8.0, 40, 3), (25.0, 80, 7)]
+    ("mean", "an_hour", "apart"), [(0.5, 1, 0), (2.0, 4, 1), (8.0, 8, 2), (25.0, 20, 4)]
 )
-def test_a_steady_load_that_is_drawn_moves_the_number_by_one_now_and_then(
+def test_a_steady_load_that_is_drawn_hardly_ever_moves_the_number(
     mean: float, an_hour: float, apart: int
 ) -> None:
     """Poisson arrivals of 2 s each, counted over 30 s as replicas do, for four hours; the defaults.
 
-    Noise crosses a whole number 0.5, 22, 36 and 72 times an hour.
+    It moves 0, 2, 4.5 and 14 times an hour, each time by one; without a margin for noise it would
+    be 0.5, 22, 36 and 72.
     """
     rng = Random(1)
     cluster = Cluster(ScalingParams(1, 50), 1, cold_start_s=90.0)
@@ -210,14 +213,15 @@ def test_a_surplus_must_last() -> None:
     cluster = Cluster(replace(PARAMS, hold_s=60.0), 1)
     for _ in range(300):
         cluster.tick(9.0)
-    assert cluster.target == 10
+    most = cluster.target
+    assert most >= 10
     for _ in range(40):
         cluster.tick(4.5)
-    assert cluster.target == 10
+    assert cluster.target == most
     assert cluster.terms[-1] == "held"
     for _ in range(300):
         cluster.tick(4.5)
-    assert cluster.target == 5
+    assert 5 <= cluster.target <= 6
 
 
 def test_a_long_cold_start_makes_it_more_patient() -> None:
@@ -265,22 +269,24 @@ def test_missing_figures_hold_what_is_there_and_then_let_go() -> None:
     cluster = Cluster(PARAMS, 1)
     for _ in range(300):
         cluster.tick(9.0)
+    most = cluster.target
+    assert most >= 10
     for _ in range(200):
         cluster.tick(9.0, known=0)
-        assert cluster.target == 10
+        assert cluster.target == most
     for _ in range(200):
         cluster.tick(0.9, known=5)
-        assert cluster.target == 10
+        assert cluster.target == most
     for _ in range(40):
         cluster.tick(0.9)
     assert cluster.terms[-1] == "held"
     for _ in range(200):
         cluster.tick(0.9, known=0)
-        assert cluster.target == 10
+        assert cluster.target == most
     assert cluster.terms[-1] == "blind"
     for _ in range(400):
         cluster.tick(0.9)
-    assert cluster.target == 1
+    assert cluster.target <= 2
 
 
 def test_to_zero_and_from_zero() -> None:

@@ -158,7 +158,7 @@ def test_to_zero_and_back() -> None:
     assert running[0] == 1
     assert 0 in running
     assert outcome.waits_s[1] == pytest.approx(31.1, abs=1.1)
-    assert outcome.gpu_s < 200
+    assert outcome.gpu_s < 250
 
 
 class Scripted:
