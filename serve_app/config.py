@@ -37,6 +37,9 @@ KEYS_PATH_VARIABLE = "DIFFUSION_SERVE_KEYS_PATH"
 API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
 """Of the environment: the key of who asks a server."""
 
+IMPORT_PATH = "serve_app.app:build"
+"""By which a Serve config names this application."""
+
 WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
 """What a Serve config names to have replicas scaled by the work that waits."""
 
@@ -437,11 +440,11 @@ def _applications(path: Path) -> list[dict[str, Any]]:
     ours = [
         application
         for application in (applications if isinstance(applications, list) else [])
-        if isinstance(application, dict) and application.get("import_path") == "serve_app.app:build"
+        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH
     ]
     if not ours:
         raise ConfigError(
-            f"{path} has no application with import_path 'serve_app.app:build'; see configs/ for "
+            f"{path} has no application with import_path {IMPORT_PATH!r}; see configs/ for "
             "examples."
         )
     return ours

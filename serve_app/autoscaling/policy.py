@@ -169,9 +169,9 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
         wanted, term = 1, "batch"
     if wanted < 1 and not load.running and load.target and _comes(load, params, memory):
         wanted, term = 1, "held"
-    without_noise = min(load.target, _for_arrivals(rate, params, _noise(rate, params, memory)))
-    if without_noise > wanted:
-        wanted, term = without_noise, "held"
+    with_noise = min(load.target, _for_arrivals(rate, params, _noise(rate, params, memory)))
+    if with_noise > wanted:
+        wanted, term = with_noise, "held"
 
     recent = [entry for entry in memory.wanted if entry[1] > wanted]
     since_s = load.at_s - max(params.hold_s, cold_start_s / 2)
@@ -245,16 +245,24 @@ def _observed(load: Load, params: ScalingParams, memory: Memory) -> Memory:
 
 def _cold_start(load: Load, params: ScalingParams, memory: Memory) -> float:
     """As measured, or assumed; more while a start takes longer than that."""
-    known_s = memory.cold_start_s or params.cold_start_s
-    overdue_s = load.at_s - memory.starts[0].at_s if memory.starts else 0.0
+    known_s = _known_start(params, memory)
     # One that never comes, for want of a GPU, shall not stop the rest of the arithmetic.
-    return max(known_s, min(overdue_s, _MOST_OVERDUE * known_s))
+    return max(known_s, min(_oldest_start_s(load, memory), _MOST_OVERDUE * known_s))
 
 
 def _comes(load: Load, params: ScalingParams, memory: Memory) -> bool:
     """Whether a start is under way that may still end well."""
-    known_s = memory.cold_start_s or params.cold_start_s
-    return bool(memory.starts) and load.at_s - memory.starts[0].at_s < _MOST_OVERDUE * known_s
+    longest_s = _MOST_OVERDUE * _known_start(params, memory)
+    return bool(memory.starts) and _oldest_start_s(load, memory) < longest_s
+
+
+def _known_start(params: ScalingParams, memory: Memory) -> float:
+    return memory.cold_start_s or params.cold_start_s
+
+
+def _oldest_start_s(load: Load, memory: Memory) -> float:
+    """How long the oldest start that is not over has taken; 0 if none is under way."""
+    return load.at_s - memory.starts[0].at_s if memory.starts else 0.0
 
 
 def _forecast(params: ScalingParams, memory: Memory, cold_start_s: float) -> float:

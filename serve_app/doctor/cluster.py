@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import yaml
 
+from serve_app.config import IMPORT_PATH
 from serve_app.doctor import gpu_nodes, kuberay, pending, placement
 from serve_app.doctor.kube import Cluster, NotReadable, Object, Unreachable
 from serve_app.doctor.report import Finding, failed, ok, warning
 from serve_app.errors import ConfigError
 
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
-_IMPORT_PATH = "serve_app.app:build"
-"""In the Serve config of our RayServices, whatever they are called."""
 _COMMAND = "diffusion-serve doctor --cluster"
 _BEFORE = (
     "Before anything is applied, let it be compared:\n"
@@ -118,10 +117,11 @@ def _find_service(cluster: Cluster) -> Finding | None:
     """
 
     def ours(everywhere: bool) -> list[Object]:
+        # By their Serve config, whatever they are called.
         return [
             one
             for one in cluster.list("rayservices.ray.io", everywhere)
-            if _IMPORT_PATH in (one["spec"].get("serveConfigV2") or "")
+            if IMPORT_PATH in (one["spec"].get("serveConfigV2") or "")
         ]
 
     check, here = "RayService", f"none of diffusion-serve in namespace {cluster.namespace}"

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,15 @@ FIGURES = {
 
 
 pytestmark = pytest.mark.usefixtures("log_stays_ours")
+
+
+@pytest.fixture
+def serve_log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """What is said through Serve's logger, which hands nothing on."""
+    log = logging.getLogger("ray.serve")
+    log.addHandler(caplog.handler)
+    yield caplog
+    log.removeHandler(caplog.handler)
 
 
 def replica(name: str) -> ReplicaID:
@@ -128,47 +138,39 @@ def test_the_knobs_are_heeded() -> None:
     assert WorkPolicy(target_drain_s=30, cold_start_s=1)(context(said))[0] > patient
 
 
-def test_a_change_of_the_number_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ray.serve").addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, "ray.serve")
+def test_a_change_of_the_number_is_one_line(serve_log: pytest.LogCaptureFixture) -> None:
+    serve_log.set_level(logging.INFO, "ray.serve")
     policy = WorkPolicy(hold_s=0, cold_start_s=1)
-    try:
-        for tick in range(50):
-            policy(context({"a": FIGURES}, at_s=NOW + tick / 10))
-        for tick in range(50, 100):
-            busy = {"a": FIGURES | {"backlog_s": 150.0}}
-            policy(context(busy, at_s=NOW + tick / 10, target=3 if tick > 50 else 1))
-    finally:
-        logging.getLogger("ray.serve").removeHandler(caplog.handler)
-    lines = [record.getMessage() for record in caplog.records]
+    for tick in range(50):
+        policy(context({"a": FIGURES}, at_s=NOW + tick / 10))
+    for tick in range(50, 100):
+        busy = {"a": FIGURES | {"backlog_s": 150.0}}
+        policy(context(busy, at_s=NOW + tick / 10, target=3 if tick > 50 else 1))
+    lines = [record.getMessage() for record in serve_log.records]
     assert len(lines) == 2, lines
     assert lines[0].startswith("diffusion-serve/Generator: 1 replicas, by arrivals: running 1, ")
     assert "by backlog" in lines[1]
     assert "waiting_s 150" in lines[1]
 
 
-def test_figures_that_stay_missing_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    logging.getLogger("ray.serve").addHandler(caplog.handler)
+def test_figures_that_stay_missing_are_told_once(serve_log: pytest.LogCaptureFixture) -> None:
     policy = WorkPolicy()
 
     def told(of: int) -> int:
-        return caplog.text.count(f"no figures, or old ones, of 1 of {of} replicas for 60 s")
+        return serve_log.text.count(f"no figures, or old ones, of 1 of {of} replicas for 60 s")
 
     both = dict.fromkeys("ab", FIGURES)
-    try:
-        for second in range(60):  # a start, for one
-            policy(context({"a": FIGURES}, running=["a", "b"], at_s=NOW + second))
-        assert not told(2)
-        policy(context(both, at_s=NOW + 60))
-        for second in range(61, 300):
-            policy(context({"a": FIGURES}, running=["a", "b"], at_s=NOW + second))
-        assert told(2) == 1
-        policy(context(both, at_s=NOW + 300))
-        for second in range(301, 400):
-            policy(context(both, running=["a", "b", "c"], at_s=NOW + second))
-        assert told(3) == 1
-    finally:
-        logging.getLogger("ray.serve").removeHandler(caplog.handler)
+    for second in range(60):  # a start, for one
+        policy(context({"a": FIGURES}, running=["a", "b"], at_s=NOW + second))
+    assert not told(2)
+    policy(context(both, at_s=NOW + 60))
+    for second in range(61, 300):
+        policy(context({"a": FIGURES}, running=["a", "b"], at_s=NOW + second))
+    assert told(2) == 1
+    policy(context(both, at_s=NOW + 300))
+    for second in range(301, 400):
+        policy(context(both, running=["a", "b", "c"], at_s=NOW + second))
+    assert told(3) == 1
 
 
 def test_a_first_replica_that_serve_started_is_kept_though_nobody_waits() -> None:
@@ -228,12 +230,8 @@ def test_serve_builds_it_from_what_a_config_file_says() -> None:
 
 
 def test_a_wrong_knob_is_said_and_scales_by_the_defaults(
-    caplog: pytest.LogCaptureFixture,
+    serve_log: pytest.LogCaptureFixture,
 ) -> None:
-    logging.getLogger("ray.serve").addHandler(caplog.handler)
-    try:
-        policy = WorkPolicy(target_drain=5)
-    finally:
-        logging.getLogger("ray.serve").removeHandler(caplog.handler)
-    assert "policy_kwargs.target_drain: unknown key; known are" in caplog.text
+    policy = WorkPolicy(target_drain=5)
+    assert "policy_kwargs.target_drain: unknown key; known are" in serve_log.text
     assert policy(context({"a": FIGURES | {"backlog_s": 10_000.0}}))[0] == 10
