@@ -58,9 +58,9 @@ def test_who_is_told_a_time_is_known_then_and_not_before() -> None:
 
 def test_whoever_is_told_later_comes_after_those_before() -> None:
     promises = Promises(Clock())
-    waits = [wait_s(promises.promise(b"%d" % n, refusal(5.0, 9.0), False)) for n in range(4)]
-    assert waits == [5, 15, 25, 35]  # nine tenths of the time are promised
-    assert PACE == 0.9
+    waits = [wait_s(promises.promise(b"%d" % n, refusal(5.0, 7.0), False)) for n in range(4)]
+    assert waits == [5, 15, 25, 35]  # seven tenths of the time are promised
+    assert PACE == 0.7
 
 
 def test_it_never_says_at_once() -> None:
@@ -71,10 +71,10 @@ def test_what_was_promised_within_a_time() -> None:
     clock = Clock()
     promises = Promises(clock)
     for n in range(3):
-        promises.promise(b"%d" % n, refusal(2.0, 9.0), False)
-    assert [promises.due_within_s(s) for s in (1.0, 2.0, 12.0, 100.0)] == [0, 9, 18, 27]
+        promises.promise(b"%d" % n, refusal(2.0, 7.0), False)
+    assert [promises.due_within_s(s) for s in (1.0, 2.0, 12.0, 100.0)] == [0, 7, 14, 21]
     clock.now += 2.0
-    assert promises.due_within_s(0.0) == 9
+    assert promises.due_within_s(0.0) == 7
     assert promises.claim(b"0")
     assert promises.due_within_s(0.0) == 0
 
@@ -95,9 +95,9 @@ def test_who_does_not_come_loses_the_place_and_counts_less() -> None:
 def test_who_came_as_told_and_found_no_room_need_not_stand_in_line_again() -> None:
     promises = Promises(Clock())
     for n in range(4):
-        promises.promise(b"%d" % n, refusal(0.0, 9.0), False)
-    assert wait_s(promises.promise(b"a", refusal(3.0, 9.0), returning=True)) == 3
-    assert wait_s(promises.promise(b"b", refusal(0.0, 9.0), returning=False)) == 50
+        promises.promise(b"%d" % n, refusal(0.0, 7.0), False)
+    assert wait_s(promises.promise(b"a", refusal(3.0, 7.0), returning=True)) == 3
+    assert wait_s(promises.promise(b"b", refusal(0.0, 7.0), returning=False)) == 50
 
 
 def test_the_same_wish_twice_has_two_places() -> None:
@@ -154,7 +154,7 @@ async def test_a_refused_request_that_comes_again_is_known(
     clock: Clock, client: httpx.AsyncClient, painter: FakePainter
 ) -> None:
     body = {"prompt": "x", "num_inference_steps": 5, "n": 2}
-    painter.error = refusal(room_in_s=2.5, work_s=9.0)
+    painter.error = refusal(room_in_s=2.5, work_s=7.0)
     response = await post(client, body)
     assert error_of(response, 429)["code"] == "overloaded"
     assert response.headers["retry-after"] == "3"
