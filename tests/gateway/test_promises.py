@@ -168,7 +168,7 @@ async def test_a_refused_request_that_comes_again_is_known(
     clock.now += 3.0
     assert (await post(client, body | {"n": 1})).status_code == 200
     assert not painter.standings[-1].returning  # another one
-    assert painter.standings[-1].promised_s == 36
+    assert painter.standings[-1].promised_s == 28
     assert (await post(client, body)).status_code == 200
     assert [standing.returning for standing in painter.standings] == [False, True, True]
     assert painter.standings[-1].promised_s == 0
