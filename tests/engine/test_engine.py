@@ -458,7 +458,7 @@ def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
 
 
 def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
-    config = EngineConfig(max_running=8, slo_scale=1e-3)
+    config = EngineConfig(max_running=8, slo_scale=1e-3, max_backlog_s=1e6)
     with Engine(demo_pipeline, DEMO, config) as engine:
         late = [engine.stream(params(seed=seed, num_inference_steps=40)) for seed in range(10)]
         wait_until(lambda: engine.stats().running == 7)
