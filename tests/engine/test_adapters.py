@@ -66,8 +66,8 @@ def test_each_request_is_painted_with_its_own_adapters(
         ends = [list(stream)[-1] for stream in streams]
         assert engine.stats().mean_batch_size > 1.5  # two of each set
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
-    # Random adapters enlarge what kernels for one and for two round differently, which depends on
-    # the processor: still a thousandth of what tells the sets apart.
+    # Kernels for one and for two round differently, by how much depends on the processor: half of
+    # what certification allows, and far from the 1e-2 that tells the sets apart.
     assert largest_difference(alone, together) <= 5e-5
 
 
