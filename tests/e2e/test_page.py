@@ -22,6 +22,9 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
 
+# A busy machine takes its time to paint; what never happens still fails.
+expect.set_options(timeout=30_000)
+
 PREVIEW = ".card.painting .canvas.seen img"
 DONE = ".card.done"
 
