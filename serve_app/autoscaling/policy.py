@@ -58,14 +58,14 @@ class ScalingParams:
     is kept for the noise of arrivals comes on top."""
     spare_replicas: int = 0
     """More than that: idle ones, paid for what comes faster than a replica starts."""
-    target_drain_s: float = 120.0
+    target_drain_s: float = 240.0
     """Work that waits should be gone within this time, counted from when replicas that would be
     started now could help."""
-    smoothing_s: float = 90.0
+    smoothing_s: float = 75.0
     """The arrival of work is averaged over about this time."""
-    hold_s: float = 45.0
-    """A surplus must have lasted this long, or half a cold start if that is longer, before replicas
-    are given up."""
+    hold_s: float = 30.0
+    """A surplus must have lasted this long, or a third of a cold start if that is longer, before
+    replicas are given up."""
     cold_start_s: float = 60.0
     """From asking for a replica until it paints; assumed until it has been measured."""
     mean_work_s: float = 2.0
@@ -139,7 +139,7 @@ class Decision:
 _WEIGHT = 0.3
 """Of a new measurement of the cold start against what was known."""
 
-_SLOWER = 3.0
+_SLOWER = 2.0
 
 _MOST_OVERDUE = 4.0
 
@@ -152,10 +152,10 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
     Enough of them that what arrives keeps them busy for ``target_utilization`` of the time, and
     that what waits is done within ``target_drain_s`` from when new ones could help. Those that are
     starting count: one burst is answered once. A surplus is given up when nothing larger was wanted
-    for ``hold_s`` or half a cold start: who gives up a replica that is wanted again pays that start
-    with late requests. For the same reason one is no surplus that noise alone would want again. The
-    first replica is awaited even if nobody waits any more: clients were
-    told to come when it is there.
+    for ``hold_s`` or a third of a cold start: who gives up a replica that is wanted again pays that
+    start with late requests. For the same reason one is no surplus that noise alone would want
+    again, as long as the load does not plainly fall. The first replica is awaited even if nobody
+    waits any more: clients were told to come when it is there.
     """
     memory = _observed(load, params, memory)
     cold_start_s = _cold_start(load, params, memory)
@@ -174,7 +174,7 @@ def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision,
         wanted, term = with_noise, "held"
 
     recent = [entry for entry in memory.wanted if entry[1] > wanted]
-    since_s = load.at_s - max(params.hold_s, cold_start_s / 2)
+    since_s = load.at_s - max(params.hold_s, cold_start_s / 3)
     recent = [entry for entry in recent if entry[0] >= since_s]
     memory = replace(memory, wanted=(*recent, (load.at_s, wanted)))
     replicas = wanted
@@ -269,13 +269,15 @@ def _forecast(params: ScalingParams, memory: Memory, cold_start_s: float) -> flo
     """What will arrive when a replica that is asked for now is there, in replicas kept busy.
 
     An average over a time lags behind a steady rise by that time, so two of them tell its slope:
-    double exponential smoothing (Brown, 1959, "Statistical forecasting for inventory control").
+    double exponential smoothing (Brown, 1959, "Statistical forecasting for inventory control"). No
+    rise goes on for ever, and what it adds after the present is damped (Gardner and McKenzie, 1985,
+    "Forecasting trends in time series"): half of it is expected.
     """
     if memory.arrival_rate is None or memory.slow_rate is None:
         return 0.0
     rate = memory.arrival_rate
     slope = (rate - memory.slow_rate) / ((_SLOWER - 1) * params.smoothing_s)
-    return max(0.0, rate + slope * (params.smoothing_s + cold_start_s))
+    return max(0.0, rate + slope * (params.smoothing_s + cold_start_s / 2))
 
 
 def _for_arrivals(rate: float, params: ScalingParams, noise: float = 0.0) -> int:
@@ -287,9 +289,12 @@ def _for_arrivals(rate: float, params: ScalingParams, noise: float = 0.0) -> int
 
 def _noise(rate: float, params: ScalingParams, memory: Memory) -> float:
     """By how much a rate that is steady seems to vary: twice the standard deviation of its average
-    over ``smoothing_s``, if requests of the mean work come as a Poisson process."""
+    over ``smoothing_s``, if requests of the mean work come as a Poisson process. Nothing when it
+    has fallen by more than one below the slower average: then it is not steady."""
     work_s = memory.mean_work_s or params.mean_work_s
-    return 2 * math.sqrt(rate * work_s / params.smoothing_s)
+    deviation = math.sqrt(rate * work_s / params.smoothing_s)
+    fallen = (memory.slow_rate or 0.0) - (memory.arrival_rate or 0.0)
+    return 0.0 if fallen > deviation else 2 * deviation
 
 
 def _waiting(load: Load, params: ScalingParams, memory: Memory) -> float:

@@ -140,7 +140,7 @@ def test_the_knobs_are_heeded() -> None:
 
 def test_a_change_of_the_number_is_one_line(serve_log: pytest.LogCaptureFixture) -> None:
     serve_log.set_level(logging.INFO, "ray.serve")
-    policy = WorkPolicy(hold_s=0, cold_start_s=1)
+    policy = WorkPolicy(hold_s=0, cold_start_s=1, target_drain_s=120)
     for tick in range(50):
         policy(context({"a": FIGURES}, at_s=NOW + tick / 10))
     for tick in range(50, 100):
