@@ -268,7 +268,7 @@ def test_starts_that_are_given_up_do_not_count_as_measured() -> None:
 
 
 def test_a_rise_is_answered_ahead() -> None:
-    """Half of what the rise adds until a new replica is there is bought, not just what comes now."""
+    """Half of what the rise adds until a new replica is there is bought, not just what comes."""
     cluster = Cluster(PARAMS, 1, cold_start_s=60.0)
     cluster.memory = Memory(cold_start_s=60.0)
     for second in range(600):
