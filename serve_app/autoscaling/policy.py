@@ -58,7 +58,7 @@ class ScalingParams:
     is kept for the noise of arrivals comes on top."""
     spare_replicas: int = 0
     """More than that: idle ones, paid for what comes faster than a replica starts."""
-    target_drain_s: float = 240.0
+    target_drain_s: float = 180.0
     """Work that waits should be gone within this time, counted from when replicas that would be
     started now could help."""
     smoothing_s: float = 75.0

@@ -172,8 +172,8 @@ def test_a_steady_load_that_is_drawn_hardly_ever_moves_the_number(
 ) -> None:
     """Poisson arrivals of 2 s each, counted over 30 s as replicas do, for four hours; the defaults.
 
-    It moves 0, 2.5, 6 and 18 times an hour, each time by one; without a margin for noise it would
-    be 0, 28, 38 and 73.
+    It moves 0, 2.5, 6 and 19.5 times an hour, each time by one; without a margin for noise it would
+    be 0, 28, 40 and 78.
     """
     rng = Random(1)
     cluster = Cluster(ScalingParams(1, 50), 1, cold_start_s=90.0)
