@@ -14,7 +14,7 @@ from tests.e2e.conftest import demo_config, free_port, start_serve
 
 pytestmark = pytest.mark.serve
 
-CASES = int(os.environ.get("SCHEMATHESIS_CASES", "1000"))
+CASES = int(os.environ.get("SCHEMATHESIS_CASES", "500"))
 """How many to send, at least."""
 
 
