@@ -199,7 +199,7 @@ def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline)
     """Their timesteps are integers in one and reals in the other; some call twice a step."""
     assert demo_pipeline.noise_schedulers == tuple(NOISE_SCHEDULERS)
     requests = [
-        params(num_inference_steps=5, noise_scheduler=name)
+        params(num_inference_steps=8, noise_scheduler=name)
         for name in (None, *demo_pipeline.noise_schedulers)
     ]
     alone = [demo_pipeline.paint(request) for request in requests]
