@@ -26,8 +26,8 @@ settings.load_profile("serve")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Processes of pytest-xdist that each use all cores wait for each other: on two cores, the engine's
-# tests took 2.5 times as long.
+# Processes of pytest-xdist that each use all cores wait for each other: on two cores, tests of the
+# engine took 2.7 times as long.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
