@@ -5,8 +5,8 @@ from typing import Any, cast
 from ray.serve import Application, Deployment
 
 from serve_app.config import check_model_folder, parse_app_config
-from serve_app.gateway.deployment import Gateway
-from serve_app.generator import Generator
+from serve_app.deployments.gateway import Gateway
+from serve_app.deployments.generator import Generator
 
 GRACE_S = 10.0
 """Between the longest that a request may take and the end of a replica that is to go away."""

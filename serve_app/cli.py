@@ -83,7 +83,7 @@ def check(
 ) -> None:
     """Look for mistakes in a config file, in a second, before Ray is started with it."""
     # Late, so that --help does not wait for what serves HTTP.
-    from serve_app.autoscaling.knobs import read_knobs
+    from serve_app.autoscaling.params import read_knobs
     from serve_app.gateway.auth import KeyRing
 
     try:
@@ -273,8 +273,8 @@ def plan(
     output: Annotated[Path | None, typer.Option(help="Write all figures: a .json file.")] = None,
 ) -> None:
     """Size a cluster before it is bought: replay arrivals in simulated time."""
-    from serve_app.autoscaling import plan as planner
-    from serve_app.autoscaling.simulator import ClusterParams
+    from serve_app.planner import comparison as planner
+    from serve_app.planner.simulator import ClusterParams
 
     try:
         if (trace is None) == (rate is None):
@@ -362,10 +362,10 @@ def infer(
         config = _model(model)
         check_model_folder(config)
         # Late, so that --help and mistakes are answered without waiting for torch.
-        from serve_app.engine.encoding import Encoding
         from serve_app.engine.engine import Engine
-        from serve_app.engine.events import Event, Progress
-        from serve_app.engine.params import GenerationParams
+        from serve_app.protocol.events import Event, Progress
+        from serve_app.protocol.images import Encoding
+        from serve_app.protocol.params import GenerationParams
 
         params = GenerationParams(
             prompt=prompt,

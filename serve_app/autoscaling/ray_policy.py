@@ -18,7 +18,7 @@ from typing import Any, get_args
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Gauge
 
-from serve_app.autoscaling.knobs import read_knobs
+from serve_app.autoscaling.params import read_knobs
 from serve_app.autoscaling.policy import (
     Decision,
     Load,

@@ -1,7 +1,7 @@
 """How much memory a model needs, from the headers of its weights, without loading them.
 
-Follows what `serve_app.engine.pipeline` loads: the components that model_index.json names, their
-safetensors of the configured variant, at the configured dtype.
+Follows what `serve_app.engine.model.loader` loads: the components that model_index.json names,
+their safetensors of the configured variant, at the configured dtype.
 """
 
 import json

@@ -4,7 +4,7 @@ Needs no server::
 
     from serve_app.config import EngineConfig, ModelConfig
     from serve_app.engine.engine import Engine
-    from serve_app.engine.params import GenerationParams
+    from serve_app.protocol.params import GenerationParams
 
     with Engine.load(ModelConfig(id="demo"), EngineConfig()) as engine:
         image = engine.generate(GenerationParams(prompt="a green ring on white", seed=7)).image

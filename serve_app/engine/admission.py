@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from serve_app.engine.params import Standing
+from serve_app.protocol.params import Standing
 
 RESERVE = 2.0
 """How many times as much work may wait before who comes again when told to."""

@@ -23,33 +23,22 @@ from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, hopeless, judge
-from serve_app.engine.batch import MergeableCall, NotMergeable
-from serve_app.engine.certification import Certificate
-from serve_app.engine.cold_start import ColdStart
-from serve_app.engine.cost import CostModel
-from serve_app.engine.demand import Demand, EngineLoad
-from serve_app.engine.events import (
-    Completed,
-    Event,
-    Failed,
-    GenerationResult,
-    Preview,
-    Progress,
-    Queued,
-    Step,
-)
-from serve_app.engine.forecast import Forecast, Work
-from serve_app.engine.meter import Memory, Meter, State
-from serve_app.engine.params import FRESH, AdapterSet, GenerationParams, ModelInfo, Standing
-from serve_app.engine.pipeline import LoadedPipeline
-from serve_app.engine.preview import PreviewMap
-from serve_app.engine.prompt_cache import PromptCache
-from serve_app.engine.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.batching.batch import MergeableCall, NotMergeable
+from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.metrics import Memory, Meter, State
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.previews import PreviewMap
+from serve_app.engine.model.prompt_cache import PromptCache
+from serve_app.engine.model.speed import compiled, compiling, largest_bucket, padded
 from serve_app.engine.request import EventCallback, Request, introduce
-from serve_app.engine.scheduler import POLICIES, RankedPolicy, Task, Yielding
-from serve_app.engine.speed import compiled, compiling, largest_bucket, padded
+from serve_app.engine.scheduling.cost import CostModel
+from serve_app.engine.scheduling.forecast import Forecast, Work
+from serve_app.engine.scheduling.load import Demand, EngineLoad
+from serve_app.engine.scheduling.policies import POLICIES, RankedPolicy, Task, Yielding
+from serve_app.engine.startup.certification import Certificate
+from serve_app.engine.startup.cold_start import ColdStart
+from serve_app.engine.startup.warmup import warm_up
 from serve_app.engine.timer import CallTimer
-from serve_app.engine.warmup import warm_up
 from serve_app.errors import (
     Cancelled,
     ConfigError,
@@ -60,6 +49,17 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
+from serve_app.protocol.events import (
+    Completed,
+    Event,
+    Failed,
+    GenerationResult,
+    Preview,
+    Progress,
+    Queued,
+    Step,
+)
+from serve_app.protocol.params import FRESH, AdapterSet, GenerationParams, ModelInfo, Standing
 
 logger = logging.getLogger(__name__)
 

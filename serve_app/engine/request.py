@@ -6,12 +6,12 @@ from itertools import pairwise, takewhile
 
 from torch import Tensor
 
-from serve_app.engine.batch import MergeableCall
-from serve_app.engine.cost import Size
-from serve_app.engine.events import MOST_MATES, Event, Step, Timeline
-from serve_app.engine.params import GenerationParams, Standing
-from serve_app.engine.rendezvous import Call, Job
-from serve_app.engine.scheduler import Task
+from serve_app.engine.batching.batch import MergeableCall
+from serve_app.engine.batching.rendezvous import Call, Job
+from serve_app.engine.scheduling.cost import Size
+from serve_app.engine.scheduling.policies import Task
+from serve_app.protocol.events import MOST_MATES, Event, Step, Timeline
+from serve_app.protocol.params import GenerationParams, Standing
 
 EventCallback = Callable[[Event], None]
 """Called on the engine's thread: must be quick and must not raise."""

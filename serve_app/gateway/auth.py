@@ -19,10 +19,10 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.engine.params import Priority
 from serve_app.errors import ConfigError, CrossSite, DiffusionServeError, InvalidKey, RateLimited
 from serve_app.gateway.errors import problem_of
-from serve_app.gateway.record import record_of
+from serve_app.gateway.requests_log import record_of
+from serve_app.protocol.params import Priority
 
 logger = logging.getLogger(__name__)
 

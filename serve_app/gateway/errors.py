@@ -19,7 +19,7 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
-from serve_app.gateway.record import record_of, request_id
+from serve_app.gateway.requests_log import record_of, request_id
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from starlette.types import ASGIApp
 
 from serve_app import __version__
 from serve_app.config import AppConfig
-from serve_app.engine.params import ModelInfo
 from serve_app.errors import Cancelled, ModelNotFound
 from serve_app.gateway import page
 from serve_app.gateway.auth import KeyGuard, KeyRing
@@ -21,12 +20,13 @@ from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
 from serve_app.gateway.forms import read_edit, read_generation
-from serve_app.gateway.images import Studio
 from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
-from serve_app.gateway.painter import Painter
-from serve_app.gateway.record import Recorder, record_of
+from serve_app.gateway.requests_log import Recorder, record_of
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
+from serve_app.gateway.service import Studio
 from serve_app.gateway.streaming import stream
+from serve_app.protocol.backend import Painter
+from serve_app.protocol.params import ModelInfo
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.engine.encoding import Encoding, ImageFormat
-from serve_app.engine.params import MAX_SEED, AdapterSet, ModelInfo
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.images import Encoding, ImageFormat
+from serve_app.protocol.params import MAX_SEED, AdapterSet, ModelInfo
 
 Quality = Literal["low", "medium", "high"]
 

@@ -10,17 +10,17 @@ from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Scope
 
-from serve_app.engine.encoding import EncodedImage, PartialImage
-from serve_app.engine.events import Progress, Queued, Timeline
 from serve_app.gateway.errors import problem_of
-from serve_app.gateway.images import Order, Studio
-from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.schemas import (
     CompletedEvent,
     ErrorResponse,
     PartialImageEvent,
     ProgressEvent,
 )
+from serve_app.gateway.service import Order, Studio
+from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.events import Progress, Queued, Timeline
+from serve_app.protocol.images import EncodedImage, PartialImage
 
 HEARTBEAT_S = 10.0
 

@@ -26,10 +26,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import __version__
 from serve_app.config import AppConfig
-from serve_app.engine.events import Timeline
-from serve_app.engine.params import GenerationParams
-from serve_app.gateway.record import Record
+from serve_app.gateway.requests_log import Record
 from serve_app.gateway.schemas import PARTS
+from serve_app.protocol.events import Timeline
+from serve_app.protocol.params import GenerationParams
 
 logger = logging.getLogger(__name__)
 

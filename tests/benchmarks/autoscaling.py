@@ -25,14 +25,14 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from serve_app.autoscaling.knobs import read_knobs
-from serve_app.autoscaling.plan import read_costs
+from serve_app.autoscaling.params import read_knobs
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.autoscaling.simulator import ByWork, ClusterParams, Simulator, costs
-from serve_app.autoscaling.trace import Kind, Trace, poisson
 from serve_app.config import EngineConfig
-from serve_app.engine.cost import CostModel
-from serve_app.engine.scheduler import OnTime
+from serve_app.engine.scheduling.cost import CostModel
+from serve_app.engine.scheduling.policies import OnTime
+from serve_app.planner.comparison import read_costs
+from serve_app.planner.simulator import ByWork, ClusterParams, Simulator, costs
+from serve_app.planner.trace import Kind, Trace, poisson
 from tests.benchmarks.engine import hardware
 from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start_cluster
 from tests.e2e.conftest import free_port

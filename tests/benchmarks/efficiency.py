@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from serve_app.engine.pipeline import LoadedPipeline
-from serve_app.engine.rendezvous import Call, Rendezvous
+from serve_app.engine.batching.rendezvous import Call, Rendezvous
+from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.timer import wait_for_device
 
 REPEATS = 3

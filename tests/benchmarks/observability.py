@@ -36,16 +36,16 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.config import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Event, Step, Timeline
-from serve_app.engine.meter import Meter
-from serve_app.engine.params import FRESH, GenerationParams, Standing
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.metrics import Meter
+from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.request import EventCallback
 from serve_app.gateway.exposition import exposition
-from serve_app.gateway.record import Record, Recorder, record_of
+from serve_app.gateway.requests_log import Record, Recorder, record_of
 from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
 from serve_app.metrics import Report, report
+from serve_app.protocol.events import Completed, Event, Step, Timeline
+from serve_app.protocol.params import FRESH, GenerationParams, Standing
 from tests.benchmarks.engine import hardware
 
 LEAST = 0.98

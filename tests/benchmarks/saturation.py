@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from serve_app.engine.certification import largest_difference
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.startup.certification import largest_difference
 from tests.benchmarks.ways import Arrival, Kind, Way
 
 WARM_UP_STEPS = 2

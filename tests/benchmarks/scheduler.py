@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from serve_app.engine.cost import CostModel, Measurement
-from serve_app.engine.scheduler import POLICIES, Task
+from serve_app.engine.scheduling.cost import CostModel, Measurement
+from serve_app.engine.scheduling.policies import POLICIES, Task
 
 SIZES = [(512, 512), (768, 768), (1024, 1024), (1536, 1536)]
 

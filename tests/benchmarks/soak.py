@@ -23,10 +23,10 @@ from PIL import Image
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Event, Failed, Progress
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.errors import Cancelled
+from serve_app.protocol.events import Completed, Event, Failed, Progress
+from serve_app.protocol.params import GenerationParams
 from tests.lora import ADAPTER_FILE, save_adapter
 
 TOLERANCE = 1e-5

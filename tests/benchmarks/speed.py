@@ -20,11 +20,11 @@ import typer
 from torch import Tensor, nn
 
 from serve_app.config import ModelConfig, SpeedConfig
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
-from serve_app.engine.speed import compiled, compiling
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.speed import compiled, compiling
 from serve_app.engine.timer import wait_for_device
 from serve_app.errors import DiffusionServeError
+from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.engine import hardware
 from tests.benchmarks.saturation import psnr
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.protocol.events import Completed
 from tests.benchmarks.aims import aims
 from tests.benchmarks.efficiency import REPEATS, BareCalls, busy_s
 from tests.benchmarks.engine import Row

@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app import __version__
 from serve_app.app import build
-from serve_app.autoscaling.knobs import read_knobs
+from serve_app.autoscaling.params import read_knobs
 from serve_app.config import AppConfig, parse_app_config, policy_kwargs
 from serve_app.doctor.placement import untolerated
 from serve_app.errors import ConfigError

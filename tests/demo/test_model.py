@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from serve_app.config import DEMO_MODEL_DIR
 from serve_app.demo.evaluate import accuracy, paint_held_out
 from serve_app.demo.judge import read
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.protocol.params import GenerationParams
 
 
 def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:

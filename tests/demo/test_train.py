@@ -9,9 +9,9 @@ import torch
 
 from serve_app.config import ModelConfig
 from serve_app.demo.train import Recipe, Trainer
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.errors import ConfigError
+from serve_app.protocol.params import GenerationParams
 
 QUICK = Recipe(
     scene_share=0.0005,

@@ -20,9 +20,9 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.gateway.replicas import ask_controller
+from serve_app.deployments.replicas import ask_controller
+from serve_app.deployments.scrape import ANSWER_WITHIN_S
 from serve_app.gateway.schemas import PARTS
-from serve_app.gateway.scrape import ANSWER_WITHIN_S
 from tests.e2e.conftest import (
     ServeProcess,
     Server,

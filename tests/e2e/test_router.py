@@ -9,7 +9,7 @@ import pytest
 import ray
 from ray import serve
 
-from serve_app.autoscaling.router import ShortestOfSeveral
+from serve_app.deployments.router import ShortestOfSeveral
 from tests.e2e.conftest import Server, connected
 from tests.waiting import wait_until
 

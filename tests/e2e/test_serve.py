@@ -20,11 +20,11 @@ from PIL import Image
 
 from serve_app.demo.judge import read
 from serve_app.demo.scenes import Scene, SceneObject, render
-from serve_app.engine.encoding import Encoding
+from serve_app.deployments.gateway import HandlePainter
 from serve_app.engine.engine import EngineStats
-from serve_app.engine.params import GenerationParams
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.deployment import HandlePainter
+from serve_app.protocol.images import Encoding
+from serve_app.protocol.params import GenerationParams
 from tests.e2e.conftest import Server, demo_config, free_port, start_serve
 from tests.waiting import wait_until
 

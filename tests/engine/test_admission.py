@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.engine.admission import Deadline, Wish, judge
-from serve_app.engine.params import FRESH, Standing
+from serve_app.protocol.params import FRESH, Standing
 
 RETURNING = Standing(returning=True)
 

@@ -14,12 +14,10 @@ import torch
 from PIL import Image
 
 from serve_app.config import EngineConfig, LimitsConfig
-from serve_app.engine import certification
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Event, Failed, GenerationResult, Progress, Queued
-from serve_app.engine.params import FRESH, GenerationParams, Standing
-from serve_app.engine.pipeline import NOISE_SCHEDULERS, LoadedPipeline
-from serve_app.engine.scheduler import Fifo
+from serve_app.engine.model.loader import NOISE_SCHEDULERS, LoadedPipeline
+from serve_app.engine.scheduling.policies import Fifo
+from serve_app.engine.startup import certification
 from serve_app.errors import (
     Cancelled,
     ConfigError,
@@ -28,6 +26,8 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
+from serve_app.protocol.events import Completed, Event, Failed, GenerationResult, Progress, Queued
+from serve_app.protocol.params import FRESH, GenerationParams, Standing
 from tests.conftest import DEMO, FIFO
 from tests.waiting import wait_until
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from serve_app.config import ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Preview
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.events import Completed, Preview
+from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 

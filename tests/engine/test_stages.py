@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from serve_app.config import ModelConfig
-from serve_app.engine.certification import largest_difference
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Event, Failed, Progress
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.startup.certification import largest_difference
 from serve_app.errors import GenerationFailed
+from serve_app.protocol.events import Completed, Event, Failed, Progress
+from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
 from tests.tiny_pipelines import HEIGHT_PX, WIDTH_PX, sdxl
 

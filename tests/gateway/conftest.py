@@ -12,14 +12,14 @@ import pytest
 from PIL import Image
 
 from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
-from serve_app.engine.encoding import EncodedImage, Encoding, PartialImage
-from serve_app.engine.events import Progress, Queued
-from serve_app.engine.params import FRESH, GenerationParams, ModelInfo, Standing
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
-from serve_app.gateway.painter import PainterEvent
-from serve_app.gateway.record import Record
+from serve_app.gateway.requests_log import Record
 from serve_app.gateway.routes import create_api
+from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.events import Progress, Queued
+from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
+from serve_app.protocol.params import FRESH, GenerationParams, ModelInfo, Standing
 
 LIMITS = LimitsConfig(
     max_pixels=128 * 128,

@@ -9,13 +9,13 @@ from random import Random
 import pytest
 
 from serve_app.engine.admission import Deadline, Wish, judge
-from serve_app.engine.cost import CostModel, Measurement, Size
-from serve_app.engine.demand import Demand
-from serve_app.engine.forecast import Forecast, Work
-from serve_app.engine.params import Standing
-from serve_app.engine.scheduler import OnTime, Task, Yielding
+from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
+from serve_app.engine.scheduling.forecast import Forecast, Work
+from serve_app.engine.scheduling.load import Demand
+from serve_app.engine.scheduling.policies import OnTime, Task, Yielding
 from serve_app.errors import Overloaded
-from serve_app.gateway.promises import Promises
+from serve_app.gateway.retry_reservations import Promises
+from serve_app.protocol.params import Standing
 
 LIMIT_S = 30.0
 

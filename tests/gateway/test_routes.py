@@ -12,7 +12,6 @@ import httpx
 import pytest
 
 from serve_app.config import GatewayConfig, ModelConfig
-from serve_app.engine.params import MAX_SEED, GenerationParams
 from serve_app.errors import (
     DeadlineExceeded,
     DiffusionServeError,
@@ -23,6 +22,7 @@ from serve_app.errors import (
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import ImageGenerationRequest
+from serve_app.protocol.params import MAX_SEED, GenerationParams
 from tests.gateway.conftest import CONFIG, FakePainter, decoded, error_of, post
 
 pytestmark = pytest.mark.anyio

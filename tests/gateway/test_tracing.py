@@ -30,15 +30,15 @@ from opentelemetry.trace import (
 )
 
 from serve_app.config import AppConfig
-from serve_app.engine.encoding import EncodedImage, Encoding
-from serve_app.engine.events import Queued, Step, Timeline
-from serve_app.engine.params import FRESH, GenerationParams, Standing
 from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway.auth import KeyRing
-from serve_app.gateway.painter import PainterEvent
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.tracing import Tracing
+from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.events import Queued, Step, Timeline
+from serve_app.protocol.images import EncodedImage, Encoding
+from serve_app.protocol.params import FRESH, GenerationParams, Standing
 from tests.collector import collecting
 from tests.gateway.conftest import CONFIG, FakePainter
 from tests.waiting import wait_until
@@ -317,7 +317,7 @@ async def test_without_tracing_there_is_no_sign_of_it(painter: TracedPainter) ->
 
 def test_without_tracing_nothing_is_imported_for_it() -> None:
     program = (
-        "import sys, serve_app.gateway.deployment\n"
+        "import sys, serve_app.deployments.gateway\n"
         "sys.exit(any(name.startswith('opentelemetry.exporter') for name in sys.modules))"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
@@ -441,9 +441,9 @@ async def test_prompts_are_traced_only_for_who_asks(painter: TracedPainter) -> N
 async def test_the_log_leads_to_the_trace(
     painter: TracedPainter, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "serve_app.gateway.record")
+    caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
     await Gateway(painter).post({"traceparent": PARENT})
-    [line] = [one for one in caplog.records if one.name == "serve_app.gateway.record"]
+    [line] = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]
     assert vars(line)["trace_id"] == TRACE_ID
 
 

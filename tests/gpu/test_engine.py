@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.engine.certification import TOLERANCE, largest_difference
 from serve_app.engine.engine import Engine
-from serve_app.engine.events import Completed, Event, Failed, Progress
-from serve_app.engine.params import GenerationParams
-from serve_app.engine.pipeline import LoadedPipeline
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.startup.certification import TOLERANCE, largest_difference
+from serve_app.protocol.events import Completed, Event, Failed, Progress
+from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.saturation import psnr
 from tests.conftest import FIFO
 from tests.full_size import MODELS

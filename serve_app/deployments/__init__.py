@@ -1,0 +1,1 @@
+"""All that speaks Ray Serve: the two deployments, and how they find and choose replicas."""

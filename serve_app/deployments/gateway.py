@@ -1,0 +1,332 @@
+"""The gateway as a Ray Serve deployment, and the handle through which it reaches the generator."""
+
+import asyncio
+import functools
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from dataclasses import replace
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
+from serve_app.deployments.replicas import LOOK_EVERY_S, Fleet, Replicas, ask_controller
+from serve_app.deployments.scrape import Scraper
+from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
+from serve_app.gateway.auth import KeyRing
+from serve_app.gateway.routes import create_api
+from serve_app.metrics import HELD, Report
+from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.images import Encoding, PartialImage
+from serve_app.protocol.params import FRESH, GenerationParams, ModelInfo, Standing
+from serve_app.serve_log import log_through_serve
+
+if TYPE_CHECKING:
+    from serve_app.gateway.tracing import Tracing
+
+logger = logging.getLogger(__name__)
+
+REPLICA_ATTEMPTS = 3
+"""Replicas that one request may be sent to, one after the other, when they are lost."""
+
+HEALTH_TIMEOUT_S = 2.0
+
+MOST_HELD = 1_024
+"""Requests that wait for a replica that is starting; as many again may wait for the first one, in
+Serve's own queue."""
+
+OPEN_TO_ALL = f"""
+****************************************************************************************************
+*  NO API KEY IS CONFIGURED, and this server listens on %s: whoever reaches it may use the GPU.
+*  Make a key with `diffusion-serve key NAME` and name its file in gateway.keys_path, or set
+*  {KEYS_VARIABLE}. Or set http_options.host to 127.0.0.1.
+****************************************************************************************************
+"""
+
+
+FIRST_ANSWER_WITHIN_S = 5.0
+"""In which a replica that runs says whether it takes a request in."""
+
+
+class HandlePainter:
+    """A `Painter` behind a Serve handle."""
+
+    def __init__(
+        self,
+        generator: DeploymentHandle[Any],
+        max_hold_s: float,
+        max_deadline_s: float,
+        replicas: Replicas | None = None,
+    ) -> None:
+        """How long a request may wait for a replica to start, and, apart from that, be painted."""
+        self._generator = generator
+        self._max_hold_s = max_hold_s
+        self._max_deadline_s = max_deadline_s
+        self._replicas = replicas or Replicas(
+            functools.partial(ask_controller, generator.app_name, generator.deployment_name)
+        )
+        self._info: ModelInfo | None = None
+        self._held = 0
+
+    async def paint(
+        self,
+        params: GenerationParams,
+        encoding: Encoding,
+        progress: bool = False,
+        standing: Standing = FRESH,
+    ) -> AsyncGenerator[PainterEvent, None]:
+        loop = asyncio.get_running_loop()
+        waited_s = 0.0 if standing.sent_at is None else time.time() - standing.sent_at
+        sent_at = loop.time() - waited_s
+        due_at = sent_at + (params.deadline_s or math.inf)
+        hold_until = min(sent_at + self._max_hold_s, due_at)
+        paint_s = self._max_deadline_s  # that are left
+        refusal = Unavailable("the replicas that painted this request were lost; try again.")
+        partial_images = 0  # sent so far
+        lost = 0
+        # The same seed paints the same picture on another replica, and the same previews.
+        while lost < REPLICA_ATTEMPTS:
+            began_at: float | None = None
+            answer_until = max(hold_until, loop.time() + self._answer_s)
+            try:
+                painting = self._events(params, encoding, progress, standing)
+                async with aclosing(self._in_time(painting, answer_until, paint_s)) as events:
+                    async for event in events:
+                        began_at = began_at or loop.time()
+                        if isinstance(event, PartialImage):
+                            if event.index < partial_images:
+                                continue
+                            partial_images += 1
+                        yield event
+                return
+            except (RayActorError, ObjectLostError):
+                lost += 1  # it died, or its node did, with the picture
+            except Unavailable as error:
+                lost += 1  # it is going away; another may not
+                refusal = error
+            except Overloaded as error:
+                refused_at = loop.time()
+                room_in_s = error.retry_after_s  # none if too many wait for the first replica
+                if room_in_s is None or not await self._hold(hold_until, room_in_s):
+                    fleet = await self._replicas.look()
+                    raise _by_the_fleet(error, fleet, loop.time() - refused_at) from None
+                standing = replace(standing, returning=True)
+            except TimeoutError:
+                raise await self._nobody(answer_until - sent_at) from None
+            if began_at is not None:  # what was painted is no waiting, though it is lost
+                painted_s = loop.time() - began_at
+                paint_s -= painted_s
+                hold_until = min(hold_until + painted_s, due_at)
+        raise refusal
+
+    @property
+    def _answer_s(self) -> float:
+        """An engine that is there says itself which deadlines are too short, and better."""
+        return min(self._max_hold_s, FIRST_ANSWER_WITHIN_S)
+
+    async def _in_time(
+        self, events: AsyncGenerator[PainterEvent, None], first_by: float, seconds: float
+    ) -> AsyncGenerator[PainterEvent, None]:
+        """The same events.
+
+        Raises:
+            TimeoutError: if the first has not come by then, on the loop's clock.
+            DeadlineExceeded: if the last has not come so many seconds after the first.
+        """
+        async with aclosing(events):
+            async with asyncio.timeout_at(first_by):
+                with self._replicas.watched():
+                    event = await anext(events)
+            end_at = asyncio.get_running_loop().time() + seconds
+            while True:
+                yield event
+                try:
+                    async with asyncio.timeout_at(end_at):
+                        event = await anext(events)
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"the picture was not done within {self._max_deadline_s:g} s, and was "
+                        "given up."
+                    ) from None
+
+    async def _hold(self, until: float, room_in_s: float) -> bool:
+        """While a replica is starting, wait for it or for room in another; whether there is any."""
+        loop = asyncio.get_running_loop()
+        room_at = loop.time() + room_in_s
+        fleet = await self._replicas.look()
+        in_time = loop.time() + (fleet.ready_in_s or 0.0) <= until
+        if not (fleet.coming and in_time and self._held < MOST_HELD):
+            return False
+        wanted = fleet.running + 1
+        self._held += 1
+        HELD.set(self._held)
+        try:
+            while fleet.running < wanted and loop.time() < room_at:
+                if not fleet.coming or loop.time() > until:
+                    return False
+                await asyncio.sleep(LOOK_EVERY_S)
+                fleet = await self._replicas.look()
+            return True
+        finally:
+            self._held -= 1
+            HELD.set(self._held)
+
+    async def _events(
+        self, params: GenerationParams, encoding: Encoding, progress: bool, standing: Standing
+    ) -> AsyncGenerator[PainterEvent, None]:
+        generate: Any = self._generator.options(stream=True).generate
+        events = generate.remote(params, encoding, progress, standing)
+        ended = False
+        try:
+            with _as_raised():
+                async for event in events:
+                    yield event
+            ended = True
+        finally:
+            if not ended:
+                events.cancel()
+
+    async def describe(self, deadline_s: float | None = None) -> ModelInfo:
+        # Asked for once: all replicas of an application run the same model.
+        if self._info is None:
+            hold_s = min(self._max_hold_s, deadline_s or math.inf)
+            self._info = await self._describe(max(hold_s, self._answer_s))
+        return self._info
+
+    async def check_ready(self) -> None:
+        await self._describe(HEALTH_TIMEOUT_S)
+
+    async def _describe(self, timeout_s: float) -> ModelInfo:
+        try:
+            async with asyncio.timeout(timeout_s):
+                with self._replicas.watched():
+                    info: ModelInfo = await self._call("describe")
+            return info
+        except TimeoutError:
+            raise await self._nobody(timeout_s) from None
+        except RayActorError:
+            raise Unavailable("the replica that was asked was lost; try again.") from None
+        except Overloaded as error:
+            raise _by_the_fleet(error, await self._replicas.look()) from None
+
+    async def _nobody(self, waited_s: float) -> Unavailable:
+        """Who waited for a replica in vain may come when the next one should be there."""
+        fleet = await self._replicas.look()
+        return Unavailable(
+            f"no replica was ready within {waited_s:.3g} s; try again later.",
+            retry_after_s=fleet.ready_in_s,
+        )
+
+    async def _call(self, method: str) -> Any:
+        response = getattr(self._generator, method).remote()
+        try:
+            with _as_raised():
+                return await response
+        except asyncio.CancelledError:
+            response.cancel()
+            raise
+
+
+def _by_the_fleet(refusal: Overloaded, fleet: Fleet, waited_s: float = 0.0) -> Overloaded:
+    """What a refusal, so many seconds old, means where there is more than one replica.
+
+    There is room when the one that refused has some, or when the next one is there; and all that
+    run by then do their share of what is promised. No time is told where nothing is known.
+    """
+    times_s = list(fleet.ready_s[:1])
+    if refusal.retry_after_s is not None:
+        times_s.append(max(0.0, refusal.retry_after_s - waited_s))
+    retry_after_s = min(times_s, default=None)
+    there = fleet.running
+    if retry_after_s is not None:
+        there += sum(ready_s <= retry_after_s for ready_s in fleet.ready_s)
+    work_s = refusal.work_s / max(1, there)
+    return Overloaded(refusal.message, refusal.param, retry_after_s, work_s)
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """Turn Ray's errors into ours, and what the replica raised, which Ray wraps, into itself."""
+    try:
+        yield
+    except BackPressureError:
+        raise Overloaded("too many requests are waiting; try again later.") from None
+    except DeploymentUnavailableError:
+        raise Unavailable("the model could not be started; see the server's log.") from None
+    except RayTaskError as error:
+        if isinstance(error.cause, DiffusionServeError):
+            raise error.cause from None
+        raise
+
+
+# Far more than the generator takes: one that is full must still answer /health and refuse the rest.
+# Not on nodes that are so labelled, because they come and go: a gateway would keep a GPU node that
+# nobody uses, or be lost with a spot one.
+@serve.deployment(
+    ray_actor_options={"num_cpus": 0.5, "label_selector": {"diffusion-serve/gateway": "!no"}},
+    max_ongoing_requests=10_000,
+)
+@serve.ingress()
+class Gateway:
+    """Answers HTTP for the whole application."""
+
+    def __init__(self, config: AppConfig, generator: "DeploymentHandle[Any]") -> None:
+        log_through_serve()
+        self._config = config
+        context = serve.get_replica_context()
+        replicas = Replicas(
+            functools.partial(ask_controller, generator.app_name, generator.deployment_name)
+        )
+        limits = config.engine.limits
+        self._painter = HandlePainter(
+            generator, config.gateway.max_hold_s, limits.max_deadline_s, replicas
+        )
+        fellows: DeploymentHandle[Any] = DeploymentHandle(context.deployment, context.app_name)
+        name = context.replica_id.unique_id
+        self._scraper = Scraper(config.model.id, name, fellows, generator, replicas)
+        self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
+        if not self._keys and (host := _listens_beyond_loopback()):
+            logger.warning(OPEN_TO_ALL, host)
+        self._tracing = _tracing(config, name) if config.gateway.tracing else None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        traced = None if self._tracing is None else self._tracing.middleware
+        return create_api(self._config, self._painter, self._keys, self._scraper.gather, traced)
+
+    async def metrics(self) -> Report:
+        """Its figures, for the gateway that was asked for those of all."""
+        return self._scraper.own()
+
+    def __del__(self) -> None:
+        """Called by Serve when the last request has ended."""
+        tracing = getattr(self, "_tracing", None)
+        if tracing is not None:
+            tracing.close()
+
+
+def _tracing(config: AppConfig, replica: str) -> "Tracing":
+    from serve_app.gateway.tracing import Tracing  # here, for what it imports is an extra
+
+    return Tracing.to_collector(config, replica)
+
+
+def _listens_beyond_loopback() -> str | None:
+    """The address at which Serve's proxies listen, if others than this machine reach it."""
+    client: Any = _get_global_client()
+    host: str = client.http_config.host or ""
+    try:
+        local = host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        local = False  # a name
+    return None if local else host or "every address"

@@ -1,0 +1,187 @@
+"""What an engine tells its metrics. Pure Python.
+
+The engine's thread calls it between steps, so that every series is looked up once; figures that
+can be read off the engine are read when somebody asks for them.
+"""
+
+import functools
+import math
+import socket
+import weakref
+from collections.abc import Callable
+from typing import Literal, TypeVar, get_args
+
+from serve_app import __version__
+from serve_app.engine.admission import Reason
+from serve_app.engine.scheduling.load import EngineLoad
+from serve_app.metrics import (
+    ARRIVING,
+    BACKLOG,
+    BATCH_SIZE,
+    CANCELLATION,
+    DEADLINES,
+    DEVICE,
+    DEVICE_MEMORY,
+    ENGINE_INFO,
+    ENGINE_REQUESTS,
+    FORECAST_ERROR,
+    IMAGES,
+    LORA_SWITCHES,
+    OUT_OF_MEMORY,
+    PIXELS,
+    PREVIEWS,
+    REFUSALS,
+    SHARING,
+    SHARING_DIFFERENCE,
+    STALL,
+    STEP,
+    STEPS,
+    THROUGHPUT,
+    UTILIZATION,
+    size_label,
+)
+from serve_app.protocol.params import Sharing
+
+T = TypeVar("T")
+
+STALL_S = 0.1
+"""Requests are there, and for longer than this no network runs: worth knowing of."""
+
+State = Literal["queued", "parked", "running"]
+"""Of a request: waits for a place; has one, and waits for its next call; is in that call."""
+
+Memory = Literal["used", "reserved", "free", "total"]
+"""By torch, and kept by it for later; of the device, whoever uses it."""
+
+
+class Meter:
+    """The metrics of one engine. Its counters start at 0 rather than being absent."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        # Only of the sizes that are painted: each has many series.
+        self._steps = functools.cache(functools.partial(STEPS.labels, model))
+        self._step = functools.cache(functools.partial(STEP.labels, model))
+        self._images = functools.cache(functools.partial(IMAGES.labels, model))
+        self._batch_size = BATCH_SIZE.labels(model)
+        self._denoising = DEVICE.labels(model, "denoise")
+        self._encoding = DEVICE.labels(model, "encode")
+        self._decoding = DEVICE.labels(model, "decode")
+        self._stall = STALL.labels(model)
+        self._cancellation = CANCELLATION.labels(model)
+        self._forecast_error = FORECAST_ERROR.labels(model)
+        self._pixels = PIXELS.labels(model)
+        self._previews = PREVIEWS.labels(model)
+        self._lora_switches = LORA_SWITCHES.labels(model)
+        self._out_of_memory = OUT_OF_MEMORY.labels(model)
+        self._refusals = {reason: REFUSALS.labels(model, reason) for reason in get_args(Reason)}
+        self._deadlines = {
+            (kept, named): DEADLINES.labels(
+                model, "met" if kept else "missed", "client" if named else "server"
+            )
+            for kept in (True, False)
+            for named in (True, False)
+        }
+
+    # ---- once ----------------------------------------------------------------------------------
+
+    def certified(self, sharing: Sharing, difference: float | None) -> None:
+        """How requests share the pipeline."""
+        SHARING.labels(self._model).state(sharing)
+        if difference is not None:
+            SHARING_DIFFERENCE.labels(self._model).set(difference)
+
+    def runs_on(self, device: str, gpu: str) -> None:
+        """``gpu``: its UUID, or nothing."""
+        ENGINE_INFO.labels(self._model, __version__, socket.gethostname(), device, gpu).info({})
+
+    def watch(
+        self,
+        load: Callable[[], EngineLoad],
+        count: Callable[[State], int],
+        memory: Callable[[Memory], int] | None,
+    ) -> None:
+        """Read these, methods of an engine, whenever figures are asked for.
+
+        They are not kept alive: what is asked for when the engine is gone is not a number.
+        """
+        for gauge, read in (
+            (ARRIVING, lambda now: now.arrival_rate),
+            (THROUGHPUT, lambda now: now.throughput),
+            (UTILIZATION, lambda now: now.utilization),
+        ):
+            gauge.labels(self._model).set_function(_weakly(load, read))
+        interactive = BACKLOG.labels(self._model, "interactive")
+        interactive.set_function(_weakly(load, lambda now: now.backlog_s))
+        batch = BACKLOG.labels(self._model, "batch")
+        batch.set_function(_weakly(load, lambda now: now.batch_backlog_s))
+        for state in get_args(State):
+            requests = ENGINE_REQUESTS.labels(self._model, state)
+            requests.set_function(_weakly(count, float, state))
+        if memory is not None:
+            for kind in get_args(Memory):
+                held = DEVICE_MEMORY.labels(self._model, kind)
+                held.set_function(functools.partial(memory, kind))
+
+    # ---- between steps -------------------------------------------------------------------------
+
+    def called(self, size: tuple[int, int], batch_size: int, seconds: float) -> None:
+        """A denoiser call for so many pictures is done."""
+        label = size_label(*size)
+        self._step(label).observe(seconds)
+        self._steps(label).inc(batch_size)
+        self._batch_size.observe(batch_size)
+        self._denoising.inc(seconds)
+
+    def encoded(self, seconds: float) -> None:
+        """A text encoder's call, or another one before the first step, is done."""
+        self._encoding.inc(seconds)
+
+    def decoded(self, seconds: float) -> None:
+        """A call on the way from latents to pixels is done."""
+        self._decoding.inc(seconds)
+
+    def paused(self, seconds: float) -> None:
+        """Between two calls of networks, while requests were there."""
+        if seconds > STALL_S:
+            self._stall.observe(seconds)
+
+    def refused(self, reason: Reason) -> None:
+        self._refusals[reason].inc()
+
+    def painted(self, size: tuple[int, int]) -> None:
+        self._images(size_label(*size)).inc()
+        self._pixels.inc(size[0] * size[1])
+
+    def due(self, kept: bool, named: bool) -> None:
+        """An interactive picture was painted; ``named``: its deadline was the client's own."""
+        self._deadlines[kept, named].inc()
+
+    def forecast_off(self, error: float) -> None:
+        """By such a share of the time that the picture took."""
+        self._forecast_error.observe(error)
+
+    def cancelled(self, seconds: float) -> None:
+        """So long after the word to do so, the place is free."""
+        self._cancellation.observe(seconds)
+
+    def previewed(self) -> None:
+        self._previews.inc()
+
+    def switched_adapters(self) -> None:
+        self._lora_switches.inc()
+
+    def out_of_memory(self) -> None:
+        self._out_of_memory.inc()
+
+
+def _weakly(
+    method: Callable[..., T], read: Callable[[T], float], *args: object
+) -> Callable[[], float]:
+    kept = weakref.WeakMethod(method)
+
+    def value() -> float:
+        alive = kept()
+        return math.nan if alive is None else read(alive(*args))
+
+    return value

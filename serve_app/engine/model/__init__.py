@@ -1,0 +1,1 @@
+"""The loaded pipeline: weights, adapters, speed options, caches and previews."""

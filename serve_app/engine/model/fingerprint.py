@@ -1,0 +1,189 @@
+"""What the outcome of a start-up depends on, as digests that are quick to make.
+
+A certificate of an earlier start is as good as a new one if the same weights meet the same code on
+the same kind of device. So the fingerprint is taken from what is there and will run: the weights in
+memory rather than the files they came from, and every package that is installed rather than those
+that we think of. Of what cannot be known it says something that is never the same again.
+"""
+
+import hashlib
+import json
+import logging
+import platform
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from serve_app import __version__
+from serve_app.config import painting_environment
+
+logger = logging.getLogger(__name__)
+
+Fingerprint = dict[str, str]
+"""By name, what may change: equal values mean that it has not."""
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By size in bytes. Signed ones: CUDA has no other kernel for `torch.hash_tensor`."""
+
+_OURS = "diffusion_serve-"
+"""How the folder of this program's own package begins."""
+
+
+def of_code() -> Fingerprint:
+    """This engine's source, and the packages it stands on, each with all its files.
+
+    By their RECORDs, which list a digest of each file. A version alone would not do: that of a
+    package from a repository is the same for weeks.
+    """
+    root = Path(__file__).parents[2]
+    sources = sorted(
+        file for folder in ("engine", "protocol") for file in (root / folder).rglob("*.py")
+    )
+    source = _digest(*(part for file in sources for part in _named_content(file)))
+    found = {"diffusion-serve": f"{__version__} {source}"}
+    for folder in dict.fromkeys(sys.path):
+        for info in sorted(Path(folder or ".").glob("*.dist-info")):
+            if not info.name.startswith(_OURS):
+                package, _, version = info.name.removesuffix(".dist-info").partition("-")
+                found.setdefault(f"package {package}", f"{version} {_record(info)}")
+    return found
+
+
+def _record(info: Path) -> str:
+    record, url = info / "RECORD", info / "direct_url.json"
+    if not record.is_file() or (url.is_file() and '"editable": true' in url.read_text()):
+        return _never_the_same()  # its files may change where they are
+    return _digest(record.read_bytes())
+
+
+def of_machine(device: torch.device) -> Fingerprint:
+    """The device, and how torch computes on it."""
+    found = {
+        "python": sys.version,
+        "torch build": f"{torch.version.git_version} CUDA {torch.version.cuda}",
+        "processor": f"{platform.machine()} {_processor()}",
+        "threads": str(torch.get_num_threads()),
+        "environment": repr(painting_environment()),
+        "precision": f"{torch.get_float32_matmul_precision()}, "
+        f"cudnn allow_tf32={torch.backends.cudnn.allow_tf32} "
+        f"benchmark={torch.backends.cudnn.benchmark} "
+        f"deterministic={torch.are_deterministic_algorithms_enabled()}",
+        "device": device.type,
+    }
+    if device.type == "cuda":
+        driver = Path("/proc/driver/nvidia/version")
+        gpu = torch.cuda.get_device_properties(device)
+        found["device"] = (
+            f"{gpu.name}, {gpu.major}.{gpu.minor}, {gpu.multi_processor_count} processors, "
+            f"{gpu.total_memory} bytes"
+        )
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["driver"] = driver.read_text() if driver.is_file() else ""
+    return found
+
+
+def _processor() -> str:
+    """Its name and what torch uses of it: kernels for other vectors round otherwise."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    name = next((line for line in lines if line.startswith("model name")), "")
+    return f"{name.partition(': ')[2]} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def of_component(component: Any) -> str:
+    """Of one part of a pipeline: its config, and of a network also layers and weights.
+
+    Whoever changes the methods of a network in memory is not found out; one with a hook is.
+    """
+    try:
+        return _digest(*_parts(component))
+    except Exception:
+        name = type(component).__name__
+        logger.warning("%s has no fingerprint, and counts as changed", name, exc_info=True)
+        return _never_the_same()
+
+
+def _parts(component: Any) -> Iterator[bytes]:
+    yield f"{type(component).__module__}.{type(component).__qualname__}".encode()
+    config = getattr(component, "config", None)
+    if config is None:
+        yield repr(component).encode()
+    else:
+        content = config if isinstance(config, dict) else config.to_dict()
+        yield json.dumps(content, sort_keys=True, default=repr).encode()
+    if (tokenizer := getattr(component, "backend_tokenizer", None)) is not None:
+        # Without what its last call set.
+        content = json.loads(tokenizer.to_str()) | {"padding": None, "truncation": None}
+        yield json.dumps(content).encode()
+    if isinstance(component, nn.Module):
+        yield _layers(component).encode()
+        yield from _weights(component)
+
+
+def _layers(network: nn.Module) -> str:
+    """What they are, in which order; anew each time if somebody else's code stands in between."""
+    if any(layer._forward_pre_hooks or layer._forward_hooks for layer in network.modules()):
+        return _never_the_same()
+    return repr(network)
+
+
+def _weights(network: nn.Module) -> Iterator[bytes]:
+    for name, tensor in network.state_dict().items():
+        if not isinstance(tensor, Tensor):  # what a layer keeps beside its weights
+            yield f"{name} {tensor!r}".encode()
+            continue
+        yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+        yield from _content(tensor)
+
+
+def _content(tensor: Tensor) -> Iterator[bytes]:
+    """Of each row the bits of all its numbers, added without carry, on the tensor's device.
+
+    That takes as long as reading the weights from its memory once. It does not see an exchange of
+    two numbers within a row, nor the same change to an even number of them; other training does
+    not end in such weights.
+    """
+    if hasattr(tensor, "__tensor_flatten__"):  # 8-bit weights are made of several tensors
+        names, context = tensor.__tensor_flatten__()
+        yield repr(context).encode()
+        for name in names:
+            yield from _content(getattr(tensor, name))
+        return
+    tensor = tensor.detach()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
+    if bits.ndim > 1 and bits.numel():
+        bits = _sums(bits.flatten(1))
+    yield bits.cpu().numpy().tobytes()
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """``[rows]``: the exclusive or over each of ``[rows, integers]``."""
+    if rows.shape[1] * rows.element_size() % 8 == 0:
+        rows = rows.view(torch.int64)  # eight bytes at a time; CUDA widens the others first
+    if rows.device.type == "cpu":  # where NumPy is many times faster
+        return torch.from_numpy(np.bitwise_xor.reduce(rows.numpy(), axis=1))
+    return torch.hash_tensor(rows, dim=1).view(torch.int64)
+
+
+def _named_content(file: Path) -> tuple[bytes, bytes]:
+    return file.name.encode(), file.read_bytes()
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))  # where each ends
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _never_the_same() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,1 @@
+"""Decisions about requests: order, cost, forecast and load. Pure Python, no torch."""

@@ -1,0 +1,1 @@
+"""Simulates scaling policies on arrival traces: ``diffusion-serve plan``."""

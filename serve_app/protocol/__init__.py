@@ -1,0 +1,1 @@
+"""Nouns that gateway, deployments and engine share. No torch, no Ray, no HTTP."""

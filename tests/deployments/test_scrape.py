@@ -1,0 +1,123 @@
+"""Who is asked, and who is waited for. With real replicas: tests/e2e/test_metrics.py."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError
+from ray.serve._private.common import DeploymentID
+from ray.serve.exceptions import DeploymentUnavailableError
+
+from serve_app.deployments import scrape
+from serve_app.deployments.replicas import Replicas
+from serve_app.deployments.scrape import Scraper
+from serve_app.metrics import APPLICATION, Report
+
+pytestmark = pytest.mark.anyio
+
+
+class Answer:
+    """What one replica makes of the question: a report, an error, or nothing at all."""
+
+    def __init__(self, outcome: Report | Exception | None) -> None:
+        self._outcome = outcome
+        self.cancelled = False
+
+    async def get_async(self) -> Report:
+        await asyncio.sleep(0)
+        if self._outcome is None:
+            await asyncio.Event().wait()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        assert isinstance(self._outcome, Report)
+        return self._outcome
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Handle:
+    def __init__(self, name: str, *outcomes: Report | Exception | None) -> None:
+        self.deployment_name = name
+        self.answers = [Answer(outcome) for outcome in outcomes]
+        self.asked = 0
+
+    def broadcast(self, method: str) -> Any:
+        assert method == "metrics"
+        self.asked += 1
+
+        async def results() -> list[Answer]:
+            if not self.answers:
+                raise DeploymentUnavailableError(DeploymentID(name=self.deployment_name))
+            return self.answers
+
+        return SimpleNamespace(_fetch_replica_results_async=results)
+
+
+def fleet_of(*states: str) -> Callable[[], Any]:
+    async def ask() -> Any:
+        replicas = [
+            SimpleNamespace(replica_id=str(index), state=state, start_time_s=0.0)
+            for index, state in enumerate(states)
+        ]
+        return SimpleNamespace(replicas=replicas, target_num_replicas=len(states))
+
+    return ask
+
+
+def scraper_of(gateway: Any, generator: Any, *states: str) -> Scraper:
+    return Scraper("scraped", "own", gateway, generator, Replicas(fleet_of(*states)))
+
+
+def counted(name: str, **labels: str) -> float | None:
+    found = {"model": "scraped", **labels}
+    return APPLICATION.get_sample_value(f"diffusion_serve_{name}", found)
+
+
+def scraped(deployment: str, answer: str) -> float | None:
+    return counted("scraped_replicas", deployment=deployment, answer=answer)
+
+
+async def test_who_dies_or_hangs_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scrape, "ANSWER_WITHIN_S", 0.05)
+    generator = Handle("Generator", Report("a", []), ActorDiedError(), None)
+    gateway = Handle("Gateway", Report("own", []), Report("other", []))
+    states = ("RUNNING", "RUNNING", "RUNNING", "RUNNING", "STARTING")
+    reports = await scraper_of(gateway, generator, *states).gather()
+    assert [one.replica for one in reports] == [None, "own", "other", "a"]
+    assert (scraped("Generator", "answered"), scraped("Generator", "silent")) == (1, 3)
+    assert (scraped("Gateway", "answered"), scraped("Gateway", "silent")) == (2, 0)
+    assert [answer.cancelled for answer in generator.answers] == [False, True, True]
+    assert counted("replicas", state="running") == 4
+    assert counted("replicas", state="starting") == 1
+    assert counted("replicas", state="stopping") == 0
+    assert counted("target_replicas") == 5
+
+
+async def test_a_gateway_without_replicas_answers_for_itself() -> None:
+    reports = await scraper_of(Handle("Gateway"), Handle("Generator")).gather()
+    assert [one.replica for one in reports] == [None, "own"]
+    assert (scraped("Generator", "answered"), scraped("Generator", "silent")) == (0, 0)
+    assert scraped("Gateway", "answered") == 1
+
+
+async def test_many_who_ask_at_once_ask_the_replicas_once() -> None:
+    generator = Handle("Generator", Report("a", []))
+    scraper = scraper_of(Handle("Gateway"), generator, "RUNNING")
+    first, *others = await asyncio.gather(*(scraper.gather() for _ in range(20)))
+    assert generator.asked == 1
+    assert all(other is first for other in others)
+    await scraper.gather()
+    assert generator.asked == 2
+
+
+async def test_who_goes_away_takes_the_answer_from_nobody() -> None:
+    generator = Handle("Generator", Report("a", []))
+    scraper = scraper_of(Handle("Gateway"), generator, "RUNNING")
+    impatient, patient = (asyncio.create_task(scraper.gather()) for _ in range(2))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    assert [one.replica for one in await patient] == [None, "own", "a"]
+    assert generator.asked == 1

@@ -1,0 +1,206 @@
+"""A pipeline whose pictures change when they are batched is served one call at a time."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.metrics import Meter
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.startup.certification import largest_difference
+from serve_app.errors import ModelLoadError
+from serve_app.metrics import report
+from serve_app.protocol.events import Completed, Progress
+from serve_app.protocol.params import GenerationParams
+from tests.conftest import DEMO, FIFO
+from tests.tiny_pipelines import FAMILIES, animatediff, pag
+
+
+@pytest.fixture
+def pipeline() -> LoadedPipeline:
+    """A pipeline of this test's own, to be tampered with."""
+    return LoadedPipeline(
+        FAMILIES["stable-diffusion"](), DEMO.model_copy(update={"default_size_px": (32, 32)})
+    )
+
+
+@pytest.fixture
+def mixing(pipeline: LoadedPipeline) -> Iterator[LoadedPipeline]:
+    """Its first layer shifts every row by the mean over the batch beyond two rows: rows mix."""
+
+    def mix(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        return (args[0] + args[0].mean(),) if args[0].shape[0] > 2 else None
+
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(mix)
+    yield pipeline
+    handle.remove()
+
+
+def _requests() -> list[GenerationParams]:
+    return [
+        GenerationParams(f"a {color} circle", seed, width=32, height=32, num_inference_steps=4)
+        for seed, color in enumerate(("red", "green", "blue"))
+    ]
+
+
+def _together(pipeline: LoadedPipeline, model: ModelConfig) -> tuple[Engine, list[Tensor]]:
+    with Engine(pipeline, model, FIFO) as engine:
+        ends = [list(stream)[-1] for stream in [engine.stream(r) for r in _requests()]]
+    assert all(isinstance(end, Completed) for end in ends)
+    return engine, [end.result.pixels for end in ends if isinstance(end, Completed)]
+
+
+def test_a_sound_pipeline_is_certified(pipeline: LoadedPipeline) -> None:
+    engine, _ = _together(pipeline, DEMO)
+    assert engine.info.sharing == "batched"
+    assert engine.info.sharing_difference is not None
+    assert engine.info.sharing_difference < 1e-4
+    assert engine.stats().mean_batch_size > 1
+
+
+def test_a_pipeline_that_mixes_rows_is_served_alone_and_right(
+    mixing: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = [mixing.paint(request)[0] for request in _requests()]
+    with caplog.at_level(logging.WARNING):
+        engine, together = _together(mixing, DEMO)
+    assert engine.info.sharing == "interleaved"
+    assert engine.info.sharing_difference is not None
+    assert engine.info.sharing_difference > 1e-4
+    assert "differ" in engine.info.sharing_note
+    assert "batching=off" in caplog.text
+    assert engine.stats().mean_batch_size == 1
+    for one, two in zip(alone, together, strict=True):
+        assert float((one - two).abs().max()) <= 1e-5
+
+
+def test_perturbed_attention_runs_one_request_after_another() -> None:
+    """PAG splits the batch in three, and swaps the shared network's attention during a call."""
+    pipeline = LoadedPipeline(pag(), DEMO.model_copy(update={"default_size_px": (32, 32)}))
+    attention = dict(pipeline.denoisers["unet"].attn_processors)
+    alone = [pipeline.paint(request)[0] for request in _requests()]
+    with Engine(pipeline, DEMO) as engine:
+        assert engine.info.sharing == "alone"
+        assert "batched pictures differ" in engine.info.sharing_note
+        assert "in turns differ" in engine.info.sharing_note
+        assert pipeline.denoisers["unet"].attn_processors == attention
+        cut_short = engine.stream(_requests()[2])
+        assert next(event for event in cut_short if isinstance(event, Progress)).step == 1
+        assert pipeline.denoisers["unet"].attn_processors != attention
+        cut_short.close()  # type: ignore[attr-defined]
+        ends = [list(stream)[-1] for stream in [engine.stream(r) for r in _requests()]]
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(alone, together) <= 1e-5
+
+
+def test_frames_in_the_batch_are_told_from_pictures() -> None:
+    """AnimateDiff repeats the prompt for each frame: its arguments differ in rows per picture."""
+    model = DEMO.model_copy(update={"default_size_px": (32, 32), "call_kwargs": {"num_frames": 3}})
+    pipeline = LoadedPipeline(animatediff(), model)
+    alone = [pipeline.paint(request)[0] for request in _requests()]
+    engine, together = _together(pipeline, model)
+    assert largest_difference(alone, together) <= 1e-5
+    assert engine.info.sharing == "batched"
+    assert engine.stats().mean_batch_size > 1
+
+
+def test_a_task_that_cannot_be_shared_is_not_offered(
+    pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What encodes the image remembers who asked last."""
+    vae = pipeline._pipeline.vae
+    encode, calls = vae.encode, 0
+
+    def forgetful(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = encode(*args, **kwargs)
+        output.latent_dist.mean += calls
+        return output
+
+    monkeypatch.setattr(vae, "encode", forgetful)
+    with Engine(pipeline, DEMO) as engine:
+        assert engine.info.sharing == "batched"
+        assert engine.info.tasks == ("text-to-image",)
+    assert "image-to-image is not offered: its pictures differ" in caplog.text
+
+
+def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPipeline) -> None:
+    def one_prompt_only(_: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
+        embeds = kwargs["encoder_hidden_states"]
+        if embeds.shape[0] == 4 and not torch.equal(embeds[2], embeds[3]):
+            raise RuntimeError("one prompt at a time")
+
+    handle = pipeline.denoisers["unet"].mid_block.register_forward_pre_hook(
+        one_prompt_only, with_kwargs=True
+    )
+    try:
+        engine, _ = _together(pipeline, DEMO)
+    finally:
+        handle.remove()
+    assert engine.info.sharing == "interleaved"
+    assert "one prompt at a time" in engine.info.sharing_note
+
+
+def test_a_picture_that_is_not_a_number_is_no_match(
+    pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second picture alone goes wrong: a maximum over pictures must not lose it."""
+    vae = pipeline._pipeline.vae
+    decode, decoded = vae.decode, 0
+
+    def spoil(*args: Any, **kwargs: Any) -> Any:
+        nonlocal decoded
+        decoded += 1
+        output = decode(*args, **kwargs)
+        # Alone, alone, two at once, then the two together, the one with fewer steps first.
+        return (output[0] * float("nan"),) if decoded == 5 else output
+
+    monkeypatch.setattr(vae, "decode", spoil)
+    engine, _ = _together(pipeline, DEMO)
+    assert engine.info.sharing == "interleaved"
+    assert "nan" in engine.info.sharing_note
+
+
+def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
+    def one_picture_only(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args[0].shape[0] > 2:
+            raise RuntimeError("one picture at a time")
+
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(one_picture_only)
+    try:
+        engine, _ = _together(pipeline, DEMO)
+    finally:
+        handle.remove()
+    assert "a call for two pictures failed: RuntimeError: one picture" in engine.info.sharing_note
+
+
+def test_without_company_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
+    engine = Engine(pipeline, DEMO, EngineConfig(max_running=1), meter=Meter("nothing shared"))
+    with engine:
+        assert engine.stats().ticks == 0
+        engine.generate(_requests()[0])
+    assert engine.info.sharing == "alone"
+    assert engine.info.sharing_note == "max_running is 1"
+    said = [one for family in report("engine", "a").families for one in family.samples]
+    ours = {one.name for one in said if one.labels.get("model") == "nothing shared"}
+    assert "diffusion_serve_images_total" in ours
+    assert not {name for name in ours if "sharing" in name}  # it would look like a loss
+
+
+def test_a_pipeline_that_cannot_paint_is_refused_at_start(pipeline: LoadedPipeline) -> None:
+    def broken(_: nn.Module, args: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(broken)
+    try:
+        with pytest.raises(ModelLoadError, match="no such kernel"):
+            Engine(pipeline, DEMO)
+    finally:
+        handle.remove()
+    assert "forward" not in vars(pipeline.denoisers["unet"])

@@ -1,0 +1,178 @@
+import gc
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.config import EngineConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.metrics import Meter
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.scheduling.load import EngineLoad
+from serve_app.errors import InvalidRequest
+from serve_app.metrics import ENGINE, SIZES, report
+from serve_app.protocol.events import Completed, Event, Progress
+from serve_app.protocol.params import GenerationParams
+from tests.conftest import DEMO
+from tests.waiting import wait_until
+
+
+def sample(name: str, model: str, **labels: str) -> float | None:
+    return ENGINE.get_sample_value(f"diffusion_serve_{name}", {"model": model, **labels})
+
+
+def metered(pipeline: LoadedPipeline, model: str, **config: Any) -> Engine:
+    """An engine whose series no other test counts in."""
+    return Engine(pipeline, DEMO, EngineConfig(**config), meter=Meter(model))
+
+
+def params(**options: Any) -> GenerationParams:
+    asked: dict[str, Any] = {"seed": 1, "num_inference_steps": 4} | options
+    return GenerationParams("a red circle on blue", **asked)
+
+
+def test_pictures_steps_and_calls_are_counted(demo_pipeline: LoadedPipeline) -> None:
+    with metered(demo_pipeline, "counted") as engine:
+        engine.generate(params())
+        engine.generate(params(width=96, height=64))
+        ticks = engine.stats().ticks
+    assert sample("images_total", "counted", size="64") == 1
+    assert sample("images_total", "counted", size="128") == 1
+    assert sample("pixels_total", "counted") == 64 * 64 + 96 * 64
+    assert sample("steps_total", "counted", size="64") == 4
+    assert sample("step_seconds_count", "counted", size="128") == 4
+    assert sample("batch_size_count", "counted") == ticks == 8
+    assert sample("batch_size_sum", "counted") == engine.stats().steps
+    spent = {
+        activity: sample("device_seconds_total", "counted", activity=activity)
+        for activity in ("denoise", "encode", "decode")
+    }
+    assert all(seconds is not None and seconds > 0 for seconds in spent.values()), spent
+    assert sample("deadlines_total", "counted", outcome="met", set_by="server") is not None
+    kept = [
+        sample("deadlines_total", "counted", outcome=outcome, set_by="server") or 0
+        for outcome in ("met", "missed")
+    ]
+    assert sum(kept) == 2
+
+
+def test_calls_that_share_a_batch_count_once_and_their_steps_each(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    with metered(demo_pipeline, "shared", scheduling="fifo") as engine:
+        streams = [engine.stream(params(seed=seed, num_inference_steps=20)) for seed in range(4)]
+        for stream in streams:
+            list(stream)
+    calls, steps = sample("batch_size_count", "shared"), sample("steps_total", "shared", size="64")
+    assert steps == 80
+    assert calls is not None
+    assert calls < 60
+
+
+def test_deadlines_of_clients_are_told_apart(demo_pipeline: LoadedPipeline) -> None:
+    with metered(demo_pipeline, "deadlines") as engine:
+        engine.generate(params(deadline_s=60.0))
+        engine.generate(params(priority="batch"))
+    assert sample("deadlines_total", "deadlines", outcome="met", set_by="client") == 1
+    assert sample("deadlines_total", "deadlines", outcome="met", set_by="server") == 0
+    assert sample("deadlines_total", "deadlines", outcome="missed", set_by="server") == 0
+
+
+def test_where_requests_stand_is_read_off_the_engine(demo_pipeline: LoadedPipeline) -> None:
+    def states() -> dict[str, float | None]:
+        return {
+            state: sample("engine_requests", "standing", state=state)
+            for state in ("queued", "parked", "running")
+        }
+
+    with metered(demo_pipeline, "standing", max_running=1, max_backlog_s=1e6) as engine:
+        engine.generate(params())  # so that it knows how long they take
+        wait_until(lambda: states() == {"queued": 0, "parked": 0, "running": 0})
+        assert sample("backlog_seconds", "standing", priority="interactive") == 0
+        seen: list[Event] = []
+        numbers = [
+            engine.submit(params(seed=seed, num_inference_steps=100), seen.append)
+            for seed in (1, 2, 3)
+        ]
+        wait_until(lambda: states() == {"queued": 2, "parked": 0, "running": 1})
+        assert (sample("backlog_seconds", "standing", priority="interactive") or 0) > 0
+        for number in numbers:
+            engine.cancel(number)
+        wait_until(lambda: states() == {"queued": 0, "parked": 0, "running": 0})
+        assert sample("cancellation_seconds_count", "standing") == 3
+        assert (sample("cancellation_seconds_sum", "standing") or 9) < 3.0
+        assert any(isinstance(event, Progress) for event in seen)
+
+
+def test_refusals_are_counted_by_what_they_would_have_broken(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    with metered(demo_pipeline, "refused") as engine:
+        engine.generate(params())
+        with pytest.raises(InvalidRequest):
+            engine.generate(params(num_inference_steps=100, deadline_s=0.001))
+    assert sample("refusals_total", "refused", reason="deadline") == 1
+    assert sample("refusals_total", "refused", reason="backlog") == 0
+
+
+def test_running_out_of_memory_is_counted(demo_pipeline: LoadedPipeline) -> None:
+    def only_one_fits(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if args[0].shape[0] > 2:  # with guidance, two rows a request
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with metered(demo_pipeline, "cramped", scheduling="fifo") as engine:
+        assert sample("out_of_memory_total", "cramped") == 0
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(only_one_fits)
+        try:
+            for stream in [engine.stream(params(seed=seed)) for seed in range(4)]:
+                assert isinstance(list(stream)[-1], Completed)
+        finally:
+            handle.remove()
+    assert (sample("out_of_memory_total", "cramped") or 0) > 0
+
+
+def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
+    class Engineered:
+        def demand(self) -> EngineLoad:
+            return EngineLoad(1.5, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+
+        def count(self, state: str) -> int:
+            return 1
+
+    meter, engine = Meter("gone"), Engineered()
+    meter.watch(engine.demand, engine.count, None)
+    assert sample("backlog_seconds", "gone", priority="interactive") == 1.5
+    del engine
+    gc.collect()
+    value = sample("backlog_seconds", "gone", priority="interactive")
+    assert value != value  # not a number
+
+
+def test_pauses_count_when_they_are_long() -> None:
+    meter = Meter("paused")
+    meter.paused(0.01)
+    meter.paused(0.4)
+    assert sample("engine_stall_seconds_count", "paused") == 1
+
+
+def test_odd_sizes_make_no_series() -> None:
+    meter, draw = Meter("fuzzed"), random.Random(1)
+
+    def series() -> int:
+        samples = [one for family in report("engine", "a").families for one in family.samples]
+        ours = [one for one in samples if one.labels.get("model") == "fuzzed"]
+        assert {one.labels["size"] for one in ours if "size" in one.labels} <= set(SIZES)
+        return len(ours)
+
+    for most in (40, 400, 4_000):
+        for _ in range(500):
+            size = draw.randrange(1, most), draw.randrange(1, most)
+            meter.called(size, draw.randrange(1, 64), draw.random())
+            meter.painted(size)
+    few = series()
+    for _ in range(3_000):
+        size = draw.randrange(1, 5_000), draw.randrange(1, 5_000)
+        meter.called(size, draw.randrange(1, 64), draw.random())
+        meter.painted(size)
+    assert series() == few < 300
