@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from serve_app import __version__
 from serve_app.cli import cli
-from serve_app.demo.judge import read
 from serve_app.errors import InvalidKey
 from serve_app.gateway.auth import KeyRing
+from tools.demo_model.judge import read
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = Path(sys.executable).with_name("diffusion-serve")

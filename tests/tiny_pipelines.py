@@ -53,8 +53,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from serve_app.demo.scenes import vocabulary
 from serve_app.demo.tokenizer import build_tokenizer
+from tools.demo_model.scenes import vocabulary
 
 WIDTH_PX, HEIGHT_PX = 64, 32
 """The size that the networks are made for; not square, so that a swapped pair shows."""

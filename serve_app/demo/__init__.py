@@ -1,5 +1,5 @@
 """The bundled text-to-image model: coloured shapes on coloured backgrounds.
 
-Owns the scenes that the model was trained on, the program that trained it, and the check that
-measures it. Knows nothing of the engine; the engine loads ``model/`` like any other pipeline.
+Holds the weights, their card and the tokenizer. The engine loads ``model/`` like any other
+pipeline; ``tools/demo_model`` trains and measures it.
 """

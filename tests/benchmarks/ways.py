@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.demo.scenes import COLORS, SHAPES
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.protocol.events import Completed, Event, Failed
 from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.efficiency import BareCalls, busy_s
+from tools.demo_model.scenes import COLORS, SHAPES
 
 PROMPTS = [
     f"a {color} {shape} on a {background} background"

@@ -3,8 +3,8 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.demo.scenes import caption, sample_scene, vocabulary
 from serve_app.demo.tokenizer import MAX_TOKENS, build_tokenizer
+from tools.demo_model.scenes import caption, sample_scene, vocabulary
 
 tokenizer = build_tokenizer(vocabulary())
 

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 
-from serve_app.demo.scenes import Scene, SceneObject, render
 from tests.e2e.conftest import Server
 from tests.waiting import wait_until
+from tools.demo_model.scenes import Scene, SceneObject, render
 
 pytestmark = pytest.mark.serve
 

@@ -18,8 +18,6 @@ import pytest
 import ray
 from PIL import Image
 
-from serve_app.demo.judge import read
-from serve_app.demo.scenes import Scene, SceneObject, render
 from serve_app.deployments.gateway import HandlePainter
 from serve_app.engine.engine import EngineStats
 from serve_app.errors import InvalidRequest
@@ -27,6 +25,8 @@ from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import GenerationParams
 from tests.e2e.conftest import Server, demo_config, free_port, start_serve
 from tests.waiting import wait_until
+from tools.demo_model.judge import read
+from tools.demo_model.scenes import Scene, SceneObject, render
 
 pytestmark = pytest.mark.serve
 

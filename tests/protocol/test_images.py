@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from serve_app.demo.scenes import Scene, SceneObject, render
 from serve_app.protocol.images import IMAGE_FORMATS, Encoding, ImageFormat
+from tools.demo_model.scenes import Scene, SceneObject, render
 
 PIXELS = render(Scene("white", (SceneObject("star", "red", 0.5, 0.5, 0.3),)), 96, 64)
 

@@ -1,8 +1,8 @@
 from collections.abc import Callable
 from random import Random
 
-from serve_app.demo.judge import judge, read
-from serve_app.demo.scenes import Scene, SceneObject, render, sample_scene
+from tools.demo_model.judge import judge, read
+from tools.demo_model.scenes import Scene, SceneObject, render, sample_scene
 
 
 def test_it_reads_rendered_scenes_almost_without_error(report: Callable[[str], None]) -> None:

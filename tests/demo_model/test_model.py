@@ -8,10 +8,10 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from serve_app.config import DEMO_MODEL_DIR
-from serve_app.demo.evaluate import accuracy, paint_held_out
-from serve_app.demo.judge import read
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
+from tools.demo_model.evaluate import accuracy, paint_held_out
+from tools.demo_model.judge import read
 
 
 def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:

@@ -1,4 +1,4 @@
-"""Train the demo model from nothing: ``python -m serve_app.demo.train``.
+"""Train the demo model from nothing: ``python -m tools.demo_model.train``.
 
 Four stages, each kept in the work folder so that an interrupted run goes on where it was:
 
@@ -36,7 +36,9 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from serve_app.config import DEMO_MODEL_DIR
-from serve_app.demo.scenes import (
+from serve_app.demo.tokenizer import MAX_TOKENS, build_tokenizer
+from serve_app.errors import ConfigError
+from tools.demo_model.scenes import (
     COLORS,
     POSITIONS,
     SHAPES,
@@ -47,8 +49,6 @@ from serve_app.demo.scenes import (
     sample_scene,
     vocabulary,
 )
-from serve_app.demo.tokenizer import MAX_TOKENS, build_tokenizer
-from serve_app.errors import ConfigError
 
 LATENT_FACTOR = 4
 """Pixels a latent cell spans in each direction."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.demo.scenes import COLORS, SHAPES, Scene, coverage
+from tools.demo_model.scenes import COLORS, SHAPES, Scene, coverage
 
 _NAMES = list(COLORS)
 _PALETTE = np.array([COLORS[name] for name in _NAMES], dtype=float)

@@ -3,7 +3,7 @@ from random import Random
 import numpy as np
 import pytest
 
-from serve_app.demo.scenes import (
+from tools.demo_model.scenes import (
     COLORS,
     SHAPES,
     Scene,

@@ -1,4 +1,4 @@
-"""Measure the demo model on prompts that it never saw: ``python -m serve_app.demo.evaluate``."""
+"""Measure the demo model on prompts that it never saw: ``python -m tools.demo_model.evaluate``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from serve_app.config import DEMO_MODEL_DIR
-from serve_app.demo.judge import Verdict, judge
-from serve_app.demo.scenes import Scene, caption, sample_scene
+from tools.demo_model.judge import Verdict, judge
+from tools.demo_model.scenes import Scene, caption, sample_scene
 
 BATCH = 16
 

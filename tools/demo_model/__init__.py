@@ -1,0 +1,1 @@
+"""Makes and measures the bundled demo model. Not part of what is installed."""
