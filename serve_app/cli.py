@@ -83,12 +83,12 @@ def check(
 ) -> None:
     """Look for mistakes in a config file, in a second, before Ray is started with it."""
     # Late, so that --help does not wait for what serves HTTP.
-    from serve_app.autoscaling.params import read_knobs
+    from serve_app.autoscaling.params import read_scaling_params
     from serve_app.gateway.auth import KeyRing
 
     try:
         for autoscaling in read_autoscaling(config, "Generator"):
-            read_knobs(policy_kwargs(autoscaling))
+            read_scaling_params(policy_kwargs(autoscaling))
             if other := foreign_policy(autoscaling):
                 typer.echo(
                     f"warning: {config}: Generator is scaled by {other}, which is not checked.",

@@ -312,7 +312,7 @@ _NUMERIC = ("ATEN_", "CUBLAS", "CUDNN", "DNNL_", "MKL_", "NVIDIA_TF32", "OMP_", 
 _PAINTING = ("DIFFUSERS_", "PYTORCH_", "TORCH", *_NUMERIC)
 
 
-def painting_environment() -> dict[str, str]:
+def generation_environment() -> dict[str, str]:
     """What the environment tells the libraries that paint, about kernels, memory and precision."""
     return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_PAINTING)}
 

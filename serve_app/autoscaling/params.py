@@ -11,7 +11,7 @@ BOUNDS = ("min_replicas", "max_replicas")
 """Serve has these in ``autoscaling_config`` itself."""
 
 
-def read_knobs(given: Mapping[str, object]) -> ScalingParams:
+def read_scaling_params(given: Mapping[str, object]) -> ScalingParams:
     """Without bounds, which the policy is told each time it is asked.
 
     Raises:

@@ -18,7 +18,7 @@ from typing import Any, get_args
 from ray.serve.config import AutoscalingContext
 from ray.util.metrics import Gauge
 
-from serve_app.autoscaling.params import read_knobs
+from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import (
     Decision,
     Load,
@@ -62,7 +62,7 @@ class WorkPolicy:
     def __init__(self, **knobs: float) -> None:
         log_through_serve()
         try:
-            self._params = read_knobs(knobs)
+            self._params = read_scaling_params(knobs)
         except ConfigError as error:
             # Not raised: Serve 2.60 would stay half deployed and answer no question about itself.
             self._params = ScalingParams()

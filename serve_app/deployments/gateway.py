@@ -19,15 +19,15 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
-from serve_app.deployments.replicas import LOOK_EVERY_S, Fleet, Replicas, ask_controller
+from serve_app.deployments.replicas import LOOK_EVERY_S, Replicas, ReplicaStatus, ask_controller
 from serve_app.deployments.scrape import Scraper
 from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.metrics import HELD, Report
-from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.images import Encoding, PartialImage
-from serve_app.protocol.params import FRESH, GenerationParams, ModelInfo, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 from serve_app.serve_log import log_through_serve
 
 if TYPE_CHECKING:
@@ -57,8 +57,8 @@ FIRST_ANSWER_WITHIN_S = 5.0
 """In which a replica that runs says whether it takes a request in."""
 
 
-class HandlePainter:
-    """A `Painter` behind a Serve handle."""
+class ServeBackend:
+    """A `GenerationBackend` behind a Serve handle."""
 
     def __init__(
         self,
@@ -82,10 +82,10 @@ class HandlePainter:
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
-        standing: Standing = FRESH,
-    ) -> AsyncGenerator[PainterEvent, None]:
+        context: RequestContext = INITIAL,
+    ) -> AsyncGenerator[GenerationEvent, None]:
         loop = asyncio.get_running_loop()
-        waited_s = 0.0 if standing.sent_at is None else time.time() - standing.sent_at
+        waited_s = 0.0 if context.sent_at is None else time.time() - context.sent_at
         sent_at = loop.time() - waited_s
         due_at = sent_at + (params.deadline_s or math.inf)
         hold_until = min(sent_at + self._max_hold_s, due_at)
@@ -98,7 +98,7 @@ class HandlePainter:
             began_at: float | None = None
             answer_until = max(hold_until, loop.time() + self._answer_s)
             try:
-                painting = self._events(params, encoding, progress, standing)
+                painting = self._events(params, encoding, progress, context)
                 async with aclosing(self._in_time(painting, answer_until, paint_s)) as events:
                     async for event in events:
                         began_at = began_at or loop.time()
@@ -117,9 +117,9 @@ class HandlePainter:
                 refused_at = loop.time()
                 room_in_s = error.retry_after_s  # none if too many wait for the first replica
                 if room_in_s is None or not await self._hold(hold_until, room_in_s):
-                    fleet = await self._replicas.look()
-                    raise _by_the_fleet(error, fleet, loop.time() - refused_at) from None
-                standing = replace(standing, returning=True)
+                    status = await self._replicas.look()
+                    raise _adjusted_to_replicas(error, status, loop.time() - refused_at) from None
+                context = replace(context, is_retry=True)
             except TimeoutError:
                 raise await self._nobody(answer_until - sent_at) from None
             if began_at is not None:  # what was painted is no waiting, though it is lost
@@ -134,8 +134,8 @@ class HandlePainter:
         return min(self._max_hold_s, FIRST_ANSWER_WITHIN_S)
 
     async def _in_time(
-        self, events: AsyncGenerator[PainterEvent, None], first_by: float, seconds: float
-    ) -> AsyncGenerator[PainterEvent, None]:
+        self, events: AsyncGenerator[GenerationEvent, None], first_by: float, seconds: float
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """The same events.
 
         Raises:
@@ -164,29 +164,29 @@ class HandlePainter:
         """While a replica is starting, wait for it or for room in another; whether there is any."""
         loop = asyncio.get_running_loop()
         room_at = loop.time() + room_in_s
-        fleet = await self._replicas.look()
-        in_time = loop.time() + (fleet.ready_in_s or 0.0) <= until
-        if not (fleet.coming and in_time and self._held < MOST_HELD):
+        status = await self._replicas.look()
+        in_time = loop.time() + (status.ready_in_s or 0.0) <= until
+        if not (status.coming and in_time and self._held < MOST_HELD):
             return False
-        wanted = fleet.running + 1
+        wanted = status.running + 1
         self._held += 1
         HELD.set(self._held)
         try:
-            while fleet.running < wanted and loop.time() < room_at:
-                if not fleet.coming or loop.time() > until:
+            while status.running < wanted and loop.time() < room_at:
+                if not status.coming or loop.time() > until:
                     return False
                 await asyncio.sleep(LOOK_EVERY_S)
-                fleet = await self._replicas.look()
+                status = await self._replicas.look()
             return True
         finally:
             self._held -= 1
             HELD.set(self._held)
 
     async def _events(
-        self, params: GenerationParams, encoding: Encoding, progress: bool, standing: Standing
-    ) -> AsyncGenerator[PainterEvent, None]:
+        self, params: GenerationParams, encoding: Encoding, progress: bool, context: RequestContext
+    ) -> AsyncGenerator[GenerationEvent, None]:
         generate: Any = self._generator.options(stream=True).generate
-        events = generate.remote(params, encoding, progress, standing)
+        events = generate.remote(params, encoding, progress, context)
         ended = False
         try:
             with _as_raised():
@@ -218,14 +218,14 @@ class HandlePainter:
         except RayActorError:
             raise Unavailable("the replica that was asked was lost; try again.") from None
         except Overloaded as error:
-            raise _by_the_fleet(error, await self._replicas.look()) from None
+            raise _adjusted_to_replicas(error, await self._replicas.look()) from None
 
     async def _nobody(self, waited_s: float) -> Unavailable:
         """Who waited for a replica in vain may come when the next one should be there."""
-        fleet = await self._replicas.look()
+        status = await self._replicas.look()
         return Unavailable(
             f"no replica was ready within {waited_s:.3g} s; try again later.",
-            retry_after_s=fleet.ready_in_s,
+            retry_after_s=status.ready_in_s,
         )
 
     async def _call(self, method: str) -> Any:
@@ -238,19 +238,21 @@ class HandlePainter:
             raise
 
 
-def _by_the_fleet(refusal: Overloaded, fleet: Fleet, waited_s: float = 0.0) -> Overloaded:
+def _adjusted_to_replicas(
+    refusal: Overloaded, status: ReplicaStatus, waited_s: float = 0.0
+) -> Overloaded:
     """What a refusal, so many seconds old, means where there is more than one replica.
 
     There is room when the one that refused has some, or when the next one is there; and all that
     run by then do their share of what is promised. No time is told where nothing is known.
     """
-    times_s = list(fleet.ready_s[:1])
+    times_s = list(status.ready_s[:1])
     if refusal.retry_after_s is not None:
         times_s.append(max(0.0, refusal.retry_after_s - waited_s))
     retry_after_s = min(times_s, default=None)
-    there = fleet.running
+    there = status.running
     if retry_after_s is not None:
-        there += sum(ready_s <= retry_after_s for ready_s in fleet.ready_s)
+        there += sum(ready_s <= retry_after_s for ready_s in status.ready_s)
     work_s = refusal.work_s / max(1, there)
     return Overloaded(refusal.message, refusal.param, retry_after_s, work_s)
 
@@ -289,12 +291,12 @@ class Gateway:
             functools.partial(ask_controller, generator.app_name, generator.deployment_name)
         )
         limits = config.engine.limits
-        self._painter = HandlePainter(
+        self._backend = ServeBackend(
             generator, config.gateway.max_hold_s, limits.max_deadline_s, replicas
         )
-        fellows: DeploymentHandle[Any] = DeploymentHandle(context.deployment, context.app_name)
+        peers: DeploymentHandle[Any] = DeploymentHandle(context.deployment, context.app_name)
         name = context.replica_id.unique_id
-        self._scraper = Scraper(config.model.id, name, fellows, generator, replicas)
+        self._scraper = Scraper(config.model.id, name, peers, generator, replicas)
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
         if not self._keys and (host := _listens_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)
@@ -302,7 +304,7 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         traced = None if self._tracing is None else self._tracing.middleware
-        return create_api(self._config, self._painter, self._keys, self._scraper.gather, traced)
+        return create_api(self._config, self._backend, self._keys, self._scraper.gather, traced)
 
     async def metrics(self) -> Report:
         """Its figures, for the gateway that was asked for those of all."""

@@ -29,7 +29,7 @@ from serve_app.protocol.events import (
     Timeline,
 )
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
-from serve_app.protocol.params import FRESH, GenerationParams, ModelInfo, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ class Generator:
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
-        standing: Standing = FRESH,
+        context: RequestContext = INITIAL,
     ) -> AsyncIterator[Queued | Progress | PartialImage | Timeline | EncodedImage]:
         """Paint one picture.
 
@@ -144,7 +144,7 @@ class Generator:
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         submitted_at = time.perf_counter()
-        number = self._engine.submit(params, on_event, standing)
+        number = self._engine.submit(params, on_event, context)
 
         def told(timeline: Timeline) -> Timeline:
             return replace(timeline, age_s=time.perf_counter() - submitted_at)

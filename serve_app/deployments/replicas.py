@@ -34,7 +34,7 @@ _SPREAD = 0.2
 
 
 @dataclass(frozen=True)
-class Fleet:
+class ReplicaStatus:
     """The replicas of a deployment at one time."""
 
     running: int
@@ -69,25 +69,25 @@ class Replicas:
         self._ask = ask
         self._lock = asyncio.Lock()
         self._looked_at: float | None = None
-        self._fleet = Fleet(1, 0)  # as good as anything before the first answer
+        self._status = ReplicaStatus(1, 0)  # as good as anything before the first answer
         self._seen_at = -math.inf  # in Unix time, as all below
         self._starting: dict[str, float] = {}  # since when
         self._cold_start_s: float | None = None
         self._waiting: set[object] = set()
         self._watch: asyncio.Task[None] | None = None
 
-    async def look(self) -> Fleet:
+    async def look(self) -> ReplicaStatus:
         """As it was a second ago at most; when the controller does not answer, as it last said."""
         async with self._lock:
             now = time.monotonic()
             if self._looked_at is None or now - self._looked_at >= LOOK_EVERY_S:
                 try:
                     async with asyncio.timeout(ANSWER_WITHIN_S):
-                        self._fleet = self._seen(await self._ask(), time.time())
+                        self._status = self._seen(await self._ask(), time.time())
                 except (RayError, RayServeException, TimeoutError) as error:
                     logger.warning("Serve's controller does not say what is starting: %r", error)
                 self._looked_at = time.monotonic()
-            return self._fleet
+            return self._status
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -112,7 +112,7 @@ class Replicas:
             await self.look()
             await asyncio.sleep(LOOK_EVERY_S)
 
-    def _seen(self, details: DeploymentDetails, now: float) -> Fleet:
+    def _seen(self, details: DeploymentDetails, now: float) -> ReplicaStatus:
         unseen_s, self._seen_at = now - self._seen_at, now
         running = {replica.replica_id for replica in details.replicas if replica.state == "RUNNING"}
         for replica_id in running & self._starting.keys():
@@ -128,13 +128,13 @@ class Replicas:
         ages_s = [now - since for since in self._starting.values()]
         if not (ages_s or running):
             ages_s = [0.0]
-        ready_s = tuple(sorted(self._left_s(age_s) for age_s in ages_s))
+        ready_s = tuple(sorted(self._remaining_s(age_s) for age_s in ages_s))
         coming = max(0, details.target_num_replicas - len(running))
         states = dict.fromkeys((state.value.lower() for state in ReplicaState), 0)
         states |= Counter(replica.state.lower() for replica in details.replicas)
-        return Fleet(len(running), coming, ready_s, details.target_num_replicas, states)
+        return ReplicaStatus(len(running), coming, ready_s, details.target_num_replicas, states)
 
-    def _left_s(self, age_s: float) -> float:
+    def _remaining_s(self, age_s: float) -> float:
         """Of a start. The longer one is overdue, the longer it is likely to take still."""
         known_s = self._cold_start_s or ASSUMED_COLD_START_S
         return max(known_s - age_s, age_s - (1 - _SPREAD) * known_s)

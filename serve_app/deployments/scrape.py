@@ -69,20 +69,20 @@ class Scraper:
 
     async def _gather(self) -> Sequence[Report]:
         started_at = time.perf_counter()
-        fleet, generators, gateways = await asyncio.gather(
+        status, generators, gateways = await asyncio.gather(
             self._replicas.look(), _ask(self._generator), _ask(self._gateway)
         )
         # Its own without asking: Serve may not count it as running yet.
         own = self.own()
         others = {one.replica: one for one in gateways.answered if one.replica != own.replica}
-        for state, count in fleet.states.items():
+        for state, count in status.states.items():
             REPLICAS.labels(self._model, state).set(count)
-        TARGET_REPLICAS.labels(self._model).set(fleet.target)
+        TARGET_REPLICAS.labels(self._model).set(status.target)
         for handle, answered, silent in (
             (
                 self._generator,
                 len(generators.answered),
-                max(generators.asked, fleet.running) - len(generators.answered),
+                max(generators.asked, status.running) - len(generators.answered),
             ),
             (self._gateway, 1 + len(others), gateways.asked - len(gateways.answered)),
         ):

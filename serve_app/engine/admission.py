@@ -2,7 +2,7 @@
 
 Nobody joins a backlog of more than `EngineConfig.max_backlog_s`; and who names a deadline must make
 it, together with what came with it, and make nobody miss one who named it before. Who was refused
-and comes again when told to, as `Standing` says, has our word: the backlog may be twice as long, so
+and comes again when told to, as `RequestContext` says, has our word: the backlog may be twice as long, so
 that those who come for the first time cannot take the place that was promised, and if the time was
 misjudged, it is late.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from serve_app.protocol.params import Standing
+from serve_app.protocol.params import RequestContext
 
 RESERVE = 2.0
 """How many times as much work may wait before who comes again when told to."""
@@ -24,7 +24,7 @@ promised to others, or for those that came with it; or it would make another mis
 
 
 @dataclass(frozen=True)
-class Wish:
+class DeadlineEstimate:
     """When a request is predicted to be done, and when it must be."""
 
     finish_s: float
@@ -56,25 +56,25 @@ class Deadline:
 
     deadline_s: float
     """From when it was sent."""
-    alone_s: float
+    solo_s: float
     """What it takes on an idle engine."""
-    wish: Wish
+    estimate: DeadlineEstimate
 
 
-def hopeless(alone_s: float, left_s: float) -> bool:
+def infeasible(solo_s: float, left_s: float) -> bool:
     """Whether a request would be late by far if nobody else were here.
 
     Devices have slow moments: by a little is no reason to refuse what nothing else is done for.
     """
-    return alone_s > 2 * left_s
+    return solo_s > 2 * left_s
 
 
 def judge(
-    joined_s: float,
+    queued_work_s: float,
     limit_s: float,
-    standing: Standing,
+    context: RequestContext,
     own: Deadline | None = None,
-    delayed: Sequence[Wish] = (),
+    delayed: Sequence[DeadlineEstimate] = (),
     in_company: bool = False,
 ) -> Refusal | None:
     """Whether to take a request in: ``None``, or why not.
@@ -90,25 +90,25 @@ def judge(
     An idle engine refuses only who has waited for it so long that he would be late by far, and who
     comes in a company that cannot be done in time together.
     """
-    idle = not joined_s
-    if idle and own is not None and hopeless(own.alone_s, own.wish.left_s):
+    idle = not queued_work_s
+    if idle and own is not None and infeasible(own.solo_s, own.estimate.left_s):
         return Refusal("late", 0.0)
     if idle and not (in_company and own is not None):
         return None
-    width = RESERVE if standing.returning else 1.0
-    promised_s = 0.0 if idle else standing.promised_s
-    excess_s = max(0.0, joined_s - limit_s)
+    width = RESERVE if context.is_retry else 1.0
+    reserved_s = 0.0 if idle else context.reserved_s
+    excess_s = max(0.0, queued_work_s - limit_s)
     cause: Cause | None = None
-    if own is not None and not standing.returning:
+    if own is not None and not context.is_retry:
         delay_s = max((one.late_s for one in delayed), default=0.0)
-        excess_s = max(excess_s, own.wish.finish_s - own.deadline_s, delay_s)
-        missed_s = max(own.wish.late_s, delay_s) if idle else own.wish.late_s
+        excess_s = max(excess_s, own.estimate.finish_s - own.deadline_s, delay_s)
+        missed_s = max(own.estimate.late_s, delay_s) if idle else own.estimate.late_s
         if missed_s > 0:
-            cause = "company" if in_company and missed_s > joined_s else "late"
-        elif own.wish.late_s + promised_s > 0:
+            cause = "company" if in_company and missed_s > queued_work_s else "late"
+        elif own.estimate.late_s + reserved_s > 0:
             cause = "promised"
         elif delay_s > 0:
             cause = "delay"
-    if joined_s + promised_s > width * limit_s:
+    if queued_work_s + reserved_s > width * limit_s:
         cause = "backlog"
     return None if cause is None else Refusal(cause, excess_s)

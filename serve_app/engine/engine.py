@@ -22,18 +22,26 @@ import torch
 from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.engine.admission import RESERVE, Deadline, Reason, Refusal, Wish, hopeless, judge
+from serve_app.engine.admission import (
+    RESERVE,
+    Deadline,
+    DeadlineEstimate,
+    Reason,
+    Refusal,
+    infeasible,
+    judge,
+)
 from serve_app.engine.batching.batch import MergeableCall, NotMergeable
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
-from serve_app.engine.metrics import Memory, Meter, State
+from serve_app.engine.metrics import EngineMetrics, Memory, State
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.model.speed import compiled, compiling, largest_bucket, padded
-from serve_app.engine.request import EventCallback, Request, introduce
+from serve_app.engine.request import EventCallback, Request, link_batch_peers
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.forecast import Forecast, Work
-from serve_app.engine.scheduling.load import Demand, EngineLoad
+from serve_app.engine.scheduling.load import EngineLoad, LoadTracker
 from serve_app.engine.scheduling.policies import POLICIES, RankedPolicy, Task, Yielding
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
@@ -59,7 +67,13 @@ from serve_app.protocol.events import (
     Queued,
     Step,
 )
-from serve_app.protocol.params import FRESH, AdapterSet, GenerationParams, ModelInfo, Standing
+from serve_app.protocol.params import (
+    INITIAL,
+    AdapterSet,
+    GenerationParams,
+    ModelInfo,
+    RequestContext,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +110,15 @@ class EngineStats:
         return self.steps / self.ticks if self.ticks else 0.0
 
 
-def _hopeless(alone_s: float, deadline_s: float) -> InvalidRequest:
+def _infeasible(solo_s: float, deadline_s: float) -> InvalidRequest:
     return InvalidRequest(
-        f"deadline_s is {deadline_s:g}, and this picture takes about {alone_s:.2g} s when nobody "
+        f"deadline_s is {deadline_s:g}, and this picture takes about {solo_s:.2g} s when nobody "
         "else is here; allow more, or ask for a smaller picture or fewer steps.",
         "deadline_s",
     )
 
 
-def _let_go(error: BaseException) -> None:
+def _release(error: BaseException) -> None:
     """Drop what the frames of a traceback hold, and the traceback: they refer to each other."""
     traceback.clear_frames(error.__traceback__)
     error.__traceback__ = None
@@ -160,7 +174,7 @@ class Engine:
         config: EngineConfig | None = None,
         policy: RankedPolicy | None = None,
         start: ColdStart | None = None,
-        meter: Meter | None = None,
+        meter: EngineMetrics | None = None,
     ) -> None:
         """Start the engine's thread and wait until the pipeline is certified.
 
@@ -178,13 +192,13 @@ class Engine:
         self._cost = CostModel(self._config.max_batch_size)
         self._policy = Yielding(policy or POLICIES[self._config.scheduling]())
         self._forecast = Forecast(self._cost)
-        self._demand = Demand()
+        self._load_tracker = LoadTracker()
         self._rendezvous = Rendezvous(pipeline.sites)
         self._certificate: Certificate
         self._previews: PreviewMap | None
         self._prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
         self._start = start or ColdStart()
-        self._meter = meter or Meter(model.id)
+        self._metrics = meter or EngineMetrics(model.id)
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -196,7 +210,7 @@ class Engine:
         self._running: list[Request] = []
         self._at_stage: list[Request] = []  # those parked elsewhere than at a denoiser
         self._timer = CallTimer(pipeline.device)
-        self._cramped: list[Request] = []  # those that wait for memory
+        self._waiting_for_memory: list[Request] = []  # those that wait for memory
         self._stage_s = 0.0  # for decoding since the last denoiser call, as predicted
         self._call_s = 0.0  # for that call
         self._called_at = math.inf  # when the last call of a network was done, or the first came
@@ -208,7 +222,7 @@ class Engine:
         self._crash: BaseException | None = None
 
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._live, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run_loop, name="engine", daemon=True)
         self._thread.start()
         self._ready.wait()
         if self._crash is not None:
@@ -252,9 +266,9 @@ class Engine:
         self.cold_start_s = self._start.total_s
         self._start.report(model.id)
         on_gpu = pipeline.device.type == "cuda"
-        self._meter.runs_on(self.info.device, _uuid(pipeline.device) if on_gpu else "")
+        self._metrics.runs_on(self.info.device, _uuid(pipeline.device) if on_gpu else "")
         memory = functools.partial(_memory, pipeline.device) if on_gpu else None
-        self._meter.watch(self.demand, self._count, memory)
+        self._metrics.watch(self.demand, self._count, memory)
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
@@ -274,7 +288,7 @@ class Engine:
         self,
         params: GenerationParams,
         on_event: EventCallback,
-        standing: Standing = FRESH,
+        context: RequestContext = INITIAL,
     ) -> int:
         """Queue a request; its number, for `cancel`. The last event is `Completed` or `Failed`.
 
@@ -292,8 +306,8 @@ class Engine:
             number = next(self._numbers)
             now = time.perf_counter()
             task = Task(number, now, 0.0, background=params.priority == "batch")
-            waited_s = 0.0 if standing.sent_at is None else max(0.0, time.time() - standing.sent_at)
-            request = Request(number, resolved, standing, on_event, now, task, waited_s)
+            waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)
+            request = Request(number, resolved, context, on_event, now, task, waited_s)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -352,7 +366,7 @@ class Engine:
 
     def demand(self) -> EngineLoad:
         """What is asked of this engine, for whoever decides how many there are; quick."""
-        return self._demand.load(time.perf_counter(), cold_start_s=self.cold_start_s)
+        return self._load_tracker.load(time.perf_counter(), cold_start_s=self.cold_start_s)
 
     def _count(self, state: State) -> int:
         """Requests; of whoever is running, those in the call that was last begun."""
@@ -390,7 +404,7 @@ class Engine:
         certificate, name = self._certificate, f"{self.info.id} ({self.info.pipeline})"
         wanted = self._config.max_running == 1  # and nothing was compared
         if not wanted:
-            self._meter.certified(certificate.sharing, certificate.difference)
+            self._metrics.certified(certificate.sharing, certificate.difference)
         if certificate.sharing == "batched":
             logger.info(
                 "model %s: batching=on, largest difference %.2g", name, certificate.difference
@@ -406,7 +420,7 @@ class Engine:
 
     # ---- for the engine's thread ---------------------------------------------------------------
 
-    def _live(self) -> None:
+    def _run_loop(self) -> None:
         # Grad mode belongs to the thread, and the pipelines' own no_grad interleave: without this
         # one around them all, the last request to finish would turn gradients on for the others.
         try:
@@ -439,12 +453,12 @@ class Engine:
             self._ready.set()
 
     def _loop(self) -> None:
-        while self._obey():
+        while self._process_commands():
             self._start_waiting()
             if self._running:
                 self._step()
 
-    def _obey(self) -> bool:
+    def _process_commands(self) -> bool:
         """Carry out the commands that came in; wait for one if idle. False when all is done."""
         while True:
             idle = not self._waiting and not self._running
@@ -463,13 +477,13 @@ class Engine:
 
     def _accept(self, request: Request) -> None:
         task, deadline_s = request.task, request.params.deadline_s
-        alone_s = task.remaining_s = self._predict_remaining(request)
-        if deadline_s is not None and hopeless(alone_s, deadline_s):
-            self._refuse(request, "deadline", _hopeless(alone_s, deadline_s))
+        solo_s = task.remaining_s = self._predict_remaining(request)
+        if deadline_s is not None and infeasible(solo_s, deadline_s):
+            self._refuse(request, "deadline", _infeasible(solo_s, deadline_s))
             return  # and is no demand: it would be late on any number of replicas
-        if not (task.background or request.standing.returning):
-            self._demand.offered(time.perf_counter(), alone_s)
-        wanted_s = deadline_s or self._config.slo_scale * alone_s
+        if not (task.background or request.context.is_retry):
+            self._load_tracker.offered(time.perf_counter(), solo_s)
+        wanted_s = deadline_s or self._config.slo_scale * solo_s
         task.deadline_at = request.submitted_at - request.waited_s + wanted_s
         can_be_late = {other for other in self._by_number.values() if other.task.late}
         self._by_number[request.number] = request
@@ -478,65 +492,65 @@ class Engine:
         order = self._in_order(now, request)
         finish_s = self._forecast.predict_all_s([self._work_left(other) for other in order])
         index = order.index(request)
-        wishes = [
-            Wish(finish, other.task.deadline_at - now)
+        estimates = [
+            DeadlineEstimate(finish, other.task.deadline_at - now)
             for other, finish in zip(order[index:], finish_s[index:], strict=True)
             if other.params.deadline_s is not None and other not in can_be_late
         ]
         company = {other for other in self._by_number.values() if self._came_with(request, other)}
-        joined_s = self._joined_s(request, company)
-        if refusal := self._judge(request, joined_s, alone_s, wishes, bool(company)):
+        queued_work_s = self._queued_work_s(request, company)
+        if refusal := self._judge(request, queued_work_s, solo_s, estimates, bool(company)):
             self._policy.drop(task)
             del self._by_number[request.number]
-            error = self._overloaded(request, refusal, joined_s, alone_s)
+            error = self._overloaded(request, refusal, queued_work_s, solo_s)
             self._refuse(request, refusal.reason, error)
             return
         self._note(request.number, "queued")
         self._waiting.append(request)
-        self._demand.accepted(now, alone_s, task.background)
+        self._load_tracker.accepted(now, solo_s, task.background)
         request.predicted_s = finish_s[index]
         before = sum(other.job is None for other in order[:index])
-        self._tell(request, Queued(before, request.predicted_s))
+        self._emit(request, Queued(before, request.predicted_s))
 
     def _came_with(self, request: Request, other: Request) -> bool:
-        order = request.standing.order
-        return other is not request and bool(order) and other.standing.order == order
+        order = request.context.order
+        return other is not request and bool(order) and other.context.order == order
 
-    def _joined_s(self, request: Request, company: set[Request]) -> float:
+    def _queued_work_s(self, request: Request, company: set[Request]) -> float:
         """Seconds of the work that it finds, without what came with it."""
-        joined_s = sum(
+        queued_work_s = sum(
             other.task.remaining_s
             for other in self._by_number.values()
             if other.task.background <= request.task.background
             and other is not request
             and other not in company
         )
-        return joined_s / self._demand.throughput()
+        return queued_work_s / self._load_tracker.throughput()
 
     def _judge(
         self,
         request: Request,
-        joined_s: float,
-        alone_s: float,
-        wishes: list[Wish],
+        queued_work_s: float,
+        solo_s: float,
+        estimates: list[DeadlineEstimate],
         in_company: bool,
     ) -> Refusal | None:
-        """``wishes``: of those that name a deadline, its own first, then those that it delays."""
-        standing, deadline_s = request.standing, request.params.deadline_s
+        """``estimates``: of those that name a deadline, its own first, then those that it delays."""
+        context, deadline_s = request.context, request.params.deadline_s
         if request.task.background:
             # It has time until it is given up; half of that, for those who come again.
             limit_s = self._config.limits.max_deadline_s / RESERVE
-            return judge(joined_s, limit_s, standing)
-        own = None if deadline_s is None else Deadline(deadline_s, alone_s, wishes.pop(0))
-        return judge(joined_s, self._config.max_backlog_s, standing, own, wishes, in_company)
+            return judge(queued_work_s, limit_s, context)
+        own = None if deadline_s is None else Deadline(deadline_s, solo_s, estimates.pop(0))
+        return judge(queued_work_s, self._config.max_backlog_s, context, own, estimates, in_company)
 
     def _overloaded(
-        self, request: Request, refusal: Refusal, joined_s: float, alone_s: float
+        self, request: Request, refusal: Refusal, queued_work_s: float, solo_s: float
     ) -> Overloaded:
-        deadline_s, promised_s = request.params.deadline_s, request.standing.promised_s
-        waiting = f"about {joined_s:.1f} s of work are waiting"
-        if promised_s and refusal.cause in ("backlog", "promised"):
-            waiting += f", {promised_s:.1f} s are promised to others who were told to come again"
+        deadline_s, reserved_s = request.params.deadline_s, request.context.reserved_s
+        waiting = f"about {queued_work_s:.1f} s of work are waiting"
+        if reserved_s and refusal.cause in ("backlog", "promised"):
+            waiting += f", {reserved_s:.1f} s are promised to others who were told to come again"
         match refusal.cause:
             case "backlog":
                 why = f"{waiting}, and more is not taken in."
@@ -555,13 +569,13 @@ class Engine:
             why,
             "deadline_s" if refusal.reason == "deadline" else None,
             retry_after_s=max(1.0, refusal.excess_s),
-            work_s=alone_s / self._demand.throughput(),
+            work_s=solo_s / self._load_tracker.throughput(),
         )
 
     def _refuse(self, request: Request, reason: Reason, error: DiffusionServeError) -> None:
         self._note(request.number, "refused")
-        self._meter.refused(reason)
-        self._tell(request, Failed(error))
+        self._metrics.refused(reason)
+        self._emit(request, Failed(error))
 
     def _locate(self, number: int) -> None:
         request = self._by_number.get(number)
@@ -570,9 +584,9 @@ class Engine:
         place = self._place(request)
         if request in self._running:
             total = request.steps_done + request.steps_left
-            self._tell(request, Progress(request.steps_done, total, place.eta_s))
+            self._emit(request, Progress(request.steps_done, total, place.eta_s))
         else:
-            self._tell(request, place)
+            self._emit(request, place)
 
     def _place(self, request: Request) -> Queued:
         """Who waits before it, and when it should be done in the company that it has."""
@@ -605,7 +619,7 @@ class Engine:
     def _cancel(self, number: int, asked_at: float) -> None:
         if request := self._by_number.get(number):
             self._drop(request, "cancelled", Cancelled("the request was cancelled."))
-            self._meter.cancelled(time.perf_counter() - asked_at)
+            self._metrics.cancelled(time.perf_counter() - asked_at)
 
     def _drop(
         self, request: Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
@@ -643,17 +657,17 @@ class Engine:
             request.started_at = now
             self._trace(request)
             request.job = Job(functools.partial(self._paint, request))
-            self._go_on(request, request.job.start)
+            self._resume(request, request.job.start)
 
     def _paint(self, request: Request) -> Tensor:
         previews_due = set(request.params.preview_steps)
 
         def on_step(done: int, total: int) -> None:
             request.steps_done, request.steps_total = done, total
-            if request.standing.trace:
+            if request.context.trace:
                 ended_s = request.denoised_at - request.encoded_at
                 request.steps.append(Step(ended_s, self._in_call))
-            self._tell(request, Progress(done, total))
+            self._emit(request, Progress(done, total))
 
         def on_latents(latents: Tensor) -> None:
             step = request.steps_done + 1
@@ -661,8 +675,8 @@ class Engine:
                 previews_due.remove(step)
                 pixels = self._previews(latents, *request.size)
                 if pixels is not None:
-                    self._meter.previewed()
-                    self._tell(request, Preview(step, pixels))
+                    self._metrics.previewed()
+                    self._emit(request, Preview(step, pixels))
 
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
@@ -687,7 +701,7 @@ class Engine:
             else:
                 request.calls += 1
                 request.denoised_at = time.perf_counter()
-                self._go_on(request, functools.partial(request.job.resume, outcome))
+                self._resume(request, functools.partial(request.job.resume, outcome))
                 if request.job is not None and not request.steps_left:
                     self._trace(request)  # it is on its way to the decoder
 
@@ -700,7 +714,7 @@ class Engine:
         or for one block of the decoder. Whoever began to decode ends it before the next one does,
         for half a decoding holds much memory. The background waits until nobody else can go on.
         """
-        parked = [request for request in self._running if request not in self._cramped]
+        parked = [request for request in self._running if request not in self._waiting_for_memory]
         if any(not request.task.background for request in parked):
             parked = [request for request in parked if not request.task.background]
         at_stage = [request for request in self._at_stage if request in parked]
@@ -730,10 +744,10 @@ class Engine:
             self._cost.observe_stage(site, size, seconds)
             if encoding:
                 request.encode_s += seconds
-                self._meter.encoded(seconds)
+                self._metrics.encoded(seconds)
             else:
-                request.apart_s += seconds
-                self._meter.decoded(seconds)
+                request.non_denoiser_s += seconds
+                self._metrics.decoded(seconds)
 
         try:
             output = self._run(request.call, request.params.lora, took)
@@ -741,28 +755,28 @@ class Engine:
             self._fail(request, error)
             return
         assert request.job is not None
-        self._go_on(request, functools.partial(request.job.resume, output))
+        self._resume(request, functools.partial(request.job.resume, output))
 
     def _fail(self, request: Request, error: Exception) -> None:
         """Its call raised. What only lacks memory is tried again when another request has ended."""
         _check_device(error)
         assert request.job is not None
-        others = len(self._running) - len(self._cramped) - 1
+        others = len(self._running) - len(self._waiting_for_memory) - 1
         if isinstance(error, torch.OutOfMemoryError):
-            self._meter.out_of_memory()
+            self._metrics.out_of_memory()
         if isinstance(error, torch.OutOfMemoryError) and others:
             logger.warning("request %d waits for memory: %s", request.number, str(error))
-            _let_go(error)
-            self._cramped.append(request)
+            _release(error)
+            self._waiting_for_memory.append(request)
             _free_memory()
         else:
-            self._go_on(request, functools.partial(request.job.fail, error))
+            self._resume(request, functools.partial(request.job.fail, error))
 
     def _run(self, call: Call, adapters: AdapterSet, took: Callable[[float], None]) -> Any:
         """Run the module: what it returns; ``took`` is told the seconds."""
         if self._pipeline.adapters.switch(adapters):
-            self._meter.switched_adapters()
-        self._meter.paused(time.perf_counter() - self._called_at)
+            self._metrics.switched_adapters()
+        self._metrics.paused(time.perf_counter() - self._called_at)
         try:
             return self._timer.run(self._rendezvous.forward, call, took)
         finally:
@@ -786,7 +800,7 @@ class Engine:
             if len(batch) == 1:
                 return [error]
             if isinstance(error, torch.OutOfMemoryError):
-                self._meter.out_of_memory()
+                self._metrics.out_of_memory()
                 size = self._cost.lower_cap(batch[0].size, len(batch))
             failure = repr(error)
         _free_memory()
@@ -804,12 +818,12 @@ class Engine:
         self._ticks += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
         self._call_s = self._cost.predict_call(size, rows)
-        alone_s = sum(self._cost.predict_call(size, request.rows) for request in batch)
+        solo_s = sum(self._cost.predict_call(size, request.rows) for request in batch)
 
         def took(seconds: float) -> None:
-            self._demand.called(alone_s, seconds)
+            self._load_tracker.called(solo_s, seconds)
             self._cost.observe_call(size, rows, len(batch), seconds)
-            self._meter.called(size, len(batch), seconds)
+            self._metrics.called(size, len(batch), seconds)
 
         self._in_call = len(batch)
         calls = [request.mergeable for request in batch if request.mergeable]
@@ -823,21 +837,21 @@ class Engine:
             [request] = batch
             outputs = [self._run(request.call, adapters, took)]
         self._steps += len(batch)
-        introduce(batch)
+        link_batch_peers(batch)
         return outputs
 
-    def _go_on(self, request: Request, switch: Callable[[], None]) -> None:
+    def _resume(self, request: Request, switch: Callable[[], None]) -> None:
         """Run its job up to where it parks or ends, and see to what it did."""
         started_at = time.perf_counter()
         switch()
         took_s = time.perf_counter() - started_at
         if request.calls:
-            request.apart_s += took_s
+            request.non_denoiser_s += took_s
         else:
             request.encode_s += took_s
-        self._settle(request)
+        self._on_yield(request)
 
-    def _settle(self, request: Request) -> None:
+    def _on_yield(self, request: Request) -> None:
         """After a job has run: note where it parked, or report how it ended."""
         job = request.job
         assert job is not None
@@ -849,7 +863,7 @@ class Engine:
             error = GenerationFailed(
                 f"the pipeline failed: {type(job.error).__name__}: {job.error}"
             )
-            _let_go(job.error)
+            _release(job.error)
             self._end(request, "failed", Failed(error))
         else:
             now = time.perf_counter()
@@ -866,33 +880,37 @@ class Engine:
                 decode_s=now - request.denoised_at,
                 ended_at=now,
             )
-            self._meter.painted(request.size)
+            self._metrics.painted(request.size)
             if not request.task.background:
                 in_time = now <= request.task.deadline_at
-                self._meter.due(in_time, request.params.deadline_s is not None)
+                self._metrics.due(in_time, request.params.deadline_s is not None)
             self._end(request, "completed", Completed(result))
 
     def _learn_from(self, request: Request, took_s: float) -> None:
         """A finished request makes later predictions better."""
         self._cost.observe_request(
-            request.size, request.steps_done, request.calls, request.encode_s, request.apart_s
+            request.size,
+            request.steps_done,
+            request.calls,
+            request.encode_s,
+            request.non_denoiser_s,
         )
         if request.task.background:
             return  # its end was up to the others
         error = self._forecast.observe(request.predicted_s, took_s)
         if error is not None:
-            self._meter.forecast_off(error)
+            self._metrics.forecast_off(error)
 
     def _park(self, request: Request, call: Call) -> None:
         task = request.task
         if call.site not in self._pipeline.denoisers:
             request.mergeable = None
-            self._went_on(request)
+            self._update_remaining(request)
             self._at_stage.append(request)
             return
         if request.calls:
-            self._cost.observe_between(request.size, request.apart_s)
-            request.apart_s = 0.0
+            self._cost.observe_between(request.size, request.non_denoiser_s)
+            request.non_denoiser_s = 0.0
         elif not request.encoded_at:
             request.encoded_at = time.perf_counter()
             self._trace(request)
@@ -902,22 +920,22 @@ class Engine:
         key = request.mergeable.key if request.mergeable else None
         task.key = None if key is None else (key, request.params.lora)
         task.step_s = self._cost.predict_call(request.size, request.rows)
-        self._went_on(request)
+        self._update_remaining(request)
         self._policy.park(task)
 
-    def _went_on(self, request: Request) -> None:
+    def _update_remaining(self, request: Request) -> None:
         """Less of it is left than there was."""
         task = request.task
         before_s, task.remaining_s = task.remaining_s, self._predict_remaining(request)
         now = time.perf_counter()
-        self._demand.went_on(now, before_s, task.remaining_s, task.background)
+        self._load_tracker.update_remaining(now, before_s, task.remaining_s, task.background)
 
     def _predict_remaining(self, request: Request) -> float:
         """Seconds from here to its end, alone on the device."""
         cost, size = self._cost, request.size
         decode_s = cost.predict_decode(size)
         if request.calls and not request.steps_left:
-            return max(0.0, decode_s - request.apart_s)
+            return max(0.0, decode_s - request.non_denoiser_s)
         steps_s = cost.predict_steps(size, request.steps_left, request.rows)
         if request.calls:
             return steps_s + decode_s
@@ -946,7 +964,7 @@ class Engine:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
-        for parked in (self._at_stage, self._cramped):
+        for parked in (self._at_stage, self._waiting_for_memory):
             if request in parked:
                 parked.remove(request)
         # Whoever submitted it may keep its callback for long, and with it all that hangs here.
@@ -954,24 +972,26 @@ class Engine:
         request.mergeable = None
         self._policy.drop(request.task)
         del self._by_number[request.number]
-        self._demand.ended(time.perf_counter(), request.task.remaining_s, request.task.background)
+        self._load_tracker.ended(
+            time.perf_counter(), request.task.remaining_s, request.task.background
+        )
         self._trace(request)
-        self._tell(request, event)
-        self._try_cramped_again()
+        self._emit(request, event)
+        self._retry_waiting_for_memory()
 
-    def _try_cramped_again(self) -> None:
-        cramped, self._cramped = self._cramped, []
-        for request in cramped:
+    def _retry_waiting_for_memory(self) -> None:
+        waiting_for_memory, self._waiting_for_memory = self._waiting_for_memory, []
+        for request in waiting_for_memory:
             self._park(request, request.call)
 
     def _note(self, number: int, what: Any) -> None:
         self._log.append(LogEntry(self._ticks, number, what))
 
     def _trace(self, request: Request) -> None:
-        if request.standing.trace:
-            self._tell(request, request.timeline)
+        if request.context.trace:
+            self._emit(request, request.timeline)
 
-    def _tell(self, request: Request, event: Event) -> None:
+    def _emit(self, request: Request, event: Event) -> None:
         try:
             request.on_event(event)
         except Exception:

@@ -54,7 +54,7 @@ Memory = Literal["used", "reserved", "free", "total"]
 """By torch, and kept by it for later; of the device, whoever uses it."""
 
 
-class Meter:
+class EngineMetrics:
     """The metrics of one engine. Its counters start at 0 rather than being absent."""
 
     def __init__(self, model: str) -> None:

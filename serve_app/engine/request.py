@@ -10,8 +10,8 @@ from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.scheduling.policies import Task
-from serve_app.protocol.events import MOST_MATES, Event, Step, Timeline
-from serve_app.protocol.params import GenerationParams, Standing
+from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
+from serve_app.protocol.params import GenerationParams, RequestContext
 
 EventCallback = Callable[[Event], None]
 """Called on the engine's thread: must be quick and must not raise."""
@@ -23,7 +23,7 @@ class Request:
 
     number: int
     params: GenerationParams
-    standing: Standing
+    context: RequestContext
     on_event: EventCallback
     submitted_at: float
     """When it came here."""
@@ -43,7 +43,7 @@ class Request:
     calls: int = 0
     encode_s: float = 0.0
     """Spent on it before its first denoiser call."""
-    apart_s: float = 0.0
+    non_denoiser_s: float = 0.0
     """Spent on it outside the denoiser since its last denoiser call."""
     job: Job[Tensor] | None = None
     rows: float = 1.0
@@ -54,7 +54,7 @@ class Request:
     """The parked call, if it may share a forward with others."""
     steps: list[Step] = field(default_factory=list)
     """Those that are done, if it is traced."""
-    mates: dict[str, None] = field(default_factory=dict)
+    peers: dict[str, None] = field(default_factory=dict)
     """Traces of those that shared its calls, its own among them; an ordered set."""
 
     @property
@@ -81,19 +81,19 @@ class Request:
         marks = [self.submitted_at, self.started_at, self.encoded_at]
         if self.calls and not self.steps_left:
             marks.append(self.denoised_at)
-        others = [trace for trace in self.mates if trace != self.standing.trace]
+        others = [trace for trace in self.peers if trace != self.context.trace]
         return Timeline(
             tuple(end - start for start, end in pairwise(takewhile(bool, marks))),
             tuple(self.steps),
-            tuple(others[:MOST_MATES]),
+            tuple(others[:MAX_PEERS]),
         )
 
 
-def introduce(batch: Sequence[Request]) -> None:
+def link_batch_peers(batch: Sequence[Request]) -> None:
     """Those who shared a denoiser call, to each other."""
-    traces = {one.standing.trace: None for one in batch if one.standing.trace}
+    traces = {one.context.trace: None for one in batch if one.context.trace}
     if not traces:
         return
     for request in batch:
-        if request.standing.trace and len(request.mates) <= MOST_MATES:
-            request.mates |= traces
+        if request.context.trace and len(request.peers) <= MAX_PEERS:
+            request.peers |= traces

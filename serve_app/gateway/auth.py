@@ -50,16 +50,16 @@ class ApiKey(BaseModel):
     )
 
 
-class Guest(NamedTuple):
+class Principal(NamedTuple):
     """Who was let in."""
 
     name: str
     priority: Priority
 
 
-def guest_of(key: ApiKey | None) -> Guest:
+def principal_of(key: ApiKey | None) -> Principal:
     """Whose key it is; without one, anybody."""
-    return Guest(ANONYMOUS, "interactive") if key is None else Guest(key.name, key.priority)
+    return Principal(ANONYMOUS, "interactive") if key is None else Principal(key.name, key.priority)
 
 
 def digest(key: str) -> str:
@@ -121,9 +121,9 @@ class KeyRing:
         return bool(self._keys) or self._path is not None
 
     @property
-    def guests(self) -> list[Guest]:
+    def principals(self) -> list[Principal]:
         """Whom it would let in now."""
-        return [guest_of(key) for key in self._keys] if self else [guest_of(None)]
+        return [principal_of(key) for key in self._keys] if self else [principal_of(None)]
 
     def recognise(self, authorization: str | None) -> ApiKey | None:
         """Whose key it is; none where nobody is asked for one.
@@ -134,14 +134,14 @@ class KeyRing:
         self._refresh()
         return self._find(authorization) if self else None
 
-    def enter(self, key: ApiKey | None) -> Guest:
+    def enter(self, key: ApiKey | None) -> Principal:
         """Let its owner in; his name is for `leave` when the request is done.
 
         Raises:
             RateLimited: if the key has used what it has.
         """
         if key is None:
-            return guest_of(key)
+            return principal_of(key)
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise RateLimited(
                 f"the key {key.name!r} may have {key.max_concurrent} requests at a time.",
@@ -156,7 +156,7 @@ class KeyRing:
                     retry_after_s=max(1.0, wait_s),
                 )
         self._running[key.name] += 1
-        return guest_of(key)
+        return principal_of(key)
 
     def leave(self, name: str) -> None:
         self._running[name] -= 1
@@ -229,16 +229,16 @@ class KeyGuard:
                 )
             key = self._keys.recognise(headers.get("authorization"))
             record = record_of(scope)
-            record.guest, record.priority = guest_of(key)
-            guest = self._keys.enter(key)
+            record.principal, record.priority = principal_of(key)
+            principal = self._keys.enter(key)
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)
             return
-        scope.setdefault("state", {})["guest"] = guest
+        scope.setdefault("state", {})["principal"] = principal
         try:
             await self._app(scope, receive, send)
         finally:
-            self._keys.leave(guest.name)
+            self._keys.leave(principal.name)
 
     def _is_open(self, path: str) -> bool:
         return path in self._open or path.startswith(self._open_below)

@@ -42,7 +42,7 @@ class Record:
 
     request_id: str
     received_at: float = field(default_factory=time.perf_counter)
-    guest: str = NOBODY
+    principal: str = NOBODY
     """The name of its key."""
     priority: Priority = "interactive"
     """Of its key; who has none, or one that nobody knows, is as urgent as anybody."""
@@ -106,11 +106,11 @@ class Recorder:
         model: str,
         paths: Collection[str],
         log_prompts: bool = False,
-        guests: Iterable[tuple[str, Priority]] = (),
+        principals: Iterable[tuple[str, Priority]] = (),
     ) -> None:
         """``paths``: where pictures are asked for, as routes have them.
 
-        ``guests``: who may come, by the names of their keys, as far as is known now.
+        ``principals``: who may come, by the names of their keys, as far as is known now.
         """
         self._app = app
         self._model = model
@@ -126,8 +126,8 @@ class Recorder:
             count = functools.partial(self._count_open, priority)
             OPEN_REQUESTS.labels(model, priority).set_function(count)
         self._known: set[tuple[str, Priority]] = set()
-        for guest, priority in [(NOBODY, Record.priority), *guests]:
-            self._expect(guest, priority)
+        for principal, priority in [(NOBODY, Record.priority), *principals]:
+            self._expect(principal, priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (
@@ -153,19 +153,19 @@ class Recorder:
     def _count_open(self, priority: Priority) -> float:
         return sum(record.priority == priority for record in tuple(self._open))
 
-    def _expect(self, guest: str, priority: Priority) -> None:
+    def _expect(self, principal: str, priority: Priority) -> None:
         """Have its counters at 0: one that appears with a failure has not risen, to Prometheus.
 
         16 series a key, 2 kB of what each gateway replica says: of 50 keys and 4 of them, 0.4 MB.
         """
-        if (guest, priority) not in self._known:
-            self._known.add((guest, priority))
+        if (principal, priority) not in self._known:
+            self._known.add((principal, priority))
             for outcome in OUTCOMES:
-                REQUESTS.labels(self._model, guest, priority, outcome)
+                REQUESTS.labels(self._model, principal, priority, outcome)
 
     def _count(self, record: Record) -> None:
-        self._expect(record.guest, record.priority)  # a key that came with another file of keys
-        REQUESTS.labels(self._model, record.guest, record.priority, record.outcome).inc()
+        self._expect(record.principal, record.priority)  # a key that came with another file of keys
+        REQUESTS.labels(self._model, record.principal, record.priority, record.outcome).inc()
         plain = _EXEMPLAR.fullmatch(record.request_id)
         exemplar = {"request_id": record.request_id} if plain else None
         if record.first_partial_s is not None:
@@ -180,7 +180,7 @@ class Recorder:
         """In words, and as fields for a log in JSON. No prompt unless somebody asked for that."""
         fields: dict[str, str | int | float] = {
             "request_id": record.request_id,
-            "key": record.guest,
+            "key": record.principal,
             "priority": record.priority,
             "outcome": record.outcome,
         }
@@ -205,20 +205,20 @@ class Recorder:
             fields |= {f"{part}_s": round(seconds, 4) for part, seconds in spent.items()}
             parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in spent.items())
             parts = f" ({parts})"
-        painters = ", ".join(f"{replica}/{n}" for replica, n in record.engine_requests.values())
-        if painters:
-            fields["engine_request"] = painters
+        backends = ", ".join(f"{replica}/{n}" for replica, n in record.engine_requests.values())
+        if backends:
+            fields["engine_request"] = backends
         if self._log_prompts and record.pictures:
             fields["prompt"] = record.pictures[0].prompt
         logger.info(
             "request %s of %s:%s %s after %.3f s%s%s%s",
             record.request_id,
-            record.guest,
+            record.principal,
             what,
             record.outcome,
             age_s,
             parts,
-            f" as {painters}" if painters else "",
+            f" as {backends}" if backends else "",
             f": {fields['prompt']!r}" if "prompt" in fields else "",
             extra=fields,
         )

@@ -58,7 +58,7 @@ class _Place:
     fingerprint: bytes
 
 
-class Promises:
+class RetryReservations:
     """Those of one gateway replica, to requests of one class."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -92,15 +92,15 @@ class Promises:
         last = self._index_after(self._clock() + seconds)
         return sum(place.work_s for place in self._in_turn[first:last]) * self._share
 
-    def promise(self, fingerprint: bytes, refusal: Overloaded, returning: bool) -> Overloaded:
+    def promise(self, fingerprint: bytes, refusal: Overloaded, is_retry: bool) -> Overloaded:
         """The refusal with the time to come again, which is noted.
 
-        ``returning``: who came as told and found no room. He need not stand in line again.
+        ``is_retry``: who came as told and found no room. He need not stand in line again.
         """
         self._forget()
         now = self._clock()
         wait_s = refusal.retry_after_s or 0.0
-        if not returning:
+        if not is_retry:
             wait_s += self._work_s * self._share / PACE
         wait_s = max(1, math.ceil(wait_s))
         if len(self._in_turn) < MOST:

@@ -1,4 +1,4 @@
-"""The endpoints. Knows the HTTP API and the request's parameters; of Ray only a `Painter`."""
+"""The endpoints. Knows the HTTP API and the request's parameters; of Ray only a `GenerationBackend`."""
 
 import asyncio
 import time
@@ -23,9 +23,9 @@ from serve_app.gateway.forms import read_edit, read_generation
 from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
 from serve_app.gateway.requests_log import Recorder, record_of
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
-from serve_app.gateway.service import Studio
+from serve_app.gateway.service import ImageService
 from serve_app.gateway.streaming import stream
-from serve_app.protocol.backend import Painter
+from serve_app.protocol.backend import GenerationBackend
 from serve_app.protocol.params import ModelInfo
 
 GENERATIONS = "/v1/images/generations"
@@ -39,7 +39,7 @@ OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline
 
 def create_api(
     config: AppConfig,
-    painter: Painter,
+    backend: GenerationBackend,
     keys: KeyRing,
     gather: Gather = gather_own,
     traced: Callable[[ASGIApp], ASGIApp] | None = None,
@@ -47,7 +47,7 @@ def create_api(
     """The ASGI application of one gateway replica; ``traced`` is middleware, if it is."""
     limits = config.engine.limits
     started_at = int(time.time())
-    studio = Studio(config, painter)
+    service = ImageService(config, backend)
     api = FastAPIOffline(
         title="diffusion-serve",
         version=__version__,
@@ -68,7 +68,7 @@ def create_api(
         model=config.model.id,
         paths=(GENERATIONS, EDITS),
         log_prompts=config.gateway.log_prompts,
-        guests=keys.guests,
+        principals=keys.principals,
     )
     add_error_handlers(api)
     complete(api, with_keys=bool(keys))
@@ -84,10 +84,12 @@ def create_api(
         """Paint pictures that show the prompt."""
         body = await read_generation(request)
         scope = request.scope
-        order = await studio.take("image_generation", body, record_of(scope), request.state.guest)
+        order = await service.take(
+            "image_generation", body, record_of(scope), request.state.principal
+        )
         if body.stream:
-            return await stream(studio, order, scope)
-        return await _while_connected(request, studio.paint_all(order))
+            return await stream(service, order, scope)
+        return await _while_connected(request, service.paint_all(order))
 
     @api.post(
         EDITS,
@@ -100,22 +102,22 @@ def create_api(
         """Paint a picture anew: all of it, or where the mask is transparent."""
         form = await read_edit(request)
         scope = request.scope
-        order = await studio.take(
+        order = await service.take(
             "image_edit",
             form.fields,
             record_of(scope),
-            request.state.guest,
+            request.state.principal,
             form.image,
             form.mask,
         )
         if form.fields.stream:
-            return await stream(studio, order, scope)
-        return await _while_connected(request, studio.paint_all(order))
+            return await stream(service, order, scope)
+        return await _while_connected(request, service.paint_all(order))
 
     @api.get("/v1/models", responses=documented(401, 403, 429, 503), tags=["models"])
     async def list_models() -> ModelList:
         """The model that is served, and what it takes."""
-        info = await painter.describe()
+        info = await backend.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
     # Names of the hub have a slash.
@@ -126,7 +128,7 @@ def create_api(
         """One model by its name."""
         if model != config.model.id:
             raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
-        return _model_object(await painter.describe(), started_at)
+        return _model_object(await backend.describe(), started_at)
 
     @api.head("/health", include_in_schema=False)
     @api.get("/health", tags=["health"])
@@ -138,7 +140,7 @@ def create_api(
     @api.get("/ready", responses=documented(503), tags=["health"])
     async def ready() -> Health:
         """Readiness: 200 if a replica can paint now, else 503."""
-        await painter.check_ready()
+        await backend.check_ready()
         return Health()
 
     @api.get("/metrics", include_in_schema=False)

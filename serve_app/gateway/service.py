@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 from serve_app.config import AppConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
-from serve_app.gateway.auth import Guest
+from serve_app.gateway.auth import Principal
 from serve_app.gateway.requests_log import Record
-from serve_app.gateway.retry_reservations import Promises, fingerprint
+from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
     ImageEditRequest,
@@ -27,17 +27,23 @@ from serve_app.gateway.schemas import (
 )
 from serve_app.gateway.uploads import apart, read_image, read_mask
 from serve_app.metrics import REFUSALS
-from serve_app.protocol.backend import Painter, PainterEvent
+from serve_app.protocol.backend import GenerationBackend, GenerationEvent
 from serve_app.protocol.events import Queued, Timeline
 from serve_app.protocol.images import EncodedImage
-from serve_app.protocol.params import MAX_SEED, GenerationParams, ModelInfo, Priority, Standing
+from serve_app.protocol.params import (
+    MAX_SEED,
+    GenerationParams,
+    ModelInfo,
+    Priority,
+    RequestContext,
+)
 
 TOKEN_PX = 16
 """Side of the square that counts as one token: what models with patches of latents work on."""
 
 
 @dataclass(frozen=True)
-class Order:
+class ImageJob:
     """A request that was found right, with everything that an answer repeats of it."""
 
     kind: Kind
@@ -45,10 +51,10 @@ class Order:
     pictures: tuple[GenerationParams, ...]
     """Resolved; one for each picture."""
     record: Record
-    guest: Guest
+    principal: Principal
     fingerprint: bytes
     """By which it is known if it comes again."""
-    standing: Standing
+    context: RequestContext
 
     @property
     def size(self) -> str:
@@ -79,7 +85,7 @@ class Order:
         self.record.completed(timings)
         return timings
 
-    def reached(self, params: GenerationParams, event: PainterEvent) -> None:
+    def reached(self, params: GenerationParams, event: GenerationEvent) -> None:
         """Put on record what ``event`` says of how far this picture has come."""
         record = self.record
         match event:
@@ -119,17 +125,17 @@ def parts_by(now_s: float, age_s: float, parts_s: Sequence[float]) -> tuple[floa
     return tuple(cut)
 
 
-class Studio:
+class ImageService:
     """Takes orders and has them painted."""
 
-    def __init__(self, config: AppConfig, painter: Painter) -> None:
+    def __init__(self, config: AppConfig, backend: GenerationBackend) -> None:
         self._config = config
         self._limits = config.engine.limits
-        self._painter = painter
+        self._backend = backend
         self._queue_full = REFUSALS.labels(config.model.id, "queue")
-        self._promises: dict[Priority, Promises] = {
-            "interactive": Promises(),
-            "batch": Promises(),
+        self._reservations: dict[Priority, RetryReservations] = {
+            "interactive": RetryReservations(),
+            "batch": RetryReservations(),
         }
 
     async def take(
@@ -137,10 +143,10 @@ class Studio:
         kind: Kind,
         body: ImageRequest,
         record: Record,
-        guest: Guest,
+        principal: Principal,
         image: bytes | None = None,
         mask: bytes | None = None,
-    ) -> Order:
+    ) -> ImageJob:
         """Check everything about a request that can be checked before it is painted.
 
         Raises:
@@ -156,7 +162,7 @@ class Studio:
         if body.n > self._limits.max_images:
             raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
         model = await self._describe_for(body)
-        params = replace(self._params(body, model), priority=guest.priority)
+        params = replace(self._params(body, model), priority=principal.priority)
         if image is None:
             params = params.resolved(model)
         else:
@@ -168,32 +174,34 @@ class Studio:
             replace(params, seed=params.seed + step * index) for index in range(body.n)
         )
         record.pictures = pictures
-        parts = [guest.name.encode(), kind.encode(), body.model_dump_json().encode()]
+        parts = [principal.name.encode(), kind.encode(), body.model_dump_json().encode()]
         if image is None:
             known_by = fingerprint(parts)
         else:
             known_by = await apart(functools.partial(fingerprint, [*parts, image, mask or b""]))
-        promises = self._promises[guest.priority]
-        returning = promises.claim(known_by)
+        reservations = self._reservations[principal.priority]
+        is_retry = reservations.claim(known_by)
         most_s = self._config.engine.max_backlog_s
-        standing = Standing(
+        context = RequestContext(
             order=secrets.token_hex(8),
             sent_at=sent_at,
-            returning=returning,
-            promised_s=(
-                0.0 if returning else promises.due_within_s(min(most_s, body.deadline_s or most_s))
+            is_retry=is_retry,
+            reserved_s=(
+                0.0
+                if is_retry
+                else reservations.due_within_s(min(most_s, body.deadline_s or most_s))
             ),
             trace=record.traceparent if record.sampled else "",
         )
-        return Order(kind, body, pictures, record, guest, known_by, standing)
+        return ImageJob(kind, body, pictures, record, principal, known_by, context)
 
-    async def paint_all(self, order: Order) -> ImagesResponse:
+    async def paint_all(self, order: ImageJob) -> ImagesResponse:
         """All pictures or none: when one fails, or the client goes away, the others are dropped."""
         tasks = [asyncio.ensure_future(self._paint(order, params)) for params in order.pictures]
         try:
             images = await asyncio.gather(*tasks)
         except Overloaded as error:
-            raise self._promised(order, error) from None
+            raise self._reserved(order, error) from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -212,7 +220,7 @@ class Studio:
             warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
         )
 
-    async def paint(self, order: Order) -> AsyncGenerator[PainterEvent, None]:
+    async def paint(self, order: ImageJob) -> AsyncGenerator[GenerationEvent, None]:
         """The events of its only picture."""
         [params] = order.pictures
         try:
@@ -220,9 +228,9 @@ class Studio:
                 async for event in events:
                     yield event
         except Overloaded as error:
-            raise self._promised(order, error) from None
+            raise self._reserved(order, error) from None
 
-    def _promised(self, order: Order, refusal: Overloaded) -> Overloaded:
+    def _reserved(self, order: ImageJob, refusal: Overloaded) -> Overloaded:
         """With the time to come again: for all of its pictures, that they are taken in together."""
         if not refusal.work_s:
             self._queue_full.inc(len(order.pictures))
@@ -234,15 +242,15 @@ class Studio:
             refusal.retry_after_s,
             refusal.work_s * len(order.pictures),
         )
-        promises = self._promises[order.guest.priority]
-        return promises.promise(order.fingerprint, whole, order.standing.returning)
+        reservations = self._reservations[order.principal.priority]
+        return reservations.promise(order.fingerprint, whole, order.context.is_retry)
 
     async def _events(
-        self, order: Order, params: GenerationParams
-    ) -> AsyncGenerator[PainterEvent, None]:
+        self, order: ImageJob, params: GenerationParams
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """The events of one of its pictures."""
-        painting = self._painter.paint(
-            params, order.body.encoding(), order.body.progress, order.standing
+        painting = self._backend.paint(
+            params, order.body.encoding(), order.body.progress, order.context
         )
         async with aclosing(painting) as events:
             async for event in events:
@@ -251,12 +259,12 @@ class Studio:
 
     async def _describe_for(self, body: ImageRequest) -> ModelInfo:
         try:
-            return await self._painter.describe(body.deadline_s)
+            return await self._backend.describe(body.deadline_s)
         except Overloaded:
             self._queue_full.inc(body.n)
             raise
 
-    async def _paint(self, order: Order, params: GenerationParams) -> EncodedImage:
+    async def _paint(self, order: ImageJob, params: GenerationParams) -> EncodedImage:
         async with aclosing(self._events(order, params)) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):

@@ -17,8 +17,8 @@ from serve_app.gateway.schemas import (
     PartialImageEvent,
     ProgressEvent,
 )
-from serve_app.gateway.service import Order, Studio
-from serve_app.protocol.backend import PainterEvent
+from serve_app.gateway.service import ImageJob, ImageService
+from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, PartialImage
 
@@ -28,13 +28,13 @@ ACCEPTED_WITHIN_S = 2.0
 """A request that is refused in this time gets its own status; later ones are events of a 200."""
 
 
-async def stream(studio: Studio, order: Order, scope: Scope) -> EventSourceResponse:
+async def stream(service: ImageService, order: ImageJob, scope: Scope) -> EventSourceResponse:
     """Answer with the events of the only picture of ``order``.
 
     Raises:
         DiffusionServeError: if it is refused at once.
     """
-    events = studio.paint(order)
+    events = service.paint(order)
     first = asyncio.ensure_future(anext(events))
     try:
         await asyncio.wait({first}, timeout=ACCEPTED_WITHIN_S)
@@ -47,9 +47,9 @@ async def stream(studio: Studio, order: Order, scope: Scope) -> EventSourceRespo
 
 
 async def _sent(
-    order: Order,
-    first: "asyncio.Future[PainterEvent]",
-    events: AsyncGenerator[PainterEvent, None],
+    order: ImageJob,
+    first: "asyncio.Future[GenerationEvent]",
+    events: AsyncGenerator[GenerationEvent, None],
     scope: Scope,
 ) -> AsyncGenerator[ServerSentEvent, None]:
     try:
@@ -73,7 +73,7 @@ def _framed(name: str, data: BaseModel) -> ServerSentEvent:
 
 
 def _event(
-    order: Order, event: PainterEvent
+    order: ImageJob, event: GenerationEvent
 ) -> ProgressEvent | PartialImageEvent | CompletedEvent | None:
     """As the client sees it; none of what it did not ask for."""
     kind, body = order.kind, order.body

@@ -157,7 +157,7 @@ class RequestTrace:
             return
         record, span = self._record, self._server
         self._ended_s = record.age_s
-        span.set_attribute("diffusion_serve.key", record.guest)
+        span.set_attribute("diffusion_serve.key", record.principal)
         span.set_attribute("diffusion_serve.outcome", record.outcome)
         if record.pictures:
             first = record.pictures[0]
@@ -206,7 +206,7 @@ class RequestTrace:
 
     def _denoising(self, parent: Span, timeline: Timeline, start_s: float) -> Span:
         """With an event for each step, and links to those who shared one."""
-        links = [Link(_context(mate)) for mate in timeline.mates]
+        links = [Link(_context(mate)) for mate in timeline.peers]
         span = self._child(parent, "denoise", start_s, links=links)
         for number, step in enumerate(timeline.steps, 1):
             span.add_event(

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from serve_app.autoscaling.params import BOUNDS, read_knobs
+from serve_app.autoscaling.params import BOUNDS, read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.config import foreign_policy, policy_kwargs, read_autoscaling
 from serve_app.engine.scheduling.cost import CostModel
@@ -104,7 +104,7 @@ class Scenario:
         """Replicas that the first trace keeps busy on average."""
         trace = self.traces[0]
         table = costs_of(self.costs, trace.kinds)
-        work_s = sum(table[kind].alone_s for kind in trace.kinds)
+        work_s = sum(table[kind].solo_s for kind in trace.kinds)
         return work_s / max(1.0, trace.duration_s)
 
     def simulate(self, candidate: Candidate) -> Row:
@@ -182,7 +182,7 @@ def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
         raise ConfigError(f"{path}: {' and '.join(BOUNDS)} must be whole numbers.")
     if max_replicas is not None:
         fewest, most = min(fewest, max_replicas), max_replicas
-    knobs = read_knobs(policy_kwargs(autoscaling))
+    knobs = read_scaling_params(policy_kwargs(autoscaling))
     try:
         return replace(knobs, min_replicas=fewest, max_replicas=most)
     except ValueError as error:

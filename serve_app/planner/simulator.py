@@ -190,7 +190,7 @@ class Cost:
     cap: int
     before_s: float
     after_s: float
-    alone_s: float
+    solo_s: float
 
 
 def costs(model: CostModel, kinds: Sequence[Kind]) -> dict[Kind, Cost]:
@@ -204,8 +204,8 @@ def costs(model: CostModel, kinds: Sequence[Kind]) -> dict[Kind, Cost]:
             for rows in range(1, cap + 1)
         )
         before_s, after_s = model.predict_encode(kind.size), model.predict_decode(kind.size)
-        alone_s = before_s + kind.steps * step_s[0] + after_s
-        found[kind] = Cost(step_s, cap, before_s, after_s, alone_s)
+        solo_s = before_s + kind.steps * step_s[0] + after_s
+        found[kind] = Cost(step_s, cap, before_s, after_s, solo_s)
     return found
 
 
@@ -216,14 +216,14 @@ class _Request:
         self.at_s = at_s
         self.kind = kind
         self.cost = cost
-        self.deadline_at = at_s + slo_scale * cost.alone_s
+        self.deadline_at = at_s + slo_scale * cost.solo_s
         self.steps_left = kind.steps
-        self.task = Task(number, self.deadline_at, cost.alone_s, key=kind.size)
+        self.task = Task(number, self.deadline_at, cost.solo_s, key=kind.size)
 
     def again(self) -> None:
         """Its replica was lost: from the beginning, with the same deadline."""
         self.steps_left = self.kind.steps
-        self.task = Task(self.task.request, self.deadline_at, self.cost.alone_s, key=self.kind.size)
+        self.task = Task(self.task.request, self.deadline_at, self.cost.solo_s, key=self.kind.size)
 
 
 class _Replica:
@@ -325,9 +325,9 @@ class Simulator:
                 request = _Request(now, kind, cost, slo_scale, index)
                 index += 1
                 next_arrival = at_s[index] if index < total else math.inf
-                outcome.work_s += cost.alone_s
-                self._offered.append((now, cost.alone_s))
-                self._offered_s += cost.alone_s
+                outcome.work_s += cost.solo_s
+                self._offered.append((now, cost.solo_s))
+                self._offered_s += cost.solo_s
                 self._outstanding += 1
                 self._send(request, now)
             elif next_event <= next_report:
@@ -385,7 +385,7 @@ class Simulator:
     def _accept(self, replica: _Replica, request: _Request, now: float) -> None:
         task = request.task
         replica.by_number[task.request] = request
-        replica.work_s += request.cost.alone_s
+        replica.work_s += request.cost.solo_s
         replica.policy.add(task)
         if replica.running < self._params.max_running:
             replica.running += 1

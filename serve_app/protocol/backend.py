@@ -5,12 +5,12 @@ from typing import Protocol
 
 from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
-from serve_app.protocol.params import FRESH, GenerationParams, ModelInfo, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
-PainterEvent = Queued | Progress | PartialImage | Timeline | EncodedImage
+GenerationEvent = Queued | Progress | PartialImage | Timeline | EncodedImage
 
 
-class Painter(Protocol):
+class GenerationBackend(Protocol):
     """The generator, wherever that runs."""
 
     def paint(
@@ -18,8 +18,8 @@ class Painter(Protocol):
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
-        standing: Standing = FRESH,
-    ) -> AsyncGenerator[PainterEvent, None]:
+        context: RequestContext = INITIAL,
+    ) -> AsyncGenerator[GenerationEvent, None]:
         """One picture, the last event. Raises `DiffusionServeError`.
 
         `Queued` comes when it was accepted, and `Overloaded` is raised instead if it was not;

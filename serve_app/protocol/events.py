@@ -105,13 +105,13 @@ class Timeline:
     parts_s: tuple[float, ...] = ()
     """How long each part took that has ended, of queue, encode, denoise and decode."""
     steps: tuple[Step, ...] = ()
-    mates: tuple[str, ...] = ()
-    """`Standing.trace` of others that shared its denoiser calls; of no more than `MOST_MATES`."""
+    peers: tuple[str, ...] = ()
+    """`RequestContext.trace` of others that shared its denoiser calls; of no more than `MAX_PEERS`."""
     age_s: float = 0.0
     """Since its submission, when this was passed on; set by who does so."""
 
 
-MOST_MATES = 32
+MAX_PEERS = 32
 
 
 @dataclass(frozen=True)

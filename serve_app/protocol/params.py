@@ -268,7 +268,7 @@ class GenerationParams:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RequestContext:
     """How a request comes, beside what it asks for."""
 
     order: str = ""
@@ -276,16 +276,16 @@ class Standing:
     sent_at: float | None = None
     """In Unix time, if it was not sent just now: its deadline counts from then. By the clock of
     another machine, perhaps, so that where the time went is measured without it."""
-    returning: bool = False
+    is_retry: bool = False
     """It was refused, and comes again as it was told to, or was held until it could."""
-    promised_s: float = 0.0
+    reserved_s: float = 0.0
     """Seconds of work of others who were told to come before it must be done."""
     trace: str = ""
     """By which the traces of others that share its batches name it; empty if it is not traced. The
     engine only hands it on."""
 
 
-FRESH = Standing()
+INITIAL = RequestContext()
 """Of who comes for the first time, alone."""
 
 

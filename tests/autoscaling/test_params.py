@@ -2,16 +2,16 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.autoscaling.params import read_knobs
+from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.config import policy_kwargs, read_autoscaling
 from serve_app.errors import ConfigError
 
 
 def test_what_is_not_said_is_as_the_policy_has_it() -> None:
-    assert read_knobs({}) == ScalingParams()
-    assert read_knobs({"hold_s": 5}) == ScalingParams(hold_s=5.0)
-    assert isinstance(read_knobs({"spare_replicas": 1.0}).spare_replicas, int)
+    assert read_scaling_params({}) == ScalingParams()
+    assert read_scaling_params({"hold_s": 5}) == ScalingParams(hold_s=5.0)
+    assert isinstance(read_scaling_params({"spare_replicas": 1.0}).spare_replicas, int)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_what_is_not_said_is_as_the_policy_has_it() -> None:
 )
 def test_what_is_wrong_is_named(given: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=f"policy_kwargs.*{words}"):
-        read_knobs(given)
+        read_scaling_params(given)
 
 
 def test_the_knobs_in_the_shipped_config_are_the_defaults_as_it_says() -> None:
@@ -39,4 +39,4 @@ def test_the_knobs_in_the_shipped_config_are_the_defaults_as_it_says() -> None:
     [autoscaling] = read_autoscaling(path, "Generator")
     given = policy_kwargs(autoscaling)
     assert given
-    assert read_knobs(given) == ScalingParams()
+    assert read_scaling_params(given) == ScalingParams()

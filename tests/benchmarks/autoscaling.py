@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from serve_app.autoscaling.params import read_knobs
+from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.config import EngineConfig
 from serve_app.engine.scheduling.cost import CostModel
@@ -42,7 +42,7 @@ STEPS = 100
 PHASES = ((20.0, 0.15), (25.0, 0.6), (25.0, 0.15))
 """(seconds, requests a second)"""
 
-KNOBS: dict[str, float] = {
+PARAMS: dict[str, float] = {
     "target_drain_s": 5,
     "smoothing_s": 10,
     "hold_s": 10,
@@ -98,7 +98,7 @@ def arrivals(seed: int) -> list[float]:
 def real(at_s: Sequence[float], profile: Path) -> tuple[Curve, list[Answer], list[str]]:
     """Replay on a cluster, until the last node is gone; the log lines of the policy."""
     port = free_port()
-    config = scaling_config(port, KNOBS)
+    config = scaling_config(port, PARAMS)
     engine = config["applications"][0]["args"]["engine"]
     engine |= {
         "profile_path": str(profile),
@@ -162,7 +162,7 @@ def simulated(
     # The simulator ends with the last request: one more, after all that is compared.
     kinds = [Kind(SIZE, STEPS)] * len(at_s)
     trace = Trace([*at_s, until_s + 60], [*kinds, Kind(SIZE, 1)])
-    knobs = asdict(read_knobs(KNOBS)) | {"min_replicas": 0, "max_replicas": NODES}
+    knobs = asdict(read_scaling_params(PARAMS)) | {"min_replicas": 0, "max_replicas": NODES}
     params = ClusterParams(
         node_start_s=node_s,
         replica_start_s=replica_s,
@@ -225,11 +225,11 @@ def main(
     until_s = measured.at_s[-1]
     predicted = simulated(at_s, model, node_s, replica_s, until_s)
     kind = Kind(SIZE, STEPS)
-    alone_s = costs(model, [kind])[kind].alone_s
+    solo_s = costs(model, [kind])[kind].solo_s
     agreed = agreement(measured, predicted, until_s)
     took_s = [answer.ended_at - answer.asked_at for answer in answers]
     typer.echo(
-        f"{len(at_s)} requests of {kind}, {alone_s:.2f} s alone; a node {node_s:.1f} s, a replica "
+        f"{len(at_s)} requests of {kind}, {solo_s:.2f} s alone; a node {node_s:.1f} s, a replica "
         f"{replica_s:.1f} s; median answer {statistics.median(took_s):.1f} s, longest "
         f"{max(took_s):.1f} s, {sum(answer.refusals for answer in answers)} refusals"
     )
@@ -248,10 +248,10 @@ def main(
             "command": f"python -m tests.benchmarks.autoscaling --seed {seed}",
             "hardware": hardware(torch.device("cpu")) | {"ray": version("ray")},
             "load_average": [round(load, 2) for load in os.getloadavg()],
-            "knobs": KNOBS,
+            "knobs": PARAMS,
             "arrivals_s": [round(at, 3) for at in at_s],
             "kind": str(kind),
-            "alone_s": alone_s,
+            "alone_s": solo_s,
             "node_start_s": node_s,
             "replica_start_s": replica_s,
             "answer_s": {"median": statistics.median(took_s), "longest": max(took_s)},

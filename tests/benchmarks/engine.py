@@ -106,8 +106,8 @@ def seconds_alone(pipeline: LoadedPipeline, kind: Kind) -> float:
 
 def measure_alone(pipeline: LoadedPipeline, mix: list[Kind]) -> tuple[dict[Kind, float], float]:
     """Seconds of each kind alone, and what one at a time can do of the mix, in images a second."""
-    alone_s = {kind: seconds_alone(pipeline, kind) for kind in mix}
-    return alone_s, 1 / sum(kind.share * alone_s[kind] for kind in mix)
+    solo_s = {kind: seconds_alone(pipeline, kind) for kind in mix}
+    return solo_s, 1 / sum(kind.share * solo_s[kind] for kind in mix)
 
 
 def summary(
@@ -224,13 +224,13 @@ def main(
     if waiting is None:
         waiting = WAITING if on_cuda and model in MODELS else 0
     mix = [scaled_kind(pipeline, scale, steps, share / 100) for scale, steps, share in MIX]
-    alone_s, capacity = measure_alone(pipeline, mix)
-    slo_s = {kind: slo_scale * seconds for kind, seconds in alone_s.items()}
+    solo_s, capacity = measure_alone(pipeline, mix)
+    slo_s = {kind: slo_scale * seconds for kind, seconds in solo_s.items()}
     typer.echo(f"one at a time: {capacity:.2f} images/s on this mix")
     for one in mix:
         typer.echo(
             f"  {one.width}x{one.height}, {one.steps} steps, {one.share:.0%}: "
-            f"{alone_s[one]:.2f} s alone"
+            f"{solo_s[one]:.2f} s alone"
         )
 
     def engine_with(scheduling: str, kinds: list[Kind], keep_pictures: bool = False) -> Way:
@@ -298,7 +298,7 @@ def main(
             "seed": seed,
             "slo_scale": slo_scale,
             "one_at_a_time_images_per_s": [capacity, capacity_after],
-            "kinds": [asdict(kind) | {"alone_s": alone_s[kind]} for kind in mix],
+            "kinds": [asdict(kind) | {"alone_s": solo_s[kind]} for kind in mix],
             "rows": [asdict(row) for row in rows],
             "engine": reports,
             "at_once": [asdict(row) | {"speedup": row.speedup} for row in saturated],

@@ -36,7 +36,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve_app.config import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.metrics import Meter
+from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.request import EventCallback
 from serve_app.gateway.exposition import exposition
@@ -45,7 +45,7 @@ from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
 from serve_app.metrics import Report, report
 from serve_app.protocol.events import Completed, Event, Step, Timeline
-from serve_app.protocol.params import FRESH, GenerationParams, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.benchmarks.engine import hardware
 
 LEAST = 0.98
@@ -60,13 +60,13 @@ Way = Callable[[Engine], AbstractContextManager[None]]
 @contextmanager
 def _nothing(engine: Engine) -> Iterator[None]:
     """A meter that measures nothing in place of the engine's."""
-    names = (name for name in dir(Meter) if not name.startswith("_"))
+    names = (name for name in dir(EngineMetrics) if not name.startswith("_"))
     silent: Any = SimpleNamespace(**dict.fromkeys(names, lambda *_: None))
-    kept, engine._meter = engine._meter, silent
+    kept, engine._metrics = engine._metrics, silent
     try:
         yield
     finally:
-        engine._meter = kept
+        engine._metrics = kept
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
     submit = engine.submit
 
     def traced(
-        params: GenerationParams, on_event: EventCallback, standing: Standing = FRESH
+        params: GenerationParams, on_event: EventCallback, context: RequestContext = INITIAL
     ) -> int:
         record = Record("an-id", pictures=(params.resolved(engine.info),))
         trace = tracing.begin(SCOPE, record)
@@ -128,7 +128,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
                 trace.end()
             on_event(event)
 
-        return submit(params, hear, replace(standing, trace=record.traceparent))
+        return submit(params, hear, replace(context, trace=record.traceparent))
 
     watched: Any = engine
     watched.submit = traced
@@ -258,8 +258,8 @@ class Metering:
 
 def metering_of(engine: Engine) -> Metering:
     """Measured beside the calls, one after each, so that the machine is as busy for both."""
-    meter, spent, calls = Meter("observed"), [], []
-    kept = engine._meter.called
+    meter, spent, calls = EngineMetrics("observed"), [], []
+    kept = engine._metrics.called
 
     def called(size: tuple[int, int], batch_size: int, seconds: float) -> None:
         calls.append(seconds)
@@ -268,11 +268,11 @@ def metering_of(engine: Engine) -> Metering:
         meter.called(size, batch_size, seconds)
         spent.append(time.perf_counter() - started_at)
 
-    engine._meter.called = called  # type: ignore[method-assign]
+    engine._metrics.called = called  # type: ignore[method-assign]
     try:
         engine.generate(GenerationParams("a red circle", 1, num_inference_steps=100))
     finally:
-        engine._meter.called = kept  # type: ignore[method-assign]
+        engine._metrics.called = kept  # type: ignore[method-assign]
     return Metering(statistics.median(spent), statistics.median(calls))
 
 

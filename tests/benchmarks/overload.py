@@ -64,7 +64,7 @@ class Outcome:
     status: int = 0
     ended_s: float = 0.0
     queue_s: float | None = None
-    promised_s: float | None = None
+    reserved_s: float | None = None
     """The first ``Retry-After``, if it was refused."""
 
     @property
@@ -90,7 +90,7 @@ class Row:
     """Share of those taken in, at the first try or the second, that met their deadline."""
     retry_after_p50_s: float
     retry_after_max_s: float
-    promises: int
+    reservations: int
     promises_kept: float
     """Share of second tries that were taken in."""
     promises_in_time: float
@@ -118,7 +118,7 @@ class Server:
     async def send(self, body: dict[str, Any]) -> httpx.Response:
         return await self._client.post(PATH, json=body)
 
-    async def alone_s(self, kind: Kind) -> float:
+    async def solo_s(self, kind: Kind) -> float:
         taken = []
         for _ in range(6):
             started_at = time.perf_counter()
@@ -163,8 +163,8 @@ class Server:
                     outcome.queue_s = response.json()["timings"]["queue_s"]
                 if response.status_code != 429 or attempt:
                     return
-                outcome.promised_s = float(response.headers["retry-after"])
-                await asyncio.sleep(outcome.promised_s)
+                outcome.reserved_s = float(response.headers["retry-after"])
+                await asyncio.sleep(outcome.reserved_s)
 
         outcomes, tasks = [], []
         at_s = 0.0
@@ -190,9 +190,9 @@ def row(
 ) -> Row:
     done = [one for one in outcomes if one.status == 200]
     met = [one for one in done if one.took_s <= deadlines_s[one.kind]]
-    told = [one for one in outcomes if one.promised_s is not None]
+    told = [one for one in outcomes if one.reserved_s is not None]
     queue_s = sorted(one.queue_s for one in done if one.queue_s is not None)
-    waits_s = sorted(one.promised_s for one in told if one.promised_s is not None) or [0.0]
+    waits_s = sorted(one.reserved_s for one in told if one.reserved_s is not None) or [0.0]
     return Row(
         load=load,
         seconds=seconds,
@@ -205,9 +205,9 @@ def row(
         in_time=share(len(met), len(done)),
         retry_after_p50_s=statistics.median(waits_s),
         retry_after_max_s=waits_s[-1],
-        promises=len(told),
+        reservations=len(told),
         promises_kept=share(sum(one.status == 200 for one in told), len(told)),
-        promises_in_time=share(sum(one.promised_s is not None for one in met), len(told)),
+        promises_in_time=share(sum(one.reserved_s is not None for one in met), len(told)),
         errors=sum(one.status not in (200, 429) for one in outcomes),
     )
 
@@ -223,16 +223,16 @@ async def measure(url: str, seconds: float, rounds: int, seed: int) -> dict[str,
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:
         server = Server(client)
-        alone_s = {kind: await server.alone_s(kind) for kind in KINDS}
+        solo_s = {kind: await server.solo_s(kind) for kind in KINDS}
         deadlines_s = {
-            kind: max(LEAST_DEADLINE_S, DEADLINE_SCALE * taken) for kind, taken in alone_s.items()
+            kind: max(LEAST_DEADLINE_S, DEADLINE_SCALE * taken) for kind, taken in solo_s.items()
         }
         capacity = await server.capacity(min(30.0, seconds), seed)
         typer.echo(f"capacity {capacity:.2f} pictures/s")
         for kind in KINDS:
             typer.echo(
                 f"  {kind.side_px}x{kind.side_px}, {kind.steps} steps, {kind.share:.0%}: "
-                f"{alone_s[kind]:.2f} s alone, deadline {deadlines_s[kind]:.2f} s"
+                f"{solo_s[kind]:.2f} s alone, deadline {deadlines_s[kind]:.2f} s"
             )
         rows = []
         for number, load in itertools.product(range(rounds), (*LOADS, OVERLOAD)):
@@ -247,7 +247,7 @@ async def measure(url: str, seconds: float, rounds: int, seed: int) -> dict[str,
     peak = max(goodput_per_s[load] for load in LOADS)
     return {
         "kinds": [
-            asdict(kind) | {"alone_s": alone_s[kind], "deadline_s": deadlines_s[kind]}
+            asdict(kind) | {"alone_s": solo_s[kind], "deadline_s": deadlines_s[kind]}
             for kind in KINDS
         ],
         "capacity_per_s": [capacity, capacity_after],

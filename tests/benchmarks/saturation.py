@@ -47,7 +47,7 @@ def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> 
     pipeline.paint(short.params(0)).cpu()
     started_at = time.perf_counter()
     alone = [pipeline.paint(kind.params(seed))[0].cpu() for seed in range(waiting)]
-    alone_s = time.perf_counter() - started_at
+    solo_s = time.perf_counter() - started_at
     serve([Arrival(0.0, short, seed) for seed in range(waiting)])
     served = serve([Arrival(0.0, kind, seed) for seed in range(waiting)])
     together = [served.pictures[seed] for seed in range(waiting)]
@@ -58,7 +58,7 @@ def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> 
         height=kind.height,
         steps=kind.steps,
         waiting=waiting,
-        alone_images_per_s=waiting / alone_s,
+        alone_images_per_s=waiting / solo_s,
         engine_images_per_s=waiting / max(latencies),
         efficiency=served.report.efficiency,
         psnr_db=min(psnr(*pair) for pair in zip(alone, together, strict=True)),

@@ -29,9 +29,9 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
 
     def new(number: int) -> Task:
         size = rng.choice(SIZES)
-        alone_s = 20 * cost.predict_call(size)
-        deadline_at = now + rng.uniform(0, 2 * requests) * alone_s
-        task = Task(number, deadline_at, alone_s, size, alone_s / 20)
+        solo_s = 20 * cost.predict_call(size)
+        deadline_at = now + rng.uniform(0, 2 * requests) * solo_s
+        task = Task(number, deadline_at, solo_s, size, solo_s / 20)
         policy.add(task)
         policy.park(task)
         return task

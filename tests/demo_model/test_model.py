@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from serve_app.config import DEMO_MODEL_DIR
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
-from tools.demo_model.evaluate import accuracy, paint_held_out
+from tools.demo_model.evaluate import accuracy, generate_held_out
 from tools.demo_model.judge import read
 
 
@@ -26,7 +26,9 @@ def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
 
 
 def test_it_paints_what_held_out_prompts_say(report: Callable[[str], None]) -> None:
-    painted = paint_held_out(DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR), pairs=128, steps=20)
+    painted = generate_held_out(
+        DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR), pairs=128, steps=20
+    )
     share = accuracy(painted)
     shares = ", ".join(f"{part} {value:.1%}" for part, value in share.items())
     report(f"demo model, {len(painted)} held-out prompts at 20 steps: {shares}")

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.deployments import gateway as deployment
 from serve_app.deployments import replicas
-from serve_app.deployments.gateway import REPLICA_ATTEMPTS, HandlePainter
+from serve_app.deployments.gateway import REPLICA_ATTEMPTS, ServeBackend
 from serve_app.deployments.replicas import Replicas
 from serve_app.errors import (
     DeadlineExceeded,
@@ -25,7 +25,7 @@ from serve_app.errors import (
 )
 from serve_app.metrics import HELD
 from serve_app.protocol.images import Encoding, PartialImage
-from serve_app.protocol.params import FRESH, GenerationParams
+from serve_app.protocol.params import INITIAL, GenerationParams
 
 pytestmark = pytest.mark.anyio
 
@@ -39,7 +39,7 @@ class Response:
     def __init__(self, *answers: Any) -> None:
         self._answers = answers
         self.cancelled = False
-        self.standing = FRESH
+        self.context = INITIAL
         """Of the request that it answers."""
 
     def cancel(self) -> None:
@@ -64,7 +64,7 @@ class Response:
         return answer
 
 
-async def fleet_of_one() -> Any:
+async def status_of_one() -> Any:
     return SimpleNamespace(replicas=[replica("a")], target_num_replicas=1)
 
 
@@ -72,16 +72,16 @@ def replica(name: str, state: str = "RUNNING", start_time_s: float = 0.0) -> Any
     return SimpleNamespace(replica_id=name, state=state, start_time_s=start_time_s)
 
 
-async def empty_fleet() -> Any:
+async def no_replicas() -> Any:
     return SimpleNamespace(replicas=[], target_num_replicas=1)
 
 
-def painter_of(
+def backend_of(
     *calls: Any,
-    fleet: Any = fleet_of_one,
+    status: Any = status_of_one,
     max_hold_s: float = 120.0,
     max_deadline_s: float = 60.0,
-) -> tuple[HandlePainter, list[Response]]:
+) -> tuple[ServeBackend, list[Response]]:
     """A painter whose handle answers so, one or several answers a call; ``None`` never comes, and
     a number takes so many seconds."""
     responses = [Response(*(call if isinstance(call, list) else [call])) for call in calls]
@@ -90,12 +90,12 @@ def painter_of(
     def answer(*args: Any) -> Response:
         response = next(pending)
         if args:
-            response.standing = args[-1]
+            response.context = args[-1]
         return response
 
     method = SimpleNamespace(remote=answer)
     handle: Any = SimpleNamespace(generate=method, describe=method, options=lambda stream: handle)
-    return HandlePainter(handle, max_hold_s, max_deadline_s, Replicas(fleet)), responses
+    return ServeBackend(handle, max_hold_s, max_deadline_s, Replicas(status)), responses
 
 
 def raised_by_replica(error: Exception) -> Exception:
@@ -104,30 +104,30 @@ def raised_by_replica(error: Exception) -> Exception:
     return wrapped
 
 
-async def events_of(painter: HandlePainter, params: GenerationParams = PARAMS) -> list[Any]:
-    return [event async for event in painter.paint(params, Encoding())]
+async def events_of(backend: ServeBackend, params: GenerationParams = PARAMS) -> list[Any]:
+    return [event async for event in backend.paint(params, Encoding())]
 
 
-async def paint(painter: HandlePainter, params: GenerationParams = PARAMS) -> Any:
-    return (await events_of(painter, params))[-1]
+async def paint(backend: ServeBackend, params: GenerationParams = PARAMS) -> Any:
+    return (await events_of(backend, params))[-1]
 
 
 async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
-    painter, _ = painter_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "picture")
-    assert await paint(painter) == "picture"
+    backend, _ = backend_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "picture")
+    assert await paint(backend) == "picture"
     closing = raised_by_replica(Unavailable("closing"))
-    painter, _ = painter_of(closing, "picture")
-    assert await paint(painter) == "picture"
+    backend, _ = backend_of(closing, "picture")
+    assert await paint(backend) == "picture"
 
 
 async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
     """And no preview comes twice."""
     previews = [PartialImage(index, b"") for index in range(3)]
-    painter, _ = painter_of(
+    backend, _ = backend_of(
         ["queued", previews[0], previews[1], ActorDiedError()],
         ["queued again", *previews, "picture"],
     )
-    assert await events_of(painter) == [
+    assert await events_of(backend) == [
         "queued",
         previews[0],
         previews[1],
@@ -138,8 +138,8 @@ async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
 
 
 async def test_who_stops_listening_cancels_the_work() -> None:
-    painter, [response] = painter_of(["queued", None])
-    events = painter.paint(PARAMS, Encoding())
+    backend, [response] = backend_of(["queued", None])
+    events = backend.paint(PARAMS, Encoding())
     assert await anext(events) == "queued"
     assert not response.cancelled
     await events.aclose()
@@ -155,41 +155,41 @@ async def test_who_stops_listening_cancels_the_work() -> None:
     ],
 )
 async def test_what_stays_unavailable_says_so(answer: Exception, message: str) -> None:
-    painter, _ = painter_of(*[answer] * REPLICA_ATTEMPTS)
+    backend, _ = backend_of(*[answer] * REPLICA_ATTEMPTS)
     with pytest.raises(Unavailable, match=message):
-        await paint(painter)
+        await paint(backend)
 
 
-@pytest.mark.parametrize("work", [paint, HandlePainter.describe])
+@pytest.mark.parametrize("work", [paint, ServeBackend.describe])
 async def test_a_full_queue_is_told_at_once(
-    work: Callable[[HandlePainter], Awaitable[Any]],
+    work: Callable[[ServeBackend], Awaitable[Any]],
 ) -> None:
     """And to come when the first replica should be there, where there is none."""
-    painter, _ = painter_of(BackPressureError(1, 1), "not asked for")
+    backend, _ = backend_of(BackPressureError(1, 1), "not asked for")
     with pytest.raises(Overloaded, match="too many requests") as caught:
-        await work(painter)
+        await work(backend)
     assert caught.value.retry_after_s is None
-    painter, _ = painter_of(BackPressureError(1, 1), "not asked for", fleet=empty_fleet)
-    painter._replicas._cold_start_s = 85.0
+    backend, _ = backend_of(BackPressureError(1, 1), "not asked for", status=no_replicas)
+    backend._replicas._cold_start_s = 85.0
     with pytest.raises(Overloaded, match="too many requests") as caught:
-        await work(painter)
+        await work(backend)
     assert caught.value.retry_after_s == 85.0
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no", "size"), GenerationFailed("no")])
 async def test_what_the_replica_raised_is_raised_as_it_was_and_once(error: Exception) -> None:
-    painter, _ = painter_of(raised_by_replica(error), "not asked for")
+    backend, _ = backend_of(raised_by_replica(error), "not asked for")
     with pytest.raises(type(error)) as caught:
-        await paint(painter)
+        await paint(backend)
     assert type(caught.value) is type(error)
 
 
-@pytest.mark.parametrize("work", [paint, HandlePainter.describe, HandlePainter.check_ready])
+@pytest.mark.parametrize("work", [paint, ServeBackend.describe, ServeBackend.check_ready])
 async def test_cancelling_cancels_the_work_behind_it(
-    work: Callable[[HandlePainter], Awaitable[Any]],
+    work: Callable[[ServeBackend], Awaitable[Any]],
 ) -> None:
-    painter, [response] = painter_of(None)
-    task = asyncio.ensure_future(work(painter))
+    backend, [response] = backend_of(None)
+    task = asyncio.ensure_future(work(backend))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     task.cancel()
@@ -200,20 +200,20 @@ async def test_cancelling_cancels_the_work_behind_it(
 
 async def test_a_replica_that_does_not_answer_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deployment, "HEALTH_TIMEOUT_S", 0.01)
-    painter, [response] = painter_of(None)
+    backend, [response] = backend_of(None)
     with pytest.raises(Unavailable, match="no replica was ready"):
-        await painter.check_ready()
+        await backend.check_ready()
     assert response.cancelled
 
 
 async def test_the_model_is_asked_for_once_and_readiness_each_time() -> None:
-    painter, _ = painter_of("model", ActorDiedError(), raised_by_replica(Unavailable("stopped")))
-    assert await painter.describe() == "model"
+    backend, _ = backend_of("model", ActorDiedError(), raised_by_replica(Unavailable("stopped")))
+    assert await backend.describe() == "model"
     with pytest.raises(Unavailable, match="was lost"):
-        await painter.check_ready()
+        await backend.check_ready()
     with pytest.raises(Unavailable, match="stopped"):
-        await painter.check_ready()
-    assert await painter.describe() == "model"
+        await backend.check_ready()
+    assert await backend.describe() == "model"
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ OVERLOADED = raised_by_replica(Overloaded("full.", None, 40.0, 8.0))
 
 
 async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing: Growing) -> None:
-    painter, responses = painter_of(OVERLOADED, "picture", fleet=growing)
-    task = asyncio.ensure_future(paint(painter))
+    backend, responses = backend_of(OVERLOADED, "picture", status=growing)
+    task = asyncio.ensure_future(paint(backend))
     while growing.asked < 5:
         await asyncio.sleep(0)
     assert not task.done()
@@ -276,14 +276,14 @@ async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing:
     growing.grown = True
     assert await task == "picture"
     assert HELD._value.get() == 0
-    assert [response.standing.returning for response in responses] == [False, True]
+    assert [response.context.is_retry for response in responses] == [False, True]
 
 
 async def test_or_for_room_in_the_one_that_refused_it(growing: Growing) -> None:
     full = raised_by_replica(Overloaded("full.", None, 0.02, 8.0))
-    painter, responses = painter_of(full, full, "picture", fleet=growing)
-    assert await paint(painter) == "picture"
-    assert [one.standing.returning for one in responses] == [False, True, True]
+    backend, responses = backend_of(full, full, "picture", status=growing)
+    assert await paint(backend) == "picture"
+    assert [one.context.is_retry for one in responses] == [False, True, True]
 
 
 async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
@@ -293,10 +293,10 @@ async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
         for max_hold_s, deadline_s in ((0.2, None), (60.0, 0.2)):
             growing.asked = 0
             growing.start_time_s = time.time()
-            painter, _ = painter_of(full, fleet=growing, max_hold_s=max_hold_s)
-            painter._replicas._cold_start_s = 0.1
+            backend, _ = backend_of(full, status=growing, max_hold_s=max_hold_s)
+            backend._replicas._cold_start_s = 0.1
             with pytest.raises(Overloaded, match="full") as caught:
-                await paint(painter, replace(PARAMS, deadline_s=deadline_s))
+                await paint(backend, replace(PARAMS, deadline_s=deadline_s))
             assert growing.asked > 2
             assert caught.value.retry_after_s is not None
             # The start is overdue by then, by as long as it should have taken.
@@ -306,9 +306,9 @@ async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
 
 async def test_it_does_not_wait_when_nothing_is_starting(growing: Growing) -> None:
     growing.target = 1
-    painter, _ = painter_of(OVERLOADED, fleet=growing)
+    backend, _ = backend_of(OVERLOADED, status=growing)
     with pytest.raises(Overloaded) as caught:
-        await paint(painter)
+        await paint(backend)
     assert (caught.value.retry_after_s, caught.value.work_s) == (pytest.approx(40.0, abs=0.1), 8.0)
     assert growing.asked < 10  # looks within a second are one
 
@@ -317,11 +317,11 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
     growing: Growing,
 ) -> None:
     """Where it may not wait for it; and three replicas do the work in a third of the time."""
-    fleet = Replicas(growing)
+    status = Replicas(growing)
     growing.start_time_s = time.time() - 9.0
-    await fleet.look()
+    await status.look()
     growing.grown = True
-    grown = await fleet.look()
+    grown = await status.look()
     assert (grown.running, grown.coming, grown.ready_s, grown.target) == (2, 0, (), 2)
     assert grown.states["running"] == 2
     assert grown.states["stopping"] == 0
@@ -331,22 +331,22 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
         both = [replica("a"), replica("b"), started]
         return SimpleNamespace(replicas=both, target_num_replicas=4)
 
-    fleet._ask = three
-    seen = await fleet.look()
+    status._ask = three
+    seen = await status.look()
     assert (seen.running, seen.coming) == (2, 2)
     assert seen.ready_in_s == pytest.approx(8.0, abs=0.5)
-    painter, _ = painter_of(OVERLOADED, max_hold_s=5.0)
-    painter._replicas = fleet
+    backend, _ = backend_of(OVERLOADED, max_hold_s=5.0)
+    backend._replicas = status
     with pytest.raises(Overloaded) as caught:
-        await paint(painter)
+        await paint(backend)
     assert caught.value.retry_after_s == pytest.approx(8.0, abs=0.5)
     assert caught.value.work_s == pytest.approx(8.0 / 3)
     # Before the third is there, it does nothing of what is promised.
     soon = raised_by_replica(Overloaded("full.", None, 2.0, 8.0))
-    painter, _ = painter_of(soon, max_hold_s=5.0)
-    painter._replicas = fleet
+    backend, _ = backend_of(soon, max_hold_s=5.0)
+    backend._replicas = status
     with pytest.raises(Overloaded) as caught:
-        await paint(painter)
+        await paint(backend)
     assert (caught.value.retry_after_s, caught.value.work_s) == (pytest.approx(2.0, abs=0.1), 4.0)
 
 
@@ -356,35 +356,35 @@ async def test_a_controller_that_does_not_answer_holds_nobody(
     async def lost() -> Any:
         raise ActorDiedError
 
-    painter, _ = painter_of(OVERLOADED, fleet=lost)
+    backend, _ = backend_of(OVERLOADED, status=lost)
     with pytest.raises(Overloaded):
-        await paint(painter)
+        await paint(backend)
     assert "does not say what is starting" in caplog.text
 
 
 async def test_a_deadline_that_is_too_short_is_for_the_engine_to_judge() -> None:
     """The description promises no 5xx for a deadline of next to nothing."""
-    painter, _ = painter_of(InvalidRequest("deadline_s is too short.", "deadline_s"))
+    backend, _ = backend_of(InvalidRequest("deadline_s is too short.", "deadline_s"))
     with pytest.raises(InvalidRequest, match="too short"):
-        await paint(painter, replace(PARAMS, deadline_s=5e-324))
+        await paint(backend, replace(PARAMS, deadline_s=5e-324))
 
 
 async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
     """For as long as the request may take, on a gateway that has just started too; and then it is
     told when that replica should be there."""
-    works: list[Callable[[HandlePainter], Awaitable[Any]]] = [
+    works: list[Callable[[ServeBackend], Awaitable[Any]]] = [
         paint,
-        HandlePainter.describe,
-        lambda painter: paint(painter, replace(PARAMS, deadline_s=0.02)),
-        lambda painter: painter.describe(0.02),
+        ServeBackend.describe,
+        lambda backend: paint(backend, replace(PARAMS, deadline_s=0.02)),
+        lambda backend: backend.describe(0.02),
     ]
     for work, max_hold_s in zip(works, (0.02, 0.02, 60.0, 60.0), strict=True):
-        painter, [response] = painter_of(None, fleet=empty_fleet, max_hold_s=max_hold_s)
-        painter._replicas._cold_start_s = 85.0
+        backend, [response] = backend_of(None, status=no_replicas, max_hold_s=max_hold_s)
+        backend._replicas._cold_start_s = 85.0
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(deployment, "FIRST_ANSWER_WITHIN_S", 0.02)
             with pytest.raises(Unavailable, match=r"no replica was ready within 0\.02 s") as caught:
-                await asyncio.wait_for(work(painter), 5)
+                await asyncio.wait_for(work(backend), 5)
         assert caught.value.retry_after_s == 85.0
         assert response.cancelled
 
@@ -392,49 +392,49 @@ async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
 async def test_waiting_for_a_replica_is_no_part_of_painting() -> None:
     """So a start may take longer than a picture may, and so may the next one, if that is lost."""
     answers = [0.2, "queued"]
-    painter, _ = painter_of([*answers, "picture"], max_deadline_s=0.1)
-    assert await paint(painter) == "picture"
-    painter, _ = painter_of([*answers, ActorDiedError()], [*answers, "picture"], max_deadline_s=0.1)
-    assert await paint(painter) == "picture"
+    backend, _ = backend_of([*answers, "picture"], max_deadline_s=0.1)
+    assert await paint(backend) == "picture"
+    backend, _ = backend_of([*answers, ActorDiedError()], [*answers, "picture"], max_deadline_s=0.1)
+    assert await paint(backend) == "picture"
 
 
 async def test_who_takes_too_long_to_be_painted_is_given_up() -> None:
     """On several replicas together as on one."""
-    painter, [response] = painter_of(["queued", None], max_deadline_s=0.05)
+    backend, [response] = backend_of(["queued", None], max_deadline_s=0.05)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
-        await paint(painter)
+        await paint(backend)
     assert response.cancelled
     lost = ["queued", 0.15, ActorDiedError()]
-    painter, _ = painter_of(lost, [*lost[:2], "picture"], max_deadline_s=0.2)
+    backend, _ = backend_of(lost, [*lost[:2], "picture"], max_deadline_s=0.2)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
-        await paint(painter)
+        await paint(backend)
 
 
 async def test_a_start_is_learnt_from_who_looks_while_it_ends(growing: Growing) -> None:
     """Not from who looks an hour later, for it may have ended any time before."""
     now = 1e9
-    fleet = Replicas(growing)
+    status = Replicas(growing)
     growing.start_time_s = now - 9.0
-    fleet._seen(await growing(), now)
+    status._seen(await growing(), now)
     growing.grown = True
-    fleet._seen(await growing(), now + 3_600)
-    assert fleet._cold_start_s is None
+    status._seen(await growing(), now + 3_600)
+    assert status._cold_start_s is None
     growing.grown = False
-    fleet._seen(await growing(), now + 79.0)
+    status._seen(await growing(), now + 79.0)
     growing.grown = True
-    fleet._seen(await growing(), now + 81.0)
-    assert fleet._cold_start_s == 90.0
+    status._seen(await growing(), now + 81.0)
+    assert status._cold_start_s == 90.0
 
 
 async def test_the_longer_a_start_is_overdue_the_longer_it_is_said_to_take(
     growing: Growing,
 ) -> None:
     now = growing.start_time_s
-    fleet = Replicas(growing)
-    assert fleet._seen(await growing(), now + 20.0).ready_in_s == 40.0  # none was seen yet
-    fleet._cold_start_s = 90.0
+    status = Replicas(growing)
+    assert status._seen(await growing(), now + 20.0).ready_in_s == 40.0  # none was seen yet
+    status._cold_start_s = 90.0
     said_s = [
-        fleet._seen(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
+        status._seen(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
     ]
     assert said_s == [60.0, 9.0, 18.0, 48.0, 228.0]
 
@@ -450,14 +450,14 @@ async def test_who_waits_for_the_first_replica_sees_it_start(
         state = "RUNNING" if running else "STARTING"
         return SimpleNamespace(replicas=[replica("a", state, started_at)], target_num_replicas=1)
 
-    for work in (paint, HandlePainter.describe):
+    for work in (paint, ServeBackend.describe):
         running = False
-        painter, _ = painter_of([0.2, "picture"] if work is paint else [0.2], fleet=first)
-        task = asyncio.ensure_future(work(painter))
+        backend, _ = backend_of([0.2, "picture"] if work is paint else [0.2], status=first)
+        task = asyncio.ensure_future(work(backend))
         await asyncio.sleep(0.1)
         running = True
         await task
-        watch = painter._replicas._watch
+        watch = backend._replicas._watch
         assert watch is not None
         await asyncio.wait_for(watch, 5)  # it stops by itself
-        assert painter._replicas._cold_start_s is not None
+        assert backend._replicas._cold_start_s is not None

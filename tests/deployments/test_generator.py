@@ -19,7 +19,7 @@ from serve_app.errors import ConfigError
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
-from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.params import ModelInfo
 from tests.conftest import DEMO, FIFO
 
@@ -48,13 +48,13 @@ def test_a_gpu_that_the_config_does_not_want_stops_nobody(
 
 
 class Replica:
-    """The generator's own code on an engine, as a `Painter`, without Ray."""
+    """The generator's own code on an engine, as a `GenerationBackend`, without Ray."""
 
     def __init__(self, engine: Engine) -> None:
         self._generator: Any = object.__new__(Generator.func_or_class)
         self._generator._replica, self._generator._engine = "r1", engine
 
-    async def paint(self, *asked: Any) -> AsyncGenerator[PainterEvent, None]:
+    async def paint(self, *asked: Any) -> AsyncGenerator[GenerationEvent, None]:
         async for event in self._generator.generate(*asked):
             yield event
 

@@ -56,7 +56,7 @@ class Handle:
         return SimpleNamespace(_fetch_replica_results_async=results)
 
 
-def fleet_of(*states: str) -> Callable[[], Any]:
+def status_of(*states: str) -> Callable[[], Any]:
     async def ask() -> Any:
         replicas = [
             SimpleNamespace(replica_id=str(index), state=state, start_time_s=0.0)
@@ -68,7 +68,7 @@ def fleet_of(*states: str) -> Callable[[], Any]:
 
 
 def scraper_of(gateway: Any, generator: Any, *states: str) -> Scraper:
-    return Scraper("scraped", "own", gateway, generator, Replicas(fleet_of(*states)))
+    return Scraper("scraped", "own", gateway, generator, Replicas(status_of(*states)))
 
 
 def counted(name: str, **labels: str) -> float | None:

@@ -12,7 +12,7 @@ from tests.e2e.conftest import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 
-KNOBS = {"target_drain_s": 3, "smoothing_s": 5, "hold_s": 3, "cold_start_s": 5}
+PARAMS = {"target_drain_s": 3, "smoothing_s": 5, "hold_s": 3, "cold_start_s": 5}
 """For a load of seconds, where the defaults are for one of minutes."""
 
 BURST = 8
@@ -22,7 +22,7 @@ STEPS = 200
 def test_nodes_come_and_go_with_the_work(report: Callable[[str], None]) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    config = scaling_config(port, KNOBS)
+    config = scaling_config(port, PARAMS)
     started_at = monotonic()
     with (
         start_cluster(nodes=2) as cluster,

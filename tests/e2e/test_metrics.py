@@ -196,7 +196,7 @@ def test_whoever_scrapes_while_pictures_are_painted_is_answered(
 
 
 @pytest.fixture(scope="module")
-def fleet() -> Iterator[tuple[ServeProcess, str]]:
+def status() -> Iterator[tuple[ServeProcess, str]]:
     """Two gateways and no replica of the generator, until somebody asks for a picture."""
     config: dict[str, Any] = demo_config(port := free_port())
     [application] = config["applications"]
@@ -226,9 +226,9 @@ def fleet() -> Iterator[tuple[ServeProcess, str]]:
 
 
 def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
-    fleet: tuple[ServeProcess, str],
+    status: tuple[ServeProcess, str],
 ) -> None:
-    running, url = fleet
+    running, url = status
 
     def gateways() -> int:
         return len(scrape(url).values("gateway_info"))
@@ -296,8 +296,8 @@ def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
     )
 
 
-def test_one_setting_makes_the_log_json_ours_and_serves(fleet: tuple[ServeProcess, str]) -> None:
-    running, url = fleet
+def test_one_setting_makes_the_log_json_ours_and_serves(status: tuple[ServeProcess, str]) -> None:
+    running, url = status
     httpx.post(
         f"{url}/v1/images/generations",
         json={"prompt": "nobody reads this", "seed": 5, "num_inference_steps": 4},

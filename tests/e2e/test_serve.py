@@ -18,7 +18,7 @@ import pytest
 import ray
 from PIL import Image
 
-from serve_app.deployments.gateway import HandlePainter
+from serve_app.deployments.gateway import ServeBackend
 from serve_app.engine.engine import EngineStats
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.images import Encoding
@@ -244,7 +244,7 @@ def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> N
     params = GenerationParams("x", 1, width=60, height=64)
 
     async def paint() -> None:
-        async for _ in HandlePainter(generator, 60.0, 60.0).paint(params, Encoding()):
+        async for _ in ServeBackend(generator, 60.0, 60.0).paint(params, Encoding()):
             pass
 
     with pytest.raises(InvalidRequest, match="multiples of 8") as caught:

@@ -5,121 +5,131 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.admission import Deadline, Wish, judge
-from serve_app.protocol.params import FRESH, Standing
+from serve_app.engine.admission import Deadline, DeadlineEstimate, judge
+from serve_app.protocol.params import INITIAL, RequestContext
 
-RETURNING = Standing(returning=True)
+RETRY = RequestContext(is_retry=True)
 
 
-def own(finish_s: float, deadline_s: float, alone_s: float = 1.0, waited_s: float = 0) -> Deadline:
-    return Deadline(deadline_s, alone_s, Wish(finish_s, deadline_s - waited_s))
+def own(finish_s: float, deadline_s: float, solo_s: float = 1.0, waited_s: float = 0) -> Deadline:
+    return Deadline(deadline_s, solo_s, DeadlineEstimate(finish_s, deadline_s - waited_s))
 
 
 def test_nobody_joins_a_backlog_over_the_limit() -> None:
-    assert judge(30.0, 30.0, FRESH) is None
-    refusal = judge(42.0, 30.0, FRESH)
+    assert judge(30.0, 30.0, INITIAL) is None
+    refusal = judge(42.0, 30.0, INITIAL)
     assert refusal is not None
     assert (refusal.reason, refusal.excess_s) == ("backlog", 12.0)
 
 
 def test_who_comes_again_finds_a_reserve() -> None:
-    assert judge(59.0, 30.0, RETURNING) is None
-    assert judge(61.0, 30.0, RETURNING) is not None
+    assert judge(59.0, 30.0, RETRY) is None
+    assert judge(61.0, 30.0, RETRY) is not None
 
 
 def test_work_that_was_promised_counts_as_if_it_were_here() -> None:
-    refusal = judge(20.0, 30.0, Standing(promised_s=11.0))
+    refusal = judge(20.0, 30.0, RequestContext(reserved_s=11.0))
     assert refusal is not None
     assert refusal.excess_s == 0  # of what is here nothing is too much
-    assert judge(20.0, 30.0, Standing(promised_s=10.0)) is None
-    assert judge(5.0, 30.0, Standing(promised_s=3.0), own(8.0, 10.0)) is not None
+    assert judge(20.0, 30.0, RequestContext(reserved_s=10.0)) is None
+    assert judge(5.0, 30.0, RequestContext(reserved_s=3.0), own(8.0, 10.0)) is not None
 
 
 def test_who_would_miss_its_deadline_is_refused() -> None:
-    assert judge(5.0, 30.0, FRESH, own(6.0, 6.0)) is None
-    refusal = judge(5.0, 30.0, FRESH, own(6.0, 4.0))
+    assert judge(5.0, 30.0, INITIAL, own(6.0, 6.0)) is None
+    refusal = judge(5.0, 30.0, INITIAL, own(6.0, 4.0))
     assert refusal is not None
     assert (refusal.reason, refusal.excess_s) == ("deadline", 2.0)
     # What it waited on its way is gone, and comes back when it is sent again.
-    refusal = judge(5.0, 30.0, FRESH, own(3.5, 4.0, waited_s=1.0))
+    refusal = judge(5.0, 30.0, INITIAL, own(3.5, 4.0, waited_s=1.0))
     assert refusal is not None
     assert refusal.excess_s == 0
 
 
 def test_who_would_make_another_miss_its_own_is_refused() -> None:
-    delayed = [Wish(5.0, 9.0), Wish(8.0, 7.0)]
-    refusal = judge(5.0, 30.0, FRESH, own(2.0, 3.0), delayed)
+    delayed = [DeadlineEstimate(5.0, 9.0), DeadlineEstimate(8.0, 7.0)]
+    refusal = judge(5.0, 30.0, INITIAL, own(2.0, 3.0), delayed)
     assert refusal is not None
     assert refusal.excess_s == 1.0
-    assert judge(5.0, 30.0, RETURNING, own(2.0, 3.0), delayed) is None  # it has our word
-    assert judge(5.0, 30.0, RETURNING, own(6.0, 3.0)) is None
-    assert judge(61.0, 30.0, RETURNING, own(6.0, 3.0)) is not None
+    assert judge(5.0, 30.0, RETRY, own(2.0, 3.0), delayed) is None  # it has our word
+    assert judge(5.0, 30.0, RETRY, own(6.0, 3.0)) is None
+    assert judge(61.0, 30.0, RETRY, own(6.0, 3.0)) is not None
 
 
 def test_why_somebody_is_refused_is_told_apart() -> None:
-    def cause(joined_s: float, promised_s: float, own: Deadline, *delayed: Wish) -> str:
-        refusal = judge(joined_s, 30.0, Standing(promised_s=promised_s), own, delayed)
+    def cause(
+        queued_work_s: float, reserved_s: float, own: Deadline, *delayed: DeadlineEstimate
+    ) -> str:
+        refusal = judge(queued_work_s, 30.0, RequestContext(reserved_s=reserved_s), own, delayed)
         assert refusal is not None
         return refusal.cause
 
     assert cause(5.0, 0.0, own(6.0, 4.0)) == "late"
     assert cause(5.0, 3.0, own(8.0, 10.0)) == "promised"
-    assert cause(5.0, 0.0, own(2.0, 3.0), Wish(8.0, 7.0)) == "delay"
+    assert cause(5.0, 0.0, own(2.0, 3.0), DeadlineEstimate(8.0, 7.0)) == "delay"
     assert cause(31.0, 0.0, own(60.0, 10.0)) == "backlog"
 
 
 def test_who_cannot_be_in_time_together_is_refused_though_nobody_else_is_here() -> None:
-    refusal = judge(0.0, 30.0, FRESH, own(3.0, 2.0), in_company=True)
+    refusal = judge(0.0, 30.0, INITIAL, own(3.0, 2.0), in_company=True)
     assert refusal is not None
     assert (refusal.reason, refusal.cause, refusal.excess_s) == ("deadline", "company", 1.0)
-    refusal = judge(0.5, 30.0, FRESH, own(3.5, 2.0), in_company=True)
+    refusal = judge(0.5, 30.0, INITIAL, own(3.5, 2.0), in_company=True)
     assert refusal is not None
     assert refusal.cause == "company"  # too late without what else is here as well
-    refusal = judge(1.5, 30.0, FRESH, own(3.0, 2.0), in_company=True)
+    refusal = judge(1.5, 30.0, INITIAL, own(3.0, 2.0), in_company=True)
     assert refusal is not None
     assert refusal.cause == "late"
     # Nor if it is the others of them that would be late.
-    assert judge(0.0, 30.0, FRESH, own(1.0, 2.0), [Wish(3.0, 2.0)], in_company=True) is not None
-    assert judge(0.0, 30.0, FRESH, own(2.0, 2.0), [Wish(2.0, 2.0)], in_company=True) is None
-    assert judge(0.0, 30.0, Standing(promised_s=9.0), own(2.0, 2.0), in_company=True) is None
-    assert judge(0.0, 30.0, FRESH, in_company=True) is None  # it names no deadline
-    assert judge(0.0, 30.0, RETURNING, own(3.0, 2.0), in_company=True) is None
+    assert (
+        judge(0.0, 30.0, INITIAL, own(1.0, 2.0), [DeadlineEstimate(3.0, 2.0)], in_company=True)
+        is not None
+    )
+    assert (
+        judge(0.0, 30.0, INITIAL, own(2.0, 2.0), [DeadlineEstimate(2.0, 2.0)], in_company=True)
+        is None
+    )
+    assert judge(0.0, 30.0, RequestContext(reserved_s=9.0), own(2.0, 2.0), in_company=True) is None
+    assert judge(0.0, 30.0, INITIAL, in_company=True) is None  # it names no deadline
+    assert judge(0.0, 30.0, RETRY, own(3.0, 2.0), in_company=True) is None
 
 
 @given(
-    promised_s=st.floats(0, 1e3),
-    returning=st.booleans(),
-    alone_s=st.floats(0.01, 10),
+    reserved_s=st.floats(0, 1e3),
+    is_retry=st.booleans(),
+    solo_s=st.floats(0.01, 10),
     finish_s=st.floats(0, 100),
 )
 def test_an_idle_engine_refuses_nobody(
-    promised_s: float, returning: bool, alone_s: float, finish_s: float
+    reserved_s: float, is_retry: bool, solo_s: float, finish_s: float
 ) -> None:
-    standing = Standing(returning=returning, promised_s=promised_s)
-    wanted = Deadline(alone_s, alone_s, Wish(finish_s, alone_s))
-    assert judge(0.0, 30.0, standing) is None
-    assert judge(0.0, 30.0, standing, wanted) is None
-    late = replace(wanted, wish=Wish(finish_s, alone_s / 3))  # it waited too long for it
-    assert judge(0.0, 30.0, standing, late) is not None
+    context = RequestContext(is_retry=is_retry, reserved_s=reserved_s)
+    wanted = Deadline(solo_s, solo_s, DeadlineEstimate(finish_s, solo_s))
+    assert judge(0.0, 30.0, context) is None
+    assert judge(0.0, 30.0, context, wanted) is None
+    late = replace(
+        wanted, estimate=DeadlineEstimate(finish_s, solo_s / 3)
+    )  # it waited too long for it
+    assert judge(0.0, 30.0, context, late) is not None
 
 
 @given(
-    joined_s=st.floats(0.1, 100),
+    queued_work_s=st.floats(0.1, 100),
     limit_s=st.floats(0.1, 100),
     finish_s=st.floats(0.1, 100),
     deadline_s=st.none() | st.floats(1, 100),
 )
 def test_who_waits_as_long_as_told_would_be_let_in(
-    joined_s: float, limit_s: float, finish_s: float, deadline_s: float | None
+    queued_work_s: float, limit_s: float, finish_s: float, deadline_s: float | None
 ) -> None:
     """If nobody else comes: the time takes away as much work."""
 
     def wanted(passed_s: float) -> Deadline | None:
         return None if deadline_s is None else own(max(1.0, finish_s - passed_s), deadline_s)
 
-    refusal = judge(joined_s, limit_s, FRESH, wanted(0.0))
+    refusal = judge(queued_work_s, limit_s, INITIAL, wanted(0.0))
     if refusal is None:
         return
     passed_s = refusal.excess_s + 1e-6
-    left_s = max(0.0, joined_s - passed_s)
-    assert judge(left_s, limit_s, RETURNING, wanted(passed_s)) is None
+    left_s = max(0.0, queued_work_s - passed_s)
+    assert judge(left_s, limit_s, RETRY, wanted(passed_s)) is None

@@ -27,7 +27,7 @@ from serve_app.errors import (
     Unavailable,
 )
 from serve_app.protocol.events import Completed, Event, Failed, GenerationResult, Progress, Queued
-from serve_app.protocol.params import FRESH, GenerationParams, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.conftest import DEMO, FIFO
 from tests.waiting import wait_until
 
@@ -503,11 +503,11 @@ def measured(engine: Engine) -> float:
 
 
 def submitted(
-    engine: Engine, request: GenerationParams, standing: Standing = FRESH
+    engine: Engine, request: GenerationParams, context: RequestContext = INITIAL
 ) -> tuple[int, Event, queue.SimpleQueue[Event]]:
     """The number, the first event, and where the others come."""
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-    number = engine.submit(request, inbox.put, standing)
+    number = engine.submit(request, inbox.put, context)
     return number, inbox.get(timeout=30), inbox
 
 
@@ -574,22 +574,22 @@ def test_a_backlog_has_a_limit_and_who_was_told_to_come_finds_a_reserve(
         measured(engine)
         request = params(num_inference_steps=30)
 
-        def filled(standing: Standing) -> list[Event]:
+        def filled(context: RequestContext) -> list[Event]:
             events = []
             while len(events) < 50:
-                events.append(submitted(engine, request, standing)[1])
+                events.append(submitted(engine, request, context)[1])
                 if isinstance(events[-1], Failed):
                     break
             return events
 
-        first = filled(FRESH)
+        first = filled(INITIAL)
         error = refused(first[-1])
         assert "more is not taken in" in str(error)
         assert error.retry_after_s is not None
         assert error.retry_after_s >= 1
         load = engine.demand()
         assert 0.8 * limit_s < load.backlog_s < 2 * limit_s
-        second = filled(Standing(returning=True))
+        second = filled(RequestContext(is_retry=True))
         refused(second[-1])
         assert 1.6 * limit_s < engine.demand().backlog_s < 4 * limit_s
         # What was offered counts once: what was refused too, what came again not.
@@ -604,11 +604,11 @@ def test_an_idle_engine_takes_in_what_is_longer_than_its_limit(
     config = EngineConfig(max_backlog_s=0.001)
     with Engine(demo_pipeline, DEMO, config) as engine:
         measured(engine)
-        order = Standing(order="ten pictures")
+        order = RequestContext(order="ten pictures")
         ten = [submitted(engine, params(seed=seed), order) for seed in range(10)]
         assert all(isinstance(event, Queued) for _, event, _ in ten)
         refused(submitted(engine, params())[1])
-        refused(submitted(engine, params(), Standing(order="others"))[1])
+        refused(submitted(engine, params(), RequestContext(order="others"))[1])
         wait_until(lambda: not engine.demand().backlog_s)
         assert isinstance(submitted(engine, params())[1], Queued)
 
@@ -625,7 +625,7 @@ def test_pictures_that_cannot_be_done_in_time_together_are_refused(
         assert isinstance(event, Queued)
         engine.cancel(number)
         inbox.get(timeout=30)
-        order = Standing(order="ten pictures")
+        order = RequestContext(order="ten pictures")
         long = replace(long, deadline_s=2.5 * long_s)
         ten = [submitted(engine, replace(long, seed=seed), order)[1] for seed in range(10)]
         assert isinstance(ten[0], Queued)
@@ -643,10 +643,10 @@ def test_what_was_promised_and_what_waits_for_idle_time_is_said(
         long_s = measured(engine)
         long = params(num_inference_steps=100)
         submitted(engine, long)
-        error = refused(submitted(engine, long, Standing(promised_s=30.0))[1])
+        error = refused(submitted(engine, long, RequestContext(reserved_s=30.0))[1])
         assert "30.0 s are promised to others" in str(error)
         soon = replace(long, deadline_s=5 * long_s)
-        error = refused(submitted(engine, soon, Standing(promised_s=15.0))[1])
+        error = refused(submitted(engine, soon, RequestContext(reserved_s=15.0))[1])
         assert "15.0 s are promised to others" in str(error)
         assert "cannot be done within" in str(error)
         engine.close(drain=False)
@@ -664,9 +664,9 @@ def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100, deadline_s=2 * long_s)
-        refused(submitted(engine, long, Standing(sent_at=time.time() - 1.8 * long_s))[1])
+        refused(submitted(engine, long, RequestContext(sent_at=time.time() - 1.8 * long_s))[1])
         _, event, inbox = submitted(
-            engine, params(num_inference_steps=1), Standing(sent_at=time.time() - 3.0)
+            engine, params(num_inference_steps=1), RequestContext(sent_at=time.time() - 3.0)
         )
         while not isinstance(event, Completed):
             event = inbox.get(timeout=30)

@@ -7,7 +7,7 @@ import torch
 
 from serve_app.config import EngineConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.metrics import Meter
+from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.scheduling.load import EngineLoad
 from serve_app.errors import InvalidRequest
@@ -24,7 +24,7 @@ def sample(name: str, model: str, **labels: str) -> float | None:
 
 def metered(pipeline: LoadedPipeline, model: str, **config: Any) -> Engine:
     """An engine whose series no other test counts in."""
-    return Engine(pipeline, DEMO, EngineConfig(**config), meter=Meter(model))
+    return Engine(pipeline, DEMO, EngineConfig(**config), meter=EngineMetrics(model))
 
 
 def params(**options: Any) -> GenerationParams:
@@ -140,7 +140,7 @@ def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
         def count(self, state: str) -> int:
             return 1
 
-    meter, engine = Meter("gone"), Engineered()
+    meter, engine = EngineMetrics("gone"), Engineered()
     meter.watch(engine.demand, engine.count, None)
     assert sample("backlog_seconds", "gone", priority="interactive") == 1.5
     del engine
@@ -150,14 +150,14 @@ def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
 
 
 def test_pauses_count_when_they_are_long() -> None:
-    meter = Meter("paused")
+    meter = EngineMetrics("paused")
     meter.paused(0.01)
     meter.paused(0.4)
     assert sample("engine_stall_seconds_count", "paused") == 1
 
 
 def test_odd_sizes_make_no_series() -> None:
-    meter, draw = Meter("fuzzed"), random.Random(1)
+    meter, draw = EngineMetrics("fuzzed"), random.Random(1)
 
     def series() -> int:
         samples = [one for family in report("engine", "a").families for one in family.samples]

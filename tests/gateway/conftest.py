@@ -16,10 +16,10 @@ from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import Record
 from serve_app.gateway.routes import create_api
-from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
-from serve_app.protocol.params import FRESH, GenerationParams, ModelInfo, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
 LIMITS = LimitsConfig(
     max_pixels=128 * 128,
@@ -53,12 +53,12 @@ INFO = ModelInfo(
 )
 
 
-class FakePainter:
+class FakeBackend:
     """Paints plain pictures and remembers what it was asked for."""
 
     def __init__(self) -> None:
         self.asked: list[GenerationParams] = []
-        self.standings: list[Standing] = []
+        self.contexts: list[RequestContext] = []
         self.described_for: list[float | None] = []
         """The deadlines of those who wanted to know what the model takes."""
         self.error: Exception | None = None
@@ -79,10 +79,10 @@ class FakePainter:
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
-        standing: Standing = FRESH,
-    ) -> AsyncGenerator[PainterEvent, None]:
+        context: RequestContext = INITIAL,
+    ) -> AsyncGenerator[GenerationEvent, None]:
         self.asked.append(params)
-        self.standings.append(standing)
+        self.contexts.append(context)
         assert params.width is not None
         assert params.height is not None
         try:
@@ -134,13 +134,13 @@ def old(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def painter() -> FakePainter:
-    return FakePainter()
+def backend() -> FakeBackend:
+    return FakeBackend()
 
 
 @pytest.fixture
-async def client(painter: FakePainter) -> AsyncIterator[httpx.AsyncClient]:
-    api = create_api(CONFIG, painter, KeyRing(None, None))
+async def client(backend: FakeBackend) -> AsyncIterator[httpx.AsyncClient]:
+    api = create_api(CONFIG, backend, KeyRing(None, None))
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
         yield session

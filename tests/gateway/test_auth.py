@@ -15,7 +15,7 @@ from serve_app.errors import ConfigError
 from serve_app.gateway import auth
 from serve_app.gateway.auth import KeyRing, digest
 from serve_app.gateway.routes import create_api
-from tests.gateway.conftest import CONFIG, LIMITS, FakePainter, error_of, post
+from tests.gateway.conftest import CONFIG, LIMITS, FakeBackend, error_of, post
 
 pytestmark = pytest.mark.anyio
 
@@ -26,9 +26,9 @@ NARROW = f"- {{name: narrow, sha256: {digest('sk-narrow')}, max_concurrent: 1}}\
 
 @asynccontextmanager
 async def client_of(
-    painter: FakePainter, keys: KeyRing, prefix: str = ""
+    backend: FakeBackend, keys: KeyRing, prefix: str = ""
 ) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(create_api(CONFIG, painter, keys), root_path=prefix)
+    transport = httpx.ASGITransport(create_api(CONFIG, backend, keys), root_path=prefix)
     async with httpx.AsyncClient(transport=transport, base_url=f"http://test{prefix}") as session:
         yield session
 
@@ -37,8 +37,8 @@ def using(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-async def test_only_known_keys_are_let_in(painter: FakePainter) -> None:
-    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+async def test_only_known_keys_are_let_in(backend: FakeBackend) -> None:
+    async with client_of(backend, KeyRing(None, PLAIN)) as client:
         for headers in (
             {},
             using("sk-other"),
@@ -55,23 +55,23 @@ async def test_only_known_keys_are_let_in(painter: FakePainter) -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert response.headers["x-should-retry"] == "false"
         error_of(await post(client, {"prompt": "x"}), 401)
-        assert painter.asked == []
+        assert backend.asked == []
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
 
 
-async def test_a_prefix_opens_nothing(painter: FakePainter) -> None:
+async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
     """As Serve has it with ``route_prefix: /sd``: the path still has the prefix."""
     body = {"prompt": "x"}
     picture = io.BytesIO()
     Image.effect_noise((100, 100), 90).save(picture, "png")
     assert len(picture.getvalue()) > LIMITS.max_body_bytes
-    async with client_of(painter, KeyRing(None, PLAIN), "/sd") as client:
+    async with client_of(backend, KeyRing(None, PLAIN), "/sd") as client:
         for path in ("/v1/models", "/sd/v1/models", "/nothing"):
             error_of(await client.get(path), 401)
         error_of(await post(client, body), 401)
-        assert painter.asked == []
+        assert backend.asked == []
         client.headers = httpx.Headers(using("sk-plain"))
         assert (await post(client, body)).status_code == 200
         error_of(await post(client, {"prompt": "x" * LIMITS.max_body_bytes}), 413)
@@ -87,18 +87,18 @@ async def test_a_prefix_opens_nothing(painter: FakePainter) -> None:
 
 
 async def test_the_name_of_the_key_is_in_the_log_and_the_key_is_not(
-    painter: FakePainter, caplog: pytest.LogCaptureFixture
+    backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")
-    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+    async with client_of(backend, KeyRing(None, PLAIN)) as client:
         body = {"prompt": "x"}
         await client.post("/v1/images/generations", json=body, headers=using("sk-plain"))
     assert "of plain" in caplog.text
     assert "sk-plain" not in caplog.text
 
 
-async def test_a_key_may_send_so_many_a_minute(painter: FakePainter) -> None:
-    async with client_of(painter, KeyRing(None, PLAIN + RATED)) as client:
+async def test_a_key_may_send_so_many_a_minute(backend: FakeBackend) -> None:
+    async with client_of(backend, KeyRing(None, PLAIN + RATED)) as client:
         statuses = []
         for _ in range(4):
             response = await client.get("/v1/models", headers=using("sk-rated"))
@@ -110,9 +110,9 @@ async def test_a_key_may_send_so_many_a_minute(painter: FakePainter) -> None:
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
 
 
-async def test_a_key_may_have_so_many_at_a_time_streams_included(painter: FakePainter) -> None:
-    painter.slow_seed = 1
-    async with client_of(painter, KeyRing(None, NARROW)) as client:
+async def test_a_key_may_have_so_many_at_a_time_streams_included(backend: FakeBackend) -> None:
+    backend.slow_seed = 1
+    async with client_of(backend, KeyRing(None, NARROW)) as client:
         body = {"prompt": "x", "seed": 1, "stream": True}
 
         def send(seed: int) -> "asyncio.Task[httpx.Response]":
@@ -122,7 +122,7 @@ async def test_a_key_may_have_so_many_at_a_time_streams_included(painter: FakePa
             return asyncio.ensure_future(coroutine)
 
         first = send(1)
-        while not painter.asked:
+        while not backend.asked:
             await asyncio.sleep(0)
         response = await send(2)
         assert error_of(response, 429)["message"].startswith("the key 'narrow' may have 1")
@@ -132,7 +132,7 @@ async def test_a_key_may_have_so_many_at_a_time_streams_included(painter: FakePa
 
 
 async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
-    painter: FakePainter,
+    backend: FakeBackend,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -146,7 +146,7 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
         os.utime(path, (written, written))
 
     write(PLAIN)
-    async with client_of(painter, KeyRing(path, RATED)) as client:
+    async with client_of(backend, KeyRing(path, RATED)) as client:
 
         async def status(key: str) -> int:
             return (await client.get("/v1/models", headers=using(key))).status_code
@@ -172,7 +172,7 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
 
 
 async def test_a_reading_that_failed_is_tried_again(
-    painter: FakePainter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    backend: FakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.0)
     path = tmp_path / "keys.yaml"
@@ -188,7 +188,7 @@ async def test_a_reading_that_failed_is_tried_again(
         return read_text(self, encoding)
 
     monkeypatch.setattr(Path, "read_text", failing)
-    async with client_of(painter, keys) as client:
+    async with client_of(backend, keys) as client:
         statuses = [
             (await client.get("/v1/models", headers=using("sk-plain"))).status_code
             for _ in range(2)
@@ -196,19 +196,19 @@ async def test_a_reading_that_failed_is_tried_again(
     assert statuses == [401, 200]
 
 
-async def test_pages_of_other_sites_may_not_use_a_server_without_keys(painter: FakePainter) -> None:
+async def test_pages_of_other_sites_may_not_use_a_server_without_keys(backend: FakeBackend) -> None:
     from_elsewhere = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
-    async with client_of(painter, KeyRing(None, None)) as client:
+    async with client_of(backend, KeyRing(None, None)) as client:
         response = await client.post(
             "/v1/images/generations", content='{"prompt": "x"}', headers=from_elsewhere
         )
         assert error_of(response, 403)["code"] == "cross_site"
-        assert painter.asked == []
+        assert backend.asked == []
         assert (await client.get("/", headers=from_elsewhere)).status_code == 200  # by a link
         for site in ("same-origin", "same-site", "none"):
             response = await client.get("/v1/models", headers={"sec-fetch-site": site})
             assert response.status_code == 200
-    async with client_of(painter, KeyRing(None, PLAIN)) as client:
+    async with client_of(backend, KeyRing(None, PLAIN)) as client:
         response = await client.get("/v1/models", headers=from_elsewhere | using("sk-plain"))
         assert response.status_code == 200
 
@@ -243,9 +243,9 @@ def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
         KeyRing(tmp_path / "nothing.yaml", None)
 
 
-async def test_the_description_asks_for_a_key_where_the_server_does(painter: FakePainter) -> None:
+async def test_the_description_asks_for_a_key_where_the_server_does(backend: FakeBackend) -> None:
     for keys in (KeyRing(None, PLAIN), KeyRing(None, None)):
-        async with client_of(painter, keys) as client:
+        async with client_of(backend, keys) as client:
             described = (await client.get("/openapi.json")).json()
         paths = described["paths"]
         assert ("securitySchemes" in described["components"]) == bool(keys)

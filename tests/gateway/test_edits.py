@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from serve_app.config import LimitsConfig
 from serve_app.gateway.uploads import read_image
-from tests.gateway.conftest import LIMITS, FakePainter, decoded, error_of
+from tests.gateway.conftest import LIMITS, FakeBackend, decoded, error_of
 
 pytestmark = pytest.mark.anyio
 
@@ -52,11 +52,11 @@ async def edit(
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 async def test_a_picture_without_a_mask_is_painted_over(
-    client: httpx.AsyncClient, painter: FakePainter, image_format: str
+    client: httpx.AsyncClient, backend: FakeBackend, image_format: str
 ) -> None:
     response = await edit(client, file_of(halves(), image_format), strength="0.5", seed="3")
     assert response.status_code == 200, response.text
-    [asked] = painter.asked
+    [asked] = backend.asked
     assert (asked.task, asked.strength, asked.seed) == ("image-to-image", 0.5, 3)
     assert asked.image is not None
     left, right = asked.image.getpixel((8, 32)), asked.image.getpixel((56, 32))
@@ -76,11 +76,11 @@ async def test_what_is_sent_counts_as_it_is_painted_from(client: httpx.AsyncClie
 
 
 async def test_what_is_transparent_in_the_mask_is_painted_anew(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await edit(client, file_of(halves()), file_of(mask_of()))
     assert response.status_code == 200, response.text
-    [asked] = painter.asked
+    [asked] = backend.asked
     assert asked.task == "inpainting"
     assert asked.mask_image is not None
     assert asked.mask_image.getpixel((8, 32)) == 255
@@ -88,7 +88,7 @@ async def test_what_is_transparent_in_the_mask_is_painted_anew(
 
 
 async def test_every_field_of_a_form_is_understood(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await edit(
         client,
@@ -108,15 +108,15 @@ async def test_every_field_of_a_form_is_understood(
         **{"lora[ink]": "0.5", "lora[pixel]": "1"},
     )
     assert response.status_code == 200, response.text
-    first, second = painter.asked
+    first, second = backend.asked
     assert (first.width, first.height, first.num_inference_steps) == (48, 32, 9)
     assert (first.guidance_scale, first.noise_scheduler, first.deadline_s) == (2.5, "ddim", 20)
     assert first.lora == (("ink", 0.5), ("pixel", 1.0))
     assert second.seed == first.seed + 1
     await edit(client, file_of(halves()), lora='{"ink": 0.25}')
-    assert painter.asked[-1].lora == (("ink", 0.25),)
+    assert backend.asked[-1].lora == (("ink", 0.25),)
     await edit(client, file_of(halves()), lora="ink")
-    assert painter.asked[-1].lora == (("ink", 1.0),)
+    assert backend.asked[-1].lora == (("ink", 1.0),)
 
 
 async def test_edits_stream_events_of_their_own(client: httpx.AsyncClient) -> None:
@@ -131,13 +131,13 @@ async def test_edits_stream_events_of_their_own(client: httpx.AsyncClient) -> No
 
 
 async def test_a_photo_is_turned_as_its_camera_was(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter: what is stored left is shown on top
     response = await edit(client, file_of(halves((64, 32)), "jpeg", exif=exif))
     assert response.json()["size"] == "32x64"
-    image = painter.asked[0].image
+    image = backend.asked[0].image
     assert image is not None
     top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
     assert top[0] > 200 > bottom[0]  # type: ignore[index, operator]
@@ -193,14 +193,14 @@ async def test_a_picture_is_fitted_to_what_the_model_takes(
 
 
 async def test_another_shape_is_cropped_rather_than_squeezed(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     image = Image.new("RGB", (192, 64), "blue")
     image.paste("red", (64, 0, 128, 64))
     mask = Image.new("RGBA", image.size, (0, 0, 0, 0))
     mask.paste((0, 0, 0, 255), (0, 0, 64, 64))
     await edit(client, file_of(image), file_of(mask), size="64x64")
-    asked = painter.asked[0]
+    asked = backend.asked[0]
     assert asked.image is not None
     assert asked.mask_image is not None
     assert set(asked.image.get_flattened_data()) == {(255, 0, 0)}
@@ -208,22 +208,22 @@ async def test_another_shape_is_cropped_rather_than_squeezed(
 
 
 async def test_transparent_parts_become_white(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     await edit(client, file_of(mask_of()))
-    image = painter.asked[0].image
+    image = backend.asked[0].image
     assert image is not None
     assert image.getpixel((8, 32)) == (255, 255, 255)
     assert image.getpixel((56, 32)) == (0, 0, 0)
 
 
 async def test_sixteen_bits_of_grey_are_read_as_eight(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     row = struct.pack("<64H", *(column * 1024 for column in range(64)))
     data = file_of(Image.frombytes("I;16", (64, 64), row * 64))
     assert (await edit(client, data)).status_code == 200
-    read = painter.asked[0].image
+    read = backend.asked[0].image
     assert read is not None
     assert [read.getpixel((column, 5)) for column in (0, 20, 63)] == [
         (value, value, value) for value in (0, 80, 252)
@@ -309,7 +309,7 @@ def png_that_claims(width: int, height: int) -> bytes:
 )
 async def test_what_cannot_be_used_is_refused_by_name(
     client: httpx.AsyncClient,
-    painter: FakePainter,
+    backend: FakeBackend,
     image: bytes | None,
     mask: bytes | None,
     fields: dict[str, str],
@@ -324,7 +324,7 @@ async def test_what_cannot_be_used_is_refused_by_name(
     assert error["param"] == param
     assert message in error["message"]
     assert "0x" not in error["message"]
-    assert painter.asked == []
+    assert backend.asked == []
 
 
 async def test_one_picture_is_taken(client: httpx.AsyncClient) -> None:
@@ -343,7 +343,7 @@ async def test_one_picture_is_taken(client: httpx.AsyncClient) -> None:
 
 
 async def test_an_upload_may_be_longer_than_json_and_not_endless(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     noise = Image.effect_noise((200, 200), 90)
     assert len(file_of(noise)) > 10_000
@@ -352,7 +352,7 @@ async def test_an_upload_may_be_longer_than_json_and_not_endless(
     assert "200000 bytes" in error["message"]
 
 
-async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, painter: FakePainter) -> None:
+async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     image = file_of(halves()).replace(b"\r\n--", b"")
 
     async def answer(charset: str, prompt: bytes) -> httpx.Response:
@@ -367,7 +367,7 @@ async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, painter: FakePainte
 
     for charset in ("", "; charset=utf-8", '; charset="UTF-8"'):
         assert (await answer(charset, "ä".encode())).status_code == 200
-        assert painter.asked[-1].prompt == "ä"
+        assert backend.asked[-1].prompt == "ä"
     for name in ("undefined", "punycode", "utf-16", "idna", "x" * 1_000):
         error = error_of(await answer(f"; charset={name}", b"\xe9-x"), 400)
         assert f"in UTF-8, not '{name[:100]}'" in error["message"]

@@ -8,14 +8,14 @@ from random import Random
 
 import pytest
 
-from serve_app.engine.admission import Deadline, Wish, judge
+from serve_app.engine.admission import Deadline, DeadlineEstimate, judge
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
-from serve_app.engine.scheduling.load import Demand
+from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.scheduling.policies import OnTime, Task, Yielding
 from serve_app.errors import Overloaded
-from serve_app.gateway.retry_reservations import Promises
-from serve_app.protocol.params import Standing
+from serve_app.gateway.retry_reservations import RetryReservations
+from serve_app.protocol.params import RequestContext
 
 LIMIT_S = 30.0
 
@@ -36,7 +36,7 @@ class Sent:
     size: Size
     sent_at: float
     deadline_s: float | None
-    returning: bool = False
+    is_retry: bool = False
     told_s: float | None = None
     refusals: int = 0
     done_at: float | None = None
@@ -69,51 +69,51 @@ class Server:
             self.cost.measured(size, Measurement(calls, encode_s=0.01, decode_s=2 * call_s))
         self._policy = Yielding(OnTime())
         self._forecast = Forecast(self.cost)
-        self.demand = Demand()
-        self._promises = Promises(lambda: self.now)
+        self.demand = LoadTracker()
+        self._reservations = RetryReservations(lambda: self.now)
         self._inside: dict[int, Sent] = {}
         self._predicted: dict[int, tuple[float, float]] = {}
         self._numbers = itertools.count()
 
-    def alone_s(self, size: Size) -> float:
+    def solo_s(self, size: Size) -> float:
         steps = KINDS[size][0]
         decode_s = self.cost.predict_decode(size)
         return self.cost.predict_encode(size) + self.cost.predict_steps(size, steps) + decode_s
 
     def send(self, sent: Sent) -> float | None:
         """``None``, or the seconds after which to come again."""
-        sent.returning = self._promises.claim(sent.name)
+        sent.is_retry = self._reservations.claim(sent.name)
         within_s = min(LIMIT_S, sent.deadline_s or LIMIT_S)
-        promised_s = 0.0 if sent.returning else self._promises.due_within_s(within_s)
-        alone_s = self.alone_s(sent.size)
-        wanted_s = sent.deadline_s or 3 * alone_s
-        sent.task = task = Task(next(self._numbers), self.now + wanted_s, alone_s, sent.size)
+        reserved_s = 0.0 if sent.is_retry else self._reservations.due_within_s(within_s)
+        solo_s = self.solo_s(sent.size)
+        wanted_s = sent.deadline_s or 3 * solo_s
+        sent.task = task = Task(next(self._numbers), self.now + wanted_s, solo_s, sent.size)
         can_be_late = {other for other in self._inside.values() if other.task.late}
-        joined_s = sum(other.task.remaining_s for other in self._inside.values())
-        joined_s /= self.demand.throughput()
+        queued_work_s = sum(other.task.remaining_s for other in self._inside.values())
+        queued_work_s /= self.demand.throughput()
         sent.calls = KINDS[sent.size][0]
         self._inside[task.request] = sent
         self._policy.add(task)
         order = [self._inside[other.request] for other in self._policy.order(self.now)]
         finish_s = self._forecast.predict_all_s([self._work(other) for other in order])
         index = order.index(sent)
-        wishes = [
-            Wish(finish, other.task.deadline_at - self.now)
+        estimates = [
+            DeadlineEstimate(finish, other.task.deadline_at - self.now)
             for other, finish in zip(order[index:], finish_s[index:], strict=True)
             if other.deadline_s is not None and other not in can_be_late
         ]
         own = None
         if sent.deadline_s is not None:
-            own = Deadline(sent.deadline_s, alone_s, wishes.pop(0))
-        standing = Standing(returning=sent.returning, promised_s=promised_s)
-        refusal = judge(joined_s, LIMIT_S, standing, own, wishes)
+            own = Deadline(sent.deadline_s, solo_s, estimates.pop(0))
+        context = RequestContext(is_retry=sent.is_retry, reserved_s=reserved_s)
+        refusal = judge(queued_work_s, LIMIT_S, context, own, estimates)
         if refusal is not None:
             self._policy.drop(task)
             del self._inside[task.request]
-            work_s = alone_s / self.demand.throughput()
+            work_s = solo_s / self.demand.throughput()
             error = Overloaded("full.", None, max(1.0, refusal.excess_s), work_s)
-            return self._promises.promise(sent.name, error, sent.returning).retry_after_s
-        self.demand.accepted(self.now, alone_s, False)
+            return self._reservations.promise(sent.name, error, sent.is_retry).retry_after_s
+        self.demand.accepted(self.now, solo_s, False)
         self._predicted[task.request] = (self.now, finish_s[index])
         task.step_s = self.cost.predict_call(sent.size)
         self._policy.park(task)
@@ -147,7 +147,7 @@ class Server:
             if sent.calls:
                 steps_s = self.cost.predict_steps(size, sent.calls)
                 task.remaining_s = steps_s + self.cost.predict_decode(size)
-                self.demand.went_on(self.now, before_s, task.remaining_s, False)
+                self.demand.update_remaining(self.now, before_s, task.remaining_s, False)
                 self._policy.park(task)
                 continue
             self.now += self.cost.predict_decode(size)
@@ -175,7 +175,7 @@ def overload(
     """Poisson arrivals, each refused one comes back as told, until all of them are done."""
     server = Server(gain, noise, seed)
     rng = Random(seed)
-    mean_s = sum(share * server.alone_s(size) for size, (_, share, _) in KINDS.items())
+    mean_s = sum(share * server.solo_s(size) for size, (_, share, _) in KINDS.items())
     at = 0.0
     coming: list[tuple[float, int, Sent]] = []
     everybody = []
@@ -184,7 +184,7 @@ def overload(
         if at > seconds:
             break
         [size] = rng.choices(list(KINDS), [share for _, share, _ in KINDS.values()])
-        deadline_s = 3 * server.alone_s(size) if deadlines else None
+        deadline_s = 3 * server.solo_s(size) if deadlines else None
         everybody.append(Sent(b"%d" % number, size, at, deadline_s))
         coming.append((at, number, everybody[-1]))
     heapq.heapify(coming)
@@ -241,7 +241,7 @@ def test_without_deadlines_the_backlog_is_bounded_and_promises_are_kept() -> Non
 def test_those_who_do_not_come_again_take_no_place_from_the_others(polite: float) -> None:
     """And do not make the wait longer for ever."""
     server, everybody = overload(3.0, seconds=300.0, polite=polite)
-    work_s = sum(server.alone_s(one.size) for one in everybody if one.in_time)
+    work_s = sum(server.solo_s(one.size) for one in everybody if one.in_time)
     assert work_s / server.now > 0.75
     waits_s = [one.told_s or 0.0 for one in told(everybody)]
     assert max(waits_s) < 300 * polite + 60

@@ -22,7 +22,7 @@ from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.service import parts_by
 from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
 from serve_app.protocol.params import Priority
-from tests.gateway.conftest import CONFIG, FakePainter
+from tests.gateway.conftest import CONFIG, FakeBackend
 
 pytestmark = pytest.mark.anyio
 
@@ -44,21 +44,21 @@ def keys(folder: Path, per_minute: int) -> KeyRing:
     return KeyRing(path, None)
 
 
-def client_of(painter: FakePainter, model: str, ring: KeyRing | None = None) -> httpx.AsyncClient:
+def client_of(backend: FakeBackend, model: str, ring: KeyRing | None = None) -> httpx.AsyncClient:
     """Of a gateway whose series no other test counts in."""
     config = CONFIG.model_copy(update={"model": ModelConfig(id=model)})
-    api = create_api(config, painter, ring or KeyRing(None, None))
+    api = create_api(config, backend, ring or KeyRing(None, None))
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
 async def test_requests_count_by_what_became_of_them_and_whose_they_are(
-    painter: FakePainter, tmp_path: Path
+    backend: FakeBackend, tmp_path: Path
 ) -> None:
     def count(key: str, outcome: str, priority: Priority = "interactive") -> float:
         return sample("requests_total", "counted", key=key, outcome=outcome, priority=priority)
 
-    async with client_of(painter, "counted", keys(tmp_path, 3)) as client:
+    async with client_of(backend, "counted", keys(tmp_path, 3)) as client:
         mine = {"Authorization": "Bearer sk-one"}
         await client.post(PATH, json={"prompt": "x"}, headers=mine)
         await client.post(PATH, json={"prompt": "x", "size": "1x1"}, headers=mine)
@@ -78,10 +78,10 @@ async def test_requests_count_by_what_became_of_them_and_whose_they_are(
 
 
 async def test_counters_are_there_before_what_they_count(
-    painter: FakePainter, tmp_path: Path
+    backend: FakeBackend, tmp_path: Path
 ) -> None:
     """Prometheus sees no rise in a series that begins with a 1."""
-    async with client_of(painter, "unused", keys(tmp_path, 3)) as client:
+    async with client_of(backend, "unused", keys(tmp_path, 3)) as client:
         await client.get("/health")
     of_all = [("one", "interactive"), ("night", "batch"), (NOBODY, "interactive")]
     found = [
@@ -90,8 +90,10 @@ async def test_counters_are_there_before_what_they_count(
         for one in family.samples
         if one.labels["model"] == "unused" and one.name.endswith("_total")
     ]
-    assert sorted(found) == sorted((*guest, name, 0.0) for guest in of_all for name in OUTCOMES)
-    async with client_of(painter, "open to all") as client:
+    assert sorted(found) == sorted(
+        (*principal, name, 0.0) for principal in of_all for name in OUTCOMES
+    )
+    async with client_of(backend, "open to all") as client:
         await client.get("/health")
     for outcome in ("completed", *UNSERVED):
         labels = {"key": "anonymous", "priority": "interactive", "outcome": outcome}
@@ -100,7 +102,7 @@ async def test_counters_are_there_before_what_they_count(
 
 
 async def test_open_requests_are_those_that_have_come_and_not_ended(
-    painter: FakePainter, tmp_path: Path
+    backend: FakeBackend, tmp_path: Path
 ) -> None:
     def still() -> tuple[float, ...]:
         return tuple(
@@ -112,7 +114,7 @@ async def test_open_requests_are_those_that_have_come_and_not_ended(
             while still() != count:
                 await asyncio.sleep(0)
 
-    async with client_of(painter, "open", keys(tmp_path, 99)) as client:
+    async with client_of(backend, "open", keys(tmp_path, 99)) as client:
 
         def ask(key: str, **body: Any) -> "asyncio.Task[httpx.Response]":
             headers = {"Authorization": f"Bearer sk-{key}"}
@@ -120,7 +122,7 @@ async def test_open_requests_are_those_that_have_come_and_not_ended(
                 client.post(PATH, json={"prompt": "x"} | body, headers=headers)
             )
 
-        painter.accepting.clear()  # as when no replica is there
+        backend.accepting.clear()  # as when no replica is there
         done, streamed, gone, batch = (
             ask("one"),
             ask("one", stream=True),
@@ -133,19 +135,19 @@ async def test_open_requests_are_those_that_have_come_and_not_ended(
         assert (await client.get("/health")).status_code == 200
         assert (await client.post(PATH, json={"prompt": "x"})).status_code == 401
         assert still() == (2, 1)
-        painter.error_in_the_middle = RuntimeError("a bug")
-        painter.accepting.set()
+        backend.error_in_the_middle = RuntimeError("a bug")
+        backend.accepting.set()
         await asyncio.wait([done, streamed, batch])
     assert still() == (0, 0)
 
 
-async def test_who_finds_the_queue_full_is_counted_as_refused(painter: FakePainter) -> None:
+async def test_who_finds_the_queue_full_is_counted_as_refused(backend: FakeBackend) -> None:
     async def refuse(error: Overloaded, **body: Any) -> None:
-        painter.error = error
+        backend.error = error
         response = await client.post(PATH, json={"prompt": "x"} | body)
         assert response.status_code == 429
 
-    async with client_of(painter, "full") as client:
+    async with client_of(backend, "full") as client:
         await refuse(Overloaded("an engine's own refusal", None, 3.0, 1.0))
         assert (
             GATEWAY.get_sample_value(
@@ -156,17 +158,17 @@ async def test_who_finds_the_queue_full_is_counted_as_refused(painter: FakePaint
         await refuse(Overloaded("Serve's queue", retry_after_s=9.0), n=2)
         await refuse(Overloaded("Serve's queue"), stream=True)
         assert sample("refusals_total", "full", reason="queue") == 3
-        painter.overloaded = True  # before the first replica has said what the model takes
+        backend.overloaded = True  # before the first replica has said what the model takes
         await refuse(Overloaded("not asked for"), n=4)
         assert sample("refusals_total", "full", reason="queue") == 7
 
 
-async def test_refusals_and_failures_count_by_their_codes(painter: FakePainter) -> None:
-    async with client_of(painter, "failed") as client:
+async def test_refusals_and_failures_count_by_their_codes(backend: FakeBackend) -> None:
+    async with client_of(backend, "failed") as client:
         for error in (Overloaded("full", retry_after_s=3.0), RuntimeError("a bug")):
-            painter.error = error
+            backend.error = error
             await client.post(PATH, json={"prompt": "x"})
-        painter.error, painter.error_in_the_middle = None, RuntimeError("a bug")
+        backend.error, backend.error_in_the_middle = None, RuntimeError("a bug")
         await client.post(PATH, json={"prompt": "x", "stream": True})
     for outcome, times in (("overloaded", 1), ("internal_error", 2)):
         labels = {"key": "anonymous", "priority": "interactive", "outcome": outcome}
@@ -174,8 +176,8 @@ async def test_refusals_and_failures_count_by_their_codes(painter: FakePainter) 
 
 
 @pytest.mark.usefixtures("old")
-async def test_parts_add_up_to_the_whole(painter: FakePainter) -> None:
-    async with client_of(painter, "parts") as client:
+async def test_parts_add_up_to_the_whole(backend: FakeBackend) -> None:
+    async with client_of(backend, "parts") as client:
         timings = (await client.post(PATH, json={"prompt": "x"})).json()["timings"]
         assert timings.keys() == {*(f"{part}_s" for part in PARTS), "total_s"}
         body = {"prompt": "x", "stream": True, "partial_images": 2}
@@ -210,10 +212,10 @@ def test_what_a_replica_does_not_account_for_was_waiting(
 
 @pytest.mark.usefixtures("old")
 async def test_every_request_is_one_line(
-    painter: FakePainter, caplog: pytest.LogCaptureFixture
+    backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
-    async with client_of(painter, "logged") as client:
+    async with client_of(backend, "logged") as client:
         body = {"prompt": "secret", "n": 3, "size": "48x24", "seed": 5, "num_inference_steps": 4}
         await client.post(PATH, json=body, headers={"x-request-id": "call-1"})
         await client.post(PATH, json={"prompt": "secret", "size": "9x9"})
@@ -238,8 +240,8 @@ async def test_every_request_is_one_line(
 
 
 @pytest.fixture
-async def fuzzed(painter: FakePainter, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
-    async with client_of(painter, "fuzzed", keys(tmp_path, 100)) as client:
+async def fuzzed(backend: FakeBackend, tmp_path: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(backend, "fuzzed", keys(tmp_path, 100)) as client:
         yield client
 
 
@@ -280,8 +282,8 @@ async def test_no_request_can_make_a_series_of_its_own(fuzzed: httpx.AsyncClient
     assert series() == before < 400
 
 
-async def test_no_id_of_a_client_breaks_what_prometheus_reads(painter: FakePainter) -> None:
-    async with client_of(painter, "exemplars") as client:
+async def test_no_id_of_a_client_breaks_what_prometheus_reads(backend: FakeBackend) -> None:
+    async with client_of(backend, "exemplars") as client:
         for name in ('a"} 1 # {', "x" * 200, "call-42"):
             await client.post(PATH, json={"prompt": "x"}, headers={"x-request-id": name})
         answer = await client.get("/metrics", headers={"accept": "application/openmetrics-text"})

@@ -23,14 +23,14 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import ImageGenerationRequest
 from serve_app.protocol.params import MAX_SEED, GenerationParams
-from tests.gateway.conftest import CONFIG, FakePainter, decoded, error_of, post
+from tests.gateway.conftest import CONFIG, FakeBackend, decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
 async def test_a_picture_comes_back_in_the_wanted_format(
-    client: httpx.AsyncClient, painter: FakePainter, image_format: str
+    client: httpx.AsyncClient, backend: FakeBackend, image_format: str
 ) -> None:
     response = await post(
         client,
@@ -53,20 +53,20 @@ async def test_a_picture_comes_back_in_the_wanted_format(
     assert image.format == image_format.upper()
     assert image.size == (48, 32)
     assert (body["size"], body["output_format"], data["seed"]) == ("48x32", image_format, 7)
-    assert painter.asked == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
+    assert backend.asked == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
 
 
 async def test_defaults_are_the_models_and_the_seed_is_drawn(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     first, second = [(await post(client, {"prompt": "x"})).json() for _ in range(2)]
     assert first["size"] == "64x64"
     assert first["data"][0]["seed"] != second["data"][0]["seed"]
-    assert painter.asked[0].num_inference_steps == 20
+    assert backend.asked[0].num_inference_steps == 20
 
 
 async def test_n_pictures_have_seeds_of_their_own(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await post(client, {"prompt": "x", "n": 4, "seed": MAX_SEED - 1})
     seeds = [data["seed"] for data in response.json()["data"]]
@@ -128,7 +128,7 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
 )
 async def test_bad_fields_are_named_with_what_is_allowed(
     client: httpx.AsyncClient,
-    painter: FakePainter,
+    backend: FakeBackend,
     change: dict[str, Any],
     param: str,
     allowed: str,
@@ -140,7 +140,7 @@ async def test_bad_fields_are_named_with_what_is_allowed(
     assert param in error["message"]
     assert allowed in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert painter.asked == []
+    assert backend.asked == []
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ async def test_infinities_are_refused(client: httpx.AsyncClient) -> None:
         assert error["param"] == "guidance_scale"
 
 
-async def test_null_is_a_field_left_out(client: httpx.AsyncClient, painter: FakePainter) -> None:
+async def test_null_is_a_field_left_out(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     body = dict.fromkeys(ImageGenerationRequest.model_fields.keys() - {"prompt"})
     response = await post(client, {"prompt": "x"} | body)
     assert response.status_code == 200, response.text
@@ -196,11 +196,11 @@ async def test_a_missing_prompt_is_named(client: httpx.AsyncClient) -> None:
     ],
 )
 async def test_adapters_are_named_with_or_without_scales(
-    client: httpx.AsyncClient, painter: FakePainter, lora: object, adapters: object
+    client: httpx.AsyncClient, backend: FakeBackend, lora: object, adapters: object
 ) -> None:
     response = await post(client, {"prompt": "a", "lora": lora})
     assert response.status_code == 200, response.text
-    assert painter.asked[0].lora == adapters
+    assert backend.asked[0].lora == adapters
 
 
 async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.AsyncClient) -> None:
@@ -253,7 +253,7 @@ async def test_another_model_is_a_404(client: httpx.AsyncClient) -> None:
 
 
 async def test_long_bodies_are_refused_whatever_they_claim(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     body = json.dumps({"prompt": "x" * 3_000}).encode()
 
@@ -264,7 +264,7 @@ async def test_long_bodies_are_refused_whatever_they_claim(
     for content in (body, in_pieces()):
         error = error_of(await client.post("/v1/images/generations", content=content), 413)
         assert "2000 bytes" in error["message"]
-    assert painter.asked == []
+    assert backend.asked == []
 
 
 async def test_unknown_paths_and_methods_have_the_same_shape(client: httpx.AsyncClient) -> None:
@@ -275,10 +275,10 @@ async def test_unknown_paths_and_methods_have_the_same_shape(client: httpx.Async
 
 
 async def test_the_inside_of_a_failure_stays_inside(
-    client: httpx.AsyncClient, painter: FakePainter, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures: list[Exception] = [GenerationFailed("/secret/path"), RuntimeError("/secret/path")]
-    for painter.error in failures:
+    for backend.error in failures:
         error = error_of(await post(client, {"prompt": "x"}), 500)
         assert "secret" not in error["message"]
         assert error["type"] == "server_error"
@@ -286,13 +286,13 @@ async def test_the_inside_of_a_failure_stays_inside(
 
 
 async def test_unavailable_says_when_to_come_back(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    painter.error = Unavailable("no replica")
+    backend.error = Unavailable("no replica")
     response = await post(client, {"prompt": "x"})
     assert error_of(response, 503)["message"] == "no replica"
     assert int(response.headers["retry-after"]) > 0
-    painter.error = Overloaded("too many requests", retry_after_s=7.2)
+    backend.error = Overloaded("too many requests", retry_after_s=7.2)
     response = await post(client, {"prompt": "x"})
     assert error_of(response, 429)["code"] == "overloaded"
     assert response.headers["retry-after"] == "8"
@@ -300,10 +300,10 @@ async def test_unavailable_says_when_to_come_back(
 
 
 async def test_readiness_follows_the_replicas_and_liveness_does_not(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     assert (await client.get("/ready")).json() == {"status": "ok"}
-    painter.ready = False
+    backend.ready = False
     for path in ("/ready", "/v1/models", "/v1/models/demo"):
         response = await client.get(path)
         error_of(response, 503)
@@ -329,10 +329,10 @@ async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     assert error_of(await client.get("/v1/models/sd"), 404)["code"] == "model_not_found"
 
 
-async def test_names_of_the_hub_have_a_slash(painter: FakePainter) -> None:
+async def test_names_of_the_hub_have_a_slash(backend: FakeBackend) -> None:
     name = "stabilityai/stable-diffusion-xl-base-1.0"
     config = CONFIG.model_copy(update={"model": ModelConfig(id=name)})
-    api = create_api(config, painter, KeyRing(None, None))
+    api = create_api(config, backend, KeyRing(None, None))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(api), base_url="http://test"
     ) as client:
@@ -357,14 +357,14 @@ async def test_names_of_the_hub_have_a_slash(painter: FakePainter) -> None:
 )
 async def test_quality_is_a_number_of_steps(
     client: httpx.AsyncClient,
-    painter: FakePainter,
+    backend: FakeBackend,
     change: dict[str, Any],
     quality: str,
     steps: int,
 ) -> None:
     response = await post(client, {"prompt": "x"} | change)
     assert response.json()["quality"] == quality
-    assert painter.asked[0].num_inference_steps == steps
+    assert backend.asked[0].num_inference_steps == steps
 
 
 @pytest.mark.usefixtures("old")
@@ -394,26 +394,26 @@ async def test_compression_makes_files_smaller(client: httpx.AsyncClient) -> Non
 
 
 async def test_who_takes_too_long_is_given_up(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    painter.error = DeadlineExceeded("the picture was not done within 30 s, and was given up.")
+    backend.error = DeadlineExceeded("the picture was not done within 30 s, and was given up.")
     response = await post(client, {"prompt": "x"})
     assert error_of(response, 504)["code"] == "deadline_exceeded"
     assert response.headers["x-should-retry"] == "false"
 
 
 async def test_who_asks_before_the_model_is_known_waits_for_that_as_long_as_for_the_picture(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     assert (await post(client, {"prompt": "x", "deadline_s": 10})).status_code == 200
     assert (await post(client, {"prompt": "x"})).status_code == 200
-    assert painter.described_for == [10.0, None]
+    assert backend.described_for == [10.0, None]
 
 
 async def test_failures_of_ours_are_told_with_the_number_of_the_request(
-    client: httpx.AsyncClient, painter: FakePainter, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    painter.error = RuntimeError("a bug")
+    backend.error = RuntimeError("a bug")
     response = await client.post(
         "/v1/images/generations", json={"prompt": "x"}, headers={"x-request-id": "call-42"}
     )
@@ -423,17 +423,17 @@ async def test_failures_of_ours_are_told_with_the_number_of_the_request(
 
 @pytest.mark.parametrize("logged", [False, True])
 async def test_prompts_are_in_the_log_only_if_asked_for(
-    painter: FakePainter, caplog: pytest.LogCaptureFixture, logged: bool
+    backend: FakeBackend, caplog: pytest.LogCaptureFixture, logged: bool
 ) -> None:
     caplog.set_level("INFO")
     config = CONFIG.model_copy(update={"gateway": GatewayConfig(log_prompts=logged)})
-    api = create_api(config, painter, KeyRing(None, None))
+    api = create_api(config, backend, KeyRing(None, None))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(api, raise_app_exceptions=False), base_url="http://test"
     ) as client:
         await post(client, {"prompt": "something private", "seed": 5})
         await post(client, {"prompt": "something private", "size": "1x1"})
-        painter.error = RuntimeError("a bug")
+        backend.error = RuntimeError("a bug")
         await post(client, {"prompt": "something private", "seed": 5})
     assert "64x64, 20 steps, seed 5: completed" in caplog.text
     assert "seed 5: internal_error" in caplog.text
@@ -441,24 +441,24 @@ async def test_prompts_are_in_the_log_only_if_asked_for(
 
 
 async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
-    painter: FakePainter,
+    backend: FakeBackend,
 ) -> None:
     """Which it does not for clients that send it x-request-disconnect-disabled."""
-    painter.slow_seed = 1
+    backend.slow_seed = 1
     body = json.dumps({"prompt": "x", "seed": 1}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
         if messages:
             return messages.pop()
-        while not painter.asked:
+        while not backend.asked:
             await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         pass
 
-    api = create_api(CONFIG, painter, KeyRing(None, None))
+    api = create_api(CONFIG, backend, KeyRing(None, None))
     scope = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -474,11 +474,11 @@ async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
         "server": ("127.0.0.1", 2),
     }
     await api(scope, receive, send)  # type: ignore[arg-type]
-    assert painter.cancelled == 1
+    assert backend.cancelled == 1
 
 
 async def test_the_page_is_one_document_that_may_load_nothing_else(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await client.get("/")
     assert response.status_code == 200
@@ -488,7 +488,7 @@ async def test_the_page_is_one_document_that_may_load_nothing_else(
         digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
         assert f"{tag}-src 'sha256-{digest}'" in response.headers["content-security-policy"]
     config = CONFIG.model_copy(update={"gateway": GatewayConfig(page=False)})
-    api = create_api(config, painter, KeyRing(None, None))
+    api = create_api(config, backend, KeyRing(None, None))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(api), base_url="http://test"
     ) as other:
@@ -505,12 +505,12 @@ async def test_the_documentation_needs_no_other_host(client: httpx.AsyncClient) 
 
 
 async def test_when_one_of_n_fails_the_others_are_dropped(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    painter.slow_seed = 1
-    painter.error = DiffusionServeError("broken")
+    backend.slow_seed = 1
+    backend.error = DiffusionServeError("broken")
     error_of(await post(client, {"prompt": "x", "n": 2, "seed": 1}), 500)
-    assert painter.cancelled == 1
+    assert backend.cancelled == 1
 
 
 async def test_the_description_is_complete(client: httpx.AsyncClient) -> None:

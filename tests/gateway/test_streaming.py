@@ -11,7 +11,7 @@ from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway import streaming
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
-from tests.gateway.conftest import CONFIG, FakePainter, decoded, error_of, post
+from tests.gateway.conftest import CONFIG, FakeBackend, decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
 
@@ -59,7 +59,7 @@ async def test_partial_images_and_the_picture(client: httpx.AsyncClient) -> None
 
 
 async def test_previews_are_spread_over_the_steps(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     for steps, count, expected in (
         (20, 2, (7, 13)),
@@ -69,7 +69,7 @@ async def test_previews_are_spread_over_the_steps(
     ):
         body = {"prompt": "x", "num_inference_steps": steps, "stream": True}
         events_of(await post(client, body | {"partial_images": count}))
-        assert painter.asked[-1].preview_steps == expected
+        assert backend.asked[-1].preview_steps == expected
 
 
 async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
@@ -90,18 +90,18 @@ async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
 
 
 async def test_what_is_refused_at_once_has_a_status_of_its_own(
-    client: httpx.AsyncClient, painter: FakePainter
+    client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    painter.error = Overloaded("full.", retry_after_s=3)
+    backend.error = Overloaded("full.", retry_after_s=3)
     response = await post(client, {"prompt": "x", "stream": True})
     assert error_of(response, 429)["message"] == "full. There will be room in 3 s."
     assert response.headers["retry-after"] == "3"
 
 
 async def test_what_fails_later_is_an_event(
-    client: httpx.AsyncClient, painter: FakePainter, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
-    painter.error_in_the_middle = GenerationFailed("/secret")
+    backend.error_in_the_middle = GenerationFailed("/secret")
     body = {"prompt": "x", "stream": True, "partial_images": 1}
     [_, (name, data)] = events_of(await post(client, body))
     assert name == "error"
@@ -112,24 +112,24 @@ async def test_what_fails_later_is_an_event(
 
 
 async def test_who_waits_long_gets_heartbeats_and_late_refusals_as_events(
-    client: httpx.AsyncClient, painter: FakePainter, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "ACCEPTED_WITHIN_S", 0.01)
     monkeypatch.setattr(streaming, "HEARTBEAT_S", 0.02)
-    painter.accepting.clear()
-    painter.error = Overloaded("full after all")
+    backend.accepting.clear()
+    backend.error = Overloaded("full after all")
     answer = asyncio.ensure_future(post(client, {"prompt": "x", "stream": True}))
-    while not painter.asked:
+    while not backend.asked:
         await asyncio.sleep(0.001)
-    asyncio.get_running_loop().call_later(0.2, painter.accepting.set)
+    asyncio.get_running_loop().call_later(0.2, backend.accepting.set)
     response = await answer
     assert sum(line.startswith(": ping") for line in response.text.splitlines()) >= 2
     [(name, data)] = events_of(response)
     assert (name, data["error"]["message"]) == ("error", "full after all")
 
 
-async def test_a_client_that_goes_away_frees_the_place(painter: FakePainter) -> None:
-    painter.slow_seed = 1
+async def test_a_client_that_goes_away_frees_the_place(backend: FakeBackend) -> None:
+    backend.slow_seed = 1
     body = json.dumps({"prompt": "x", "seed": 1, "stream": True, "progress": True}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
     sent: list[bytes] = []
@@ -159,7 +159,7 @@ async def test_a_client_that_goes_away_frees_the_place(painter: FakePainter) -> 
         "client": ("127.0.0.1", 1),
         "server": ("127.0.0.1", 2),
     }
-    api = create_api(CONFIG, painter, KeyRing(None, None))
+    api = create_api(CONFIG, backend, KeyRing(None, None))
     await api(scope, receive, send)  # type: ignore[arg-type]
     assert b"image_generation.progress" in sent[0]
-    assert painter.cancelled == 1
+    assert backend.cancelled == 1

@@ -35,12 +35,12 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.tracing import Tracing
-from serve_app.protocol.backend import PainterEvent
+from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Queued, Step, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding
-from serve_app.protocol.params import FRESH, GenerationParams, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.collector import collecting
-from tests.gateway.conftest import CONFIG, FakePainter
+from tests.gateway.conftest import CONFIG, FakeBackend
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +57,7 @@ PARTS_S = (1e-5, 2e-5, 4e-5, 1e-5)
 STEPS = (Step(1e-5, 1), Step(2e-5, 3), Step(4e-5, 2))
 
 
-class TracedPainter(FakePainter):
+class TracedBackend(FakeBackend):
     """Says what an engine says of a request that is traced."""
 
     def __init__(self) -> None:
@@ -70,9 +70,9 @@ class TracedPainter(FakePainter):
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
-        standing: Standing = FRESH,
-    ) -> AsyncGenerator[PainterEvent, None]:
-        painting = super().paint(params, encoding, progress, standing)
+        context: RequestContext = INITIAL,
+    ) -> AsyncGenerator[GenerationEvent, None]:
+        painting = super().paint(params, encoding, progress, context)
         async with aclosing(painting) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
@@ -83,7 +83,7 @@ class TracedPainter(FakePainter):
                         encode_s=encode_s,
                         denoise_s=denoise_s,
                         decode_s=decode_s,
-                        timeline=Timeline(PARTS_S[:3], STEPS, MATES) if standing.trace else None,
+                        timeline=Timeline(PARTS_S[:3], STEPS, MATES) if context.trace else None,
                         age_s=sum(PARTS_S),
                     )
                 elif isinstance(event, Queued):
@@ -98,7 +98,7 @@ class Gateway:
 
     def __init__(
         self,
-        painter: FakePainter,
+        backend: FakeBackend,
         config: AppConfig = CONFIG,
         sampler: Sampler | None = None,
     ) -> None:
@@ -106,7 +106,7 @@ class Gateway:
         provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self.exporter))
         tracing = Tracing(config, provider)
-        self.api = create_api(config, painter, KeyRing(None, None), traced=tracing.middleware)
+        self.api = create_api(config, backend, KeyRing(None, None), traced=tracing.middleware)
 
     async def post(
         self, headers: Mapping[str, str] | list[tuple[str, str]] | None = None, **body: Any
@@ -135,8 +135,8 @@ class Gateway:
 
 
 @pytest.fixture
-def painter() -> TracedPainter:
-    return TracedPainter()
+def backend() -> TracedBackend:
+    return TracedBackend()
 
 
 def context(span: ReadableSpan) -> Any:
@@ -159,8 +159,8 @@ def assert_fills(parts: list[ReadableSpan], start: int | None, end: int | None) 
     assert (parts[0].start_time, parts[-1].end_time) == (start, end)
 
 
-async def test_the_parts_of_a_picture_fill_its_request(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
+async def test_the_parts_of_a_picture_fill_its_request(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
     response = await gateway.post(
         {"x-request-id": "call-1"}, size="48x24", seed=5, num_inference_steps=3
     )
@@ -200,8 +200,8 @@ async def test_the_parts_of_a_picture_fill_its_request(painter: TracedPainter) -
     assert "secret" not in "".join(span.to_json() for span in gateway.spans)
 
 
-async def test_steps_are_events_and_batch_mates_are_linked(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
+async def test_steps_are_events_and_batch_mates_are_linked(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
     await gateway.post()
     [denoise] = [span for span in gateway.spans if span.name == "denoise"]
     assert denoise.start_time is not None
@@ -219,8 +219,8 @@ async def test_steps_are_events_and_batch_mates_are_linked(painter: TracedPainte
     assert linked == [(1, 1), (2, 2)]
 
 
-async def test_several_pictures_are_a_child_each(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
+async def test_several_pictures_are_a_child_each(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
     await gateway.post(n=3, seed=7)
     server = gateway.server
     *pictures, response = gateway.below(server)
@@ -235,8 +235,8 @@ async def test_several_pictures_are_a_child_each(painter: TracedPainter) -> None
     assert response.end_time == server.end_time
 
 
-async def test_the_trace_of_the_client_goes_on(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
+async def test_the_trace_of_the_client_goes_on(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
     response = await gateway.post({"traceparent": PARENT, "tracestate": "vendor=opaque"})
     server = gateway.server
     assert format_trace_id(context(server).trace_id) == TRACE_ID
@@ -246,7 +246,7 @@ async def test_the_trace_of_the_client_goes_on(painter: TracedPainter) -> None:
     assert context(server).trace_state.to_header() == "vendor=opaque"
     own = f"00-{TRACE_ID}-{format_span_id(context(server).span_id)}-01"
     assert response.headers["traceparent"] == own
-    assert [standing.trace for standing in painter.standings] == [own]
+    assert [context.trace for context in backend.contexts] == [own]
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ async def test_the_trace_of_the_client_goes_on(painter: TracedPainter) -> None:
     ],
     ids=str,
 )
-async def test_what_is_no_traceparent_begins_a_trace(painter: TracedPainter, headers: Any) -> None:
-    gateway = Gateway(painter)
+async def test_what_is_no_traceparent_begins_a_trace(backend: TracedBackend, headers: Any) -> None:
+    gateway = Gateway(backend)
     response = await gateway.post(headers)
     assert response.status_code == 200
     assert gateway.server.parent is None
@@ -276,8 +276,8 @@ async def test_what_is_no_traceparent_begins_a_trace(painter: TracedPainter, hea
 HEADER = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"))
 
 
-def test_no_header_is_an_error(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
+def test_no_header_is_an_error(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
 
     @given(traceparent=st.just(PARENT) | HEADER, tracestate=HEADER)
     def post(traceparent: str, tracestate: str) -> None:
@@ -294,25 +294,25 @@ def test_no_header_is_an_error(painter: TracedPainter) -> None:
 
 @pytest.mark.parametrize("by", ["client", "server"])
 async def test_a_trace_that_nobody_keeps_costs_the_engine_nothing(
-    painter: TracedPainter, by: str
+    backend: TracedBackend, by: str
 ) -> None:
-    gateway = Gateway(painter, sampler=ParentBased(ALWAYS_OFF) if by == "server" else None)
+    gateway = Gateway(backend, sampler=ParentBased(ALWAYS_OFF) if by == "server" else None)
     headers = {"traceparent": f"{PARENT[:-2]}00"} if by == "client" else None
     response = await gateway.post(headers)
     # Whoever reads the answer may know it all the same.
     assert not int(response.headers["traceparent"][-2:], 16) & TraceFlags.SAMPLED
-    assert [standing.trace for standing in painter.standings] == [""]
+    assert [context.trace for context in backend.contexts] == [""]
     assert gateway.spans == []
 
 
-async def test_without_tracing_there_is_no_sign_of_it(painter: TracedPainter) -> None:
-    api = create_api(CONFIG, painter, KeyRing(None, None))
+async def test_without_tracing_there_is_no_sign_of_it(backend: TracedBackend) -> None:
+    api = create_api(CONFIG, backend, KeyRing(None, None))
     transport = httpx.ASGITransport(api)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         headers = {"traceparent": PARENT}
         response = await client.post(PATH, json={"prompt": "x"}, headers=headers)
     assert "traceparent" not in response.headers
-    assert [standing.trace for standing in painter.standings] == [""]
+    assert [context.trace for context in backend.contexts] == [""]
 
 
 def test_without_tracing_nothing_is_imported_for_it() -> None:
@@ -323,9 +323,9 @@ def test_without_tracing_nothing_is_imported_for_it() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-async def test_a_refused_request_has_waited(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
-    painter.error = Overloaded("full", retry_after_s=3.0)
+async def test_a_refused_request_has_waited(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
+    backend.error = Overloaded("full", retry_after_s=3.0)
     response = await gateway.post()
     assert response.status_code == 429
     server = gateway.server
@@ -338,8 +338,8 @@ async def test_a_refused_request_has_waited(painter: TracedPainter) -> None:
     assert format_span_id(context(server).span_id) in response.headers["traceparent"]
 
 
-async def test_a_wrong_request_has_no_parts(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
+async def test_a_wrong_request_has_no_parts(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
     assert (await gateway.post(size="1x1")).status_code == 400
     assert names(gateway.spans) == [f"POST {PATH}"]
     assert attributes(gateway.server)["diffusion_serve.outcome"] == "invalid_value"
@@ -352,11 +352,11 @@ async def test_a_wrong_request_has_no_parts(painter: TracedPainter) -> None:
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_failure_is_in_the_part_where_it_happened(
-    painter: TracedPainter, error: Exception, outcome: str, stream: bool
+    backend: TracedBackend, error: Exception, outcome: str, stream: bool
 ) -> None:
-    gateway = Gateway(painter)
-    painter.told = Timeline((1e-5, 2e-5), STEPS[:1], MATES[:1])
-    painter.error_in_the_middle = error
+    gateway = Gateway(backend)
+    backend.told = Timeline((1e-5, 2e-5), STEPS[:1], MATES[:1])
+    backend.error_in_the_middle = error
     response = await gateway.post(stream=stream)
     server = gateway.server
     sent = 200 if stream else 500
@@ -376,12 +376,12 @@ async def test_a_failure_is_in_the_part_where_it_happened(
     assert "secret" not in "".join(span.to_json() for span in gateway.spans)
 
 
-async def test_who_goes_away_is_traced_up_to_there(painter: TracedPainter) -> None:
-    gateway = Gateway(painter)
-    painter.slow_seed = 2
-    painter.told = Timeline((1e-5,))
+async def test_who_goes_away_is_traced_up_to_there(backend: TracedBackend) -> None:
+    gateway = Gateway(backend)
+    backend.slow_seed = 2
+    backend.told = Timeline((1e-5,))
     asking = asyncio.create_task(gateway.post(n=2, seed=1))
-    while not (len(painter.asked) == 2 and painter.accepting.is_set()):
+    while not (len(backend.asked) == 2 and backend.accepting.is_set()):
         await asyncio.sleep(0)
     for _ in range(200):  # the picture of seed 1 gets done, as far as that is up to the loop
         await asyncio.sleep(0)
@@ -402,11 +402,11 @@ async def test_who_goes_away_is_traced_up_to_there(painter: TracedPainter) -> No
     assert_fills(parts, server.start_time, server.end_time)
 
 
-async def test_what_a_lost_replica_did_is_waiting(painter: TracedPainter) -> None:
+async def test_what_a_lost_replica_did_is_waiting(backend: TracedBackend) -> None:
     """Another one began anew, and counts from when the request was sent."""
 
-    class Relay(TracedPainter):
-        async def paint(self, *args: Any, **options: Any) -> AsyncGenerator[PainterEvent, None]:
+    class Relay(TracedBackend):
+        async def paint(self, *args: Any, **options: Any) -> AsyncGenerator[GenerationEvent, None]:
             yield Queued(0, 1.0)
             yield Timeline((1e-5, 2e-5), STEPS, MATES)
             yield Queued(0, 1.0)
@@ -419,7 +419,7 @@ async def test_what_a_lost_replica_did_is_waiting(painter: TracedPainter) -> Non
 
 
 async def test_a_clock_that_runs_faster_puts_no_part_outside_of_its_request() -> None:
-    gateway = Gateway(FakePainter())  # which says that it took more than a second
+    gateway = Gateway(FakeBackend())  # which says that it took more than a second
     await gateway.post()
     server = gateway.server
     parts = gateway.below(server)
@@ -431,18 +431,18 @@ async def test_a_clock_that_runs_faster_puts_no_part_outside_of_its_request() ->
         assert (span.end_time or 0) <= server.end_time
 
 
-async def test_prompts_are_traced_only_for_who_asks(painter: TracedPainter) -> None:
+async def test_prompts_are_traced_only_for_who_asks(backend: TracedBackend) -> None:
     gateway_config = CONFIG.gateway.model_copy(update={"log_prompts": True})
-    gateway = Gateway(painter, CONFIG.model_copy(update={"gateway": gateway_config}))
+    gateway = Gateway(backend, CONFIG.model_copy(update={"gateway": gateway_config}))
     await gateway.post()
     assert attributes(gateway.server)["diffusion_serve.prompt"] == "secret"
 
 
 async def test_the_log_leads_to_the_trace(
-    painter: TracedPainter, caplog: pytest.LogCaptureFixture
+    backend: TracedBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
-    await Gateway(painter).post({"traceparent": PARENT})
+    await Gateway(backend).post({"traceparent": PARENT})
     [line] = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]
     assert vars(line)["trace_id"] == TRACE_ID
 
@@ -459,7 +459,7 @@ def tracing_to(url: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> T
 
 async def request(tracing: Tracing) -> float:
     """What one took."""
-    api = create_api(CONFIG, TracedPainter(), KeyRing(None, None), traced=tracing.middleware)
+    api = create_api(CONFIG, TracedBackend(), KeyRing(None, None), traced=tracing.middleware)
     transport = httpx.ASGITransport(api)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         started_at = perf_counter()

@@ -11,7 +11,7 @@ import httpx
 
 from tests.e2e.conftest import scaled_demo
 
-KNOBS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
+PARAMS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
 """Two replicas for what these clients bring, decided within seconds."""
 
 CLIENTS = 3
@@ -31,16 +31,16 @@ TIGHT_EVERY = 8
 
 def demo_of_two(port: int) -> dict[str, Any]:
     """One replica or two, by the work that waits, on CPUs that they share."""
-    return scaled_demo(port, (1, 2), {"num_gpus": 0, "num_cpus": 0.4}, KNOBS)
+    return scaled_demo(port, (1, 2), {"num_gpus": 0, "num_cpus": 0.4}, PARAMS)
 
 
-def _kinds(alone_s: float, outcomes: Collection[str]) -> Iterator[dict[str, Any]]:
+def _kinds(solo_s: float, outcomes: Collection[str]) -> Iterator[dict[str, Any]]:
     """Sizes, lengths and ways to ask, in turns.
 
-    ``alone_s``: what a picture of `STEPS` takes; ``outcomes``: those so far.
+    ``solo_s``: what a picture of `STEPS` takes; ``outcomes``: those so far.
     """
     seeds = itertools.count()
-    tight = {"num_inference_steps": STEPS, "deadline_s": TIGHT * alone_s}
+    tight = {"num_inference_steps": STEPS, "deadline_s": TIGHT * solo_s}
     ways: list[dict[str, Any]] = [
         {"num_inference_steps": 20},
         {"num_inference_steps": 40, "size": "128x128"},
@@ -83,7 +83,7 @@ class MixedLoad:
         """How many came out how: statuses, and "hung up"."""
 
     def __enter__(self) -> "MixedLoad":
-        self._kinds = _kinds(self._alone_s(), self.outcomes)
+        self._kinds = _kinds(self._solo_s(), self.outcomes)
         self._clients = [self._pool.submit(self._run) for _ in range(CLIENTS)]
         return self
 
@@ -93,7 +93,7 @@ class MixedLoad:
         for client in self._clients:
             client.result()
 
-    def _alone_s(self) -> float:
+    def _solo_s(self) -> float:
         """By the server's own clock."""
         body = {"prompt": "a red circle", "seed": 0, "num_inference_steps": STEPS}
         answer = httpx.post(f"{self._url}/v1/images/generations", json=body, timeout=120)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel, Measurement
-from serve_app.engine.scheduling.load import Demand
+from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.scheduling.policies import Fifo, OnTime, RankedPolicy
 from serve_app.planner.serve_policy import QueueParams
 from serve_app.planner.simulator import (
@@ -51,7 +51,7 @@ def run(
 
 
 def test_alone_a_request_takes_what_the_engine_predicts() -> None:
-    assert costs(model(), [SMALL, LARGE])[LARGE].alone_s == pytest.approx(8.1)
+    assert costs(model(), [SMALL, LARGE])[LARGE].solo_s == pytest.approx(8.1)
     outcome = run([1.0, 20.0], [SMALL, LARGE], Fixed(1))
     assert outcome.waits_s == pytest.approx([1.1, 8.1])
     assert outcome.on_time == 2
@@ -120,10 +120,10 @@ def test_every_request_ends_once(
     )
     assert len(outcome.waits_s) + outcome.refused == len(arrivals)
     assert outcome.on_time <= len(outcome.waits_s)
-    alone_s = [costs(model(), [kind])[kind].alone_s for kind in kinds]
-    assert outcome.work_s == pytest.approx(sum(alone_s))
+    solo_s = [costs(model(), [kind])[kind].solo_s for kind in kinds]
+    assert outcome.work_s == pytest.approx(sum(solo_s))
     if outcome.waits_s:
-        assert min(outcome.waits_s) >= min(alone_s) - 1e-6
+        assert min(outcome.waits_s) >= min(solo_s) - 1e-6
     if not failures_per_hour and not outcome.refused:
         assert outcome.gpu_s >= outcome.work_s - 1e-6
 
@@ -181,15 +181,15 @@ def test_replicas_report_what_batches_gain_as_the_engine_measures_it() -> None:
     run(at_s, [SMALL] * 240, alone, scheduler=Fifo)
     assert {view.replicas[0].throughput for view in alone.seen} == {1.0}
     # The engine's own bookkeeping, of four that go on together for two minutes.
-    demand, now = Demand(), 0.0
+    demand, now = LoadTracker(), 0.0
     demand.accepted(now, 1_000.0, False)
     while now < 120:
         for _ in range(10):
             now += 0.25
             demand.called(0.4, 0.25)
-            demand.went_on(now, 1_000.0, 1_000.0, False)
+            demand.update_remaining(now, 1_000.0, 1_000.0, False)
         now += 0.4  # decoding, one after the other
-        demand.went_on(now, 1_000.0, 1_000.0, False)
+        demand.update_remaining(now, 1_000.0, 1_000.0, False)
     measured = [view.replicas[0].throughput for view in together.seen if 60 < view.at_s < 120]
     assert demand.throughput() == pytest.approx(1.5, abs=0.02)
     assert sum(measured) / len(measured) == pytest.approx(demand.throughput(), abs=0.05)

@@ -9,11 +9,11 @@ import pytest
 from serve_app.config import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
-from serve_app.engine.request import Request, introduce
+from serve_app.engine.request import Request, link_batch_peers
 from serve_app.engine.scheduling.policies import Task
 from serve_app.errors import Cancelled, GenerationFailed
 from serve_app.protocol.events import (
-    MOST_MATES,
+    MAX_PEERS,
     Completed,
     Event,
     Failed,
@@ -22,7 +22,7 @@ from serve_app.protocol.events import (
     Queued,
     Timeline,
 )
-from serve_app.protocol.params import FRESH, GenerationParams, Standing
+from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.conftest import DEMO, FIFO
 
 
@@ -33,7 +33,7 @@ class Asked:
         given = {"width": 64, "height": 64, "num_inference_steps": 6} | options
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         params = GenerationParams("a red circle", 1, **given)
-        self.number = engine.submit(params, self._events.put, Standing(trace=trace))
+        self.number = engine.submit(params, self._events.put, RequestContext(trace=trace))
 
     def until(self, kind: type[Event]) -> list[Event]:
         """What comes up to the first of this kind."""
@@ -68,7 +68,7 @@ def test_each_part_is_told_when_it_has_ended(demo_engine: Engine) -> None:
     assert ended_s == sorted(ended_s)
     assert ended_s[0] > 0
     assert ended_s[-1] == result.denoise_s
-    assert end.mates == ()
+    assert end.peers == ()
 
 
 def test_who_is_not_traced_is_told_nothing_of_it(demo_engine: Engine) -> None:
@@ -86,10 +86,10 @@ def test_batch_mates_know_each_other(demo_pipeline: LoadedPipeline) -> None:
         ends = {name: one.to_the_end()[0] for name, one in zip("23-", others, strict=True)}
         alone = elsewhere.to_the_end()[0][-1]
         whole = first.to_the_end()[0][-1]
-    assert sorted(whole.mates) == ["second", "third"]
-    assert {"first"} < {*ends["2"][-1].mates} <= {"first", "third"}
+    assert sorted(whole.peers) == ["second", "third"]
+    assert {"first"} < {*ends["2"][-1].peers} <= {"first", "third"}
     assert ends["-"] == []
-    assert alone.mates == ()
+    assert alone.peers == ()
     sizes = [step.batch_size for step in whole.steps]
     assert len(sizes) == 60
     assert sizes[0] == 1
@@ -140,11 +140,11 @@ def test_no_more_mates_are_kept_than_are_told() -> None:
     params = GenerationParams("x", 1, num_inference_steps=4)
 
     def one(trace: str) -> Request:
-        standing = replace(FRESH, trace=trace)
-        return Request(1, params, standing, lambda _: None, 1.0, Task(1, 0.0, 0.0))
+        context = replace(INITIAL, trace=trace)
+        return Request(1, params, context, lambda _: None, 1.0, Task(1, 0.0, 0.0))
 
     mine = one("mine")
     for start in range(0, 1_000, 15):
-        introduce([mine, *(one(f"{number}") for number in range(start, start + 15))])
-    assert len(mine.mates) < MOST_MATES + 16
-    assert mine.timeline.mates == tuple(str(number) for number in range(MOST_MATES))
+        link_batch_peers([mine, *(one(f"{number}") for number in range(start, start + 15))])
+    assert len(mine.peers) < MAX_PEERS + 16
+    assert mine.timeline.peers == tuple(str(number) for number in range(MAX_PEERS))

@@ -29,7 +29,7 @@ class Painted:
     verdict: Verdict
 
 
-def paint_held_out(
+def generate_held_out(
     pipeline: DiffusionPipeline,
     pairs: int = 256,
     steps: int = 20,
@@ -98,7 +98,7 @@ def main(
 ) -> None:
     """Print how often colours, backgrounds and shapes come out as the prompt says."""
     pipeline = DiffusionPipeline.from_pretrained(model)
-    painted = paint_held_out(pipeline, pairs, steps, guidance_scale, size_px, seed)
+    painted = generate_held_out(pipeline, pairs, steps, guidance_scale, size_px, seed)
     for part, share in accuracy(painted).items():
         typer.echo(f"{part:<10} {share:.1%} of {pairs}")
     for item in painted:

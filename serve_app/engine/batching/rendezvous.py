@@ -75,23 +75,23 @@ class Job(Generic[T]):
 
     def start(self) -> None:
         """Run up to the first call, or to the end."""
-        self._go_on(self._greenlet.switch)
+        self._resume(self._greenlet.switch)
 
     def resume(self, output: Any) -> None:
         """Answer the call and run up to the next one, or to the end."""
-        self._go_on(lambda: self._greenlet.switch(output))
+        self._resume(lambda: self._greenlet.switch(output))
 
     def fail(self, error: Exception) -> None:
         """Raise ``error`` from the call, inside the job."""
-        self._go_on(lambda: self._greenlet.throw(error))
+        self._resume(lambda: self._greenlet.throw(error))
 
     def kill(self) -> None:
         """End the job where it stands; its ``finally`` blocks run. Does nothing to a dead one."""
         while not self.finished:  # a ``finally`` block may call the network once more
-            self._go_on(lambda: self._greenlet.throw(GreenletExit))
+            self._resume(lambda: self._greenlet.throw(GreenletExit))
         self.call = None
 
-    def _go_on(self, switch: Callable[[], Any]) -> None:
+    def _resume(self, switch: Callable[[], Any]) -> None:
         self.call = None
         # The engine's own greenlet is where a job parks to and where it ends.
         self._greenlet.parent = getcurrent()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from serve_app import __version__
-from serve_app.config import painting_environment
+from serve_app.config import generation_environment
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def of_machine(device: torch.device) -> Fingerprint:
         "torch build": f"{torch.version.git_version} CUDA {torch.version.cuda}",
         "processor": f"{platform.machine()} {_processor()}",
         "threads": str(torch.get_num_threads()),
-        "environment": repr(painting_environment()),
+        "environment": repr(generation_environment()),
         "precision": f"{torch.get_float32_matmul_precision()}, "
         f"cudnn allow_tf32={torch.backends.cudnn.allow_tf32} "
         f"benchmark={torch.backends.cudnn.benchmark} "

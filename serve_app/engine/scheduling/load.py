@@ -72,9 +72,9 @@ class Throughput:
         self._took_s = 0.0
         self._saved_s = 0.0  # by calls that several shared
 
-    def called(self, alone_s: float, seconds: float) -> None:
+    def called(self, solo_s: float, seconds: float) -> None:
         """Denoiser calls took so long, and those in them one after the other so long."""
-        self._saved_s += alone_s - seconds
+        self._saved_s += solo_s - seconds
 
     def busy(self, seconds: float) -> None:
         """So much time has passed in which there was work, that of the calls included."""
@@ -89,12 +89,12 @@ class Throughput:
         return max(_LEAST_THROUGHPUT, (took_s + self._saved_s) / took_s)
 
 
-class Demand:
+class LoadTracker:
     """Keeps the figures. Times are in seconds on any one clock; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._left_s = {False: 0.0, True: 0.0}  # by background
+        self._remaining_s = {False: 0.0, True: 0.0}  # by background
         self._requests = {False: 0, True: 0}
         self._offered = _Window()
         self._busy = _Window()
@@ -102,40 +102,42 @@ class Demand:
         self._counted_until = 0.0
         self._throughput = Throughput()
 
-    def offered(self, now: float, alone_s: float) -> None:
+    def offered(self, now: float, solo_s: float) -> None:
         """An interactive request came for the first time, and could be done in time by somebody."""
         with self._lock:
-            self._offered.add(now, alone_s)
+            self._offered.add(now, solo_s)
             weight = _MEAN_WEIGHT if self._mean_s else 1.0
-            self._mean_s += weight * (alone_s - self._mean_s)
+            self._mean_s += weight * (solo_s - self._mean_s)
 
-    def accepted(self, now: float, alone_s: float, background: bool) -> None:
+    def accepted(self, now: float, solo_s: float, background: bool) -> None:
         """A request was taken in."""
         with self._lock:
             self._pass_to(now)
-            self._left_s[background] += alone_s
+            self._remaining_s[background] += solo_s
             self._requests[background] += 1
 
-    def called(self, alone_s: float, seconds: float) -> None:
+    def called(self, solo_s: float, seconds: float) -> None:
         """A denoiser call took so long, and those in it one after the other so long."""
         with self._lock:
-            self._throughput.called(alone_s, seconds)
+            self._throughput.called(solo_s, seconds)
 
-    def went_on(self, now: float, before_s: float, left_s: float, background: bool) -> None:
+    def update_remaining(
+        self, now: float, before_s: float, left_s: float, background: bool
+    ) -> None:
         """Of a request that was taken in so much was left, and is now: more, if it turns out to
         take longer."""
         with self._lock:
             self._pass_to(now)
-            self._left_s[background] += left_s - before_s
+            self._remaining_s[background] += left_s - before_s
 
     def ended(self, now: float, left_s: float, background: bool) -> None:
         """A request has ended, with so much of it not done."""
         with self._lock:
             self._pass_to(now)
-            self._left_s[background] -= left_s
+            self._remaining_s[background] -= left_s
             self._requests[background] -= 1
             if not self._requests[background]:
-                self._left_s[background] = 0.0  # what rounding left
+                self._remaining_s[background] = 0.0  # what rounding left
 
     def throughput(self) -> float:
         with self._lock:
@@ -161,7 +163,7 @@ class Demand:
             )
 
     def _backlog_s(self, background: bool) -> float:
-        return max(0.0, self._left_s[background]) / self._throughput.value()
+        return max(0.0, self._remaining_s[background]) / self._throughput.value()
 
     def _pass_to(self, now: float) -> None:
         """Count the time until now, in which as many requests were there as are."""

@@ -30,7 +30,7 @@ class Task:
     """Counts the calls that parked, over all requests."""
     late: bool = False
     """It cannot be done in time any more, or only at the cost of more than one other."""
-    whole_s: float = 0.0
+    total_work_s: float = 0.0
     """The work when it came; a policy sets it."""
     background: bool = False
     """It runs when no other can."""
@@ -232,7 +232,7 @@ class OnTime(RankedPolicy):
 
     def _lost_at(self, task: Task) -> float:
         """Whoever would end after this is late."""
-        return task.deadline_at + self._grace * task.whole_s
+        return task.deadline_at + self._grace * task.total_work_s
 
     def call_s(self, leader: Task, now: float) -> float:
         # Company may use half of the time to spare; the rest is for what is not foreseen.
@@ -243,7 +243,7 @@ class OnTime(RankedPolicy):
 
     def add(self, task: Task) -> None:
         super().add(task)
-        task.whole_s = task.remaining_s
+        task.total_work_s = task.remaining_s
         insort(self._by_deadline, (task.deadline_at, task.request, task))
         self._stale = True
 
@@ -298,7 +298,7 @@ class OnTime(RankedPolicy):
                 continue
             finished_at += task.remaining_s
             due_at = max(deadline_at, soonest_at)
-            heappush(longest, (-task.whole_s, number, task.remaining_s))
+            heappush(longest, (-task.total_work_s, number, task.remaining_s))
             while finished_at > due_at + ROUNDING_S:
                 _, dropped, remaining_s = heappop(longest)
                 finished_at -= remaining_s

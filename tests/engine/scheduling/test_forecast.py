@@ -81,11 +81,11 @@ def simulate(load: float, count: int = 600) -> Forecast:
     cost, policy = model(), OnTime()
     forecast = Forecast(cost)
     calls = {SMALL: 20, LARGE: 25}
-    alone_s = {
+    solo_s = {
         size: cost.predict_encode(size) + cost.predict_steps(size, n) + cost.predict_decode(size)
         for size, n in calls.items()
     }
-    mean_s = 0.6 * alone_s[SMALL] + 0.4 * alone_s[LARGE]
+    mean_s = 0.6 * solo_s[SMALL] + 0.4 * solo_s[LARGE]
     arrivals = []
     at = 0.0
     for _ in range(count):
@@ -106,7 +106,7 @@ def simulate(load: float, count: int = 600) -> Forecast:
         while arrivals and arrivals[0][0] <= now:
             at, size = arrivals.pop(0)
             number += 1
-            task = Task(number, at + 3 * alone_s[size], alone_s[size], size)
+            task = Task(number, at + 3 * solo_s[size], solo_s[size], size)
             inside[number] = Request(task, size, now, calls[size])
             policy.add(task)
             inside[number].predicted_s = cost.predict_encode(size) + predict(inside[number])

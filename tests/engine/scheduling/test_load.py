@@ -6,11 +6,11 @@ from random import Random
 
 import pytest
 
-from serve_app.engine.scheduling.load import WINDOW_S, Demand
+from serve_app.engine.scheduling.load import WINDOW_S, LoadTracker
 
 
 def test_an_engine_of_which_nothing_is_known() -> None:
-    load = Demand().load(5.0, cold_start_s=7.0)
+    load = LoadTracker().load(5.0, cold_start_s=7.0)
     assert (load.backlog_s, load.batch_backlog_s, load.arrival_rate) == (0, 0, 0)
     assert (load.throughput, load.mean_work_s, load.utilization) == (1, 0, 0)
     assert load.cold_start_s == 7.0
@@ -26,7 +26,7 @@ def test_an_engine_of_which_nothing_is_known() -> None:
     }
 
 
-def run(demand: Demand, gain: float, seconds: float, background: bool = False) -> float:
+def run(demand: LoadTracker, gain: float, seconds: float, background: bool = False) -> float:
     """One request after the other of ten steps, each step done ``gain`` times as fast."""
     now = 100.0
     while now < 100.0 + seconds:
@@ -34,14 +34,14 @@ def run(demand: Demand, gain: float, seconds: float, background: bool = False) -
         for step in range(10):
             now += 0.2 / gain
             demand.called(0.2, 0.2 / gain)
-            demand.went_on(now, 2.0 - 0.2 * step, 1.8 - 0.2 * step, background)
+            demand.update_remaining(now, 2.0 - 0.2 * step, 1.8 - 0.2 * step, background)
         demand.ended(now, 0.0, background)
     return now
 
 
 @pytest.mark.parametrize("gain", [0.5, 1.0, 3.0])
 def test_throughput_is_work_done_in_busy_time(gain: float) -> None:
-    demand = Demand()
+    demand = LoadTracker()
     now = run(demand, gain, 100)
     assert demand.throughput() == pytest.approx(gain, rel=0.05)
     demand.accepted(now + 1e4, 2.0, False)  # an idle night changes nothing
@@ -50,10 +50,10 @@ def test_throughput_is_work_done_in_busy_time(gain: float) -> None:
 
 
 def test_the_backlog_is_what_is_left_by_class() -> None:
-    demand = Demand()
+    demand = LoadTracker()
     demand.accepted(0.0, 4.0, False)
     demand.accepted(0.0, 10.0, True)
-    demand.went_on(0.0, 4.0, 3.0, False)
+    demand.update_remaining(0.0, 4.0, 3.0, False)
     demand.ended(0.0, 3.0, False)  # cancelled
     assert demand.backlog_s() == 0
     assert demand.backlog_s(background=True) * demand.throughput() == pytest.approx(10.0)
@@ -63,37 +63,37 @@ def test_the_backlog_is_what_is_left_by_class() -> None:
 
 def test_work_may_turn_out_longer() -> None:
     """The first request of a size comes before anything is known of it."""
-    demand = Demand()
+    demand = LoadTracker()
     demand.accepted(0.0, 0.0, False)
-    demand.went_on(1.0, 0.0, 9.0, False)
-    demand.went_on(2.0, 9.0, 8.0, False)
+    demand.update_remaining(1.0, 0.0, 9.0, False)
+    demand.update_remaining(2.0, 9.0, 8.0, False)
     assert demand.throughput() == 1.0
     assert demand.backlog_s() == 8.0
 
 
 def test_work_offered_and_time_busy_are_those_of_the_last_half_minute() -> None:
-    demand = Demand()
+    demand = LoadTracker()
     for second in range(100):
         demand.offered(float(second), 0.5)
     load = demand.load(100.0, 0.0)
     assert load.arrival_rate == pytest.approx(0.5, rel=0.05)
     assert load.mean_work_s == 0.5
     assert demand.load(100.0 + 2 * WINDOW_S, 0.0).arrival_rate == 0
-    demand = Demand()
+    demand = LoadTracker()
     now = run(demand, 1.0, 2 * WINDOW_S)
     assert demand.load(now, 0.0).utilization == pytest.approx(1.0, abs=0.05)
     assert demand.load(now + WINDOW_S / 2, 0.0).utilization == pytest.approx(0.5, abs=0.06)
 
 
 def test_batch_work_keeps_no_replica() -> None:
-    demand = Demand()
+    demand = LoadTracker()
     now = run(demand, 1.0, WINDOW_S, background=True)
     assert demand.load(now, 0.0).utilization == 0
     assert demand.throughput() == pytest.approx(1.0)
 
 
 def test_any_thread_may_look() -> None:
-    demand = Demand()
+    demand = LoadTracker()
     seen = []
     stop = threading.Event()
 
@@ -108,7 +108,7 @@ def test_any_thread_may_look() -> None:
         demand.offered(now, 1.0)
         demand.accepted(now, 1.0, False)
         now += rng.random()
-        demand.went_on(now, 1.0, 0.0, False)
+        demand.update_remaining(now, 1.0, 0.0, False)
         demand.ended(now, 0.0, False)
     stop.set()
     thread.join()

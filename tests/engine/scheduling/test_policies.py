@@ -31,12 +31,12 @@ class Job:
     slo_scale: float = 3.0
 
     @property
-    def alone_s(self) -> float:
+    def solo_s(self) -> float:
         return self.steps * self.step_s
 
     @property
     def deadline_at(self) -> float:
-        return self.at + self.slo_scale * self.alone_s
+        return self.at + self.slo_scale * self.solo_s
 
 
 jobs = st.lists(
@@ -71,7 +71,7 @@ def run(policy: Policy, jobs: list[Job], cap: int = 4) -> tuple[list[list[int]],
         while coming and jobs[coming[0]].at <= now:
             number = coming.pop(0)
             job = jobs[number]
-            task = Task(number, job.deadline_at, job.alone_s, job.key, job.step_s)
+            task = Task(number, job.deadline_at, job.solo_s, job.key, job.step_s)
             tasks[number] = task
             policy.add(task)
             policy.park(task)
@@ -116,7 +116,7 @@ def test_every_step_is_run_once_in_batches_that_fit(name: str, jobs: list[Job], 
 @given(jobs=jobs, dropped=st.integers(0, 24))
 def test_a_request_that_is_dropped_is_gone(name: str, jobs: list[Job], dropped: int) -> None:
     policy = new(name)
-    tasks = [Task(n, job.deadline_at, job.alone_s, job.key) for n, job in enumerate(jobs)]
+    tasks = [Task(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
     for task in tasks:
         policy.add(task)
         policy.park(task)
@@ -135,7 +135,7 @@ def test_a_request_that_is_dropped_is_gone(name: str, jobs: list[Job], dropped: 
 def test_the_batch_of_the_leader_is_filled(name: str, jobs: list[Job]) -> None:
     policy = new(name)
     for number, job in enumerate(jobs):
-        task = Task(number, job.deadline_at, job.alone_s, job.key)
+        task = Task(number, job.deadline_at, job.solo_s, job.key)
         policy.add(task)
         policy.park(task)
     chosen = policy.choose(0.0, lambda *_: 4)
@@ -160,7 +160,7 @@ def test_a_short_urgent_request_overtakes_a_long_one_in_its_middle() -> None:
 @given(jobs)
 def test_in_the_on_time_set_deadlines_are_in_order(jobs: list[Job]) -> None:
     policy = OnTime(grace=0.0)
-    tasks = [Task(n, job.deadline_at, job.alone_s, job.key) for n, job in enumerate(jobs)]
+    tasks = [Task(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
     for task in tasks:
         policy.add(task)
         policy.park(task)
@@ -246,7 +246,7 @@ def test_with_a_grace_no_other_loses_its_deadline_unplanned(jobs: list[Job]) -> 
     """All that counts as on time ends in time, or by its grace at the latest."""
     policy = OnTime(grace=0.5)
     for number, job in enumerate(jobs):
-        task = Task(number, job.deadline_at, job.alone_s, job.key)
+        task = Task(number, job.deadline_at, job.solo_s, job.key)
         policy.add(task)
         policy.park(task)
     now = 0.0
@@ -254,17 +254,17 @@ def test_with_a_grace_no_other_loses_its_deadline_unplanned(jobs: list[Job]) -> 
         (task,) = chosen
         now += task.remaining_s
         if not task.late:
-            assert now <= task.deadline_at + 0.5 * task.whole_s + 1e-4
+            assert now <= task.deadline_at + 0.5 * task.total_work_s + 1e-4
         policy.drop(task)
 
 
 def test_the_late_do_not_starve() -> None:
     """A hopeless request among ever new ones that are on time, which leave no idle moment."""
-    hopeless = Job(0, 10, 1.0, "large", slo_scale=0.4)
+    infeasible = Job(0, 10, 1.0, "large", slo_scale=0.4)
     steady = [Job(0.9 * second, 1, 1.0, "small", slo_scale=400.0) for second in range(400)]
-    _, ended = run(OnTime(), [hopeless, *steady], cap=1)
+    _, ended = run(OnTime(), [infeasible, *steady], cap=1)
     assert ended[0] < 150  # 10 s of work at 10 % of the time, and a little for the start
-    _, ended = run(OnTime(late_share=0.0), [hopeless, *steady], cap=1)
+    _, ended = run(OnTime(late_share=0.0), [infeasible, *steady], cap=1)
     assert ended[0] > 390
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.metrics import Meter
+from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.startup.certification import largest_difference
 from serve_app.errors import ModelLoadError
@@ -181,7 +181,9 @@ def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
 
 
 def test_without_company_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
-    engine = Engine(pipeline, DEMO, EngineConfig(max_running=1), meter=Meter("nothing shared"))
+    engine = Engine(
+        pipeline, DEMO, EngineConfig(max_running=1), meter=EngineMetrics("nothing shared")
+    )
     with engine:
         assert engine.stats().ticks == 0
         engine.generate(_requests()[0])
