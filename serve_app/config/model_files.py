@@ -1,0 +1,103 @@
+"""The files of a model on this machine: its folder and its LoRA adapters.
+
+These checks read folder listings and one JSON file, so they take milliseconds. The loader and the
+command line call them before torch is imported.
+"""
+
+import json
+from pathlib import Path
+
+from serve_app.config.models import ModelConfig, is_path
+from serve_app.errors import ModelLoadError
+
+_WEIGHTS = (".safetensors",)
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+
+def find_loras(model: ModelConfig) -> dict[str, str]:
+    """Return ``{name: file or repository}`` of the named adapters and of those in the folder.
+
+    Raises:
+        ModelLoadError: if a file or the folder does not exist, or two adapters have one name.
+    """
+    found = dict(model.loras)
+    for name, source in found.items():
+        path = Path(source).expanduser()
+        if is_path(source) and not (path.is_file() and path.suffix == ".safetensors"):
+            raise ModelLoadError(f"model.loras: {name!r}: there is no .safetensors file {path}.")
+    if model.lora_folder is None:
+        return found
+    folder = Path(model.lora_folder).expanduser()
+    if not folder.is_dir():
+        raise ModelLoadError(f"model.lora_folder: there is no folder {folder}.")
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise ModelLoadError(
+                f"model.lora_folder: {path} is called {name!r}, as one of model.loras is. Rename "
+                "one of the two."
+            )
+        found[name] = str(path)
+    return found
+
+
+def check_model_folder(model: ModelConfig) -> None:
+    """Find what would stop a local model from loading.
+
+    A repository of the hub is checked when it is loaded.
+
+    Raises:
+        ModelLoadError: if the folder is missing, is not in the diffusers format, needs code of its
+            own, or holds a component whose weights are pickles only; or if an adapter is missing.
+    """
+    find_loras(model)
+    if not model.is_folder:
+        return
+    folder = Path(model.source)
+    if not folder.is_dir():
+        raise ModelLoadError(
+            f"model {model.id!r}: the folder {folder} does not exist. Set model.path to a folder "
+            "in the diffusers format, or to the name of a Hugging Face repository."
+        )
+    for name in _component_names(model, folder / "model_index.json"):
+        _check_component(model, folder / name)
+
+
+def _component_names(model: ModelConfig, index_file: Path) -> list[str]:
+    """Return the components that ``model_index.json`` lists, without those that are null."""
+    if not index_file.is_file():
+        raise ModelLoadError(
+            f"model {model.id!r}: {index_file.parent} has no model_index.json, so it is not in the "
+            "diffusers format. Convert a single-file checkpoint with diffusers' from_single_file "
+            "and save_pretrained."
+        )
+    try:
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelLoadError(f"model {model.id!r}: {index_file} is not JSON: {error}") from None
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise ModelLoadError(
+            f"model {model.id!r}: {index_file} names no stock pipeline in _class_name; models that "
+            "bring code of their own are not loaded."
+        )
+    return [
+        name
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[:1] not in ([], [None])
+    ]
+
+
+def _check_component(model: ModelConfig, component: Path) -> None:
+    if not component.is_dir():
+        raise ModelLoadError(
+            f"model {model.id!r}: {component.parent / 'model_index.json'} names the component "
+            f"{component.name!r}, but {component} does not exist. Copy the whole model folder."
+        )
+    files = [file.name for file in component.iterdir()]
+    pickles = sorted(file for file in files if file.endswith(_PICKLES))
+    if pickles and not any(file.endswith(_WEIGHTS) for file in files):
+        raise ModelLoadError(
+            f"model {model.id!r}: {component} has only pickled weights ({', '.join(pickles)}), "
+            "which can run code when they are loaded. Convert them to safetensors: load them "
+            "where you trust them and call save_pretrained(..., safe_serialization=True)."
+        )

@@ -1,0 +1,149 @@
+"""A Serve config file (YAML): the applications of this project in it, and their scaling.
+
+Serve reads the file itself. This module reads the parts that `diffusion-serve check`, `plan`,
+`doctor` and `serve` need, and knows no Ray.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from serve_app.config.models import AppConfig, parse_app_config
+from serve_app.errors import ConfigError
+
+IMPORT_PATH = "serve_app.app:build"
+"""The import path by which a Serve config names this application."""
+
+WORK_POLICY = "serve_app.autoscaling.ray_policy:WorkPolicy"
+"""The import path by which a Serve config names the policy that scales replicas by work."""
+
+SERVE_DELAYS_S = {"upscale_delay_s": 30.0, "downscale_delay_s": 600.0}
+"""Serve's defaults: seconds that Serve waits before it applies a policy's decision."""
+
+
+def read_serve_config(path: Path) -> list[AppConfig]:
+    """Return the configuration of each application of this project in a Serve config file.
+
+    Raises:
+        ConfigError: if the file cannot be read, or an application's ``args`` are wrong.
+    """
+    return [parse_app_config(one.get("args", {})) for one in read_applications(path)]
+
+
+def read_autoscaling(path: Path, deployment: str) -> list[dict[str, Any]]:
+    """Return ``autoscaling_config`` of the deployment, one for each application of this project.
+
+    A fixed ``num_replicas`` becomes equal bounds. The mapping is empty if the file sets neither.
+
+    Raises:
+        ConfigError: if the file cannot be read, or one of them is no mapping.
+    """
+    found = []
+    for application in read_applications(path):
+        named = _deployment(path, application, deployment)
+        scaling = named.get("autoscaling_config") or {}
+        if not isinstance(scaling, dict) or not isinstance(scaling.get("policy") or {}, dict):
+            raise ConfigError(f"{path}: autoscaling_config and its policy must be mappings.")
+        if not scaling and "num_replicas" in named:
+            scaling = dict.fromkeys(("min_replicas", "max_replicas"), named["num_replicas"])
+        found.append(scaling)
+    return found
+
+
+def read_num_gpus(path: Path, deployment: str) -> list[float | None]:
+    """Return the GPUs that a replica requests, one for each application; None where not set.
+
+    Raises:
+        ConfigError: if the file cannot be read, or one of them is no number.
+    """
+    found: list[float | None] = []
+    for application in read_applications(path):
+        options = _deployment(path, application, deployment).get("ray_actor_options") or {}
+        number = options.get("num_gpus") if isinstance(options, dict) else options
+        if not (number is None or (isinstance(number, int | float) and number >= 0)):
+            raise ConfigError(
+                f"{path}: ray_actor_options.num_gpus must be a number of GPUs; it is {number!r}."
+            )
+        found.append(number)
+    return found
+
+
+def policy_kwargs(autoscaling: Mapping[str, Any]) -> dict[str, object]:
+    """Return the parameters of `WORK_POLICY`; nothing if another policy is named.
+
+    Raises:
+        ConfigError: if ``policy_kwargs`` are no mapping, or if Serve would wait before it applies
+            the policy's decision.
+    """
+    policy = autoscaling.get("policy") or {}
+    if policy.get("policy_function") != WORK_POLICY:
+        return {}
+    for name, default_s in SERVE_DELAYS_S.items():
+        if autoscaling.get(name, default_s) == 0:
+            continue
+        origin = "" if name in autoscaling else ", Serve's default where it is not set"
+        raise ConfigError(
+            f"autoscaling_config.{name} is {autoscaling.get(name, default_s)}{origin}: Serve would "
+            "wait so many seconds before it applies a decision of the policy, which has delays of "
+            "its own. Set it to 0."
+        )
+    given = policy.get("policy_kwargs") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"policy_kwargs must be a mapping; it is {given!r}.")
+    return given
+
+
+def foreign_policy(autoscaling: Mapping[str, Any]) -> str | None:
+    """Return the policy that is named instead of `WORK_POLICY`; None if there is no other."""
+    named = (autoscaling.get("policy") or {}).get("policy_function")
+    return None if named in (None, WORK_POLICY) else str(named)
+
+
+def read_serve_file(path: Path) -> dict[str, Any]:
+    """Return the content of a Serve config file with at least one application of this project.
+
+    Raises:
+        ConfigError: if the file cannot be read, is not YAML, or has no such application.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from None
+    if not (isinstance(content, dict) and _of_this_project(content)):
+        raise ConfigError(
+            f"{path} has no application with import_path {IMPORT_PATH!r}; see configs/ for "
+            "examples."
+        )
+    return content
+
+
+def read_applications(path: Path) -> list[dict[str, Any]]:
+    """Return the applications of this project as the file has them.
+
+    Raises:
+        ConfigError: as `read_serve_file`.
+    """
+    return _of_this_project(read_serve_file(path))
+
+
+def _of_this_project(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    applications = content.get("applications")
+    return [
+        application
+        for application in (applications if isinstance(applications, list) else [])
+        if isinstance(application, dict) and application.get("import_path") == IMPORT_PATH
+    ]
+
+
+def _deployment(path: Path, application: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the settings of a deployment; empty if the application has none."""
+    deployments = application.get("deployments") or []
+    if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
+        raise ConfigError(f"{path}: deployments must be a list of mappings.")
+    matching = (one for one in deployments if one.get("name") == name)
+    named: dict[str, Any] = next(matching, {})
+    return named
