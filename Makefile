@@ -20,14 +20,10 @@ install: .venv/installed
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The check answers a wrong configuration at once, before Ray is started. Config files listen on all
-# addresses, as containers must; a server of one's own is for one's own machine. The variable is read
-# by Serve's proxies: serve_app/gateway/proxy.py says what for.
+# Config files listen on all addresses, as containers must. A server on your own machine listens on
+# that machine only, unless HOST says otherwise.
 serve: install
-	$(BIN)/diffusion-serve check $(CONFIG)
-	sed 's/^  host: 0\.0\.0\.0$$/  host: $(HOST)/' $(CONFIG) > .venv/serve.yaml
-	RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.gateway.proxy:middlewares \
-		$(BIN)/serve run .venv/serve.yaml
+	$(BIN)/diffusion-serve serve $(CONFIG) --host $(HOST)
 
 OVERLAYS := $(notdir $(wildcard cluster/overlays/*))
 

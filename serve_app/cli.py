@@ -19,15 +19,12 @@ from serve_app.config import (
     ModelConfig,
     api_key_in_environment,
     check_model_folder,
-    foreign_policy,
-    is_path,
-    keys_in_environment,
-    policy_kwargs,
-    read_autoscaling,
     read_num_gpus,
     read_serve_config,
 )
+from serve_app.config.model_files import find_model
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest
+from serve_app.serving import check_serve_file, serve
 
 Routing = Literal["count", "work"]
 """As the simulator has it."""
@@ -35,7 +32,7 @@ Routing = Literal["count", "work"]
 if TYPE_CHECKING:
     from serve_app.doctor.report import Finding
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
     ".png": "png",
@@ -68,13 +65,7 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
     raise InvalidRequest(f"--size must be WIDTHxHEIGHT in pixels, such as 512x512; got {text!r}.")
 
 
-def _model(name: str) -> ModelConfig:
-    """``demo``, a folder, or a repository of the hub."""
-    if name != "demo" and Path(name).expanduser().is_dir():
-        return ModelConfig(
-            id=Path(name).name or "model", path=str(Path(name).expanduser().resolve())
-        )
-    return ModelConfig(id=name, path=name if is_path(name) else None)
+cli.command()(serve)
 
 
 @cli.command()
@@ -82,21 +73,9 @@ def check(
     config: Annotated[Path, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")],
 ) -> None:
     """Look for mistakes in a config file, in a second, before Ray is started with it."""
-    # Late, so that --help does not wait for what serves HTTP.
-    from serve_app.autoscaling.params import read_scaling_params
-    from serve_app.gateway.auth import KeyRing
-
     try:
-        for autoscaling in read_autoscaling(config, "Generator"):
-            read_scaling_params(policy_kwargs(autoscaling))
-            if other := foreign_policy(autoscaling):
-                typer.echo(
-                    f"warning: {config}: Generator is scaled by {other}, which is not checked.",
-                    err=True,
-                )
-        for application in read_serve_config(config):
-            check_model_folder(application.model)
-            KeyRing(application.gateway.keys_file, keys_in_environment())
+        for warning in check_serve_file(config):
+            typer.echo(f"warning: {warning}", err=True)
     except ConfigError as error:
         typer.echo(f"error: {config}: {error}", err=True)
         raise typer.Exit(2) from None
@@ -359,7 +338,7 @@ def infer(
         if not output.absolute().parent.is_dir():
             raise InvalidRequest(f"--output: the folder {output.absolute().parent} does not exist.")
         width, height = _size(size)
-        config = _model(model)
+        config = find_model(model)
         check_model_folder(config)
         # Late, so that --help and mistakes are answered without waiting for torch.
         from serve_app.engine.engine import Engine

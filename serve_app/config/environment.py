@@ -15,6 +15,9 @@ KEYS_PATH_VARIABLE = "DIFFUSION_SERVE_KEYS_PATH"
 API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
 """The variable that holds the API key of a client of a server."""
 
+PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+"""The variable by which Ray's processes learn the middlewares of Serve's proxies."""
+
 _MACHINE_VARIABLES = (
     "CUDA_MPS_PIPE_DIRECTORY",
     "CUDA_VISIBLE_DEVICES",

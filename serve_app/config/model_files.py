@@ -41,6 +41,35 @@ def find_loras(model: ModelConfig) -> dict[str, str]:
     return found
 
 
+def find_model(name: str) -> ModelConfig:
+    """Return the configuration of ``demo``, of a folder, or of a repository of the hub.
+
+    Raises:
+        ModelLoadError: if ``name`` is a file, or neither a folder nor a possible repository.
+    """
+    if name == "demo":
+        return ModelConfig(id=name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return ModelConfig(id=path.resolve().name or "model", path=str(path.resolve()))
+    if path.is_file():
+        raise ModelLoadError(
+            f"model {name!r} is a file. Give a folder in the diffusers format; diffusers' "
+            "from_single_file and save_pretrained make one of a single-file checkpoint."
+        )
+    if is_path(name):
+        raise ModelLoadError(
+            f"model {name!r}: the folder {path} does not exist. Give a folder in the diffusers "
+            "format, a Hugging Face repository as owner/name, or 'demo'."
+        )
+    if name.count("/") != 1 or not all(name.split("/")):
+        raise ModelLoadError(
+            f"model {name!r}: there is no such folder in {Path.cwd()}, and a Hugging Face "
+            "repository is written as owner/name. Give one of the two, or 'demo'."
+        )
+    return ModelConfig(id=name)
+
+
 def check_model_folder(model: ModelConfig) -> None:
     """Find what would stop a local model from loading.
 

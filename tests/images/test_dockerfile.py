@@ -12,6 +12,8 @@ import pytest
 import yaml
 
 from serve_app import __version__
+from serve_app.config.environment import PROXY_CALLBACK_VARIABLE
+from serve_app.serving import PROXY_CALLBACK
 from tests.images.dockerfile import Dockerfile, Ignored, pairs
 from tests.serve_configs import SERVE_CONFIGS
 
@@ -161,11 +163,10 @@ def test_it_is_asked_for_its_health_where_it_listens(dockerfile: Dockerfile, tar
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_proxies_are_started_as_make_serve_starts_them(
+def test_the_proxies_have_the_middlewares_of_diffusion_serve(
     dockerfile: Dockerfile, target: str
 ) -> None:
-    name = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-    assert f"{name}={dockerfile.environment(target)[name]}" in (ROOT / "Makefile").read_text()
+    assert dockerfile.environment(target)[PROXY_CALLBACK_VARIABLE] == PROXY_CALLBACK
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,0 +1,252 @@
+"""``diffusion-serve serve``: from a config file, or from a model alone, to a running server.
+
+Everything that can be wrong is checked before Ray is imported. Ray's own ``serve run`` then runs
+the config in this process, so that Ctrl-C and SIGTERM end it as they end ``serve run``.
+"""
+
+import os
+import socket
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import yaml
+
+from serve_app.config.environment import (
+    PROXY_CALLBACK_VARIABLE,
+    keys_in_environment,
+    machine_environment,
+)
+from serve_app.config.model_files import check_model_folder, find_model
+from serve_app.config.models import ModelConfig
+from serve_app.config.serve_file import (
+    IMPORT_PATH,
+    SERVE_DELAYS_S,
+    WORK_POLICY,
+    foreign_policy,
+    policy_kwargs,
+    read_autoscaling,
+    read_num_gpus,
+    read_serve_config,
+    read_serve_file,
+)
+from serve_app.errors import ConfigError
+
+PROXY_CALLBACK = "serve_app.gateway.proxy:middlewares"
+"""The middlewares of Serve's proxies: `serve_app.gateway.proxy` says what they are for."""
+
+LOCAL_HOST = "127.0.0.1"
+DEFAULT_PORT = 8000
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def serve(
+    config: Annotated[
+        Path | None, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Serve this model without a config file: 'demo' (the default), a folder, or a "
+            "Hugging Face repository."
+        ),
+    ] = None,
+    device: Annotated[
+        Device | None,
+        typer.Option(help="With --model. 'auto': a GPU; only the demo model falls back to a CPU."),
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="With --model: the precision.")] = None,
+    max_replicas: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --model: replicas under load, each on its own GPU."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 means all of them.")
+    ] = LOCAL_HOST,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65_535, help="The config's or 8000 by default.")
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the config and exit.")
+    ] = False,
+) -> None:
+    """Run a server until Ctrl-C. The config that it runs goes to stdout if no file was given."""
+    try:
+        if config is None:
+            content = make_config(
+                find_model(model or "demo"), device or "auto", dtype or "auto", max_replicas or 1
+            )
+        elif model or device or dtype or max_replicas:
+            raise ConfigError(
+                "--model, --device, --dtype and --max-replicas make a config, and "
+                f"{config} is one. Leave them out and set model and deployments in the file."
+            )
+        else:
+            content = read_serve_file(config)
+        http_options = content.get("http_options") or {}
+        if not isinstance(http_options, dict):
+            raise ConfigError(f"{config}: http_options must be a mapping.")
+        port = port or http_options.get("port", DEFAULT_PORT)
+        content["http_options"] = http_options | {"host": host, "port": port}
+        with tempfile.TemporaryDirectory(prefix="diffusion-serve-") as folder:
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            path = Path(folder) / "serve.yaml"
+            path.write_text(text, encoding="utf-8")
+            for warning in check_serve_file(path, config or "the config"):
+                typer.echo(f"warning: {warning}", err=True)
+            if config is None or print_config:
+                typer.echo(text, nl=False)
+            if print_config:
+                return
+            check_gpus(path)
+            check_port(host, port)
+            typer.echo(f"serving on http://{host}:{port}; Ctrl-C ends it", err=True)
+            _run(path)
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def make_config(
+    model: ModelConfig, device: Device, dtype: Dtype, max_replicas: int
+) -> dict[str, Any]:
+    """Return the content of a Serve config file that serves one model.
+
+    Raises:
+        ConfigError: if ``device`` is 'auto' and this machine has no GPU for the model.
+    """
+    if device == "auto":
+        device = _choose_device(model)
+    settings = model.model_dump(exclude_unset=True, exclude_none=True) | {"device": device}
+    if dtype != "auto":
+        settings["dtype"] = dtype
+    generator: dict[str, Any] = {
+        "name": "Generator",
+        "ray_actor_options": {"num_gpus": 0 if device == "cpu" else 1, "num_cpus": 1},
+    }
+    if max_replicas > 1:
+        generator["autoscaling_config"] = {
+            "min_replicas": 1,
+            "max_replicas": max_replicas,
+            **dict.fromkeys(SERVE_DELAYS_S, 0),
+            "metrics_interval_s": 1,
+            "look_back_period_s": 3,
+            "policy": {"policy_function": WORK_POLICY},
+        }
+    return {
+        "http_options": {"host": LOCAL_HOST, "port": DEFAULT_PORT},
+        "applications": [
+            {
+                "name": "diffusion-serve",
+                "route_prefix": "/",
+                "import_path": IMPORT_PATH,
+                "args": {"model": settings},
+                "deployments": [generator],
+            }
+        ],
+    }
+
+
+def check_serve_file(path: Path, name: object = None) -> list[str]:
+    """Check all that a Serve config file sets for this project, without Ray and without torch.
+
+    Args:
+        path: The file.
+        name: The name of the file in warnings; ``path`` by default.
+
+    Returns:
+        Warnings about settings that cannot be checked.
+
+    Raises:
+        ConfigError: for the first mistake.
+    """
+    # Imported here, so that --help does not wait for HTTP libraries.
+    from serve_app.autoscaling.params import read_scaling_params
+    from serve_app.gateway.auth import KeyRing
+
+    warnings = []
+    for autoscaling in read_autoscaling(path, "Generator"):
+        read_scaling_params(policy_kwargs(autoscaling))
+        if other := foreign_policy(autoscaling):
+            warnings.append(
+                f"{name or path}: Generator is scaled by {other}, which is not checked."
+            )
+    for application in read_serve_config(path):
+        check_model_folder(application.model)
+        KeyRing(application.gateway.keys_file, keys_in_environment())
+    return warnings
+
+
+def check_gpus(path: Path) -> None:
+    """Raise `ConfigError` if a replica requests a GPU that this machine does not have."""
+    wanted = max(1 if number is None else number for number in read_num_gpus(path, "Generator"))
+    if wanted > 0 and not _joins_a_cluster() and count_gpus() == 0:
+        raise ConfigError(f"the deployment Generator requests {wanted:g} GPU. {_NO_GPU}")
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise `ConfigError` if another process listens on the address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error.strerror}. Choose another --host or "
+                "--port."
+            ) from None
+
+
+def count_gpus() -> int:
+    """Return the number of NVIDIA GPUs that processes on this machine may use."""
+    import pynvml
+
+    visible = machine_environment().get("CUDA_VISIBLE_DEVICES")
+    named = None if visible is None else [one for one in visible.split(",") if one.strip()]
+    if named is not None and (not named or named[0].strip() == "-1"):
+        return 0
+    try:
+        pynvml.nvmlInit()
+        try:
+            number: int = pynvml.nvmlDeviceGetCount()
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return 0
+    return number if named is None else min(number, len(named))
+
+
+_NO_GPU = (
+    "This machine has no NVIDIA GPU that can be used: `diffusion-serve doctor` says why. To use "
+    "the GPUs of a running Ray cluster, set RAY_ADDRESS=auto. To run on the CPU, use --device cpu "
+    "with --model; in a config file set model.device to cpu and ray_actor_options.num_gpus to 0."
+)
+
+
+def _choose_device(model: ModelConfig) -> Device:
+    """Return 'cuda' where there is a GPU, else 'cpu' for the demo model only.
+
+    A full-size model on a CPU needs minutes for each image: the operator must choose that.
+    """
+    if _joins_a_cluster() or count_gpus() > 0:
+        return "cuda"
+    if model.id == "demo":
+        typer.echo("no GPU on this machine: the demo model runs on the CPU", err=True)
+        return "cpu"
+    raise ConfigError(f"--device is auto, which means a GPU. {_NO_GPU}")
+
+
+def _joins_a_cluster() -> bool:
+    return machine_environment().get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+def _run(path: Path) -> None:
+    """Run a Serve config file in this process until a signal ends it."""
+    os.environ.setdefault(PROXY_CALLBACK_VARIABLE, PROXY_CALLBACK)
+    from ray.serve.scripts import run
+
+    run.main([str(path)], standalone_mode=False)
