@@ -19,7 +19,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app import __version__
 from serve_app.app import build
-from serve_app.autoscaling.params import read_knobs
+from serve_app.autoscaling.params import read_scaling_params
 from serve_app.config import AppConfig, parse_app_config, policy_kwargs
 from serve_app.doctor.placement import untolerated
 from serve_app.errors import ConfigError
@@ -178,7 +178,7 @@ def serve_config_is_right(manifests: Manifests) -> Iterator[str]:
         try:
             parse_app_config(application.get("args", {}))
             for deployment in application.get("deployments", []):
-                read_knobs(policy_kwargs(deployment.get("autoscaling_config") or {}))
+                read_scaling_params(policy_kwargs(deployment.get("autoscaling_config") or {}))
         except ConfigError as error:
             yield f"{where}: {error} ({_config_file(manifests)})"
 
