@@ -1,7 +1,9 @@
 # make serve       a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml, HOST=127.0.0.1)
 # make manifests   every overlay of cluster/, rendered into build/manifests/
 # make dashboards  Grafana's dashboards and Prometheus' rules, written into build/
-# make test        lint, types, import contract and all tests
+# make check       what to run while you work: lint, types, import contract and the tests that need
+#                  neither Ray, a browser, a server of their own nor long: under 3 minutes on 2 cores
+# make test        everything: lint, types, import contract and all tests
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
@@ -9,7 +11,7 @@ HOST ?= 127.0.0.1
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 
-.PHONY: install serve manifests dashboards test lint types imports tests clean
+.PHONY: install serve manifests dashboards check test lint types imports quick-tests tests clean
 
 install: .venv/installed
 
@@ -42,6 +44,8 @@ dashboards: install
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize,tracing]'
 	touch $@
 
+check: lint types imports quick-tests
+
 test: lint types imports tests
 
 lint: install
@@ -53,6 +57,10 @@ types: .venv/tested
 
 imports: install
 	$(BIN)/lint-imports
+
+# Markers are declared in pyproject.toml.
+quick-tests: .venv/tested
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not serve and not slow and not gpu'
 
 tests: .venv/tested
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

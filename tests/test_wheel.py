@@ -60,6 +60,7 @@ def test_the_wheel_has_what_a_server_needs_and_no_more(wheel: Path) -> None:
     assert folders == {"serve_app", metadata.split("/")[0]}
 
 
+@pytest.mark.slow
 def test_the_wheel_generates_an_image_outside_the_clone(program: Path, tmp_path: Path) -> None:
     where = "import serve_app, sys; print(serve_app.__file__)"
     path = run([program.with_name("python"), "-c", where], tmp_path).strip()

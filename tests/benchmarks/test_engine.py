@@ -18,6 +18,8 @@ from tests.benchmarks.saturation import Saturated, psnr
 from tests.benchmarks.ways import Arrival, Kind, with_engine
 from tests.conftest import DEMO, FIFO
 
+pytestmark = pytest.mark.slow
+
 KIND = Kind(32, 32, steps=3, share=1.0)
 
 

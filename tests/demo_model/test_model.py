@@ -7,11 +7,15 @@ import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
+import pytest
+
 from serve_app.config import DEMO_MODEL_DIR
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
 from tools.demo_model.evaluate import accuracy, generate_held_out
 from tools.demo_model.judge import read
+
+pytestmark = pytest.mark.slow
 
 
 def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:

@@ -16,6 +16,8 @@ from serve_app.errors import Overloaded
 from serve_app.metrics import RAY_GAUGES, UNSERVED, declared
 from tests.monitoring.series import FOREIGN, series_of
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 UNIT_TESTS = Path(__file__).parent / "alerts"
 RUNBOOK = ROOT / "docs" / "runbook.md"

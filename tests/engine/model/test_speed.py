@@ -40,6 +40,8 @@ from tests.benchmarks.saturation import psnr
 from tests.benchmarks.speed import weight_bytes
 from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROUNDING = 1e-4
 """Largest difference of a pixel in [0, 1] that another order of additions explains."""

@@ -31,6 +31,8 @@ from tests.conftest import DEMO
 from tests.lora import ADAPTER_FILE, save_adapter
 from tests.tiny_pipelines import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 TINY = DEMO.model_copy(update={"default_size_px": (32, 32)})
 SIZES = ((64, 32), (32, 64))
 REUSED = "certification reused, and caps of 2 of 2 sizes"
