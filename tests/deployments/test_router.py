@@ -15,7 +15,7 @@ from ray.serve._private.common import (
 from ray.serve.config import RequestRouterConfig
 from ray.serve.request_router import PendingRequest
 
-from serve_app.cli import plan
+from serve_app.cli.plan import plan
 from serve_app.deployments.generator import Generator
 from serve_app.deployments.router import CHOICES, ShortestOfSeveral
 from serve_app.planner.simulator import ClusterParams

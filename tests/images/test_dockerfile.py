@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from serve_app import __version__
+from serve_app.cli.serve import PROXY_CALLBACK
 from serve_app.config.environment import PROXY_CALLBACK_VARIABLE
-from serve_app.serving import PROXY_CALLBACK
 from tests.serve_configs import SERVE_CONFIGS
 
 ROOT = Path(__file__).parents[2]

@@ -13,22 +13,15 @@ from typing import Annotated, Any, Literal
 import typer
 import yaml
 
-from serve_app.config.environment import (
-    PROXY_CALLBACK_VARIABLE,
-    keys_in_environment,
-    machine_environment,
-)
-from serve_app.config.model_files import check_model_folder, find_model
+from serve_app.cli.check import check_serve_file
+from serve_app.config.environment import PROXY_CALLBACK_VARIABLE, machine_environment
+from serve_app.config.model_files import find_model
 from serve_app.config.models import ModelConfig
 from serve_app.config.serve_file import (
     IMPORT_PATH,
     SERVE_DELAYS_S,
     WORK_POLICY,
-    foreign_policy,
-    policy_kwargs,
-    read_autoscaling,
     read_num_gpus,
-    read_serve_config,
     read_serve_file,
 )
 from serve_app.errors import ConfigError
@@ -148,36 +141,6 @@ def make_config(
             }
         ],
     }
-
-
-def check_serve_file(path: Path, name: object = None) -> list[str]:
-    """Check all that a Serve config file sets for this project, without Ray and without torch.
-
-    Args:
-        path: The file.
-        name: The name of the file in warnings; ``path`` by default.
-
-    Returns:
-        Warnings about settings that cannot be checked.
-
-    Raises:
-        ConfigError: for the first mistake.
-    """
-    # Imported here, so that --help does not wait for HTTP libraries.
-    from serve_app.autoscaling.params import read_scaling_params
-    from serve_app.gateway.auth import KeyRing
-
-    warnings = []
-    for autoscaling in read_autoscaling(path, "Generator"):
-        read_scaling_params(policy_kwargs(autoscaling))
-        if other := foreign_policy(autoscaling):
-            warnings.append(
-                f"{name or path}: Generator is scaled by {other}, which is not checked."
-            )
-    for application in read_serve_config(path):
-        check_model_folder(application.model)
-        KeyRing(application.gateway.keys_file, keys_in_environment())
-    return warnings
 
 
 def check_gpus(path: Path) -> None:

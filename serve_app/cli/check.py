@@ -1,0 +1,59 @@
+"""``diffusion-serve check``: find mistakes in a Serve config file before Ray is started."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve_app.config.environment import keys_in_environment
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.serve_file import (
+    foreign_policy,
+    policy_kwargs,
+    read_autoscaling,
+    read_serve_config,
+)
+from serve_app.errors import ConfigError
+
+
+def check(
+    config: Annotated[Path, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")],
+) -> None:
+    """Find mistakes in a config file within a second, before Ray is started with it."""
+    try:
+        for warning in check_serve_file(config):
+            typer.echo(f"warning: {warning}", err=True)
+    except ConfigError as error:
+        typer.echo(f"error: {config}: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"{config}: ok")
+
+
+def check_serve_file(path: Path, name: object = None) -> list[str]:
+    """Check all that a Serve config file sets for this project, without Ray and without torch.
+
+    Args:
+        path: The file.
+        name: The name of the file in warnings; ``path`` by default.
+
+    Returns:
+        Warnings about settings that cannot be checked.
+
+    Raises:
+        ConfigError: for the first mistake.
+    """
+    # Imported here, so that --help does not wait for HTTP libraries.
+    from serve_app.autoscaling.params import read_scaling_params
+    from serve_app.gateway.auth import KeyRing
+
+    warnings = []
+    for autoscaling in read_autoscaling(path, "Generator"):
+        read_scaling_params(policy_kwargs(autoscaling))
+        if other := foreign_policy(autoscaling):
+            warnings.append(
+                f"{name or path}: Generator is scaled by {other}, which is not checked."
+            )
+    for application in read_serve_config(path):
+        check_model_folder(application.model)
+        KeyRing(application.gateway.keys_file, keys_in_environment())
+    return warnings

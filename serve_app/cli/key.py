@@ -1,0 +1,40 @@
+"""``diffusion-serve key``: make an API key."""
+
+import secrets
+from typing import Annotated
+
+import typer
+import yaml
+
+from serve_app.errors import ConfigError
+
+
+def key(
+    name: Annotated[str, typer.Argument(help="Name of the client, for logs and metrics.")],
+    requests_per_minute: Annotated[int | None, typer.Option(help="The most per minute.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="The most at a time.")] = None,
+    priority: Annotated[
+        str | None,
+        typer.Option(help="'interactive', or 'batch': runs when no interactive one can."),
+    ] = None,
+) -> None:
+    """Make an API key. Its entry for the file of keys goes to stdout, the key itself to stderr."""
+    from serve_app.gateway.auth import digest, parse_keys
+
+    secret = f"sk-{secrets.token_urlsafe(32)}"
+    fields = {
+        "requests_per_minute": requests_per_minute,
+        "max_concurrent": max_concurrent,
+        "priority": priority,
+    }
+    given = {field: value for field, value in fields.items() if value is not None}
+    entry = yaml.safe_dump(
+        [{"name": name, "sha256": digest(secret)} | given], sort_keys=False, allow_unicode=True
+    )
+    try:
+        parse_keys(entry, "this entry")
+    except ConfigError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(entry, nl=False)
+    typer.echo(f"The key, which is stored nowhere: {secret}", err=True)

@@ -1,0 +1,52 @@
+"""``diffusion-serve check``: mistakes in a Serve config file are found without Ray."""
+
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from serve_app.cli import cli
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_misspelt_key_is_named(tmp_path: Path) -> None:
+    good = ROOT / "configs" / "demo.yaml"
+    assert CliRunner().invoke(cli, ["check", str(good)]).exit_code == 0
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(good.read_text().replace("max_steps", "max_stepz"))
+    result = CliRunner().invoke(cli, ["check", str(bad)])
+    assert result.exit_code == 2
+    assert "engine.limits.max_stepz: unknown key" in result.output
+
+
+def test_the_file_of_keys_is_checked(tmp_path: Path) -> None:
+    config = tmp_path / "serve.yaml"
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+    args = "    args:\n      gateway:\n        keys_path: /no/keys.yaml\n"
+    config.write_text(text.replace("    args:\n", args))
+    done = CliRunner().invoke(cli, ["check", str(config)])
+    assert done.exit_code == 2
+    assert "/no/keys.yaml cannot be read" in done.output
+
+
+def test_scaling_parameters_are_checked(tmp_path: Path) -> None:
+    good = ROOT / "configs" / "sdxl.yaml"
+    assert CliRunner().invoke(cli, ["check", str(good)]).exit_code == 0
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(good.read_text().replace("hold_s:", "hold:"))
+    done = CliRunner().invoke(cli, ["check", str(bad)])
+    assert done.exit_code == 2
+    assert "policy_kwargs.hold: unknown key" in done.output
+
+
+def test_delays_that_serve_adds_to_the_policy_are_rejected(tmp_path: Path) -> None:
+    good, path = (ROOT / "configs" / "sdxl.yaml").read_text(), tmp_path / "serve.yaml"
+    path.write_text(good.replace("          downscale_delay_s: 0\n", ""))
+    done = CliRunner().invoke(cli, ["check", str(path)])
+    assert done.exit_code == 2
+    assert "autoscaling_config.downscale_delay_s is 600.0, Serve's default" in done.output
+    path.write_text(good.replace("serve_app.autoscaling.ray_policy:WorkPolicy", "mine:Policy"))
+    done = CliRunner().invoke(cli, ["check", str(path)])
+    assert done.exit_code == 0
+    assert "warning" in done.stderr
+    assert "scaled by mine:Policy, which is not checked" in done.stderr
