@@ -1,1 +1,1 @@
-"""How many replicas there should be, by the seconds of work that wait; and what that would cost."""
+"""The scaling policy of a running cluster: the number of replicas that work needs."""

@@ -1,4 +1,4 @@
-"""What an operator writes under ``policy_kwargs``, checked: standard library only."""
+"""Validates the scaling parameters under ``policy_kwargs``. Standard library only."""
 
 import math
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from serve_app.autoscaling.policy import ScalingParams
 from serve_app.errors import ConfigError
 
 BOUNDS = ("min_replicas", "max_replicas")
-"""Serve has these in ``autoscaling_config`` itself."""
+"""Parameters that stand in ``autoscaling_config`` itself, not under ``policy_kwargs``."""
 
 
 def read_scaling_params(given: Mapping[str, object]) -> ScalingParams:
-    """Without bounds, which the policy is told each time it is asked.
+    """Build the parameters, without the bounds: Serve passes these to the policy at each call.
 
     Raises:
-        ConfigError: for an unknown name, a value that is no number, or one out of its range.
+        ConfigError: for an unknown name, a value that is not a number, or one out of its range.
     """
     known = {field.name: field.type for field in fields(ScalingParams) if field.name not in BOUNDS}
     numbers: dict[str, float] = {}

@@ -1,8 +1,8 @@
-"""How many replicas the work that waits needs. Pure arithmetic: standard library only, no clock.
+"""Decides how many replicas the waiting and arriving work needs. Standard library only, no clock.
 
-A request costs what it would take alone on a replica, in seconds of *work*; requests differ a
-hundredfold in it, so they are never counted. Ray Serve calls this through `ray_policy`, the
-simulator by itself: both see the same function.
+The unit of work is the solo second: one second of a request alone on an idle replica. Requests
+differ a hundredfold in work, so the policy never counts requests. Ray Serve calls `decide` through
+`ray_policy`; the simulator calls the same function directly.
 """
 
 import math
@@ -10,66 +10,51 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from serve_app.protocol.load import ReplicaLoad
+
 Term = Literal["min", "blind", "held", "batch", "arrivals", "backlog", "max"]
-"""What a decision came from: a bound, missing figures, a surplus not proven yet, work of the batch
-class that needs one replica, work that arrives, work that waits."""
-
-
-@dataclass(frozen=True)
-class ReplicaLoad:
-    """What one running replica says of itself."""
-
-    backlog_s: float = 0.0
-    """Predicted seconds until all that it has accepted is done."""
-    arrival_rate: float = 0.0
-    """Seconds of work that requests brought it, a second; refused ones included."""
-    throughput: float = 1.0
-    """Seconds of work that it does in a second in which it is busy: over 1 where batches gain."""
-    mean_work_s: float = 0.0
-    """Of a request; 0 before the first."""
-    batch_backlog_s: float = 0.0
-    """As ``backlog_s``, of the class that only fills idle time."""
+"""The reason for a decision: a bound, missing metrics, a surplus not proven yet, low-priority work
+that needs one replica, arriving work, or waiting work. The values are metric labels."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What there is to do, and who does it, at one moment."""
+    """The work and the replicas of one deployment at one moment."""
 
     at_s: float
-    """On any clock that only goes forward."""
+    """Time on any clock that never goes backwards."""
     running: int
-    """Replicas that can paint."""
+    """Replicas that can generate."""
     target: int
-    """Replicas that were asked for: those that run and those that are starting."""
+    """Requested replicas: the running and the starting ones."""
     replicas: Sequence[ReplicaLoad]
-    """Of those that run, as far as their figures are known and fresh."""
+    """Loads of the running replicas whose reports are complete and fresh."""
     queued_requests: float = 0.0
-    """At the gateways, not yet accepted by a replica."""
+    """Requests at the gateways that no replica has accepted yet."""
 
 
 @dataclass(frozen=True)
 class ScalingParams:
-    """What an operator may choose."""
+    """The scaling parameters of an operator."""
 
     min_replicas: int = 1
     max_replicas: int = 1
     target_utilization: float = 1.0
-    """Share of the time in which replicas should be busy: what arrives, over this, is bought. What
-    is kept for the noise of arrivals comes on top."""
+    """Share of the time that replicas should be busy. The policy buys the arriving work divided by
+    this; the reserve for noise in arrivals comes on top."""
     spare_replicas: int = 0
-    """More than that: idle ones, paid for what comes faster than a replica starts."""
+    """Additional idle replicas, for load that rises faster than a replica starts."""
     target_drain_s: float = 180.0
-    """Work that waits should be gone within this time, counted from when replicas that would be
-    started now could help."""
+    """Time within which waiting work should be done, counted from when replicas started now could
+    help."""
     smoothing_s: float = 75.0
-    """The arrival of work is averaged over about this time."""
+    """Averaging time of the arrival rate."""
     hold_s: float = 30.0
-    """A surplus must have lasted this long, or a third of a cold start if that is longer, before
-    replicas are given up."""
+    """Time that a surplus must last before removal; at least a third of a cold start."""
     cold_start_s: float = 60.0
-    """From asking for a replica until it paints; assumed until it has been measured."""
+    """Time from requesting a replica until it can generate; assumed until one is measured."""
     mean_work_s: float = 2.0
-    """Of a request; assumed until one has been seen."""
+    """Mean work of a request; assumed until one has arrived."""
 
     def __post_init__(self) -> None:
         for name in ("target_drain_s", "smoothing_s", "cold_start_s", "mean_work_s"):
@@ -92,148 +77,152 @@ class ScalingParams:
 
 @dataclass(frozen=True)
 class Start:
-    """Replicas that were asked for together."""
+    """A group of replicas requested together."""
 
     at_s: float
-    """When."""
+    """Time of the request."""
     to: int
-    """They are all there when so many run."""
+    """Number of running replicas at which the whole group is ready."""
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What one decision hands to the next."""
+class PolicyState:
+    """State that one decision passes to the next."""
 
     at_s: float | None = None
-    """Of the last decision."""
+    """Time of the last decision."""
     arrival_rate: float | None = None
-    """Replicas that what arrives would keep busy, averaged over ``smoothing_s``."""
+    """Replicas that the arriving work keeps busy, averaged over ``smoothing_s``."""
     slow_rate: float | None = None
-    """The same, averaged over `_SLOWER` times as long: the difference tells the trend."""
+    """The same, averaged over `_SLOWER` times as long: the difference gives the trend."""
     cold_start_s: float | None = None
-    """Measured, smoothed."""
+    """Measured time of a start, smoothed; None before the first one."""
     mean_work_s: float = 0.0
-    """Last seen; outlives the replicas, for a start from zero."""
+    """Last known mean work of a request. It outlives the replicas, for a start from zero."""
     starts: tuple[Start, ...] = ()
-    """Not all there yet, oldest first."""
+    """Starts that are not complete yet, oldest first."""
     wanted: tuple[tuple[float, int], ...] = ()
-    """(when it was last wanted, how many), as far back as a surplus must have lasted. The numbers
-    fall: what was wanted before a larger number no longer matters."""
+    """(time, replicas needed), as far back as a surplus must last. The numbers decrease: an earlier
+    need below a later one no longer matters."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """How many replicas there should be, and why."""
+    """The number of replicas, and the reason."""
 
     replicas: int
     term: Term
-    """What ruled."""
+    """The decisive term."""
     inputs: dict[str, float] = field(default_factory=dict)
-    """The figures that it came from, by name."""
+    """The values behind the decision, by name."""
 
     def __str__(self) -> str:
-        figures = ", ".join(f"{name} {value:.3g}" for name, value in self.inputs.items())
-        return f"{self.replicas} replicas, by {self.term}: {figures}"
+        values = ", ".join(f"{name} {value:.3g}" for name, value in self.inputs.items())
+        return f"{self.replicas} replicas, by {self.term}: {values}"
 
 
 _WEIGHT = 0.3
-"""Of a new measurement of the cold start against what was known."""
+"""Weight of a new cold-start measurement against the smoothed value."""
 
 _SLOWER = 2.0
+"""Ratio of the slow averaging time to the fast one."""
 
 _MOST_OVERDUE = 4.0
+"""Multiple of a known cold start beyond which a start is expected to fail."""
 
 _ROUNDING = 1e-6
 
 
-def decide(load: Load, params: ScalingParams, memory: Memory) -> tuple[Decision, Memory]:
-    """The number of replicas for this load, and what the next decision must know.
+def decide(load: Load, params: ScalingParams, state: PolicyState) -> tuple[Decision, PolicyState]:
+    """Return the number of replicas for this load, and the state for the next decision.
 
-    Enough of them that what arrives keeps them busy for ``target_utilization`` of the time, and
-    that what waits is done within ``target_drain_s`` from when new ones could help. Those that are
-    starting count: one burst is answered once. A surplus is given up when nothing larger was wanted
-    for ``hold_s`` or a third of a cold start: who gives up a replica that is wanted again pays that
-    start with late requests. For the same reason one is no surplus that noise alone would want
-    again, as long as the load does not plainly fall. The first replica is awaited even if nobody
-    waits any more: clients were told to come when it is there.
+    Arriving work keeps the replicas busy for ``target_utilization`` of the time. Waiting work is
+    done within ``target_drain_s``, counted from when new replicas could help. Starting replicas
+    count, so that one burst is answered once.
+
+    A surplus is removed when nothing larger was needed for ``hold_s``, or for a third of a cold
+    start if that is longer: a replica that is removed too early costs another cold start, and late
+    requests. For the same reason, a replica that noise alone would request again is no surplus,
+    unless the load clearly falls. The start of a first replica is not cancelled when no request
+    waits any more: clients have a Retry-After that ends when it is ready.
     """
-    memory = _observed(load, params, memory)
-    cold_start_s = _cold_start(load, params, memory)
-    rate = _forecast(params, memory, cold_start_s)
-    waiting_s = _waiting(load, params, memory)
+    state = _observed(load, params, state)
+    cold_start_s = _cold_start(load, params, state)
+    rate = _forecast(params, state, cold_start_s)
+    waiting_s = _waiting(load, params, state)
     by_arrivals = _for_arrivals(rate, params)
-    by_backlog = _for_backlog(load, params, memory, rate, waiting_s, cold_start_s)
+    by_backlog = _for_backlog(load, params, state, rate, waiting_s, cold_start_s)
     wanted = max(by_arrivals, by_backlog)
     term: Term = "backlog" if by_backlog > by_arrivals else "arrivals"
     if wanted < 1 and any(one.batch_backlog_s > 0 for one in load.replicas):
         wanted, term = 1, "batch"
-    if wanted < 1 and not load.running and load.target and _comes(load, params, memory):
+    if wanted < 1 and not load.running and load.target and _start_may_succeed(load, params, state):
         wanted, term = 1, "held"
-    with_noise = min(load.target, _for_arrivals(rate, params, _noise(rate, params, memory)))
+    with_noise = min(load.target, _for_arrivals(rate, params, _noise(rate, params, state)))
     if with_noise > wanted:
         wanted, term = with_noise, "held"
 
-    recent = [entry for entry in memory.wanted if entry[1] > wanted]
+    recent = [entry for entry in state.wanted if entry[1] > wanted]
     since_s = load.at_s - max(params.hold_s, cold_start_s / 3)
     recent = [entry for entry in recent if entry[0] >= since_s]
-    memory = replace(memory, wanted=(*recent, (load.at_s, wanted)))
+    state = replace(state, wanted=(*recent, (load.at_s, wanted)))
     replicas = wanted
     if wanted < load.target:
-        held = min(load.target, memory.wanted[0][1])
+        held = min(load.target, state.wanted[0][1])
         if held > replicas:
             replicas, term = held, "held"
         if len(load.replicas) < load.running:
-            # What is not known may be busy.
+            # A replica without a report may be busy.
             replicas, term = load.target, "blind"
     if replicas > params.max_replicas:
         replicas, term = params.max_replicas, "max"
     elif replicas < params.min_replicas:
         replicas, term = params.min_replicas, "min"
     if replicas > load.target:
-        memory = replace(memory, starts=(*memory.starts, Start(load.at_s, replicas)))
+        state = replace(state, starts=(*state.starts, Start(load.at_s, replicas)))
     inputs = {
         "running": load.running,
         "target": load.target,
         "known": len(load.replicas),
-        "arrivals": memory.arrival_rate or 0.0,
+        "arrivals": state.arrival_rate or 0.0,
         "forecast": rate,
         "waiting_s": waiting_s,
         "by_arrivals": by_arrivals,
         "by_backlog": by_backlog,
         "cold_start_s": cold_start_s,
     }
-    return Decision(replicas, term, inputs), memory
+    return Decision(replicas, term, inputs), state
 
 
-def _observed(load: Load, params: ScalingParams, memory: Memory) -> Memory:
-    """Take in what this load says of arrivals, of requests, and of how long starts took."""
-    rate, slow = memory.arrival_rate, memory.slow_rate
+def _observed(load: Load, params: ScalingParams, state: PolicyState) -> PolicyState:
+    """Update the averages of arrivals, of work per request and of cold starts."""
+    rate, slow = state.arrival_rate, state.slow_rate
     if load.replicas:
         now = sum(one.arrival_rate / one.throughput for one in load.replicas)
-        if rate is None or slow is None or memory.at_s is None:
+        if rate is None or slow is None or state.at_s is None:
             rate = slow = now
-        # What comes to those that are not known is not there to see.
+        # The sum lacks arrivals at replicas without a report: it may only raise the rate.
         elif now > rate or len(load.replicas) >= load.running:
-            passed_s = max(0.0, load.at_s - memory.at_s)
+            passed_s = max(0.0, load.at_s - state.at_s)
             rate += (now - rate) * -math.expm1(-passed_s / params.smoothing_s)
             slow += (now - slow) * -math.expm1(-passed_s / (_SLOWER * params.smoothing_s))
     elif not load.running:
-        rate = slow = None  # nobody is there to tell
+        rate = slow = None  # no replica measures arrivals
     means = [one.mean_work_s for one in load.replicas if one.mean_work_s > 0]
-    cold_start_s, starts = memory.cold_start_s, list(memory.starts)
+    cold_start_s, starts = state.cold_start_s, list(state.starts)
     while starts and load.running >= starts[0].to:
         took_s = load.at_s - starts.pop(0).at_s
         known = took_s if cold_start_s is None else cold_start_s
         cold_start_s = known + _WEIGHT * (took_s - known)
-    # Whoever has only just begun to look takes what is there for wanted.
-    wanted = ((load.at_s, load.target),) if memory.at_s is None else memory.wanted
-    return Memory(
+    # The first decision takes the present target as needed.
+    wanted = ((load.at_s, load.target),) if state.at_s is None else state.wanted
+    return PolicyState(
         at_s=load.at_s,
         arrival_rate=rate,
         slow_rate=slow,
         cold_start_s=cold_start_s,
-        mean_work_s=sum(means) / len(means) if means else memory.mean_work_s,
-        # What was given up before it was there is no longer awaited.
+        mean_work_s=sum(means) / len(means) if means else state.mean_work_s,
+        # A start that was cancelled before it was ready is no longer expected.
         starts=tuple(
             replace(start, to=min(start.to, load.target))
             for number, start in enumerate(starts)
@@ -243,86 +232,90 @@ def _observed(load: Load, params: ScalingParams, memory: Memory) -> Memory:
     )
 
 
-def _cold_start(load: Load, params: ScalingParams, memory: Memory) -> float:
-    """As measured, or assumed; more while a start takes longer than that."""
-    known_s = _known_start(params, memory)
-    # One that never comes, for want of a GPU, shall not stop the rest of the arithmetic.
-    return max(known_s, min(_oldest_start_s(load, memory), _MOST_OVERDUE * known_s))
+def _cold_start(load: Load, params: ScalingParams, state: PolicyState) -> float:
+    """Return the measured or assumed cold start, or the age of an overdue one if that is longer."""
+    known_s = _known_start(params, state)
+    # The bound keeps a start that never ends, for want of a GPU, from disabling the policy.
+    return max(known_s, min(_oldest_start_s(load, state), _MOST_OVERDUE * known_s))
 
 
-def _comes(load: Load, params: ScalingParams, memory: Memory) -> bool:
-    """Whether a start is under way that may still end well."""
-    longest_s = _MOST_OVERDUE * _known_start(params, memory)
-    return bool(memory.starts) and _oldest_start_s(load, memory) < longest_s
+def _start_may_succeed(load: Load, params: ScalingParams, state: PolicyState) -> bool:
+    """Tell if a start is in progress and not overdue beyond recovery."""
+    longest_s = _MOST_OVERDUE * _known_start(params, state)
+    return bool(state.starts) and _oldest_start_s(load, state) < longest_s
 
 
-def _known_start(params: ScalingParams, memory: Memory) -> float:
-    return memory.cold_start_s or params.cold_start_s
+def _known_start(params: ScalingParams, state: PolicyState) -> float:
+    return state.cold_start_s or params.cold_start_s
 
 
-def _oldest_start_s(load: Load, memory: Memory) -> float:
-    """How long the oldest start that is not over has taken; 0 if none is under way."""
-    return load.at_s - memory.starts[0].at_s if memory.starts else 0.0
+def _oldest_start_s(load: Load, state: PolicyState) -> float:
+    """Return the age of the oldest start in progress; 0 without one."""
+    return load.at_s - state.starts[0].at_s if state.starts else 0.0
 
 
-def _forecast(params: ScalingParams, memory: Memory, cold_start_s: float) -> float:
-    """What will arrive when a replica that is asked for now is there, in replicas kept busy.
+def _forecast(params: ScalingParams, state: PolicyState, cold_start_s: float) -> float:
+    """Predict the arriving work when a replica requested now is ready, in busy replicas.
 
-    An average over a time lags behind a steady rise by that time, so two of them tell its slope:
-    double exponential smoothing (Brown, 1959, "Statistical forecasting for inventory control"). No
-    rise goes on for ever, and what it adds after the present is damped (Gardner and McKenzie, 1985,
-    "Forecasting trends in time series"): half of it is expected.
+    An average over a time lags behind a steady rise by that time, so that two averages give its
+    slope: double exponential smoothing (Brown, 1959, "Statistical forecasting for inventory
+    control"). No rise lasts for ever, so that its future part is damped (Gardner and McKenzie,
+    1985, "Forecasting trends in time series"): the forecast adds half of it.
     """
-    if memory.arrival_rate is None or memory.slow_rate is None:
+    if state.arrival_rate is None or state.slow_rate is None:
         return 0.0
-    rate = memory.arrival_rate
-    slope = (rate - memory.slow_rate) / ((_SLOWER - 1) * params.smoothing_s)
+    rate = state.arrival_rate
+    slope = (rate - state.slow_rate) / ((_SLOWER - 1) * params.smoothing_s)
     return max(0.0, rate + slope * (params.smoothing_s + cold_start_s / 2))
 
 
 def _for_arrivals(rate: float, params: ScalingParams, noise: float = 0.0) -> int:
+    """Return the replicas that arriving work needs, with the spare ones."""
     if rate <= _ROUNDING:
         return 0
     replicas = math.ceil(rate / params.target_utilization + noise - _ROUNDING)
     return replicas + params.spare_replicas
 
 
-def _noise(rate: float, params: ScalingParams, memory: Memory) -> float:
-    """By how much a rate that is steady seems to vary: twice the standard deviation of its average
-    over ``smoothing_s``, if requests of the mean work come as a Poisson process. Nothing when it
-    has fallen by more than one below the slower average: then it is not steady."""
-    work_s = memory.mean_work_s or params.mean_work_s
+def _noise(rate: float, params: ScalingParams, state: PolicyState) -> float:
+    """Return the noise in the average of a steady rate, in busy replicas.
+
+    Two standard deviations of the average over ``smoothing_s``, for a Poisson process of requests
+    of the mean work. 0 when the rate is more than one deviation below the slower average: then it
+    is not steady.
+    """
+    work_s = state.mean_work_s or params.mean_work_s
     deviation = math.sqrt(rate * work_s / params.smoothing_s)
-    fallen = (memory.slow_rate or 0.0) - (memory.arrival_rate or 0.0)
+    fallen = (state.slow_rate or 0.0) - (state.arrival_rate or 0.0)
     return 0.0 if fallen > deviation else 2 * deviation
 
 
-def _waiting(load: Load, params: ScalingParams, memory: Memory) -> float:
-    """What waits, in seconds of one replica."""
+def _waiting(load: Load, params: ScalingParams, state: PolicyState) -> float:
+    """Return the waiting work, in seconds of one replica."""
     known = load.replicas
     throughput = sum(one.throughput for one in known) / len(known) if known else 1.0
-    queued_s = load.queued_requests * (memory.mean_work_s or params.mean_work_s) / throughput
+    queued_s = load.queued_requests * (state.mean_work_s or params.mean_work_s) / throughput
     return sum(one.backlog_s for one in known) + queued_s
 
 
 def _for_backlog(
     load: Load,
     params: ScalingParams,
-    memory: Memory,
+    state: PolicyState,
     rate: float,
     waiting_s: float,
     cold_start_s: float,
 ) -> int:
-    """As many as have it done in time, with those that are there or starting."""
+    """Return the replicas that finish the waiting work in time, starting ones included."""
     horizon_s = cold_start_s + params.target_drain_s
     supply_s = load.running * horizon_s
     there = load.running
-    for start in memory.starts:
+    for start in state.starts:
         coming = max(0, min(start.to, load.target) - there)
         there += coming
         awaited_s = min(max(0.0, start.at_s + cold_start_s - load.at_s), cold_start_s)
         supply_s += coming * (horizon_s - awaited_s)
-    # Others asked for them: nobody knows when.
+    # Something else requested these: the time of their start is unknown.
     supply_s += max(0, load.target - there) * params.target_drain_s
     missing_s = waiting_s + rate * horizon_s - supply_s
     if missing_s > _ROUNDING:

@@ -1,12 +1,13 @@
-"""What Ray Serve asks how many replicas there should be: `policy`, fed with Serve's figures.
+"""Adapts `policy` to Ray Serve's interface for autoscaling policies.
 
-A Serve config names `WorkPolicy` as ``autoscaling_config.policy.policy_function``. Serve makes one
-of it, in its controller, whenever the deployment is deployed, and asks it ten times a second. It
-pickles this module by value where the application is built, but what is imported here by name: the
-controller, on the head, imports `policy` and the rest from the package that is installed there,
-once, whatever is deployed later. So nothing heavy is imported here; and no I/O is done.
+A Serve config names `WorkPolicy` as ``autoscaling_config.policy.policy_function``. Serve's
+controller builds one whenever the deployment is deployed, and calls it about ten times a second.
 
-While no replica runs and a request waits, Serve starts the first one without asking.
+Serve pickles this module by value where the application is built, and its imports by name. The
+controller imports these once, from the package installed on the head, whatever is deployed later.
+So this module imports nothing heavy and does no I/O.
+
+While no replica runs and a request waits, Serve starts the first replica without calling a policy.
 """
 
 import logging
@@ -22,8 +23,7 @@ from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import (
     Decision,
     Load,
-    Memory,
-    ReplicaLoad,
+    PolicyState,
     ScalingParams,
     Start,
     Term,
@@ -39,71 +39,71 @@ from serve_app.metrics import (
     WAITING,
     WANTED_REPLICAS,
 )
+from serve_app.protocol.load import ReplicaLoad
 from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
 
 STALE_S = 10.0
-"""What a replica said longer ago is not known; more than the clocks of two nodes differ by."""
+"""Maximum age of a replica's report; more than the clocks of two nodes differ by."""
 
 STALE_REPORTS = 3.0
-"""The same in multiples of the interval between reports, where that is long."""
+"""The same in multiples of the reporting interval, where that is longer."""
 
 SILENT_S = 60.0
-"""Replicas that say nothing for so long are a fault, and no start or hiccup."""
+"""Time without reports that is a fault, not a start or a short pause."""
 
 
 class WorkPolicy:
-    """Scales a deployment by the work that waits; kept by Serve, called with its figures.
+    """The scaling policy as Serve's controller builds and calls it.
 
-    ``knobs`` are the fields of `ScalingParams` but for the bounds.
+    ``scaling_params`` are the fields of `ScalingParams`, without the bounds.
     """
 
-    def __init__(self, **knobs: float) -> None:
+    def __init__(self, **scaling_params: float) -> None:
         log_through_serve()
         try:
-            self._params = read_scaling_params(knobs)
+            self._params = read_scaling_params(scaling_params)
         except ConfigError as error:
-            # Not raised: Serve 2.60 would stay half deployed and answer no question about itself.
+            # Not raised: Serve 2.60 would stay half deployed and not even report its status.
             self._params = ScalingParams()
             logger.error(
-                "%s It scales by the defaults until that is corrected. `diffusion-serve check` "
-                "finds such mistakes before they are deployed.",
+                "%s The policy uses its defaults until this is corrected. `diffusion-serve check` "
+                "finds such errors before they are deployed.",
                 error,
             )
-        self._memory = Memory()
+        self._state = PolicyState()
         self._wanted: int | None = None
         self._all_known_at: float | None = None
         self._gauges = _Gauges()
 
     def __call__(self, ctx: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-        """The number of replicas, and nothing for Serve to keep."""
+        """Return the number of replicas, and an empty state: the policy keeps its own."""
         params = replace(
             self._params,
             min_replicas=ctx.capacity_adjusted_min_replicas,
             max_replicas=ctx.capacity_adjusted_max_replicas,
         )
         load = load_of(ctx)
-        decision, self._memory = decide(load, params, _with_starts_of_serve(self._memory, ctx))
+        decision, self._state = decide(load, params, _with_starts_of_serve(self._state, ctx))
         if decision.replicas != self._wanted:
             self._wanted = decision.replicas
             logger.info("%s/%s: %s", ctx.app_name, ctx.deployment_name, decision)
-        self._complain(load, ctx)
+        self._warn_of_missing_reports(load, ctx)
         self._gauges.set(decision, ctx)
         return decision.replicas, {}
 
-    def _complain(self, load: Load, ctx: AutoscalingContext) -> None:
-        """Once for each time that it goes on with figures missing: it would not scale, and be
-        silent."""
+    def _warn_of_missing_reports(self, load: Load, ctx: AutoscalingContext) -> None:
+        """Log once for each period of missing reports, in which the policy cannot scale down."""
         missing = load.running - len(load.replicas)
         if not missing or self._all_known_at is None:
             self._all_known_at = load.at_s
         elif load.at_s - self._all_known_at > SILENT_S:
             self._all_known_at = math.inf
             logger.warning(
-                "%s/%s: no figures, or old ones, of %d of %d replicas for %.0f s: none is given "
-                "up, and what waits there is not seen. Do they answer, and are the clocks of their "
-                "nodes within %.0f s of the head's?",
+                "%s/%s: %d of %d replicas have sent no fresh load report for %.0f s. No replica is "
+                "removed, and work waiting there is not counted. Check that they respond, and that "
+                "the clocks of their nodes are within %.0f s of the head's.",
                 ctx.app_name,
                 ctx.deployment_name,
                 missing,
@@ -114,7 +114,7 @@ class WorkPolicy:
 
 
 def load_of(ctx: AutoscalingContext) -> Load:
-    """What Serve knows of a deployment, as `decide` takes it."""
+    """Convert Serve's view of a deployment to the input of `decide`."""
     assert ctx.current_time is not None
     return Load(
         at_s=ctx.current_time,
@@ -126,36 +126,36 @@ def load_of(ctx: AutoscalingContext) -> Load:
 
 
 def _replicas(ctx: AutoscalingContext) -> Iterator[ReplicaLoad]:
-    """Those that run and have lately said what they do.
+    """Yield the loads of running replicas with complete and fresh reports.
 
-    Serve averages over ``look_back_period_s``; what counts is how it is now.
+    Uses the last sample of each metric: Serve's own average spans ``look_back_period_s``.
     """
     assert ctx.current_time is not None
     assert ctx.config is not None
     oldest_at = ctx.current_time - max(STALE_S, STALE_REPORTS * ctx.config.metrics_interval_s)
-    said = ctx.raw_metrics or {}
+    reported = ctx.raw_metrics or {}
     for replica in ctx.running_replicas:
-        figures = {}
+        values = {}
         for field in fields(ReplicaLoad):
-            series = said.get(field.name, {}).get(replica)
+            series = reported.get(field.name, {}).get(replica)
             if series and series[-1].timestamp >= oldest_at and math.isfinite(series[-1].value):
-                figures[field.name] = series[-1].value
-        if len(figures) == len(fields(ReplicaLoad)) and figures["throughput"] > 0:
-            yield ReplicaLoad(**figures)
+                values[field.name] = series[-1].value
+        if len(values) == len(fields(ReplicaLoad)) and values["throughput"] > 0:
+            yield ReplicaLoad(**values)
 
 
-def _with_starts_of_serve(memory: Memory, ctx: AutoscalingContext) -> Memory:
-    """The start of the first replica is Serve's own, and tells how long a start takes as well."""
+def _with_starts_of_serve(state: PolicyState, ctx: AutoscalingContext) -> PolicyState:
+    """Add the start of a first replica, which Serve decides: it is measured like any other."""
     at_s, target = ctx.last_scale_up_time, ctx.target_num_replicas
-    if at_s is None or memory.at_s is None or at_s <= memory.at_s:
-        return memory
-    if any(start.to >= target for start in memory.starts):
-        return memory  # it was decided here
-    return replace(memory, starts=(*memory.starts, Start(at_s, target)))
+    if at_s is None or state.at_s is None or at_s <= state.at_s:
+        return state
+    if any(start.to >= target for start in state.starts):
+        return state  # decided by this policy
+    return replace(state, starts=(*state.starts, Start(at_s, target)))
 
 
 class _Gauges:
-    """The last decision as metrics: on Ray's port, for the controller has no other."""
+    """Gauges of the last decision, on Ray's metrics port: the controller has no other."""
 
     def __init__(self) -> None:
         self._gauges = {

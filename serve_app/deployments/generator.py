@@ -215,7 +215,7 @@ class Generator:
         return await asyncio.to_thread(report, "engine", self._replica)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The figures of `EngineLoad`, by name. Called by Serve, for the autoscaling policy."""
+        """The figures of `ReplicaLoad`, by name. Called by Serve, for the autoscaling policy."""
         return asdict(self._engine.demand())
 
     def check_health(self) -> None:

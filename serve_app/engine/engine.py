@@ -41,7 +41,7 @@ from serve_app.engine.model.speed import compiled, compiling, largest_bucket, pa
 from serve_app.engine.request import EventCallback, Request, link_batch_peers
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.forecast import Forecast, Work
-from serve_app.engine.scheduling.load import EngineLoad, LoadTracker
+from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.scheduling.policies import POLICIES, RankedPolicy, Task, Yielding
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
@@ -67,6 +67,7 @@ from serve_app.protocol.events import (
     Queued,
     Step,
 )
+from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import (
     INITIAL,
     AdapterSet,
@@ -364,9 +365,9 @@ class Engine:
             log=tuple(self._log),
         )
 
-    def demand(self) -> EngineLoad:
+    def demand(self) -> ReplicaLoad:
         """What is asked of this engine, for whoever decides how many there are; quick."""
-        return self._load_tracker.load(time.perf_counter(), cold_start_s=self.cold_start_s)
+        return self._load_tracker.load(time.perf_counter())
 
     def _count(self, state: State) -> int:
         """Requests; of whoever is running, those in the call that was last begun."""

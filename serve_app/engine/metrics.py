@@ -13,7 +13,6 @@ from typing import Literal, TypeVar, get_args
 
 from serve_app import __version__
 from serve_app.engine.admission import Reason
-from serve_app.engine.scheduling.load import EngineLoad
 from serve_app.metrics import (
     ARRIVING,
     BACKLOG,
@@ -40,6 +39,7 @@ from serve_app.metrics import (
     UTILIZATION,
     size_label,
 )
+from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import Sharing
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class EngineMetrics:
 
     def watch(
         self,
-        load: Callable[[], EngineLoad],
+        load: Callable[[], ReplicaLoad],
         count: Callable[[State], int],
         memory: Callable[[Memory], int] | None,
     ) -> None:

@@ -20,12 +20,13 @@ from itertools import count
 from random import Random
 from typing import Literal, Protocol
 
-from serve_app.autoscaling.policy import Load, Memory, ReplicaLoad, ScalingParams, decide
+from serve_app.autoscaling.policy import Load, PolicyState, ScalingParams, decide
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import Throughput
 from serve_app.engine.scheduling.policies import RankedPolicy, Task
 from serve_app.planner.serve_policy import QueueParams, QueuePolicy
 from serve_app.planner.trace import Kind, Trace
+from serve_app.protocol.load import ReplicaLoad
 
 LEAP_S = 0.5
 """Steps are taken together up to this, unless a request comes in between."""
@@ -123,7 +124,7 @@ class ByWork:
 
     def __init__(self, params: ScalingParams) -> None:
         self._params = params
-        self._memory = Memory()
+        self._state = PolicyState()
 
     def decide(self, cluster: View) -> tuple[int, str]:
         if cluster.running == 0 and cluster.requests > 0:
@@ -136,7 +137,7 @@ class ByWork:
             cluster.replicas,
             cluster.queued,
         )
-        decision, self._memory = decide(load, self._params, self._memory)
+        decision, self._state = decide(load, self._params, self._state)
         return decision.replicas, decision.term
 
 

@@ -8,7 +8,7 @@ from serve_app.config import policy_kwargs, read_autoscaling
 from serve_app.errors import ConfigError
 
 
-def test_what_is_not_said_is_as_the_policy_has_it() -> None:
+def test_omitted_parameters_have_the_defaults() -> None:
     assert read_scaling_params({}) == ScalingParams()
     assert read_scaling_params({"hold_s": 5}) == ScalingParams(hold_s=5.0)
     assert isinstance(read_scaling_params({"spare_replicas": 1.0}).spare_replicas, int)
@@ -29,12 +29,12 @@ def test_what_is_not_said_is_as_the_policy_has_it() -> None:
         ({"smoothing_s": 0}, "smoothing_s must be over 0"),
     ],
 )
-def test_what_is_wrong_is_named(given: dict[str, object], words: str) -> None:
+def test_an_error_names_the_parameter(given: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=f"policy_kwargs.*{words}"):
         read_scaling_params(given)
 
 
-def test_the_knobs_in_the_shipped_config_are_the_defaults_as_it_says() -> None:
+def test_the_shipped_config_repeats_the_defaults() -> None:
     path = Path(__file__).parents[2] / "configs" / "sdxl.yaml"
     [autoscaling] = read_autoscaling(path, "Generator")
     given = policy_kwargs(autoscaling)

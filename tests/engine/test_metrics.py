@@ -9,10 +9,10 @@ from serve_app.config import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline
-from serve_app.engine.scheduling.load import EngineLoad
 from serve_app.errors import InvalidRequest
 from serve_app.metrics import ENGINE, SIZES, report
 from serve_app.protocol.events import Completed, Event, Progress
+from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
 from tests.waiting import wait_until
@@ -134,8 +134,8 @@ def test_running_out_of_memory_is_counted(demo_pipeline: LoadedPipeline) -> None
 
 def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
     class Engineered:
-        def demand(self) -> EngineLoad:
-            return EngineLoad(1.5, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+        def demand(self) -> ReplicaLoad:
+            return ReplicaLoad(backlog_s=1.5)
 
         def count(self, state: str) -> int:
             return 1

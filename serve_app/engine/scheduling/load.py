@@ -7,7 +7,8 @@ requests together does more than one of them a second.
 
 import threading
 from collections import deque
-from dataclasses import dataclass
+
+from serve_app.protocol.load import ReplicaLoad
 
 WINDOW_S = 30
 """Over which rates and shares of time are taken."""
@@ -17,27 +18,6 @@ _MEAN_WEIGHT = 0.05
 
 _LEAST_THROUGHPUT = 0.1
 """Below it something is wrong that no figure mends."""
-
-
-@dataclass(frozen=True)
-class EngineLoad:
-    """What the autoscaler is told of one engine."""
-
-    backlog_s: float
-    """Seconds to finish all accepted interactive work at the measured throughput."""
-    batch_backlog_s: float
-    """The same for work of the batch class."""
-    arrival_rate: float
-    """Alone-seconds of interactive work offered per second, over the last `WINDOW_S`: with what was
-    refused, without what came again and what no number of replicas could do in time."""
-    throughput: float
-    """Alone-seconds of work done per busy second, smoothed; 1 while unknown."""
-    mean_work_s: float
-    """Alone-seconds of an interactive request, smoothed; 0 while unknown."""
-    utilization: float
-    """Share of the last `WINDOW_S` in which there was interactive work."""
-    cold_start_s: float
-    """From the start of a replica to its readiness; 0 while unknown."""
 
 
 class _Window:
@@ -148,18 +128,17 @@ class LoadTracker:
         with self._lock:
             return self._backlog_s(background)
 
-    def load(self, now: float, cold_start_s: float) -> EngineLoad:
+    def load(self, now: float) -> ReplicaLoad:
         """All figures."""
         with self._lock:
             self._pass_to(now)
-            return EngineLoad(
+            return ReplicaLoad(
                 backlog_s=self._backlog_s(False),
                 batch_backlog_s=self._backlog_s(True),
                 arrival_rate=self._offered.total(now) / WINDOW_S,
                 throughput=self._throughput.value(),
                 mean_work_s=self._mean_s,
                 utilization=min(1.0, self._busy.total(now) / WINDOW_S),
-                cold_start_s=cold_start_s,
             )
 
     def _backlog_s(self, background: bool) -> float:

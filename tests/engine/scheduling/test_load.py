@@ -10,10 +10,9 @@ from serve_app.engine.scheduling.load import WINDOW_S, LoadTracker
 
 
 def test_an_engine_of_which_nothing_is_known() -> None:
-    load = LoadTracker().load(5.0, cold_start_s=7.0)
+    load = LoadTracker().load(5.0)
     assert (load.backlog_s, load.batch_backlog_s, load.arrival_rate) == (0, 0, 0)
     assert (load.throughput, load.mean_work_s, load.utilization) == (1, 0, 0)
-    assert load.cold_start_s == 7.0
     # What the autoscaling policy reads, by these names.
     assert asdict(load).keys() == {
         "backlog_s",
@@ -22,7 +21,6 @@ def test_an_engine_of_which_nothing_is_known() -> None:
         "throughput",
         "mean_work_s",
         "utilization",
-        "cold_start_s",
     }
 
 
@@ -75,20 +73,20 @@ def test_work_offered_and_time_busy_are_those_of_the_last_half_minute() -> None:
     demand = LoadTracker()
     for second in range(100):
         demand.offered(float(second), 0.5)
-    load = demand.load(100.0, 0.0)
+    load = demand.load(100.0)
     assert load.arrival_rate == pytest.approx(0.5, rel=0.05)
     assert load.mean_work_s == 0.5
-    assert demand.load(100.0 + 2 * WINDOW_S, 0.0).arrival_rate == 0
+    assert demand.load(100.0 + 2 * WINDOW_S).arrival_rate == 0
     demand = LoadTracker()
     now = run(demand, 1.0, 2 * WINDOW_S)
-    assert demand.load(now, 0.0).utilization == pytest.approx(1.0, abs=0.05)
-    assert demand.load(now + WINDOW_S / 2, 0.0).utilization == pytest.approx(0.5, abs=0.06)
+    assert demand.load(now).utilization == pytest.approx(1.0, abs=0.05)
+    assert demand.load(now + WINDOW_S / 2).utilization == pytest.approx(0.5, abs=0.06)
 
 
 def test_batch_work_keeps_no_replica() -> None:
     demand = LoadTracker()
     now = run(demand, 1.0, WINDOW_S, background=True)
-    assert demand.load(now, 0.0).utilization == 0
+    assert demand.load(now).utilization == 0
     assert demand.throughput() == pytest.approx(1.0)
 
 
@@ -99,7 +97,7 @@ def test_any_thread_may_look() -> None:
 
     def look() -> None:
         while not stop.is_set():
-            seen.append(demand.load(now, 0.0))
+            seen.append(demand.load(now))
 
     now, rng = 0.0, Random(1)
     thread = threading.Thread(target=look)
