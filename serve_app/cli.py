@@ -6,7 +6,7 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import yaml
@@ -125,8 +125,9 @@ def doctor(
         Path | None,
         typer.Option(
             allow_dash=True,
-            help="A rendered manifest that is to be applied ('-': from stdin), to compare with the "
-            "cluster's nodes. What the namespace holds, if none.",
+            help="A rendered manifest that is to be applied ('-': from stdin): what KubeRay would "
+            "refuse of it, and with --cluster whether the cluster's nodes take its pods. What the "
+            "namespace holds, if none.",
         ),
     ] = None,
 ) -> None:
@@ -135,13 +136,16 @@ def doctor(
     from serve_app.doctor.report import as_json as to_json
 
     try:
-        if not cluster and (namespace is not None or overlay is not None):
-            raise ConfigError("--namespace and --overlay go with --cluster.")
-        if cluster and config is not None:
+        if not cluster and namespace is not None:
+            raise ConfigError("--namespace goes with --cluster.")
+        if (cluster or overlay is not None) and config is not None:
             raise ConfigError("--config is for a machine; give the manifest to --overlay.")
-        findings = (
-            _look_at_cluster(namespace, overlay, cpu) if cluster else _look_at_machine(config, cpu)
-        )
+        if cluster:
+            findings = _look_at_cluster(namespace, overlay, cpu)
+        elif overlay is not None:
+            findings = _look_at_manifest(overlay)
+        else:
+            findings = _look_at_machine(config, cpu)
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -162,6 +166,22 @@ def _look_at_machine(config: Path | None, cpu: bool) -> list["Finding"]:
     return list(machine.look(wanted, machine.this_place()))
 
 
+def _read_overlay(overlay: Path) -> list[dict[str, Any]]:
+    from serve_app.doctor.cluster import read_overlay
+
+    try:
+        text = sys.stdin.read() if str(overlay) == "-" else overlay.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--overlay: {overlay} cannot be read: {error}.") from None
+    return read_overlay(text, str(overlay))
+
+
+def _look_at_manifest(overlay: Path) -> list["Finding"]:
+    from serve_app.doctor import manifest
+
+    return list(manifest.look(_read_overlay(overlay)))
+
+
 def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> list["Finding"]:
     from serve_app.doctor import cluster as checks
     from serve_app.doctor.kube import Cluster, Unreachable
@@ -169,11 +189,7 @@ def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> 
 
     objects = None
     if overlay is not None:
-        try:
-            text = sys.stdin.read() if str(overlay) == "-" else overlay.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--overlay: {overlay} cannot be read: {error}.") from None
-        objects = checks.read_overlay(text, str(overlay))
+        objects = _read_overlay(overlay)
         namespace = checks.choose_namespace(objects, str(overlay), namespace)
     try:
         with Cluster(namespace) as cluster:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import yaml
 
 from serve_app.config import IMPORT_PATH
-from serve_app.doctor import gpu_nodes, kuberay, pending, placement
+from serve_app.doctor import gpu_nodes, kuberay, manifest, pending, placement
 from serve_app.doctor.kube import Cluster, NotReadable, Object, Unreachable
 from serve_app.doctor.report import Finding, failed, ok, warning
 from serve_app.errors import ConfigError
@@ -96,6 +96,7 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
     checks += [
         ("pods' places", lambda: gpu_nodes.check_places(cluster, services)),
         ("storage", lambda: _check_storage(cluster, services, overlay)),
+        ("manifest", lambda: manifest.look(overlay or ())),
         ("Ray version", lambda: kuberay.check_ray_version(services)),
         ("services", lambda: kuberay.check_services(cluster)),
         ("pods", lambda: _check_pods(cluster, overlay is not None)),

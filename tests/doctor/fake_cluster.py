@@ -203,12 +203,16 @@ def node(name: str, gpus: int = 0, capacity: int | None = None, **labels: str) -
 
 
 def service(status: Object | None = None, claim: str | None = None, **worker: Any) -> Object:
-    """A RayService with a head and one group of GPU workers."""
+    """A RayService with a head and one group of GPU workers, which KubeRay takes."""
+    drain = {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "910"}
     volumes = [{"name": "c", "persistentVolumeClaim": {"claimName": claim}}] if claim else []
     pod = {
         "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"},
         "tolerations": [TOLERATION],
-        "containers": [{"name": "w", "resources": {"limits": {"nvidia.com/gpu": 1}}}],
+        "containers": [
+            {"name": "w", "resources": {"limits": {"nvidia.com/gpu": 1}}, "env": [drain]}
+        ],
+        "terminationGracePeriodSeconds": 960,
         "volumes": volumes,
     } | worker.pop("pod", {})
     return {
@@ -216,11 +220,25 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
         "metadata": {"name": "sdxl", "namespace": "pictures"},
         "spec": {
             "serveConfigV2": "applications: [{import_path: 'serve_app.app:build'}]",
+            "rayClusterDeletionDelaySeconds": 1000,
             "rayClusterConfig": {
                 "rayVersion": RAY,
-                "headGroupSpec": {"template": {"spec": {"containers": [{"name": "h"}]}}},
+                "headGroupSpec": {
+                    "template": {
+                        "spec": {
+                            "containers": [{"name": "h"}],
+                            "terminationGracePeriodSeconds": 60,
+                        }
+                    }
+                },
                 "workerGroupSpecs": [
-                    {"groupName": "gpu", "minReplicas": 1, "template": {"spec": pod}} | worker
+                    {
+                        "groupName": "gpu",
+                        "minReplicas": 1,
+                        "maxReplicas": 1,
+                        "template": {"spec": pod},
+                    }
+                    | worker
                 ],
             },
         },

@@ -53,6 +53,18 @@ def test_a_cluster_that_has_all_it_needs_passes(api: FakeApi, kubeconfig: Path) 
     assert len(api.asked) == len(set(api.asked)), "asked twice"
 
 
+def test_a_manifest_is_checked_among_the_rows(api: FakeApi, kubeconfig: Path) -> None:
+    wrong = service()
+    wrong["spec"]["rayClusterDeletionDelaySeconds"] = 60
+    wrong["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["idleTimeoutSeconds"] = 120
+    findings = _look(kubeconfig, overlay=[wrong])
+    assert findings["sdxl refused"].outcome == "failed"
+    assert "idleTimeoutSeconds is 120" in findings["sdxl refused"].found
+    assert "rayClusterDeletionDelaySeconds is 60" in findings["sdxl deadlines"].found
+    right = _look(kubeconfig, overlay=[service()])
+    assert right["sdxl operator"].outcome == right["sdxl deadlines"].outcome == "ok"
+
+
 # The way to the cluster.
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from serve_app.cli import cli
 from serve_app.doctor.machine import this_place
+from tests.cluster.manifests import render
 from tests.doctor.fake_cluster import FakeApi, service
 
 ROOT = Path(__file__).parents[2]
@@ -92,13 +93,32 @@ def test_without_a_cluster_there_is_no_traceback(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_manifest_needs_no_cluster_and_no_client_for_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    rendered = render(ROOT / "cluster/overlays/single-gpu").service
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(json.dumps(rendered))
+    result = CliRunner().invoke(cli, ["doctor", "--overlay", str(manifest)])
+    assert result.exit_code == 0, result.output
+    del rendered["spec"]["rayClusterConfig"]["autoscalerOptions"]["version"]
+    refused = CliRunner().invoke(cli, ["doctor", "--overlay", "-"], input=json.dumps(rendered))
+    assert refused.exit_code == 1
+    words = " ".join(refused.output.split())
+    assert "Set spec.rayClusterConfig.enableInTreeAutoscaling to true and" in words
+    assert "autoscalerOptions.version to v2" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--config", "/no/such.yaml"], "/no/such.yaml cannot be read"),
-        (["--namespace", "x"], "go with --cluster"),
-        (["--overlay", "-"], "go with --cluster"),
+        (["--namespace", "x"], "goes with --cluster"),
+        (["--namespace", "x", "--overlay", "-"], "goes with --cluster"),
         (["--cluster", "--config", "x.yaml"], "--config is for a machine"),
+        (["--overlay", "-", "--config", "x.yaml"], "--config is for a machine"),
+        (["--overlay", "/no/such.yaml"], "/no/such.yaml cannot be read"),
         (["--cluster", "--overlay", "/no/such.yaml"], "/no/such.yaml cannot be read"),
     ],
 )
