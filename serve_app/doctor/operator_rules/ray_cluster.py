@@ -118,6 +118,7 @@ def v2_restarts_no_pod(cluster: RayCluster) -> Iterator[Refusal]:
 
 
 def a_fixed_size_has_both_bounds(cluster: RayCluster) -> Iterator[Refusal]:
+    """Though a CRD of 1.7.0 fills in 0 and no upper bound before the operator sees the group."""
     for group in [] if cluster.autoscaling else cluster.groups:
         for field in ("minReplicas", "maxReplicas"):
             if group.spec.get(field) is None:
