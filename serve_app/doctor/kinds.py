@@ -74,7 +74,13 @@ def check_kinds(
             _Needed(GATEWAY_API, "HTTPRoute", f"{name}-httproute", by_kuberay=True),
         ]
     needed = [one for one in needed if one.api_version and one.group != "ray.io"]
-    missing = [one for one in needed if one.kind not in cluster.kinds(one.api_version)]
+    coming = _coming(overlay or ())
+    missing = [
+        one
+        for one in needed
+        if (one.api_version, one.kind) not in coming
+        and one.kind not in cluster.kinds(one.api_version)
+    ]
     if not missing:
         if needed:
             kinds = {(one.group, one.kind) for one in needed}
@@ -113,6 +119,16 @@ def check_kinds(
             "Install what brings these kinds, or another version of it, before the overlay is "
             "applied; or leave the objects out. `kubectl api-resources` shows what is served.",
         )
+
+
+def _coming(overlay: Sequence[Object]) -> set[tuple[str, str]]:
+    """Return the kinds that the overlay brings itself."""
+    return {
+        (f"{one['spec']['group']}/{version['name']}", one["spec"]["names"]["kind"])
+        for one in overlay
+        if one["kind"] == "CustomResourceDefinition"
+        for version in one["spec"]["versions"]
+    }
 
 
 def _name(one: Object) -> str:

@@ -12,6 +12,12 @@ from serve_app.doctor.report import Finding, failed, ok, warning
 
 _KEYS_PATH = "DIFFUSION_SERVE_KEYS_PATH"
 
+_ADD = (
+    "\\\n      --dry-run=client --output yaml "
+    "| kubectl apply --server-side --force-conflicts --filename -"
+)
+"""Makes a `kubectl create secret` keep the keys that are there already."""
+
 _COMMANDS = {
     "api-keys": (
         "diffusion-serve key first-app > keys.yaml",
@@ -21,7 +27,10 @@ _COMMANDS = {
         "kubectl -n {namespace} create secret generic hugging-face --from-literal=token=hf_…",
     ),
     "prometheus-api-key": (
-        "diffusion-serve key prometheus >> keys.yaml  # belongs to api-keys; shows the key once",
+        "kubectl -n {namespace} get secret api-keys "
+        "--output go-template='{{{{index .data \"keys.yaml\" | base64decode}}}}' > keys.yaml",
+        "diffusion-serve key prometheus >> keys.yaml  # shows the key once",
+        f"kubectl -n {{namespace}} create secret generic api-keys --from-file=keys.yaml {_ADD}",
         "kubectl -n {namespace} create secret generic prometheus-api-key --from-literal=key=sk-…",
     ),
     "ray-auth-token": (
@@ -146,7 +155,9 @@ def check_secrets(
     cluster: Cluster, services: Sequence[Object], overlay: Sequence[Object] | None
 ) -> Iterator[Finding]:
     """Look up each Secret that the overlay names, or the RayServices that are there."""
-    found = references(services if overlay is None else overlay)
+    # api-keys first: the command for prometheus-api-key goes on from there.
+    objects = services if overlay is None else overlay
+    found = references(sorted(objects, key=lambda one: one["kind"] != "RayService"))
     coming = _coming(overlay or ())
     forbidden: dict[str, Forbidden] = {}
     there = []
@@ -202,8 +213,7 @@ def command(name: str, keys: Sequence[str], namespace: str, add: bool = False) -
         commands = (f"kubectl -n {{namespace}} create secret generic {name}{literals}",)
     lines = [f"  {line.format(namespace=namespace)}" for line in commands]
     if add:
-        apply = "kubectl apply --server-side --force-conflicts --filename -"
-        lines[-1] += f" \\\n      --dry-run=client --output yaml | {apply}"
+        lines[-1] += f" {_ADD}"
     return "\n".join(lines)
 
 

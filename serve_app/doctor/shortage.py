@@ -84,9 +84,12 @@ def explain(
             for name in first.small
         )
         reasons.append(f"its pods ask for more than {first.node} has: {sizes}")
-        advice.append(
-            "Lower requests and limits to what a node's allocatable leaves, or take larger nodes."
-        )
+        # A node with other labels is of another kind: its size is no measure.
+        if not first.labels:
+            advice.append(
+                "Lower requests and limits to what a node's allocatable leaves, or take larger "
+                "nodes."
+            )
     if first.condition:
         reasons.append(f"{where} {_is(near)} {' and '.join(first.condition)}")
     if first.short:

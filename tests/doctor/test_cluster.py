@@ -366,6 +366,20 @@ def test_what_kuberay_says_of_a_service_is_shown(
     assert finding.found == found
 
 
+@pytest.mark.parametrize("reason", ["ValidationFailed", "InitializingTimeout"])
+def test_what_kuberay_has_given_up_is_not_said_twice(
+    api: FakeApi, kubeconfig: Path, reason: str
+) -> None:
+    api.put("rayservices.ray.io", service(_not_ready(reason, "why")))
+    api.put("pods")
+    findings = _look(kubeconfig)
+    assert "why" in findings["RayService sdxl"].found
+    assert ("kubectl -n pictures delete rayservice sdxl" in findings["RayService sdxl"].advice) == (
+        reason == "InitializingTimeout"
+    )
+    assert "pods" not in findings
+
+
 def test_pods_that_cannot_be_made_are_shown(api: FakeApi, kubeconfig: Path) -> None:
     failure = {
         "type": "ReplicaFailure",

@@ -80,6 +80,19 @@ def test_another_version_of_a_kind_does_not_do(api: FakeApi, kubeconfig: Path) -
     assert "Thing (example.com/v1beta1); needed for Thing x" in finding.found
 
 
+def test_an_overlay_may_bring_a_kind_itself(api: FakeApi, kubeconfig: Path) -> None:
+    api.kinds["apiextensions.k8s.io/v1"] = ("CustomResourceDefinition",)
+    spec = {"group": "example.com", "names": {"kind": "Thing"}, "versions": [{"name": "v1"}]}
+    thing = {"apiVersion": "example.com/v1", "kind": "Thing", "metadata": {"name": "x"}}
+    definition = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "things.example.com"},
+        "spec": spec,
+    }
+    assert _look(kubeconfig, [service(), definition, thing])["kinds"].outcome == "ok"
+
+
 def test_an_ingress_needs_the_gateway_api_too(api: FakeApi, kubeconfig: Path) -> None:
     ingress = {
         "apiVersion": "gateway.networking.k8s.io/v1",

@@ -113,6 +113,20 @@ def test_a_secret_of_ones_own_is_made_with_the_keys_that_are_needed(
     )
 
 
+def test_the_key_of_prometheus_is_added_to_those_of_the_api(api: FakeApi, kubeconfig: Path) -> None:
+    with Cluster("diffusion-serve", kubeconfig) as cluster:
+        findings = list(look(cluster, False, _overlay("production")))
+    advices = [finding.advice for finding in findings if finding.check.startswith("Secret ")]
+    assert "--from-file=keys.yaml" in advices[0]  # it is there by then
+    [prometheus] = [advice for advice in advices if "prometheus-api-key" in advice]
+    read, key, write, last = prometheus.replace(" \\\n", "").splitlines()[1:]
+    assert """go-template='{{index .data "keys.yaml" | base64decode}}' > keys.yaml""" in read
+    assert key.split("#")[0].strip() == "diffusion-serve key prometheus >> keys.yaml"
+    assert "create secret generic api-keys --from-file=keys.yaml" in write
+    assert write.endswith("| kubectl apply --server-side --force-conflicts --filename -")
+    assert last.endswith("prometheus-api-key --from-literal=key=sk-…")
+
+
 def test_each_is_read_by_its_name_and_what_is_optional_is_not(
     api: FakeApi, kubeconfig: Path
 ) -> None:
