@@ -13,14 +13,9 @@ from serve_app.doctor.cluster import look
 from serve_app.doctor.kube import Cluster
 from serve_app.doctor.report import table
 from tests.doctor.fake_cluster import (
-    GATEWAYS,
     TOLERATION,
     FakeApi,
     Object,
-    condition,
-    gateway,
-    gateway_class,
-    incremental,
     node,
     on,
     operator,
@@ -30,6 +25,7 @@ from tests.doctor.fake_cluster import (
     unscheduled,
     waiting,
 )
+from tests.doctor.fake_gateways import GATEWAYS, condition, gateway, gateway_class, incremental
 
 _GPU = {"nvidia.com/gpu": "1"}
 _PRODUCT = "nvidia.com/gpu.product"

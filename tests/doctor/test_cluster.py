@@ -12,14 +12,12 @@ from serve_app.doctor.report import Finding
 from serve_app.errors import ConfigError
 from tests.cluster.manifests import render
 from tests.doctor.fake_cluster import (
-    GATEWAYS,
     RAY,
     FakeApi,
     Object,
     claim,
     ended,
     event,
-    incremental,
     node,
     operator,
     plugin,
@@ -30,6 +28,7 @@ from tests.doctor.fake_cluster import (
     waiting,
     workload,
 )
+from tests.doctor.fake_gateways import GATEWAYS, incremental
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,17 +8,13 @@ from serve_app.doctor.cluster import look
 from serve_app.doctor.kube import Cluster
 from serve_app.doctor.report import Finding
 from tests.doctor.fake_cluster import (
-    GATEWAYS,
     FakeApi,
     Object,
-    condition,
-    gateway,
-    gateway_class,
-    incremental,
     operator,
     service,
     workload,
 )
+from tests.doctor.fake_gateways import GATEWAYS, condition, gateway, gateway_class, incremental
 
 ACCEPTED = condition("Accepted", "True", "Accepted")
 PROGRAMMED = condition("Programmed", "True", "Programmed")

@@ -10,15 +10,12 @@ from serve_app.doctor.kube import Cluster
 from serve_app.doctor.report import Finding
 from tests.cluster.manifests import render
 from tests.doctor.fake_cluster import (
-    GATEWAYS,
     MONITORING,
     FakeApi,
     Object,
-    condition,
-    gateway_class,
-    incremental,
     service,
 )
+from tests.doctor.fake_gateways import GATEWAYS, condition, gateway_class, incremental
 from tests.doctor.test_cluster import ROOT, _lines
 
 CLASSES = "gatewayclasses.gateway.networking.k8s.io"

@@ -11,13 +11,13 @@ from serve_app.doctor.unscheduled import Surroundings
 from tests.doctor.fake_cluster import (
     TOLERATION,
     Object,
-    condition,
     event,
     node,
     on,
     service,
     unscheduled,
 )
+from tests.doctor.fake_gateways import condition
 
 GPU = {"nvidia.com/gpu": "1"}
 WORKER: dict[str, Any] = {
