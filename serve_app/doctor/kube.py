@@ -1,6 +1,6 @@
 """Reads the objects of a Kubernetes cluster as plain mappings, through the official client.
 
-The one importer of that client, which is an extra. Reads only, and answers for what goes wrong on
+The one importer of that client, which is an extra, beside `kube_write`. Reads only, and answers for what goes wrong on
 the way: no kubeconfig, nobody there, no rights.
 """
 
@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -104,7 +104,7 @@ class Cluster:
         # Several checks look at the same objects.
         self._list = cache(self._read)
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,7 +148,7 @@ class Cluster:
         return tuple(answer.get("items") or ())
 
     def _get(self, path: str, resource: str, scope: str) -> Object:
-        from urllib3.exceptions import HTTPError, SSLError
+        from urllib3.exceptions import HTTPError
 
         request = self._client.param_serialize(
             "GET",
@@ -160,26 +160,29 @@ class Cluster:
             response = self._client.call_api(*request, _request_timeout=_TIMEOUT_S)
             body = response.read()
         except HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, SSLError):
-                advice = (
-                    "The API server shows another certificate than the kubeconfig expects, or this "
-                    "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
-                )
-            else:
-                advice = (
-                    "Look whether `kubectl version` answers from here: the context may be of a "
-                    "cluster that is gone, or need a VPN or a proxy."
-                )
-            raise Unreachable(
-                f"{self.host} ({self.name}) cannot be reached: {reason}", advice
-            ) from None
+            raise self._unreachable(error) from None
         if response.status == 404:
             return {}
         if response.status >= 400:
             raise self._refused(response.status, body, resource, scope)
         content: Object = json.loads(body)
         return content
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        from urllib3.exceptions import SSLError
+
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, SSLError):
+            advice = (
+                "The API server shows another certificate than the kubeconfig expects, or this "
+                "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
+            )
+        else:
+            advice = (
+                "Look whether `kubectl version` answers from here: the context may be of a "
+                "cluster that is gone, or need a VPN or a proxy."
+            )
+        return Unreachable(f"{self.host} ({self.name}) cannot be reached: {reason}", advice)
 
     def _refused(self, status: int, body: bytes, resource: str, scope: str) -> NotReadable:
         try:
