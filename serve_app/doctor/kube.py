@@ -1,7 +1,7 @@
 """Reads the objects of a Kubernetes cluster as plain mappings, through the official client.
 
-The one importer of that client, which is an extra, beside `kube_write`. Reads only, and answers for what goes wrong on
-the way: no kubeconfig, nobody there, no rights.
+Beside `kube_write` the one importer of that client, which is an extra. Reads only, and answers for
+what goes wrong on the way: no kubeconfig, nobody there, no rights.
 """
 
 import json

@@ -20,8 +20,8 @@ MADE_S = 60.0
 """For the operator to make a RayCluster: it needs 2 s, or a few after a restart."""
 
 UNPLACED_S = 45.0
-"""For pods to be made and bound. Less than the 60 s after which KubeRay deletes a RayCluster that was
-replaced: during an upgrade both must fit."""
+"""For pods to be made and bound. During an upgrade both RayClusters must fit: the time is less than
+the 60 s after which KubeRay deletes one that was replaced."""
 
 UNATTENDED_S = 10.0
 """For a kubelet to say that it has a pod that is being deleted."""
