@@ -81,7 +81,7 @@ class WritableCluster(Cluster):
         if (kind := self.kind(api_version, body["kind"])) is None:
             raise Refused(
                 404,
-                f"{body['kind']} {name}: the API server serves no {body['kind']} of {api_version}",
+                f"the API server serves no {body['kind']} of {api_version}",
                 "Install what brings this kind's CRD, or leave the component out of the overlay.",
             )
         path = f"{base(api_version, body['metadata']['namespace'])}/{kind.plural}/{name}"
@@ -151,9 +151,10 @@ class WritableCluster(Cluster):
         try:
             return portforward(call, pod, namespace, ports=str(port))
         except ApiException as error:
+            reason = str(error.reason).partition(" -+-+- ")[0]  # headers and body follow
             raise Refused(
                 error.status or 0,
-                f"no port forward to pod {pod}: {' '.join(str(error.reason).split())}",
+                f"no port forward to pod {pod}: {reason}",
                 "Try `kubectl port-forward`: it takes the same way, and the same right.",
             ) from None
 

@@ -13,7 +13,6 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import yaml
 from PIL import Image
 
 from serve_app.gateway.auth import digest, parse_keys
@@ -88,6 +87,10 @@ class OperatorApi(FakeApi):
         )  # fmt: skip
         """Of the application, by the number of requests before."""
         self.asked_of_pods = 0
+        self.away = False
+        """Whether the API server is being replaced."""
+        self.writes: list[tuple[str, str]] = []
+        """Methods and paths."""
         self.dry_runs: list[str] = []
         self.deleted: list[str] = []
         self.forbidden: set[tuple[str, str]] = set()
@@ -100,7 +103,7 @@ class OperatorApi(FakeApi):
         self._delete_at: dict[str, float] = {}
         self._sent: dict[str, str] = {}
         self.put("deployments.apps", operator())
-        self.put("nodes", node("gpu-1", gpus=8))
+        self.put("nodes", _node())
         self.put("storageclasses.storage.k8s.io")
         self._server.RequestHandlerClass = _handler(self)
 
@@ -110,6 +113,8 @@ class OperatorApi(FakeApi):
         path, query = urlsplit(url).path, dict(parse_qsl(urlsplit(url).query))
         if headers.get("Authorization", "") != f"Bearer {TOKEN}":
             return 401, {"message": "Unauthorized"}
+        if self.away:
+            return 503, {"message": "the server is currently unable to handle the request"}
         parts = path.strip("/").split("/")
         version_parts = 2 if parts[0] == "api" else 3
         version = "/".join(parts[1:version_parts])
@@ -125,6 +130,7 @@ class OperatorApi(FakeApi):
             }
         if method == "GET":
             return self._get(path, version, rest, query)
+        self.writes.append((method, path))
         content = json.loads(body)
         if method == "POST":
             path = f"{path}/{content['metadata']['name']}"
@@ -354,6 +360,17 @@ class OperatorApi(FakeApi):
                     del self.store[key]
 
 
+def _node() -> Object:
+    """A node with a kubelet, which says what it is."""
+    one = node("gpu-1", gpus=8)
+    fields = (
+        "architecture", "bootID", "containerRuntimeVersion", "kernelVersion", "kubeProxyVersion",
+        "kubeletVersion", "machineID", "operatingSystem", "osImage", "systemUUID",
+    )  # fmt: skip
+    info = dict.fromkeys(fields, "") | {"containerRuntimeVersion": "containerd://2.1"}
+    return one | {"status": one["status"] | {"nodeInfo": info}}
+
+
 def _cluster_of(pod: Object) -> str:
     return str(pod["metadata"]["labels"]["ray.io/cluster"])
 
@@ -380,13 +397,9 @@ def _handler(api: OperatorApi) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PATCH = do_DELETE = _any
+        do_GET = do_POST = do_PATCH = do_DELETE = _any  # noqa: N815  # http.server's names
 
         def log_message(self, *args: object) -> None:
             pass
 
     return Handler
-
-
-def load(text: str) -> list[Object]:
-    return list(yaml.safe_load_all(text))

@@ -19,7 +19,7 @@ def forward_port(
     refuses: bool,
     answer: Callable[[str], tuple[int, dict[str, Any]]],
 ) -> None:
-    """Answer one HTTP request in the channel of the one port. ``answer`` takes its Authorization."""
+    """Answer one HTTP request in the port's channel; ``answer`` takes its Authorization."""
     if refuses:
         handler.send_error(500, "error upgrading connection: unable to upgrade")
         return
@@ -48,6 +48,9 @@ def forward_port(
     body = json.dumps(content).encode()
     head = f"HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
     _send(handler, _BINARY, _DATA + head.encode() + body)
+    # The client has what it wants, and ends it.
+    while _receive(handler)[0] != _CLOSE:
+        pass
     _send(handler, _CLOSE, struct.pack(">H", 1000))
 
 
@@ -64,7 +67,10 @@ def _is_whole(request: bytes) -> bool:
 
 
 def _receive(handler: BaseHTTPRequestHandler) -> tuple[int, bytes]:
-    first, second = handler.rfile.read(2)
+    start = handler.rfile.read(2)
+    if len(start) < 2:
+        return _CLOSE, b""
+    first, second = start
     length = second & 127
     if length == 126:
         [length] = struct.unpack(">H", handler.rfile.read(2))

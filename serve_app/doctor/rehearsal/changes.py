@@ -81,6 +81,7 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
         return ok(name, "left out: upgradeStrategy None, so that KubeRay replaces nothing")
     before = session.observer.ray_clusters()
     current = session.observer.service().newest
+    session.reset_counts()
     session.cluster.apply(applied)
 
     def probe() -> str | None:
@@ -94,22 +95,23 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
     target = session.until(probe, MADE_S, session.sample)
     if target is None:
         return _not_replaced(session, name)
+    if target == current:
+        return ok(name, f"left out: RayCluster {current} was not replaced")
     session.waiter.tell(f"    RayCluster {target} beside {', '.join(sorted(before))}")
     delay_s = applied["spec"].get("rayClusterDeletionDelaySeconds", DELETION_DELAY_S)
     patience_s = UNPLACED_S + (delay_s if original else 0)
     placement = session.placed(name, target, patience_s)
     if not placement.complete:
-        return _short(session, name, placement, original)
+        return _short(session, name, target, placement, original)
     found = f"RayCluster {target}"
     if original:
         found += " has the first pod template again"
-        found += ", as a third one" if target not in before else ""
+        found += ", as a third one" if len(before) > 1 else ""
     found += f"; {placement}"
     if session.serves:
-        session.reset_counts()
         session.wait_until_serving(name, target, session.sample)
         found += "; it has taken over"
-    found += _old_ones(session, set(before) - {target}, current, target, int(delay_s))
+    found += _old_ones(session, set(before) - {target}, int(delay_s))
     if session.kubelet == "runs":
         asked = len(session.answers) + len(session.failures)
         if session.failures:
@@ -140,30 +142,32 @@ def _not_replaced(session: Session, name: str) -> Finding:
     )
 
 
-def _short(session: Session, name: str, placement: Placement, original: bool) -> Finding:
+def _short(
+    session: Session, name: str, target: str, placement: Placement, original: bool
+) -> Finding:
     service = session.observer.service()
     if original and service.ready and service.active == session.first:
         return warning(
             name,
-            f"RayCluster {session.first} goes on serving, and KubeRay wants another for the same "
-            f"pod template, which has no room: {placement}",
+            f"RayCluster {session.first} goes on serving, and has the first pod template; KubeRay "
+            f"makes {target} with the same all the same, which has no room: {placement}",
             "Free the GPUs of one more RayCluster, or delete the RayService and apply it anew.",
         )
     finding = unplaced(name, placement)
     return replace(
         finding,
+        found=f"RayCluster {target} has no room: {finding.found}",
         advice=f"{finding.advice}\nAn upgrade runs two RayClusters at a time: have spare GPUs "
         "for minReplicas of each group, or set spec.upgradeStrategy.type to None and delete "
         "and apply the RayService for each change.",
     )
 
 
-def _old_ones(session: Session, old: set[str], current: str, target: str, delay_s: int) -> str:
+def _old_ones(session: Session, old: set[str], delay_s: int) -> str:
     """Wait until KubeRay deletes what was replaced, where that does not take long."""
-    if not old or current == target:
-        return ""
+    names = ", ".join(sorted(old))
     if delay_s > _WATCHED_DELAY_S:
-        return f"; the old one stays for {delay_s} s (rayClusterDeletionDelaySeconds)"
+        return f"; {names} stays for {delay_s} s (rayClusterDeletionDelaySeconds)"
     started_s = session.waiter.elapsed_s()
 
     def probe() -> bool | None:
@@ -176,6 +180,6 @@ def _old_ones(session: Session, old: set[str], current: str, target: str, delay_
         return None if stays else True
 
     if session.until(probe, delay_s + _SLACK_S, session.sample) is None:
-        return f"; {', '.join(sorted(old))} still there {delay_s + _SLACK_S:.0f} s later"
+        return f"; {names} still there {delay_s + _SLACK_S:.0f} s later (delay: {delay_s} s)"
     took_s = session.waiter.elapsed_s() - started_s
-    return f"; the old one was deleted {took_s:.0f} s later (delay: {delay_s} s)"
+    return f"; the deletion of {names} began {took_s:.0f} s later (delay: {delay_s} s)"

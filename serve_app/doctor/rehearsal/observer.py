@@ -61,9 +61,11 @@ class Service:
 
     def __str__(self) -> str:
         condition = self.conditions.get("Ready", {})
-        said = f"{condition.get('reason', 'no condition')}: {condition.get('message', '')}"
-        states = ", ".join(f"{name} {state}" for name, state in self.applications.items())
-        return said.rstrip(": ") + (f"; {states}" if states else "")
+        reason, message = condition.get("reason", "no status yet"), condition.get("message", "")
+        parts = [f"{reason}: {message}".rstrip(": ")]
+        parts += [f"{name} {state}" for name, state in self.applications.items()]
+        parts += [f"{percent} % to {name}" for name, percent in self.routed.items()]
+        return "; ".join(parts)
 
 
 class Observer:
@@ -155,6 +157,18 @@ class Observer:
             if (endpoint.get("conditions") or {}).get("ready") and endpoint.get("targetRef")
         )
 
+    def gateway_trouble(self) -> str:
+        """Why the Gateway of an incremental upgrade takes no requests; empty if it does."""
+        name = f"{self._service['metadata']['name']}-gateway"
+        root = base("gateway.networking.k8s.io/v1", self._namespace)
+        gateway = self._cluster.get(f"{root}/gateways/{name}") or {}
+        for condition in (gateway.get("status") or {}).get("conditions") or ():
+            if condition["type"] == "Programmed":
+                if condition["status"] == "True":
+                    return ""
+                return f"Gateway {name} is not programmed: {condition.get('message', '')}"
+        return f"Gateway {name} is not programmed: no controller has looked at it"
+
     def kubelet(self, pods: Sequence[Object]) -> Kubelet | None:
         """What runs these pods, which are on nodes; None if nothing has taken them up so far."""
         fake = self._fake_nodes()
@@ -176,13 +190,15 @@ class Observer:
         return {
             node["metadata"]["name"]
             for node in nodes
-            if _KWOK in (node["metadata"].get("annotations") or {})
-            or any(word in _kubelet_version(node) for word in ("kwok", "fake"))
+            if _KWOK in (node["metadata"].get("annotations") or {}) or not _runtime(node)
         }
 
 
-def _kubelet_version(node: Object) -> str:
-    return str(((node.get("status") or {}).get("nodeInfo") or {}).get("kubeletVersion", ""))
+def _runtime(node: Object) -> str:
+    """The node's container runtime, as `containerd://2.1`; every real kubelet reports one."""
+    info = (node.get("status") or {}).get("nodeInfo") or {}
+    version = str(info.get("containerRuntimeVersion") or "")
+    return version if "://" in version else ""
 
 
 def expected(service: Object) -> dict[str, int]:
@@ -212,8 +228,8 @@ class Placement:
         return not self.missing and not self.unplaced
 
     def __str__(self) -> str:
-        nodes = len({pod["spec"]["nodeName"] for pod in self.bound})
-        parts = [f"{len(self.bound)} pods on {nodes} nodes"]
+        nodes = sorted({pod["spec"]["nodeName"] for pod in self.bound})
+        parts = [f"{len(self.bound)} pods on {', '.join(nodes)}" if nodes else "no pod on a node"]
         parts += [f"{count} of group {group} not made" for group, count in self.missing.items()]
         parts += [f"{one.check} {one.found}" for one in self.unplaced]
         return "; ".join(parts)

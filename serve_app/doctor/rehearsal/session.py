@@ -175,6 +175,12 @@ class Session:
         troubles = dict.fromkeys(service.messages, mend)
         if service.refusal:
             troubles[service.refusal] = "Correct what the operator refuses."
+        if service.routed and service.pending and (said := self.observer.gateway_trouble()):
+            troubles[said] = (
+                "An incremental upgrade stands still at 0 % until a Gateway controller serves the "
+                "GatewayClass of spec.upgradeStrategy.clusterUpgradeOptions: install it, or use "
+                "NewCluster."
+            )
         events = self.observer.events()
         for pod in self.observer.pods():
             finding = pending.why(pod, events)

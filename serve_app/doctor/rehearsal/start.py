@@ -57,7 +57,8 @@ def apply(session: Session) -> Finding:
     if refused:
         return failed(
             name,
-            f"{len(refused)} objects refused: " + "; ".join(one.found for one in refused),
+            f"{len(refused)} objects refused: "
+            + "; ".join(dict.fromkeys(one.found for one in refused)),
             "\n".join(dict.fromkeys(one.advice for one in refused)),
         )
     made = ", ".join(manifest.made_secrets)
