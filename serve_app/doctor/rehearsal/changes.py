@@ -98,8 +98,9 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
     if target == current:
         return ok(name, f"left out: RayCluster {current} was not replaced")
     session.waiter.tell(f"    RayCluster {target} beside {', '.join(sorted(before))}")
-    delay_s = applied["spec"].get("rayClusterDeletionDelaySeconds", DELETION_DELAY_S)
-    patience_s = UNPLACED_S + (delay_s if original else 0)
+    delay_s = int(applied["spec"].get("rayClusterDeletionDelaySeconds", DELETION_DELAY_S))
+    # What the upgrade replaced may hold its GPUs until then.
+    patience_s = UNPLACED_S + (min(delay_s, _WATCHED_DELAY_S) if original else 0)
     placement = session.placed(name, target, patience_s)
     if not placement.complete:
         return _short(session, name, target, placement, original)
@@ -111,7 +112,7 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
     if session.serves:
         session.wait_until_serving(name, target, session.sample)
         found += "; it has taken over"
-    found += _old_ones(session, set(before) - {target}, int(delay_s))
+    found += _old_ones(session, set(before) - {target}, delay_s)
     if session.kubelet == "runs":
         asked = len(session.answers) + len(session.failures)
         if session.failures:

@@ -1,4 +1,4 @@
-"""A Kubernetes API server that is written to, with KubeRay's operator, a scheduler and kubelets.
+"""What works on a cluster's objects: KubeRay's operator, a scheduler, kubelets, garbage collection.
 
 They do what is seen of the real ones in a rehearsal, each time that `FakeClock` passes on; a test
 says what goes wrong. Pods' ports answer through port forwards and the API server's proxy.
@@ -9,35 +9,14 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler
-from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 from PIL import Image
 
 from serve_app.gateway.auth import digest, parse_keys
-from tests.doctor.fake_cluster import TOKEN, FakeApi, Object, node, operator
-from tests.doctor.fake_pod_port import forward_port
+from tests.doctor.fake_cluster import Object, node, operator
+from tests.doctor.rehearsal.fake_writable import WritableApi
 
 HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
-_SERVICE_FIELDS = {
-    "serveConfigV2", "rayClusterConfig", "upgradeStrategy", "excludeHeadPodFromServeSvc",
-    "rayClusterDeletionDelaySeconds",
-}  # fmt: skip
-_KINDS = {
-    "v1": [
-        ("Namespace", "namespaces", False), ("Node", "nodes", False), ("Pod", "pods", True),
-        ("Secret", "secrets", True), ("Service", "services", True),
-        ("ServiceAccount", "serviceaccounts", True),
-        ("PersistentVolumeClaim", "persistentvolumeclaims", True),
-    ],
-    "apps/v1": [("Deployment", "deployments", True), ("StatefulSet", "statefulsets", True)],
-    "discovery.k8s.io/v1": [("EndpointSlice", "endpointslices", True)],
-    "monitoring.coreos.com/v1": [("PodMonitor", "podmonitors", True)],
-    "policy/v1": [("PodDisruptionBudget", "poddisruptionbudgets", True)],
-    "ray.io/v1": [("RayService", "rayservices", True), ("RayCluster", "rayclusters", True)],
-    "rbac.authorization.k8s.io/v1": [("ClusterRole", "clusterroles", False)],
-}  # fmt: skip
 
 
 class FakeClock:
@@ -63,8 +42,8 @@ def png() -> bytes:
     return file.getvalue()
 
 
-class OperatorApi(FakeApi):
-    """The API server, and all that works on its objects."""
+class OperatorApi(WritableApi):
+    """An API server, and all that works on its objects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,127 +60,24 @@ class OperatorApi(FakeApi):
         self.finalizer_s = 4.0
         """How long a RayCluster takes to end."""
         self.namespace_stays = False
-        self.port_refuses = False
+        self.scales_up = False
+        """Whether a node autoscaler says that it adds nodes."""
+        self.incremental = False
+        """Whether an upgrade waits for a Gateway, which is never programmed."""
         self.answer_of_pod: Callable[[int], tuple[int, Object]] = lambda _: (
             200, {"data": [{"b64_json": base64.b64encode(png()).decode()}]},
         )  # fmt: skip
         """Of the application, by the number of requests before."""
         self.asked_of_pods = 0
-        self.away = False
-        """Whether the API server is being replaced."""
-        self.writes: list[tuple[str, str]] = []
-        """Methods and paths."""
-        self.dry_runs: list[str] = []
-        self.deleted: list[str] = []
-        self.forbidden: set[tuple[str, str]] = set()
-        """Methods and resources."""
         self.now = 0.0
         self.ray = {"v1": ["rayservices", "rayclusters"]}
-        self.store: dict[str, Object] = {}
-        """Objects by path."""
-        self._drawn = 0
         self._delete_at: dict[str, float] = {}
         self._sent: dict[str, str] = {}
         self.put("deployments.apps", operator())
         self.put("nodes", _node())
         self.put("storageclasses.storage.k8s.io")
-        self._server.RequestHandlerClass = _handler(self)
 
-    # The API server.
-
-    def handle(self, method: str, url: str, headers: Any, body: bytes) -> tuple[int, Object]:
-        path, query = urlsplit(url).path, dict(parse_qsl(urlsplit(url).query))
-        if headers.get("Authorization", "") != f"Bearer {TOKEN}":
-            return 401, {"message": "Unauthorized"}
-        if self.away:
-            return 503, {"message": "the server is currently unable to handle the request"}
-        parts = path.strip("/").split("/")
-        version_parts = 2 if parts[0] == "api" else 3
-        version = "/".join(parts[1:version_parts])
-        rest = parts[version_parts:]
-        if rest and rest[0] == "namespaces" and len(rest) > 2:
-            rest = rest[2:]
-        if "proxy" in rest:
-            return self._pod(headers.get("X-Key", ""), parts[-6].partition(":")[0], refused=503)
-        if rest and (method, rest[0]) in self.forbidden:
-            verb = {"POST": "create", "PATCH": "patch", "DELETE": "delete"}[method]
-            return 403, {
-                "message": f'{rest[0]} is forbidden: User "jane" cannot {verb} resource "{rest[0]}"'
-            }
-        if method == "GET":
-            return self._get(path, version, rest, query)
-        self.writes.append((method, path))
-        content = json.loads(body)
-        if method == "POST":
-            path = f"{path}/{content['metadata']['name']}"
-            return 201, self._save(path, content)
-        if method == "PATCH":
-            assert headers["Content-Type"] == "application/apply-patch+yaml"
-            assert query["fieldManager"] == "diffusion-serve-rehearsal"
-            return self._apply(path, content, query)
-        return self._delete(path, content)
-
-    def _get(self, path: str, version: str, rest: list[str], query: Object) -> tuple[int, Object]:
-        if not rest and version in _KINDS:
-            names = ("kind", "name", "namespaced")
-            return 200, {
-                "resources": [dict(zip(names, one, strict=True)) for one in _KINDS[version]]
-            }
-        if path in self.store:
-            return 200, self.store[path]
-        if len(rest) == 1 and rest[0] in (
-            "pods", "rayclusters", "rayservices", "endpointslices", "events", "namespaces",
-        ):  # fmt: skip
-            wanted = query.get("labelSelector", "").partition("=")
-            return 200, {"items": [
-                one for one in self._below(path)
-                if not wanted[0] or one["metadata"].get("labels", {}).get(wanted[0]) == wanted[2]
-            ]}  # fmt: skip
-        if len(rest) > 1:
-            return 404, {"message": "not found"}
-        return super().answer(path, f"Bearer {TOKEN}")
-
-    def _below(self, path: str) -> list[Object]:
-        return [
-            one for key, one in self.store.items()
-            if key.startswith(path + "/") and "/" not in key[len(path) + 1 :]
-        ]  # fmt: skip
-
-    def _save(self, path: str, content: Object) -> Object:
-        old = self.store.get(path, {})
-        self._drawn += 1
-        metadata = {"uid": f"uid-{self._drawn}", "generation": 1} | content["metadata"]
-        if old:
-            metadata["uid"] = old["metadata"]["uid"]
-        self.store[path] = content | {"metadata": metadata}
-        if "status" in old:
-            self.store[path]["status"] = old["status"]
-        return self.store[path]
-
-    def _apply(self, path: str, content: Object, query: Object) -> tuple[int, Object]:
-        assert query["fieldValidation"] == "Strict"
-        assert query["force"] == "true"
-        if content["kind"] == "RayService" and (more := set(content["spec"]) - _SERVICE_FIELDS):
-            return 400, {"message": f'strict decoding error: unknown field "spec.{more.pop()}"'}
-        if query.get("dryRun") == "All":
-            self.dry_runs.append(content["kind"])
-            return 200, content
-        return 200, self._save(path, content)
-
-    def _delete(self, path: str, options: Object) -> tuple[int, Object]:
-        if path not in self.store:
-            return 404, {"message": "not found"}
-        found = self.store[path]
-        if options.get("preconditions", {}).get("uid") not in (None, found["metadata"]["uid"]):
-            return 409, {"message": "the UID in the precondition does not match"}
-        self.deleted.append(path)
-        if options.get("gracePeriodSeconds") == 0 or "/rayservices/" in path:
-            del self.store[path]
-        else:
-            found["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
-        return 200, {}
-
-    def _pod(self, authorization: str, pod: str, refused: int = 200) -> tuple[int, Object]:
+    def answer_of_port(self, authorization: str, pod: str, refused: int) -> tuple[int, Object]:
         if self.port_refuses or not any(key.endswith(f"/pods/{pod}") for key in self.store):
             return refused, {"kind": "Status", "message": "dial tcp: connection refused"}
         for path, one in self.store.items():
@@ -239,7 +115,7 @@ class OperatorApi(FakeApi):
         wanted = service["spec"] if self.replaces_in_place else service["spec"]["rayClusterConfig"]
         goal = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:8]
         newest = (pending or active).get("rayClusterName", "")
-        there = {one["metadata"]["name"]: one for one in self._below(f"{root}/rayclusters")}
+        there = {one["metadata"]["name"]: one for one in self.below(f"{root}/rayclusters")}
         status.setdefault("conditions", [
             {"type": "Ready", "status": "False", "reason": "Initializing", "message": "starting"}
         ])  # fmt: skip
@@ -263,6 +139,11 @@ class OperatorApi(FakeApi):
     def _serve(
         self, path: str, service: Object, status: Object, name: str, pods: list[Object]
     ) -> None:
+        active = status["activeServiceStatus"].get("rayClusterName")
+        if self.incremental and active not in (None, name):
+            status["activeServiceStatus"]["trafficRoutedPercent"] = 100
+            status["pendingServiceStatus"]["trafficRoutedPercent"] = 0
+            return
         applications = {"applicationStatuses": {"diffusion-serve": {"status": "RUNNING"}}}
         status["activeServiceStatus"] = {"rayClusterName": name} | applications
         status["pendingServiceStatus"] = {}
@@ -272,9 +153,9 @@ class OperatorApi(FakeApi):
         namespace = path.split("/")[5]
         if self._sent.get(name) != service["spec"]["serveConfigV2"]:
             self._sent[name] = service["spec"]["serveConfigV2"]
-            self._drawn += 1
-            self.store[f"/api/v1/namespaces/{namespace}/events/e{self._drawn}"] = {
-                "metadata": {"name": f"e{self._drawn}"}, "type": "Normal", "count": 1,
+            self.drawn += 1
+            self.store[f"/api/v1/namespaces/{namespace}/events/e{self.drawn}"] = {
+                "metadata": {"name": f"e{self.drawn}"}, "type": "Normal", "count": 1,
                 "involvedObject": {"kind": "RayService"}, "reason": "UpdatedServeApplications",
             }  # fmt: skip
         root = f"/apis/discovery.k8s.io/v1/namespaces/{namespace}/endpointslices"
@@ -289,7 +170,7 @@ class OperatorApi(FakeApi):
         }
 
     def _make(self, root: str, name: str, goal: str, service: Object) -> None:
-        self._save(
+        self.save(
             f"{root}/rayclusters/{name}",
             {"metadata": {"name": name, "annotations": {HASH: goal}}, "status": {}},
         )
@@ -300,11 +181,11 @@ class OperatorApi(FakeApi):
                 self._make_pod(root, name, "worker", group["groupName"], group)
 
     def _make_pod(self, root: str, cluster: str, kind: str, group: str, template: Object) -> None:
-        self._drawn += 1
-        name = f"{cluster}-{group}-{self._drawn}"
+        self.drawn += 1
+        name = f"{cluster}-{group}-{self.drawn}"
         namespace = root.rpartition("/")[2]
         labels = {"ray.io/cluster": cluster, "ray.io/node-type": kind, "ray.io/group": group}
-        self._save(f"/api/v1/namespaces/{namespace}/pods/{name}", {
+        self.save(f"/api/v1/namespaces/{namespace}/pods/{name}", {
             "metadata": {"name": name, "namespace": namespace, "labels": labels},
             "spec": {"containers": template["template"]["spec"]["containers"]},
             "status": {"phase": "Pending"},
@@ -323,6 +204,7 @@ class OperatorApi(FakeApi):
                         {"type": "PodScheduled", "status": "False", "reason": "Unschedulable",
                          "message": "0/1 nodes are available: 1 Insufficient nvidia.com/gpu."}
                     ]  # fmt: skip
+                    self._tell_scale_up(pod)
                     continue
                 taken += _gpus(pod)
                 pod["spec"]["nodeName"] = "gpu-1"
@@ -332,6 +214,14 @@ class OperatorApi(FakeApi):
                 state |= {"containerID": "containerd://1"} if self.kubelet == "runs" else {}
                 status.update(phase="Running", startTime="2026-01-01T00:00:00Z")
                 status["containerStatuses"] = [state]
+
+    def _tell_scale_up(self, pod: Object) -> None:
+        namespace, name = pod["metadata"]["namespace"], pod["metadata"]["name"]
+        if self.scales_up:
+            self.store[f"/api/v1/namespaces/{namespace}/events/{name}"] = {
+                "metadata": {"name": name}, "type": "Normal", "reason": "TriggeredScaleUp",
+                "involvedObject": {"kind": "Pod", "name": name},
+            }  # fmt: skip
 
     def _end(self) -> None:
         services = [path for path in self.store if "/rayservices/" in path]
@@ -379,27 +269,3 @@ def _gpus(pod: Object) -> int:
     [container, *_] = pod["spec"]["containers"]
     limits = (container.get("resources") or {}).get("limits") or {}
     return int(limits.get("nvidia.com/gpu", 0))
-
-
-def _handler(api: OperatorApi) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def _any(self) -> None:
-            if self.headers.get("Upgrade", "").lower() == "websocket":
-                pod = self.path.partition("/pods/")[2].partition("/")[0]
-                forward_port(self, api.port_refuses, lambda key: api._pod(key, pod))
-                return
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, answer = api.handle(self.command, self.path, self.headers, body)
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-        do_GET = do_POST = do_PATCH = do_DELETE = _any  # noqa: N815  # http.server's names
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    return Handler
