@@ -123,7 +123,10 @@ class Observer:
         """Warnings about the RayService and its RayClusters, the latest last."""
         said = [
             f"{one.get('reason', '')}: {one.get('message', '')}"
-            for one in sorted(self.events(), key=lambda one: one.get("lastTimestamp") or "")
+            for one in sorted(
+                self.events(),
+                key=lambda one: one.get("lastTimestamp") or one.get("eventTime") or "",
+            )
             if one.get("type") == "Warning"
             and one["involvedObject"].get("kind") in ("RayService", "RayCluster")
         ]
@@ -132,7 +135,7 @@ class Observer:
     def config_updates(self) -> int:
         """Times that the operator has sent a Serve config to a Ray cluster."""
         return sum(
-            int(one.get("count") or 1)
+            int(one.get("count") or (one.get("series") or {}).get("count") or 1)
             for one in self.events()
             if one.get("reason") == "UpdatedServeApplications"
         )
