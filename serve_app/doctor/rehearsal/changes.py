@@ -79,7 +79,11 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
     strategy = (applied["spec"].get("upgradeStrategy") or {}).get("type")
     if strategy == "None":
         return ok(name, "left out: upgradeStrategy None, so that KubeRay replaces nothing")
-    before = session.observer.ray_clusters()
+    before = {
+        one
+        for one, there in session.observer.ray_clusters().items()
+        if not there["metadata"].get("deletionTimestamp")
+    }
     current = session.observer.service().newest
     session.reset_counts()
     session.cluster.apply(applied)
@@ -112,7 +116,7 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
     if session.serves:
         session.wait_until_serving(name, target, session.sample)
         found += "; it has taken over"
-    found += _old_ones(session, set(before) - {target}, delay_s)
+    found += _old_ones(session, before - {target}, delay_s)
     if session.kubelet == "runs":
         asked = len(session.answers) + len(session.failures)
         if session.failures:

@@ -19,7 +19,7 @@ def test_all_steps_pass_and_leave_nothing(api: OperatorApi, run: Callable[..., R
     assert "it has taken over" in found["upgrade"]
     assert "(delay: 60 s)" in found["upgrade"]
     assert "requests meanwhile, none failed" in found["upgrade"]
-    assert "first pod template again, as a third one" in found["roll back"]
+    assert "first pod template again; 2 pods" in found["roll back"]
     assert api.store == {}
     assert done.took_s < 300
 
@@ -54,7 +54,7 @@ def test_without_kubelets_the_control_plane_alone_is_checked(
     assert "left out" in done.findings["image"].found
     assert "no other was made" in done.findings["Serve config"].found
     assert "RayCluster sdxl-2; 2 pods" in done.findings["upgrade"].found
-    assert "as a third one" in done.findings["roll back"].found
+    assert "first pod template again; 2 pods" in done.findings["roll back"].found
     assert api.store == {}
     assert api.asked_of_pods == 0
 
@@ -164,6 +164,7 @@ def test_a_long_deletion_delay_is_reported_and_not_waited_for(
     done = run(service(rayClusterDeletionDelaySeconds=3600))
     assert done.failed() == []
     assert "sdxl-1 stays for 3600 s" in done.findings["upgrade"].found
+    assert "first pod template again, as a third one" in done.findings["roll back"].found
     assert done.took_s < 120
 
 
