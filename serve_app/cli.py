@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import signal
 import sys
 import time
 from pathlib import Path
@@ -130,6 +131,15 @@ def doctor(
             "namespace holds, if none.",
         ),
     ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Apply the overlay in a throw-away namespace, ask for an image, change, upgrade, "
+            "roll back and delete. Creates and deletes that namespace; without this option "
+            "nothing is changed.",
+        ),
+    ] = False,
 ) -> None:
     """Look for what stands between this machine, or a cluster, and a picture."""
     from serve_app.doctor.report import any_failed, table
@@ -140,7 +150,14 @@ def doctor(
             raise ConfigError("--namespace goes with --cluster.")
         if (cluster or overlay is not None) and config is not None:
             raise ConfigError("--config is for a machine; give the manifest to --overlay.")
-        if cluster:
+        if rehearse and (not cluster or overlay is None):
+            raise ConfigError(
+                "--rehearse needs --cluster and --overlay: `kubectl kustomize "
+                "cluster/overlays/local | diffusion-serve doctor --cluster --overlay - --rehearse`."
+            )
+        if rehearse and overlay is not None:
+            findings = _rehearse(namespace, overlay)
+        elif cluster:
             findings = _look_at_cluster(namespace, overlay, cpu)
         elif overlay is not None:
             findings = _look_at_manifest(overlay)
@@ -195,6 +212,27 @@ def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> 
         with Cluster(namespace) as cluster:
             return list(checks.look(cluster, cpu, objects))
     except Unreachable as error:
+        return [failed("cluster", error.found, error.advice)]
+
+
+def _rehearse(namespace: str | None, overlay: Path) -> list["Finding"]:
+    from serve_app.doctor import cluster as checks
+    from serve_app.doctor.kube import NotReadable
+    from serve_app.doctor.kube_write import WritableCluster
+    from serve_app.doctor.rehearsal.manifest import prepare
+    from serve_app.doctor.rehearsal.run import rehearse
+    from serve_app.doctor.report import failed
+
+    objects = _read_overlay(overlay)
+    checks.choose_namespace(objects, str(overlay), namespace)
+    # So that the end of a CI job deletes what it has created, like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with WritableCluster() as cluster:
+            manifest = prepare(objects, str(overlay), cluster.lives_in_namespace)
+            # Beside the result, which may be JSON.
+            return rehearse(cluster, manifest, lambda line: typer.echo(line, err=True))
+    except NotReadable as error:
         return [failed("cluster", error.found, error.advice)]
 
 

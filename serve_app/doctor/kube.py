@@ -1,7 +1,7 @@
 """Reads the objects of a Kubernetes cluster as plain mappings, through the official client.
 
-The one importer of that client, which is an extra. Reads only, and answers for what goes wrong on
-the way: no kubeconfig, nobody there, no rights.
+Beside `kube_write` the one importer of that client, which is an extra. Reads only, and answers for
+what goes wrong on the way: no kubeconfig, nobody there, no rights.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -117,7 +117,7 @@ class Cluster:
         self.kinds = cache(self._kinds)
         """Kinds that the API server serves in an ``apiVersion``, empty if none: `_kinds`."""
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,7 +176,7 @@ class Cluster:
         return tuple(answer.get("items") or ())
 
     def _get(self, path: str, resource: str, scope: str, verb: str = "list") -> Object:
-        from urllib3.exceptions import HTTPError, SSLError
+        from urllib3.exceptions import HTTPError
 
         request = self._client.param_serialize(
             "GET",
@@ -188,26 +188,29 @@ class Cluster:
             response = self._client.call_api(*request, _request_timeout=_TIMEOUT_S)
             body = response.read()
         except HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, SSLError):
-                advice = (
-                    "The API server shows another certificate than the kubeconfig expects, or this "
-                    "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
-                )
-            else:
-                advice = (
-                    "Look whether `kubectl version` answers from here: the context may be of a "
-                    "cluster that is gone, or need a VPN or a proxy."
-                )
-            raise Unreachable(
-                f"{self.host} ({self.name}) cannot be reached: {reason}", advice
-            ) from None
+            raise self._unreachable(error) from None
         if response.status == 404:
             return {}
         if response.status >= 400:
             raise self._refused(response.status, body, resource, f"{verb} {resource}{scope}")
         content: Object = json.loads(body)
         return content
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        from urllib3.exceptions import SSLError
+
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, SSLError):
+            advice = (
+                "The API server shows another certificate than the kubeconfig expects, or this "
+                "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
+            )
+        else:
+            advice = (
+                "Look whether `kubectl version` answers from here: the context may be of a "
+                "cluster that is gone, or need a VPN or a proxy."
+            )
+        return Unreachable(f"{self.host} ({self.name}) cannot be reached: {reason}", advice)
 
     def _refused(self, status: int, body: bytes, resource: str, question: str) -> NotReadable:
         try:

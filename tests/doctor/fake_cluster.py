@@ -261,12 +261,12 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
     pod = {
         "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"},
         "tolerations": [TOLERATION],
-        "containers": [
-            {"name": "w", "resources": {"limits": {"nvidia.com/gpu": 1}}, "env": [drain]}
-        ],
+        "containers": [{"name": "w", "resources": {"limits": {"nvidia.com/gpu": 1}}}],
         "terminationGracePeriodSeconds": 960,
         "volumes": volumes,
     } | worker.pop("pod", {})
+    first, *others = pod["containers"]
+    pod["containers"] = [first | {"env": [*first.get("env", []), drain]}, *others]
     return {
         "kind": "RayService",
         "metadata": {"name": "sdxl", "namespace": "pictures"},
