@@ -1,6 +1,7 @@
 """The application as Serve builds it, without running it."""
 
-from serve_app.app import GRACE_S, build
+from serve_app.app import build
+from serve_app.deadlines import GRACE_S
 
 
 def test_replicas_that_go_away_may_finish_what_they_took_in() -> None:

@@ -1,9 +1,10 @@
 """``diffusion-serve doctor``: find what stops a machine or a cluster from serving."""
 
 import json
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -36,23 +37,43 @@ def doctor(
         Path | None,
         typer.Option(
             allow_dash=True,
-            help="A rendered manifest that is to be applied ('-': from stdin), to compare with the "
-            "cluster's nodes. What the namespace holds, if none.",
+            help="A rendered manifest that is to be applied ('-': from stdin): what KubeRay would "
+            "refuse of it, and with --cluster whether the cluster's nodes take its pods. What the "
+            "namespace holds, if none.",
         ),
     ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option(
+            "--rehearse",
+            help="Apply the overlay in a throw-away namespace, ask for an image, change, upgrade, "
+            "roll back and delete. Creates and deletes that namespace; without this option "
+            "nothing is changed.",
+        ),
+    ] = False,
 ) -> None:
-    """Look for what stands between this machine, or a cluster, and a picture."""
+    """Look for what stands between this machine, or a cluster, and an image."""
     from serve_app.doctor.report import any_failed, table
     from serve_app.doctor.report import as_json as to_json
 
     try:
-        if not cluster and (namespace is not None or overlay is not None):
-            raise ConfigError("--namespace and --overlay go with --cluster.")
-        if cluster and config is not None:
+        if not cluster and namespace is not None:
+            raise ConfigError("--namespace goes with --cluster.")
+        if (cluster or overlay is not None) and config is not None:
             raise ConfigError("--config is for a machine; give the manifest to --overlay.")
-        findings = (
-            _look_at_cluster(namespace, overlay, cpu) if cluster else _look_at_machine(config, cpu)
-        )
+        if rehearse and (not cluster or overlay is None):
+            raise ConfigError(
+                "--rehearse needs --cluster and --overlay: `kubectl kustomize "
+                "cluster/overlays/local | diffusion-serve doctor --cluster --overlay - --rehearse`."
+            )
+        if rehearse and overlay is not None:
+            findings = _rehearse(namespace, overlay)
+        elif cluster:
+            findings = _look_at_cluster(namespace, overlay, cpu)
+        elif overlay is not None:
+            findings = _look_at_manifest(overlay)
+        else:
+            findings = _look_at_machine(config, cpu)
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -73,6 +94,22 @@ def _look_at_machine(config: Path | None, cpu: bool) -> list["Finding"]:
     return list(machine.look(wanted, machine.this_place()))
 
 
+def _read_overlay(overlay: Path) -> list[dict[str, Any]]:
+    from serve_app.doctor.cluster import read_overlay
+
+    try:
+        text = sys.stdin.read() if str(overlay) == "-" else overlay.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--overlay: {overlay} cannot be read: {error}.") from None
+    return read_overlay(text, str(overlay))
+
+
+def _look_at_manifest(overlay: Path) -> list["Finding"]:
+    from serve_app.doctor import manifest
+
+    return list(manifest.look(_read_overlay(overlay)))
+
+
 def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> list["Finding"]:
     from serve_app.doctor import cluster as checks
     from serve_app.doctor.kube import Cluster, Unreachable
@@ -80,14 +117,31 @@ def _look_at_cluster(namespace: str | None, overlay: Path | None, cpu: bool) -> 
 
     objects = None
     if overlay is not None:
-        try:
-            text = sys.stdin.read() if str(overlay) == "-" else overlay.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--overlay: {overlay} cannot be read: {error}.") from None
-        objects = checks.read_overlay(text, str(overlay))
+        objects = _read_overlay(overlay)
         namespace = checks.choose_namespace(objects, str(overlay), namespace)
     try:
         with Cluster(namespace) as cluster:
             return list(checks.look(cluster, cpu, objects))
     except Unreachable as error:
+        return [failed("cluster", error.found, error.advice)]
+
+
+def _rehearse(namespace: str | None, overlay: Path) -> list["Finding"]:
+    from serve_app.doctor import cluster as checks
+    from serve_app.doctor.kube import NotReadable
+    from serve_app.doctor.kube_write import WritableCluster
+    from serve_app.doctor.rehearsal.manifest import prepare
+    from serve_app.doctor.rehearsal.run import rehearse
+    from serve_app.doctor.report import failed
+
+    objects = _read_overlay(overlay)
+    checks.choose_namespace(objects, str(overlay), namespace)
+    # So that the end of a CI job deletes what it has created, like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with WritableCluster() as cluster:
+            manifest = prepare(objects, str(overlay), cluster.lives_in_namespace)
+            # Beside the result, which may be JSON.
+            return rehearse(cluster, manifest, lambda line: typer.echo(line, err=True))
+    except NotReadable as error:
         return [failed("cluster", error.found, error.advice)]

@@ -5,7 +5,17 @@ from collections.abc import Callable, Iterator, Sequence
 import yaml
 
 from serve_app.config import IMPORT_PATH
-from serve_app.doctor import gpu_nodes, kuberay, pending, placement
+from serve_app.doctor import (
+    gateways,
+    gpu_nodes,
+    kinds,
+    kuberay,
+    manifest,
+    placement,
+    places,
+    pods,
+    secrets,
+)
 from serve_app.doctor.kube import Cluster, NotReadable, Object, Unreachable
 from serve_app.doctor.report import Finding, failed, ok, warning
 from serve_app.errors import ConfigError
@@ -87,6 +97,9 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("KubeRay CRDs", lambda: kuberay.check_crds(cluster)),
         ("KubeRay operator", lambda: kuberay.check_operator(cluster)),
+        ("kinds", lambda: kinds.check_kinds(cluster, services, overlay)),
+        ("GatewayClass", lambda: gateways.check_classes(cluster, services, overlay)),
+        ("manifest", lambda: manifest.look(overlay or ())),
     ]
     if not cpu:
         checks += [
@@ -94,11 +107,15 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
             ("GPU nodes", lambda: gpu_nodes.check_gpu_nodes(cluster, services)),
         ]
     checks += [
-        ("pods' places", lambda: gpu_nodes.check_places(cluster, services)),
+        ("pods' places", lambda: places.check_places(cluster, services, overlay is not None)),
+        ("Secrets", lambda: secrets.check_secrets(cluster, services, overlay)),
         ("storage", lambda: _check_storage(cluster, services, overlay)),
         ("Ray version", lambda: kuberay.check_ray_version(services)),
+        ("refusals", lambda: kuberay.check_refusals(cluster)),
+        ("pods", lambda: pods.check_pods(cluster, overlay is not None)),
+        ("Gateways", lambda: gateways.check_gateways(cluster)),
+        # Last, since what keeps a service from being ready has been said by then.
         ("services", lambda: kuberay.check_services(cluster)),
-        ("pods", lambda: _check_pods(cluster, overlay is not None)),
     ]
     for name, check in checks:
         try:
@@ -221,44 +238,3 @@ def _check_class(check: str, claim: Object, classes: Sequence[Object]) -> Findin
             f"Set storageClassName to one of {', '.join(names) or '(none is here)'}, or create it.",
         )
     return ok(check, f"the StorageClass {wanted} makes its volume")
-
-
-def _check_pods(cluster: Cluster, to_come: bool) -> Iterator[Finding]:
-    """Those that do not run; alike ones together. ``to_come``: there may be none yet."""
-    pods = cluster.list("pods", everywhere=False)
-    try:
-        events = cluster.list("events", everywhere=False)
-    except Unreachable:
-        raise
-    except NotReadable as error:
-        yield failed("events", error.found, error.advice)
-        events = ()
-    if (finding := pending.replaced(events)) is not None:
-        yield finding
-    if not pods and cluster.list("rayservices.ray.io", everywhere=False):
-        yield warning(
-            "pods",
-            f"none in namespace {cluster.namespace}, which has a RayService",
-            "KubeRay has made none: look at the rows of KubeRay and of the RayService above, and "
-            "at the operator's log.",
-        )
-    elif not pods and to_come:
-        yield ok("pods", f"namespace {cluster.namespace} has none yet")
-    if not pods:
-        return
-    alike: dict[tuple[str, str], list[Finding]] = {}
-    for pod in pods:
-        if (finding := pending.why(pod, events)) is not None:
-            alike.setdefault((finding.found, finding.advice), []).append(finding)
-    for findings in alike.values():
-        first, others = findings[0], len(findings) - 1
-        yield Finding(
-            first.check + (f" and {others} more" if others else ""),
-            first.outcome,
-            first.found,
-            first.advice,
-        )
-    if not alike:
-        yield ok(
-            "pods", f"none of {len(pods)} in namespace {cluster.namespace} is pending or has failed"
-        )

@@ -3,11 +3,9 @@
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from decimal import Decimal
 
-from serve_app.doctor import placement
+from serve_app.doctor import placement, places, shortage
 from serve_app.doctor.kube import Cluster, Object, full_name, images
-from serve_app.doctor.placement import Group
 from serve_app.doctor.report import Finding, failed, ok, warning
 
 _DEVICE_PLUGIN = re.compile(r"nvidia.*device-plugin")
@@ -93,12 +91,12 @@ def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Fi
                 if any(name.startswith("nvidia.com/") for name in placement.requests(group.pod))
             ]
             if asking and all(group.may_be_empty for group in asking):
-                yield warning(check, found, f"{_STARTS_EMPTY}\n{advice}")
+                yield warning(check, found, f"{places.STARTS_EMPTY}\n{advice}")
             else:
                 yield failed(check, found, advice)
         return
     kinds = Counter(
-        (_product(node), resource, number)
+        (shortage.product(node), resource, number)
         for node in offering
         for resource, number in placement.gpus(node).items()
     )
@@ -106,7 +104,7 @@ def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Fi
         f"{nodes_of} with {number} {resource} ({product})"
         for (product, resource, number), nodes_of in sorted(kinds.items())
     )
-    unlabelled = [one["metadata"]["name"] for one in offering if _product(one) == _UNKNOWN_PRODUCT]
+    unlabelled = [one["metadata"]["name"] for one in offering if not shortage.has_product(one)]
     shared = [one["metadata"]["name"] for one in offering if _is_shared(one)]
     if unlabelled:
         yield warning(
@@ -127,93 +125,9 @@ def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Fi
         )
 
 
-_STARTS_EMPTY = (
-    "The group starts without pods: nothing is to be done if the cluster's autoscaler adds nodes "
-    "for it. Else:"
-)
-_UNKNOWN_PRODUCT = "unknown product"
-
-
-def _product(node: Object) -> str:
-    labels = node["metadata"].get("labels") or {}
-    return str(labels.get("nvidia.com/gpu.product", _UNKNOWN_PRODUCT))
-
-
 def _is_shared(node: Object) -> bool:
     labels = node["metadata"].get("labels") or {}
     replicas = labels.get("nvidia.com/gpu.replicas", "1")
     return labels.get("nvidia.com/gpu.sharing-strategy", "none") != "none" or (
         replicas.isdecimal() and int(replicas) > 1
     )
-
-
-def check_places(cluster: Cluster, services: Sequence[Object]) -> Iterator[Finding]:
-    nodes = cluster.list("nodes")
-    for service in services:
-        for group in placement.groups(service):
-            yield _check_place(group, nodes)
-
-
-def _check_place(group: Group, nodes: Sequence[Object]) -> Finding:
-    """Labels, taints and sizes: what the scheduler is going to say, before it does."""
-    if not nodes:
-        return failed(group.name, "there are no nodes", "Add one.")
-    misses = placement.misses(group.pod, nodes)
-    if taking := misses.count(placement.TAKEN):
-        return ok(group.name, f"{taking} of {len(nodes)} nodes can take its pods")
-    near = placement.nearest(misses)
-    found, advice = [], []
-    if labels := sorted({label for miss in near for label in miss.labels}):
-        found.append(f"no node has {' and '.join(labels)}")
-        advice.append(_advice_on_labels(labels, nodes))
-    if taints := sorted({_shown(taint) for miss in near for taint in miss.taints}):
-        found.append(f"it does not tolerate {', '.join(taints)}")
-        advice.append(_advice_on_taints([taint for miss in near for taint in miss.taints]))
-    if lacks := sorted({name for miss in near for name in miss.resources}):
-        wanted = placement.requests(group.pod)
-        offers = [placement.allocatable(node) for node in nodes]
-        most = {name: max(offer.get(name, Decimal(0)) for offer in offers) for name in lacks}
-        sizes = ", ".join(f"{name} {wanted[name]} (most: {most[name]})" for name in lacks)
-        found.append(f"its pods ask for more than a node has: {sizes}")
-        advice.append(
-            "Lower requests and limits to what a node's allocatable leaves, or take larger nodes; "
-            "GPUs that no node offers come with the device plugin."
-        )
-    if group.may_be_empty and (labels or lacks):
-        advice.insert(0, _STARTS_EMPTY)
-        return warning(group.name, "; ".join(found), "\n".join(advice))
-    return failed(group.name, "; ".join(found), "\n".join(advice))
-
-
-def _advice_on_taints(taints: Sequence[Object]) -> str:
-    others = [taint for taint in taints if not taint["key"].startswith("node.kubernetes.io/")]
-    if not others:
-        return (
-            "Kubernetes itself keeps pods off these nodes: `kubectl uncordon` those that are "
-            "cordoned, and look at `kubectl describe node` for the others."
-        )
-    lines = {
-        f"  - {{key: {taint['key']}, operator: Exists, effect: {taint['effect']}}}"
-        for taint in others
-    }
-    return "Add to the pod template:\n  tolerations:\n" + "\n".join(sorted(lines))
-
-
-def _advice_on_labels(labels: Sequence[str], nodes: Sequence[Object]) -> str:
-    products = {_product(node) for node in nodes} - {_UNKNOWN_PRODUCT}
-    if any(label.startswith("nvidia.com/") for label in labels) and not products:
-        return (
-            "No node has labels of GPU feature discovery: switch it on with the device plugin's "
-            "value gfd.enabled=true, or add a GPU node."
-        )
-    if any(label.startswith("nvidia.com/gpu.product") for label in labels):
-        return (
-            f"Nodes here have {', '.join(sorted(products))}: take the component for that GPU, or "
-            "add nodes of the other kind."
-        )
-    return "Add a node with these labels, or change nodeSelector or affinity of the pod template."
-
-
-def _shown(taint: Object) -> str:
-    value = f"={taint['value']}" if taint.get("value") else ""
-    return f"{taint['key']}{value}:{taint['effect']}"

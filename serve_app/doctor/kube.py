@@ -1,7 +1,7 @@
 """Reads the objects of a Kubernetes cluster as plain mappings, through the official client.
 
-The one importer of that client, which is an extra. Reads only, and answers for what goes wrong on
-the way: no kubeconfig, nobody there, no rights.
+Beside `kube_write` the one importer of that client, which is an extra. Reads only, and answers for
+what goes wrong on the way: no kubeconfig, nobody there, no rights.
 """
 
 import json
@@ -9,7 +9,7 @@ import re
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
@@ -22,6 +22,8 @@ READ = (
     "daemonsets.apps",
     "deployments.apps",
     "events",
+    "gatewayclasses.gateway.networking.k8s.io",
+    "gateways.gateway.networking.k8s.io",
     "nodes",
     "persistentvolumeclaims",
     "pods",
@@ -29,19 +31,20 @@ READ = (
     "rayservices.ray.io",
     "storageclasses.storage.k8s.io",
 )
-"""All that is read of a cluster."""
+"""All that is listed of a cluster. Secrets are read one by one, by name: see `secret_keys`."""
 
 _VERSIONS = {
     "apps": "v1",
+    "gateway.networking.k8s.io": "v1",
     "ray.io": "v1",
     "storage.k8s.io": "v1",
 }
-_ROLE = "diffusion-serve-doctor"
+ROLE = "diffusion-serve-doctor"
 _TIMEOUT_S = (5.0, 30.0)
 """To connect, and to answer."""
 
 
-_OF_NO_NAMESPACE = ("nodes", "storageclasses")
+_OF_NO_NAMESPACE = ("gatewayclasses", "nodes", "storageclasses")
 
 
 class NotReadable(Exception):
@@ -55,6 +58,14 @@ class NotReadable(Exception):
 
 class Unreachable(NotReadable):
     """Of the whole cluster, so that nothing else need be tried."""
+
+
+class Forbidden(NotReadable):
+    """A read that the rights of ``user`` do not cover."""
+
+    def __init__(self, found: str, advice: str, user: str) -> None:
+        super().__init__(found, advice)
+        self.user = user
 
 
 class Cluster:
@@ -103,8 +114,10 @@ class Cluster:
         self.host: str = settings.host
         # Several checks look at the same objects.
         self._list = cache(self._read)
+        self.kinds = cache(self._kinds)
+        """Kinds that the API server serves in an ``apiVersion``, empty if none: `_kinds`."""
 
-    def __enter__(self) -> "Cluster":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -130,6 +143,21 @@ class Cluster:
             for version in (one["version"] for one in versions)
         }
 
+    def _kinds(self, api_version: str) -> frozenset[str]:
+        """Read the kinds of ``api_version``, which everybody may. Raises `NotReadable`."""
+        path = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+        resources = self._get(path, api_version, "").get("resources") or ()
+        return frozenset(str(one["kind"]) for one in resources)
+
+    def secret_keys(self, name: str) -> frozenset[str] | None:
+        """Return the keys of one Secret of the namespace, None if there is no such Secret.
+
+        The values are dropped here. Raises `Forbidden` or `NotReadable`.
+        """
+        path = f"/api/v1/namespaces/{self.namespace}/secrets/{name}"
+        secret = self._get(path, f"secrets/{name}", f" -n {self.namespace}", "get")
+        return frozenset(secret.get("data") or ()) if secret else None
+
     def list(self, resource: str, everywhere: bool = True) -> tuple[Object, ...]:
         """All objects of ``resource``, named as in `READ`; of the namespace unless ``everywhere``.
 
@@ -147,8 +175,8 @@ class Cluster:
         answer = self._get(f"{base}{where}/{kind}", resource, scope)
         return tuple(answer.get("items") or ())
 
-    def _get(self, path: str, resource: str, scope: str) -> Object:
-        from urllib3.exceptions import HTTPError, SSLError
+    def _get(self, path: str, resource: str, scope: str, verb: str = "list") -> Object:
+        from urllib3.exceptions import HTTPError
 
         request = self._client.param_serialize(
             "GET",
@@ -160,28 +188,31 @@ class Cluster:
             response = self._client.call_api(*request, _request_timeout=_TIMEOUT_S)
             body = response.read()
         except HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(reason, SSLError):
-                advice = (
-                    "The API server shows another certificate than the kubeconfig expects, or this "
-                    "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
-                )
-            else:
-                advice = (
-                    "Look whether `kubectl version` answers from here: the context may be of a "
-                    "cluster that is gone, or need a VPN or a proxy."
-                )
-            raise Unreachable(
-                f"{self.host} ({self.name}) cannot be reached: {reason}", advice
-            ) from None
+            raise self._unreachable(error) from None
         if response.status == 404:
             return {}
         if response.status >= 400:
-            raise self._refused(response.status, body, resource, scope)
+            raise self._refused(response.status, body, resource, f"{verb} {resource}{scope}")
         content: Object = json.loads(body)
         return content
 
-    def _refused(self, status: int, body: bytes, resource: str, scope: str) -> NotReadable:
+    def _unreachable(self, error: Exception) -> Unreachable:
+        from urllib3.exceptions import SSLError
+
+        reason = getattr(error, "reason", None) or error
+        if isinstance(reason, SSLError):
+            advice = (
+                "The API server shows another certificate than the kubeconfig expects, or this "
+                "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
+            )
+        else:
+            advice = (
+                "Look whether `kubectl version` answers from here: the context may be of a "
+                "cluster that is gone, or need a VPN or a proxy."
+            )
+        return Unreachable(f"{self.host} ({self.name}) cannot be reached: {reason}", advice)
+
+    def _refused(self, status: int, body: bytes, resource: str, question: str) -> NotReadable:
         try:
             message = str(json.loads(body)["message"])
         except (ValueError, KeyError, TypeError):
@@ -193,19 +224,34 @@ class Cluster:
                 "`kubectl auth whoami` answers.",
             )
         if status == 403:
-            user = re.search(r'User "([^"]+)"', message)
-            return NotReadable(
-                f"may not be looked at: `kubectl auth can-i list {resource}{scope}` says no",
+            match = re.search(r'User "([^"]+)"', message)
+            user = match[1] if match else "USER"
+            return Forbidden(
+                f"may not be looked at: `kubectl auth can-i {question}` says no",
                 "Have an administrator grant it:\n"
-                f"  kubectl create clusterrole {_ROLE} --verb=list --resource={','.join(READ)}\n"
-                f"  kubectl create clusterrolebinding {_ROLE} --clusterrole={_ROLE} "
-                f"--user={user[1] if user else 'USER'}",
+                f"  kubectl create clusterrole {ROLE} --verb=list "
+                f"--resource={','.join(self._known(resource))}\n"
+                f"  kubectl create clusterrolebinding {ROLE} --clusterrole={ROLE} --user={user}",
+                user,
             )
         return NotReadable(
             f"the API server answers {status}: {message}",
-            "Ask the same with `kubectl get " + resource + scope + "`; if that fails too, it is "
-            "the API server's trouble.",
+            f"Ask the same with `kubectl get {question.partition(' ')[2]}`; if that fails too, it "
+            "is the API server's trouble.",
         )
+
+    def _known(self, asked: str) -> tuple[str, ...]:
+        """Return what of `READ` the cluster has: kubectl refuses a role for anything else."""
+        known = []
+        for resource in READ:
+            group = resource.partition(".")[2]
+            try:
+                if group and not self.kinds(f"{group}/{_VERSIONS[group]}") and resource != asked:
+                    continue
+            except NotReadable:
+                pass  # rather one too many than one too few
+            known.append(resource)
+        return tuple(known)
 
 
 def _namespace_of_this_pod() -> str | None:

@@ -121,43 +121,31 @@ def check_ray_version(services: Sequence[Object]) -> Iterator[Finding]:
             )
 
 
-def check_services(cluster: Cluster) -> Iterator[Finding]:
-    """What KubeRay says of the RayServices and RayClusters in the namespace."""
+_REFUSED = "ValidationFailed"
+_TIMED_OUT = "InitializingTimeout"
+_TIMEOUT = "ray.io/initializing-timeout"
+
+
+def _ready(service: Object) -> Object:
+    conditions = (service.get("status") or {}).get("conditions") or ()
+    return next((one for one in conditions if one["type"] == "Ready"), {})
+
+
+def has_no_clusters(service: Object) -> bool:
+    """Tell whether KubeRay makes no pods for it, and says so by its Ready condition."""
+    return _ready(service).get("reason") in (_REFUSED, _TIMED_OUT)
+
+
+def check_refusals(cluster: Cluster) -> Iterator[Finding]:
+    """What KubeRay or the API server refuses: no pod is made, so that no other row shows it."""
     for service in cluster.list("rayservices.ray.io", everywhere=False):
-        check = f"RayService {service['metadata']['name']}"
-        status = service.get("status") or {}
-        conditions = {one["type"]: one for one in status.get("conditions") or []}
-        broken = [
-            f"application {name} is {application['status']}: {application.get('message', '')}"
-            for part in ("activeServiceStatus", "pendingServiceStatus")
-            for name, application in (
-                (status.get(part) or {}).get("applicationStatuses") or {}
-            ).items()
-            if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")
-        ]
-        ready = conditions.get("Ready", {})
-        if not status:
-            yield warning(
-                check,
-                "no status",
-                "The operator has not looked at it: look again, then at the operator's log and at "
-                "`kubectl describe rayservice`.",
-            )
-        elif broken:
+        ready = _ready(service)
+        if ready.get("reason") == _REFUSED:
             yield failed(
-                check,
-                "; ".join(text.strip().rstrip(":") for text in broken),
-                "Mend the Serve config (`diffusion-serve check`) or what the message names; `serve "
-                "status` in the head pod shows all of it.",
-            )
-        elif ready.get("status") == "True":
-            yield ok(check, "ready")
-        else:
-            yield failed(
-                check,
-                f"not ready: {ready.get('reason', '')} {ready.get('message', '')}".strip(),
-                "Look at the pods below, and at `kubectl describe rayservice`, whose events name "
-                "what KubeRay refuses (InvalidRayServiceSpec).",
+                f"RayService {service['metadata']['name']}",
+                f"refused by the operator: {ready.get('message', '')}",
+                "Mend the field that is named and apply it again; until then KubeRay does nothing "
+                "about it, and what ran before goes on.",
             )
     for ray_cluster in cluster.list("rayclusters.ray.io", everywhere=False):
         conditions = {
@@ -172,3 +160,60 @@ def check_services(cluster: Cluster) -> Iterator[Finding]:
                 "The API server refuses the pod template: mend the field that is named (a "
                 "toleration's effect, for example), a quota, or an admission rule.",
             )
+
+
+def check_services(cluster: Cluster) -> Iterator[Finding]:
+    """Whether the RayServices of the namespace serve; what keeps them from it has its own rows."""
+    for service in cluster.list("rayservices.ray.io", everywhere=False):
+        check = f"RayService {service['metadata']['name']}"
+        status, ready = service.get("status") or {}, _ready(service)
+        broken = [
+            f"application {name} is {application['status']}: {application.get('message', '')}"
+            for part in ("activeServiceStatus", "pendingServiceStatus")
+            for name, application in (
+                (status.get(part) or {}).get("applicationStatuses") or {}
+            ).items()
+            if application.get("status") in ("DEPLOY_FAILED", "UNHEALTHY")
+        ]
+        if ready.get("reason") == _REFUSED:
+            continue  # see `check_refusals`
+        if not status:
+            yield warning(
+                check,
+                "no status",
+                "The operator has not looked at it: look again, then at the operator's log and at "
+                "`kubectl describe rayservice`.",
+            )
+        elif ready.get("reason") == _TIMED_OUT:
+            yield _timed_out(check, service, ready)
+        elif broken:
+            yield failed(
+                check,
+                "; ".join(text.strip().rstrip(":") for text in broken),
+                "Mend the Serve config (`diffusion-serve check`) or what the message names; `serve "
+                "status` in the head pod shows all of it.",
+            )
+        elif ready.get("status") == "True":
+            yield ok(check, "ready")
+        else:
+            yield failed(
+                check,
+                f"not ready: {ready.get('reason', '')} {ready.get('message', '')}".strip(),
+                "It waits for what has failed above. If nothing has, it is still starting: the "
+                "log of the head's pod and `kubectl describe rayservice` say how far it is.",
+            )
+
+
+def _timed_out(check: str, service: Object, ready: Object) -> Finding:
+    name, namespace = service["metadata"]["name"], service["metadata"]["namespace"]
+    limit = (service["metadata"].get("annotations") or {}).get(_TIMEOUT)
+    return failed(
+        check,
+        f"{_TIMED_OUT}: {ready.get('message', '')}".rstrip(": "),
+        f"It was not ready within {_TIMEOUT}{f' ({limit})' if limit else ''}, and has failed for "
+        "good: KubeRay deletes its Ray clusters and looks at it no more, whatever is applied. "
+        "First mend the cause: what else has failed here, or the last events of its pods; if it "
+        "only took long, raise the annotation. Then delete it and apply it again:\n"
+        f"  kubectl -n {namespace} get events --sort-by=.lastTimestamp\n"
+        f"  kubectl -n {namespace} delete rayservice {name}",
+    )

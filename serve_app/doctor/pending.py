@@ -3,51 +3,10 @@
 import re
 from collections.abc import Iterator, Sequence
 
+from serve_app.doctor import secrets, unscheduled
 from serve_app.doctor.kube import Object
 from serve_app.doctor.report import Finding, failed, warning
-
-_UNSCHEDULABLE = (
-    (
-        r"untolerated taint",
-        "Give the pod template a toleration for the taint that is named, or take the taint off the "
-        "node. KubeRay leaves tolerations out when it compares: delete the RayService and apply it "
-        "again.",
-    ),
-    (
-        r"didn't match Pod's node affinity/selector",
-        "No node has the labels that the pod selects on: compare its nodeSelector with `kubectl "
-        "get nodes --show-labels`. Labels nvidia.com/gpu.* come from GPU feature discovery.",
-    ),
-    (
-        r"persistentvolumeclaim \S+ not found",
-        "Apply the claim: it comes with the component `model-cache`.",
-    ),
-    (
-        r"unbound immediate PersistentVolumeClaims",
-        "Look at the claim (`kubectl describe pvc`): its StorageClass does not exist, or can make "
-        "no volume of this size and access mode.",
-    ),
-    (
-        r"volume node affinity conflict",
-        "The volume lies in another zone than the free nodes: use a StorageClass with "
-        "volumeBindingMode: WaitForFirstConsumer, or add nodes in its zone.",
-    ),
-    (
-        r"Insufficient nvidia\.com/",
-        "All GPUs are taken, or a node has fewer than one pod asks for. Wait for the autoscaler "
-        "(`kubectl describe pod` shows TriggeredScaleUp, or NotTriggerScaleUp and why), raise the "
-        "node group's limit or the quota, or lower maxReplicas.",
-    ),
-    (
-        r"Insufficient (memory|cpu|ephemeral-storage)",
-        "The pod asks for more than a node has left beside what runs there: lower its requests to "
-        "the node's allocatable less the daemonsets, or take a larger node.",
-    ),
-    (
-        r"Too many pods",
-        "The node is full of pods: raise its limit, or take more nodes.",
-    ),
-)
+from serve_app.doctor.unscheduled import Surroundings
 
 _WAITING = {
     "ErrImagePull": "image",
@@ -64,12 +23,11 @@ _ADVICE = {
     "image": "The node cannot fetch the image: look at its name, its tag and imagePullSecrets. On "
     "a laptop, load it into the nodes: `kind load docker-image IMAGE`, or `minikube image load "
     "IMAGE`.",
-    "config": "A Secret or ConfigMap that the pod names is not in the namespace: create it; "
-    "`kubectl describe pod` names it.",
+    "config": "A Secret or ConfigMap that the pod names is not in the namespace, or is without the "
+    "key: create it; `kubectl describe pod` names it.",
     "start": "The container runtime cannot start it. If NVIDIA's hook or CDI is named, the node's "
     "driver or its NVIDIA Container Toolkit is broken, or the pod needs runtimeClassName: nvidia.",
-    "crash": "It ends once it starts: `kubectl logs --previous` says why; exit code 137 means "
-    "that its memory limit is too low.",
+    "crash": "It ends once it starts: `kubectl logs --previous` says why.",
 }
 
 
@@ -77,9 +35,7 @@ _EVENTS = (
     (
         r'(secret|configmap) "[^"]+" not found|references non-existent (secret|config) key',
         "Create what is named, in the pod's namespace; cluster/README.md lists the Secrets and "
-        "their keys. For api-keys:\n"
-        "  diffusion-serve key first-app > keys.yaml\n"
-        "  kubectl -n {namespace} create secret generic api-keys --from-file=keys.yaml",
+        "their keys.",
     ),
     (
         r"no runtime for \S+ is configured",
@@ -94,6 +50,15 @@ _EVENTS = (
     ),
 )
 """What the node says of a pod that it was given."""
+
+
+def is_unscheduled(pod: Object) -> bool:
+    """Tell whether the scheduler has found no node for it."""
+    status = pod.get("status") or {}
+    return status.get("phase") == "Pending" and any(
+        one["type"] == "PodScheduled" and one["status"] == "False"
+        for one in status.get("conditions") or ()
+    )
 
 
 def _events_of(pod: Object, events: Sequence[Object]) -> list[Object]:
@@ -115,25 +80,21 @@ def _when(event: Object) -> str:
     return event.get("lastTimestamp") or event.get("eventTime") or ""
 
 
-def why(pod: Object, events: Sequence[Object] = ()) -> Finding | None:
+def why(
+    pod: Object, events: Sequence[Object] = (), around: Surroundings | None = None
+) -> Finding | None:
     """What keeps this pod from running; None if it runs or has ended well.
 
-    ``events``: of its namespace.
+    ``events``: of its namespace; ``around``: what a pod without a node is compared with.
     """
     check, status = f"pod {pod['metadata']['name']}", pod.get("status") or {}
-    waiting = [
-        state
-        for container in (
-            *(status.get("initContainerStatuses") or ()),
-            *(status.get("containerStatuses") or ()),
-        )
-        if (state := (container.get("state") or {}).get("waiting"))
-    ]
-    for state in waiting:
+    for container in (
+        *(status.get("initContainerStatuses") or ()),
+        *(status.get("containerStatuses") or ()),
+    ):
+        state = (container.get("state") or {}).get("waiting") or {}
         if (kind := _WAITING.get(state.get("reason", ""))) is not None:
-            message = state.get("message")
-            found = state["reason"] + (f": {message}" if message else "")
-            return failed(check, found, _ADVICE[kind])
+            return _waiting(check, pod, container, state, kind)
     if (ended := _ended(check, pod)) is not None:
         return ended
     if status.get("phase") != "Pending":
@@ -141,7 +102,7 @@ def why(pod: Object, events: Sequence[Object] = ()) -> Finding | None:
     conditions = status.get("conditions") or []
     scheduled: Object = next((one for one in conditions if one["type"] == "PodScheduled"), {})
     if scheduled.get("status") == "False":
-        return _unscheduled(check, scheduled)
+        return unscheduled.why(check, pod, scheduled, _events_of(pod, events), around)
     if scheduled.get("status") == "True":
         return _placed(check, pod, _events_of(pod, events))
     return warning(
@@ -152,20 +113,32 @@ def why(pod: Object, events: Sequence[Object] = ()) -> Finding | None:
     )
 
 
-def _unscheduled(check: str, condition: Object) -> Finding:
-    message = condition.get("message") or condition.get("reason") or "it is not said why"
-    if condition.get("reason") == "SchedulingGated":
-        return warning(
-            check,
-            f"pending: {message}",
-            "Something holds its schedulingGates, such as a queue (Kueue): look there.",
-        )
-    advice = [text for pattern, text in _UNSCHEDULABLE if re.search(pattern, message)]
-    return failed(
-        check,
-        f"pending: {message}",
-        "\n".join(advice) or "`kubectl describe pod` shows its events.",
-    )
+def _waiting(check: str, pod: Object, container: Object, state: Object, kind: str) -> Finding:
+    """A container that the node has not started, or starts again and again."""
+    message = state.get("message") or ""
+    found, advice = state["reason"] + (f": {message}" if message else ""), _ADVICE[kind]
+    if kind == "config":
+        advice = _on_secret(pod, message) or advice
+    last = (container.get("lastState") or {}).get("terminated")
+    if kind == "crash" and last:
+        code, reason = last["exitCode"], last.get("reason") or "no reason"
+        found += f"; container {container['name']} ended with code {code} ({reason})"
+        if last.get("reason") == "OOMKilled" or code == _KILLED:
+            advice = f"{_MEMORY} {advice}"
+    return failed(check, found, advice)
+
+
+_SECRET = re.compile(r'secret "([^"]+)" not found|couldn\'t find key (\S+) in Secret \S+?/(\S+)')
+
+
+def _on_secret(pod: Object, message: str) -> str | None:
+    """Return the command that makes the Secret of the message, None if it names none."""
+    if (match := _SECRET.search(message)) is None:
+        return None
+    namespace = pod["metadata"]["namespace"]
+    if match[1]:
+        return f"Make it:\n{secrets.command(match[1], (), namespace)}"
+    return f"Add it:\n{secrets.command(match[3], [match[2]], namespace, add=True)}"
 
 
 def _placed(check: str, pod: Object, events: Sequence[Object]) -> Finding:
@@ -179,8 +152,7 @@ def _placed(check: str, pod: Object, events: Sequence[Object]) -> Finding:
     for message in reversed(complaints):
         for pattern, advice in _EVENTS:
             if re.search(pattern, message):
-                namespace = pod["metadata"]["namespace"]
-                return failed(check, f"pending: {message}", advice.format(namespace=namespace))
+                return failed(check, f"pending: {message}", _on_secret(pod, message) or advice)
     if complaints:
         return warning(
             check,
@@ -205,7 +177,7 @@ def _ended(check: str, pod: Object) -> Finding | None:
         namespace = pod["metadata"]["namespace"]
         log = f"`kubectl -n {namespace} logs POD -c {container}` says why."
         if state.get("reason") == "OOMKilled" or code == _KILLED:
-            log = f"Mostly its memory limit is too low: raise requests and limits. {log}"
+            log = f"{_MEMORY} {log}"
         return failed(check, f"container {container} ended with code {code} ({reason})", log)
     if status.get("phase") != "Failed":
         return None
@@ -221,6 +193,8 @@ def _ended(check: str, pod: Object) -> Finding | None:
 
 _KILLED = 128 + 9
 """Exit code of a process that SIGKILL has ended."""
+
+_MEMORY = "Mostly its memory limit is too low: raise requests and limits."
 
 
 def _terminated(status: Object) -> Iterator[tuple[str, Object]]:

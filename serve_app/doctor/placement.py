@@ -1,9 +1,9 @@
-"""Which nodes take a pod: the scheduler's own filters, as far as GPUs need them.
+"""The scheduler's own filters for pods and nodes, as far as GPUs need them.
 
 Pure: reads pod templates and nodes as the API has them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -33,46 +33,6 @@ def groups(service: Object) -> list[Group]:
         starting = worker.get("replicas") or worker.get("minReplicas") or 0
         found.append(Group(f"{prefix} {worker['groupName']}", template, starting == 0))
     return found
-
-
-@dataclass(frozen=True)
-class Miss:
-    """Why a node does not take a pod."""
-
-    labels: tuple[str, ...]
-    """That the pod selects on."""
-    taints: tuple[Object, ...]
-    """That it does not tolerate."""
-    resources: tuple[str, ...]
-    """Of which it asks for more than the node can ever give."""
-
-
-TAKEN = Miss((), (), ())
-"""By a node that takes the pod, once it is empty."""
-
-
-def misses(pod: Object, nodes: Iterable[Object]) -> list[Miss]:
-    """Of each node; ``pod`` is a pod's spec."""
-    wanted = requests(pod)
-    return [
-        Miss(tuple(unmet(pod, node)), tuple(untolerated(pod, node)), tuple(lacking(wanted, node)))
-        for node in nodes
-    ]
-
-
-def nearest(misses: Sequence[Miss]) -> list[Miss]:
-    """Those with the fewest reasons.
-
-    With one reason each: first those that a toleration would let in, then those of another label,
-    and last those that are too small, as all nodes without a GPU are.
-    """
-
-    def distance(miss: Miss) -> tuple[int, bool, bool]:
-        reasons = bool(miss.labels) + bool(miss.taints) + bool(miss.resources)
-        return reasons, bool(miss.resources), bool(miss.labels)
-
-    least = min(map(distance, misses), default=None)
-    return [miss for miss in misses if distance(miss) == least]
 
 
 def unmet(pod: Object, node: Object) -> list[str]:
@@ -150,15 +110,34 @@ def _tolerates(toleration: Object, taint: Object) -> bool:
 
 
 def requests(pod: Object) -> dict[str, Decimal]:
-    """What the scheduler counts: all containers, or the largest init container."""
-    most: dict[str, Decimal] = {}
-    for container in pod.get("containers") or []:
-        for resource, amount in _requests(container).items():
-            most[resource] = most.get(resource, Decimal(0)) + amount
+    """Return what the scheduler counts for a pod's spec, by resource.
+
+    All containers and sidecars together, or the largest init container with the sidecars that are
+    started before it; and the pod's overhead.
+    """
+    running = _sum(_requests(container) for container in pod.get("containers") or [])
+    sidecars: dict[str, Decimal] = {}
+    starting: dict[str, Decimal] = {}
     for container in pod.get("initContainers") or []:
-        for resource, amount in _requests(container).items():
-            most[resource] = max(most.get(resource, Decimal(0)), amount)
-    return most
+        own = _requests(container)
+        if container.get("restartPolicy") == "Always":
+            sidecars = _sum((sidecars, own))
+            own = {}
+        for resource, amount in _sum((sidecars, own)).items():
+            starting[resource] = max(starting.get(resource, Decimal(0)), amount)
+    most = _sum((running, sidecars))
+    for resource, amount in starting.items():
+        most[resource] = max(most.get(resource, Decimal(0)), amount)
+    overhead = {name: amount_of(amount) for name, amount in (pod.get("overhead") or {}).items()}
+    return _sum((most, overhead))
+
+
+def _sum(parts: Iterable[Mapping[str, Decimal]]) -> dict[str, Decimal]:
+    total: dict[str, Decimal] = {}
+    for part in parts:
+        for resource, amount in part.items():
+            total[resource] = total.get(resource, Decimal(0)) + amount
+    return total
 
 
 def _requests(container: Object) -> dict[str, Decimal]:
@@ -166,12 +145,6 @@ def _requests(container: Object) -> dict[str, Decimal]:
     # A limit without a request is one, too.
     both = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
     return {name: amount_of(amount) for name, amount in both.items()}
-
-
-def lacking(wanted: Mapping[str, Decimal], node: Object) -> list[str]:
-    """Resources of which the node can never give as much."""
-    offered = allocatable(node)
-    return [name for name, amount in wanted.items() if amount > offered.get(name, Decimal(0))]
 
 
 def allocatable(node: Object) -> dict[str, Decimal]:

@@ -42,18 +42,21 @@ def any_failed(findings: Sequence[Finding]) -> bool:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """As text: a row each, and below them each advice once, with the checks that it is for."""
+    """As text: a row each, and below them each advice once, with the checks that it is for.
+
+    Advice on what has failed comes before advice on what is warned of.
+    """
     width = max(len(finding.check) for finding in findings)
     lines = [f"{'check':<{width}}  outcome  found"]
     for finding in findings:
         start = f"{finding.check:<{width}}  {finding.outcome:<7}  "
         lines.append(_wrapped(finding.found, start, " " * len(start)))
-    checks_of: dict[str, list[str]] = {}
+    by_advice: dict[str, list[Finding]] = {}
     for finding in findings:
         if finding.advice:
-            checks_of.setdefault(finding.advice, []).append(finding.check)
-    for advice, checks in checks_of.items():
-        lines += ["", ", ".join(checks) + ":"]
+            by_advice.setdefault(finding.advice, []).append(finding)
+    for advice, advised in sorted(by_advice.items(), key=lambda item: not any_failed(item[1])):
+        lines += ["", ", ".join(finding.check for finding in advised) + ":"]
         # A line of its own is a command or a piece of YAML.
         lines += [_wrapped(line, "  ", "  ") for line in advice.splitlines()]
     return "\n".join(lines)

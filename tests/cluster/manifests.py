@@ -110,7 +110,7 @@ class Manifests:
         """The file that gives it a field that is written with these words.
 
         That is the last in the order in which kustomize applies them, since a patch comes after
-        what it patches; only RayServices are patched.
+        what it patches; only RayServices and budgets are patched.
         """
         document = of.document if isinstance(of, Pod) else of
         kind, name = document["kind"], document["metadata"]["name"]
@@ -119,7 +119,7 @@ class Manifests:
             file for file, text in texts.items() if f"kind: {kind}\n" in text and name in text
         ]
         candidates = [*defining]
-        if kind == "RayService":
+        if kind in ("RayService", "PodDisruptionBudget"):
             candidates = [
                 file for file, text in texts.items() if file in defining or _PATCH.search(text)
             ]
@@ -131,6 +131,14 @@ class Manifests:
         ]
         found = (having or defining)[-1]
         return str(found.relative_to(self.root))
+
+    def writes_field(self, field: str) -> str:
+        """The file that gives the RayService ``field``, a path with groups' names as indices."""
+        parts = field.split(".")
+        words = [parts[-1].partition("[")[0]]
+        words += [part for part in parts if part == "headGroupSpec"]
+        words += ["workerGroupSpecs" for part in parts if part.startswith("workerGroupSpecs[")]
+        return self.written_in(self.service, *words)
 
 
 _PATCH = re.compile(r"^\s*- \{?op: ", re.MULTILINE)

@@ -7,7 +7,6 @@ it is written.
 import re
 import tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app import __version__
-from serve_app.app import build
 from serve_app.autoscaling.params import read_scaling_params
-from serve_app.config import AppConfig, parse_app_config, policy_kwargs
+from serve_app.config import parse_app_config, policy_kwargs
+from serve_app.doctor.deadlines import NO_GATEWAY
 from serve_app.doctor.placement import untolerated
 from serve_app.errors import ConfigError
+from tests.cluster.application import application, config_file
+from tests.cluster.interruption_rules import budgets_select_pods, graces_are_in_order
 from tests.cluster.manifests import Document, Manifests, Pod
+from tests.cluster.operator_rules import the_operator_accepts
 from tests.cluster.platform_rules import (
     daemons_reach_their_nodes,
     platform_gives_what_pods_name,
@@ -38,9 +40,6 @@ Rule = Callable[[Manifests], Iterator[str]]
 
 HEADERS = {"x-request-timeout-seconds", "x-request-disconnect-disabled"}
 """By which clients would control Serve's proxies."""
-
-DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-NO_GATEWAY = {"diffusion-serve/gateway": "no"}
 
 PORTS = {
     "serve": 8000,
@@ -70,48 +69,6 @@ OPTIONAL_SECRETS = {"hugging-face"}
 
 
 # What the parts of a rendered overlay say.
-
-
-@dataclass(frozen=True)
-class Deployed:
-    """A deployment as Serve will run it: by the config file, else by the code."""
-
-    name: str
-    grace_s: float
-    gpus: Decimal
-    cpus: Decimal
-    min_replicas: int
-    max_replicas: int
-
-
-def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
-    """The first application and its deployments, by name."""
-    [written] = manifests.serve["applications"]
-    gateway = build(written.get("args", {}))._bound_deployment
-    [generator] = [
-        argument._bound_deployment
-        for argument in gateway.init_args
-        if hasattr(argument, "_bound_deployment")
-    ]
-    overrides = {one["name"]: one for one in written.get("deployments", [])}
-    deployed = {}
-    for code in (gateway, generator):
-        given = overrides.get(code.name, {})
-        actor = given.get("ray_actor_options") or code.ray_actor_options
-        scaling = given.get("autoscaling_config") or {}
-        fixed = given.get("num_replicas", 1)
-        grace_s = given.get(
-            "graceful_shutdown_timeout_s", code._deployment_config.graceful_shutdown_timeout_s
-        )
-        deployed[code.name] = Deployed(
-            code.name,
-            grace_s,
-            Decimal(str(actor.get("num_gpus", 0))),
-            Decimal(str(actor.get("num_cpus", 1))),
-            scaling.get("min_replicas", fixed),
-            scaling.get("max_replicas", fixed),
-        )
-    return parse_app_config(written.get("args", {})), deployed
 
 
 def gpus_of(pod: Pod) -> Decimal:
@@ -173,31 +130,21 @@ def serve_config_is_right(manifests: Manifests) -> Iterator[str]:
     except ValidationError as error:
         for one in error.errors():
             field = ".".join(str(part) for part in one["loc"])
-            yield f"{where}.{field}: {one['msg']} ({_config_file(manifests)})"
-    for application in manifests.serve.get("applications", []):
+            yield f"{where}.{field}: {one['msg']} ({config_file(manifests)})"
+    for one in manifests.serve.get("applications", []):
         try:
-            parse_app_config(application.get("args", {}))
-            for deployment in application.get("deployments", []):
+            parse_app_config(one.get("args", {}))
+            for deployment in one.get("deployments", []):
                 read_scaling_params(policy_kwargs(deployment.get("autoscaling_config") or {}))
         except ConfigError as error:
-            yield f"{where}: {error} ({_config_file(manifests)})"
-
-
-def _config_file(manifests: Manifests) -> str:
-    """Which of configs/ it is a copy of."""
-    text = manifests.service["spec"]["serveConfigV2"]
-    configs = manifests.root / "configs"
-    for file in configs.glob("*.yaml"):
-        if file.read_text() == text:
-            return f"configs/{file.name}"
-    return "configs/"
+            yield f"{where}: {error} ({config_file(manifests)})"
 
 
 def serve_is_reached(manifests: Manifests) -> Iterator[str]:
     """KubeRay's readiness probe and its Service ask each worker on the port of Serve."""
     options = manifests.serve.get("http_options", {})
     where = "RayService/diffusion-serve: spec.serveConfigV2"
-    file = _config_file(manifests)
+    file = config_file(manifests)
     if (host := options.get("host", "0.0.0.0")) != "0.0.0.0":
         yield (
             f"{where}.http_options.host is {host}, where no other pod reaches it: write 0.0.0.0 "
@@ -212,7 +159,7 @@ def serve_is_reached(manifests: Manifests) -> Iterator[str]:
 def gpus_suffice(manifests: Manifests) -> Iterator[str]:
     _, deployed = application(manifests)
     generator, gateway = deployed["Generator"], deployed["Gateway"]
-    file = _config_file(manifests)
+    file = config_file(manifests)
     field = "spec.serveConfigV2: max_replicas of Generator"
     if not generator.gpus:
         return
@@ -268,52 +215,9 @@ def groups_have_room(manifests: Manifests) -> Iterator[str]:
         file = manifests.written_in(manifests.service, "minReplicas")
         yield (
             f"RayService/diffusion-serve: spec.serveConfigV2: min_replicas of Generator is "
-            f"{generator.min_replicas} ({_config_file(manifests)}), so the worker groups with "
+            f"{generator.min_replicas} ({config_file(manifests)}), so the worker groups with "
             f"GPUs, whose minReplicas is 0 ({file}), never get empty"
         )
-
-
-def graces_are_in_order(manifests: Manifests) -> Iterator[str]:
-    """The longest request < the replica's grace <= the node's drain < the pod's grace.
-
-    A gateway holds a request before it is painted; a node without one goes the sooner.
-    """
-    config, deployed = application(manifests)
-    file = _config_file(manifests)
-    deadline_s = config.engine.limits.max_deadline_s
-    held_s = config.gateway.max_hold_s + deadline_s
-    for name, what, longest_s in (
-        ("Generator", "max_deadline_s", deadline_s),
-        ("Gateway", "max_hold_s and max_deadline_s", held_s),
-    ):
-        if deployed[name].grace_s <= longest_s:
-            yield (
-                f"RayService/diffusion-serve: spec.serveConfigV2: graceful_shutdown_timeout_s of "
-                f"{name} is {deployed[name].grace_s:g}, not over {what}, {longest_s:g} ({file})"
-            )
-    without = {
-        group["groupName"]
-        for group in manifests.worker_groups
-        if group.get("labels", {}).items() >= NO_GATEWAY.items()
-    }
-    for pod in manifests.pods:
-        if pod.document["kind"] != "RayService":
-            continue
-        here = [deployed["Generator"]] if pod.group in without else deployed.values()
-        grace_s = max(one.grace_s for one in here)
-        drain_s = float(variables(pod.spec["containers"][0]).get(DRAIN_VARIABLE, 30))
-        if pod.group is not None and grace_s > drain_s:  # the head has no replicas
-            yield (
-                f"{pod.where}.containers[0].env.{DRAIN_VARIABLE} is {drain_s:g} "
-                f"({manifests.written_in(pod, DRAIN_VARIABLE)}), less than "
-                f"graceful_shutdown_timeout_s, {grace_s:g} ({file})"
-            )
-        end_s = pod.spec.get("terminationGracePeriodSeconds", 30)
-        if drain_s >= end_s:
-            yield (
-                f"{pod.where}.terminationGracePeriodSeconds is {end_s}, not over {DRAIN_VARIABLE}, "
-                f"{drain_s:g} ({manifests.written_in(pod, 'terminationGracePeriodSeconds')})"
-            )
 
 
 def requests_equal_limits(manifests: Manifests) -> Iterator[str]:
@@ -736,27 +640,6 @@ def nobody_is_privileged(manifests: Manifests) -> Iterator[str]:
             )
 
 
-def budgets_select_pods(manifests: Manifests) -> Iterator[str]:
-    """And count with minAvailable: RayClusters have no scale subresource to take a share of."""
-    ray = [pod for pod in manifests.pods if pod.document["kind"] == "RayService"]
-    for budget in manifests.of_kind("PodDisruptionBudget"):
-        where = f"PodDisruptionBudget/{budget['metadata']['name']}: spec"
-        labels = budget["spec"]["selector"]["matchLabels"]
-        file = manifests.written_in(budget, "PodDisruptionBudget")
-        # KubeRay adds the type of the node.
-        own = {k: v for k, v in labels.items() if k != "ray.io/node-type"}
-        if not any(own.items() <= pod.labels.items() for pod in ray):
-            yield f"{where}.selector: no pod has the labels {own} ({file})"
-        least = budget["spec"].get("minAvailable")
-        if not isinstance(least, int):
-            yield f"{where}: write minAvailable, a number ({file})"
-            continue
-        workers = sum(group["minReplicas"] for group in manifests.worker_groups)
-        most = 1 if labels.get("ray.io/node-type") == "head" else max(1, workers)
-        if least > most:
-            yield f"{where}.minAvailable is {least}, and there are but {most} for sure ({file})"
-
-
 def neighbours_are_reached(manifests: Manifests) -> Iterator[str]:
     """Services, routes and policies name each other right, and the network lets them through."""
     name = manifests.service["metadata"]["name"]
@@ -900,6 +783,7 @@ RULES: list[Rule] = [
     schema_is_kept,
     groups_have_one_name,
     serve_config_is_right,
+    the_operator_accepts,
     serve_is_reached,
     gpus_suffice,
     groups_have_room,

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
-
-import pytest
 
 from serve_app.config import DEMO_MODEL_DIR
 from serve_app.engine.model.loader import LoadedPipeline

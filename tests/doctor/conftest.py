@@ -25,6 +25,7 @@ def api() -> Iterator[FakeApi]:
         api.put("storageclasses.storage.k8s.io")
         api.put("pods", pod("head", phase="Running"))
         api.put("events")
+        api.put("secrets")
         yield api
 
 

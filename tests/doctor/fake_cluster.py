@@ -23,6 +23,7 @@ _MODELS = {
     "nodes": "V1Node",
     "persistentvolumeclaims": "V1PersistentVolumeClaim",
     "pods": "V1Pod",
+    "secrets": "V1Secret",
     "storageclasses.storage.k8s.io": "V1StorageClass",
 }
 
@@ -33,6 +34,24 @@ def _check(model: str, content: dict[str, Any]) -> None:
         read = client.deserialize(json.dumps(content), model, "application/json")
         assert client.sanitize_for_serialization(read) == content
 
+
+BUILT_IN = {
+    "v1": (
+        "Namespace",
+        "ServiceAccount",
+        "Service",
+        "ConfigMap",
+        "Secret",
+        "PersistentVolumeClaim",
+    ),
+    "apps/v1": ("DaemonSet", "Deployment", "StatefulSet"),
+    "networking.k8s.io/v1": ("NetworkPolicy",),
+    "policy/v1": ("PodDisruptionBudget",),
+    "storage.k8s.io/v1": ("StorageClass",),
+}
+"""Kinds of every Kubernetes that our manifests use, by ``apiVersion``."""
+
+MONITORING = {"monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule", "ServiceMonitor")}
 
 TOKEN = "of-the-tests"
 
@@ -46,6 +65,8 @@ class FakeApi:
         """HTTP status by resource, or by path."""
         self.ray: dict[str, list[str]] = {}
         """Resources of the API group ray.io by version."""
+        self.kinds: dict[str, tuple[str, ...]] = dict(BUILT_IN)
+        """Kinds of the other groups that are served, by ``apiVersion``."""
         self.asked: list[str] = []
         api = self
 
@@ -93,6 +114,12 @@ class FakeApi:
         if path.startswith("/apis/ray.io") and path.count("/") < 4:
             return self._discovery(path.rpartition("ray.io")[2].strip("/"))
         parts = path.strip("/").split("/")
+        if len(parts) == (2 if parts[0] == "api" else 3):
+            if (status := self.refusals.get(path)) is not None:
+                return status, {"message": "etcdserver: request timed out"}
+            return self._kinds("/".join(parts[1:]))
+        if parts[-2] == "secrets":
+            return self._secret(parts[-3], parts[-1])
         group = "" if parts[0] == "api" else f".{parts[1]}"
         resource = parts[-1] + group
         if (status := self.refusals.get(path, self.refusals.get(resource))) is not None:
@@ -109,6 +136,31 @@ class FakeApi:
             namespace = parts[parts.index("namespaces") + 1]
             found = [one for one in found if one["metadata"].get("namespace") == namespace]
         return 200, {"items": found}
+
+    def _secret(self, namespace: str, name: str) -> tuple[int, dict[str, Any]]:
+        if (status := self.refusals.get("secrets")) is not None:
+            return status, {"message": f'secrets "{name}" is forbidden: User "jane" cannot get it'}
+        for one in self.objects.get("secrets", ()):
+            if (one["metadata"]["namespace"], one["metadata"]["name"]) == (namespace, name):
+                return 200, one
+        return 404, {"message": f'secrets "{name}" not found'}
+
+    def _kinds(self, api_version: str) -> tuple[int, dict[str, Any]]:
+        if api_version not in self.kinds:
+            return 404, {"message": "404 page not found"}
+        resources = [
+            {
+                "name": f"{kind.lower()}s",
+                "singularName": "",
+                "namespaced": True,
+                "kind": kind,
+                "verbs": ["list"],
+            }
+            for kind in self.kinds[api_version]
+        ]
+        answer = {"groupVersion": api_version, "resources": resources}
+        _check("V1APIResourceList", answer)
+        return 200, answer
 
     def _discovery(self, version: str) -> tuple[int, dict[str, Any]]:
         if version not in ("", *self.ray) or not self.ray:
@@ -203,24 +255,42 @@ def node(name: str, gpus: int = 0, capacity: int | None = None, **labels: str) -
 
 
 def service(status: Object | None = None, claim: str | None = None, **worker: Any) -> Object:
-    """A RayService with a head and one group of GPU workers."""
+    """A RayService with a head and one group of GPU workers, which KubeRay takes."""
+    drain = {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "910"}
     volumes = [{"name": "c", "persistentVolumeClaim": {"claimName": claim}}] if claim else []
     pod = {
         "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-L4"},
         "tolerations": [TOLERATION],
         "containers": [{"name": "w", "resources": {"limits": {"nvidia.com/gpu": 1}}}],
+        "terminationGracePeriodSeconds": 960,
         "volumes": volumes,
     } | worker.pop("pod", {})
+    first, *others = pod["containers"]
+    pod["containers"] = [first | {"env": [*first.get("env", []), drain]}, *others]
     return {
         "kind": "RayService",
         "metadata": {"name": "sdxl", "namespace": "pictures"},
         "spec": {
             "serveConfigV2": "applications: [{import_path: 'serve_app.app:build'}]",
+            "rayClusterDeletionDelaySeconds": 1000,
             "rayClusterConfig": {
                 "rayVersion": RAY,
-                "headGroupSpec": {"template": {"spec": {"containers": [{"name": "h"}]}}},
+                "headGroupSpec": {
+                    "template": {
+                        "spec": {
+                            "containers": [{"name": "h"}],
+                            "terminationGracePeriodSeconds": 60,
+                        }
+                    }
+                },
                 "workerGroupSpecs": [
-                    {"groupName": "gpu", "minReplicas": 1, "template": {"spec": pod}} | worker
+                    {
+                        "groupName": "gpu",
+                        "minReplicas": 1,
+                        "maxReplicas": 1,
+                        "template": {"spec": pod},
+                    }
+                    | worker
                 ],
             },
         },
@@ -238,9 +308,36 @@ def pod(name: str, **status: Any) -> Object:
     }
 
 
-def unscheduled(name: str, message: str, reason: str = "Unschedulable") -> Object:
+def on(node: str, name: str, namespace: str = "pictures", **requests: str) -> Object:
+    """A pod that runs on ``node`` and takes ``requests`` of it."""
+    running = pod(name, phase="Running")
+    running["metadata"]["namespace"] = namespace
+    container = {"name": "main", "resources": {"requests": requests, "limits": requests}}
+    running["spec"] = {"nodeName": node, "containers": [container]}
+    return running
+
+
+def unscheduled(
+    name: str,
+    message: str,
+    reason: str = "Unschedulable",
+    ray_cluster: str | None = None,
+    **spec: Any,
+) -> Object:
+    """``ray_cluster``: the one that it is of; ``spec``: of the pod."""
     condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": message}
-    return pod(name, conditions=[condition])
+    stuck = pod(name, conditions=[condition])
+    stuck["spec"] |= spec
+    if ray_cluster is not None:
+        stuck["metadata"]["labels"] = {"ray.io/cluster": ray_cluster}
+    return stuck
+
+
+def secret(name: str, *keys: str) -> Object:
+    return {
+        "metadata": {"name": name, "namespace": "pictures"},
+        "data": dict.fromkeys(keys, "aGlkZGVu"),
+    }
 
 
 def waiting(name: str, reason: str, message: str | None = None, phase: str = "Pending") -> Object:

@@ -28,6 +28,7 @@ from tests.doctor.fake_cluster import (
     waiting,
     workload,
 )
+from tests.doctor.fake_gateways import GATEWAYS, incremental
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +52,18 @@ def test_a_cluster_that_has_all_it_needs_passes(api: FakeApi, kubeconfig: Path) 
     assert findings["GPU nodes"].found == "1 with 1 nvidia.com/gpu (NVIDIA-L4)"
     assert findings["sdxl gpu"].found == "1 of 2 nodes can take its pods"
     assert len(api.asked) == len(set(api.asked)), "asked twice"
+
+
+def test_a_manifest_is_checked_among_the_rows(api: FakeApi, kubeconfig: Path) -> None:
+    wrong = service()
+    wrong["spec"]["rayClusterDeletionDelaySeconds"] = 60
+    wrong["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["idleTimeoutSeconds"] = 120
+    findings = _look(kubeconfig, overlay=[wrong])
+    assert findings["sdxl refused"].outcome == "failed"
+    assert "idleTimeoutSeconds is 120" in findings["sdxl refused"].found
+    assert "rayClusterDeletionDelaySeconds is 60" in findings["sdxl deadlines"].found
+    right = _look(kubeconfig, overlay=[service()])
+    assert right["sdxl operator"].outcome == right["sdxl deadlines"].outcome == "ok"
 
 
 # The way to the cluster.
@@ -101,7 +114,11 @@ def test_what_may_not_be_looked_at_fails_alone_and_says_who_grants_it(
         assert question in findings[check].found
         assert "clusterrole diffusion-serve-doctor --verb=list" in findings[check].advice
         assert "--user=jane" in findings[check].advice
-        assert all(resource in findings[check].advice for resource in READ)
+        named = set(findings[check].advice.partition("--resource=")[2].split()[0].split(","))
+        # kubectl makes no role for what the cluster does not know.
+        assert set(READ) - named == {one for one in READ if "gateway" in one}
+    api.kinds |= GATEWAYS
+    assert all(resource in _look(kubeconfig)["pods"].advice for resource in READ)
     assert findings["KubeRay CRDs"].outcome == "ok"
     assert findings["device plugin"].outcome == "ok"
 
@@ -121,14 +138,24 @@ def test_the_version_may_be_refused(api: FakeApi, kubeconfig: Path) -> None:
 
 
 def test_the_role_that_is_advised_covers_all_that_is_read(api: FakeApi, kubeconfig: Path) -> None:
-    api.put("rayservices.ray.io", service(claim="weights"))
+    api.kinds |= GATEWAYS
+    keys = {"volumes": [{"name": "keys", "secret": {"secretName": "api-keys"}}]}
+    api.put("rayservices.ray.io", incremental(service(claim="weights")))
     api.put("persistentvolumeclaims", claim())
+    api.put("gateways.gateway.networking.k8s.io")
+    api.put("gatewayclasses.gateway.networking.k8s.io")
+    _look(kubeconfig, overlay=[incremental(service(pod=keys))])
     _look(kubeconfig)
-    asked = set()
+    asked, secrets = set(), set()
     for path in api.asked:
-        if path != "/version" and not path.endswith(("ray.io", "ray.io/v1", "ray.io/v1alpha1")):
-            parts = path.strip("/").split("/")
+        parts = path.strip("/").split("/")
+        if len(parts) <= {"version": 1, "api": 2, "apis": 3}[parts[0]]:
+            continue  # which everybody may read
+        if parts[-2] == "secrets":
+            secrets.add(parts[-1])
+        else:
             asked.add(parts[-1] + ("" if parts[0] == "api" else f".{parts[1]}"))
+    assert secrets == {"api-keys"}
     assert asked == set(READ)
 
 
@@ -350,6 +377,20 @@ def test_what_kuberay_says_of_a_service_is_shown(
     assert finding.found == found
 
 
+@pytest.mark.parametrize("reason", ["ValidationFailed", "InitializingTimeout"])
+def test_what_kuberay_has_given_up_is_not_said_twice(
+    api: FakeApi, kubeconfig: Path, reason: str
+) -> None:
+    api.put("rayservices.ray.io", service(_not_ready(reason, "why")))
+    api.put("pods")
+    findings = _look(kubeconfig)
+    assert "why" in findings["RayService sdxl"].found
+    assert ("kubectl -n pictures delete rayservice sdxl" in findings["RayService sdxl"].advice) == (
+        reason == "InitializingTimeout"
+    )
+    assert "pods" not in findings
+
+
 def test_pods_that_cannot_be_made_are_shown(api: FakeApi, kubeconfig: Path) -> None:
     failure = {
         "type": "ReplicaFailure",
@@ -503,7 +544,7 @@ def test_a_toleration_is_missed_where_nothing_is_selected(api: FakeApi, kubeconf
     """As in KubeRay's own samples: nodes without a GPU are too small, and that is not the fault."""
     api.put("rayservices.ray.io", service(pod={"tolerations": [], "nodeSelector": {}}))
     finding = _look(kubeconfig)["sdxl gpu"]
-    assert finding.found == "it does not tolerate nvidia.com/gpu=present:NoSchedule"
+    assert finding.found == "it does not tolerate nvidia.com/gpu=present:NoSchedule (gpu-1)"
 
 
 def test_all_that_is_wrong_at_once_is_told(api: FakeApi, kubeconfig: Path) -> None:
@@ -514,9 +555,10 @@ def test_all_that_is_wrong_at_once_is_told(api: FakeApi, kubeconfig: Path) -> No
     api.put("rayservices.ray.io", service(pod=wrong))
     finding = _look(kubeconfig)["sdxl gpu"]
     assert finding.found == (
-        "no node has pool=gpu; it does not tolerate nvidia.com/gpu=present:NoSchedule; its pods "
-        "ask for more than a node has: nvidia.com/gpu 4 (most: 1)"
+        "no node has pool=gpu; it does not tolerate nvidia.com/gpu=present:NoSchedule (gpu-1); its "
+        "pods ask for more than gpu-1 has: nvidia.com/gpu 4 (it has 1)"
     )
+    assert "tolerations:" not in finding.advice  # they alone would change nothing
 
 
 def test_a_cordoned_node_is_no_matter_of_tolerations(api: FakeApi, kubeconfig: Path) -> None:
@@ -526,8 +568,8 @@ def test_a_cordoned_node_is_no_matter_of_tolerations(api: FakeApi, kubeconfig: P
     )
     api.put("nodes", node("cpu-1"), cordoned)
     finding = _look(kubeconfig)["sdxl gpu"]
-    assert "node.kubernetes.io/unschedulable:NoSchedule" in finding.found
-    assert "kubectl uncordon" in finding.advice
+    assert finding.found == "1 node fits (gpu-1), but is cordoned"
+    assert "kubectl uncordon gpu-1" in finding.advice
 
 
 def test_another_gpu_than_the_one_selected_is_told(api: FakeApi, kubeconfig: Path) -> None:
@@ -554,7 +596,7 @@ def test_a_pod_that_is_larger_than_any_node_is_told(api: FakeApi, kubeconfig: Pa
     )
     finding = _look(kubeconfig)["sdxl gpu"]
     assert finding.outcome == "failed"
-    assert finding.found.endswith("cpu 16 (most: 8), nvidia.com/gpu 2 (most: 1)")
+    assert finding.found.endswith("cpu 16 (it has 8), nvidia.com/gpu 2 (it has 1)")
 
 
 def test_a_group_that_starts_empty_may_wait_for_its_nodes(api: FakeApi, kubeconfig: Path) -> None:
@@ -653,53 +695,6 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
 @pytest.mark.parametrize(
     ("stuck", "outcome", "found", "advice"),
     [
-        (
-            unscheduled("p", "0/3 nodes are available: 1 node(s) had untolerated taint {a: b}."),
-            "failed",
-            "untolerated taint {a: b}",
-            "toleration for the taint",
-        ),
-        (
-            unscheduled("p", "2 node(s) didn't match Pod's node affinity/selector."),
-            "failed",
-            "didn't match",
-            "--show-labels",
-        ),
-        (
-            unscheduled("p", "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
-            "failed",
-            "Insufficient nvidia.com/gpu",
-            "All GPUs are taken",
-        ),
-        (unscheduled("p", "3 Insufficient memory."), "failed", "Insufficient memory", "requests"),
-        (unscheduled("p", "1 Too many pods."), "failed", "Too many pods", "full of pods"),
-        (
-            unscheduled("p", 'persistentvolumeclaim "weights" not found'),
-            "failed",
-            "not found",
-            "Apply the claim",
-        ),
-        (
-            unscheduled("p", "pod has unbound immediate PersistentVolumeClaims."),
-            "failed",
-            "unbound immediate",
-            "StorageClass does not exist",
-        ),
-        (
-            unscheduled("p", "1 node(s) had volume node affinity conflict."),
-            "failed",
-            "affinity conflict",
-            "WaitForFirstConsumer",
-        ),
-        (unscheduled("p", "something new"), "failed", "something new", "kubectl describe pod"),
-        (
-            unscheduled(
-                "p", "Scheduling is blocked due to non-empty scheduling gates", "SchedulingGated"
-            ),
-            "warning",
-            "gates",
-            "Kueue",
-        ),
         (pod("p"), "warning", "no scheduler", "schedulerName"),
         (
             pod("p", conditions=[{"type": "PodScheduled", "status": "True"}]),
@@ -713,10 +708,21 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
             waiting("p", "CreateContainerConfigError", 'secret "hf" not found'),
             "failed",
             "hf",
-            "Secret",
+            "kubectl -n pictures create secret generic hf",
         ),
+        (
+            waiting(
+                "p",
+                "CreateContainerConfigError",
+                "couldn't find key token in Secret pictures/redis",
+            ),
+            "failed",
+            "key token",
+            "Add it:\n  kubectl -n pictures create secret generic redis",
+        ),
+        (waiting("p", "CreateContainerConfigError", "odd"), "failed", "odd", "kubectl describe"),
         (waiting("p", "RunContainerError", "nvidia-container-cli"), "failed", "nvidia", "Toolkit"),
-        (waiting("p", "CrashLoopBackOff", phase="Running"), "failed", "CrashLoopBackOff", "137"),
+        (waiting("p", "CrashLoopBackOff", phase="Running"), "failed", "CrashLoopBackOff", "logs"),
         (waiting("p", "PodInitializing"), "warning", "no scheduler", ""),
         (
             ended("p", 137, "OOMKilled"),
@@ -745,14 +751,27 @@ def test_a_pod_that_does_not_run_says_why(
     assert advice in finding.advice
 
 
-def test_several_reasons_have_several_advices_and_alike_pods_one_row(
-    api: FakeApi, kubeconfig: Path
+@pytest.mark.parametrize(
+    ("code", "reason", "memory"), [(137, "OOMKilled", True), (1, "Error", False)]
+)
+def test_a_container_that_ends_again_and_again_says_how(
+    api: FakeApi, kubeconfig: Path, code: int, reason: str, memory: bool
 ) -> None:
-    message = "2 Insufficient nvidia.com/gpu, 1 node(s) had untolerated taint {x: }."
-    api.put("pods", *(unscheduled(name, message) for name in ("a", "b", "c")))
+    looping = waiting("p", "CrashLoopBackOff", phase="Running")
+    [container] = looping["status"]["containerStatuses"]
+    container["lastState"] = {"terminated": {"exitCode": code, "reason": reason}}
+    api.put("pods", looping)
+    finding = _look(kubeconfig)["pod p"]
+    assert f"container main ended with code {code} ({reason})" in finding.found
+    assert ("memory limit" in finding.advice) == memory
+
+
+def test_alike_pods_have_one_row(api: FakeApi, kubeconfig: Path) -> None:
+    container = {"name": "w", "resources": {"limits": {"cpu": "16"}}}
+    stuck = [unscheduled(name, "2 Insufficient cpu.", containers=[container]) for name in "abc"]
+    api.put("pods", *stuck)
     findings = _look(kubeconfig)
-    advice = findings["pod a and 2 more"].advice.splitlines()
-    assert len(advice) == 2
+    assert findings["pod a and 2 more"].outcome == "failed"
     assert "pods" not in findings
 
 

@@ -11,7 +11,10 @@ from typer.testing import CliRunner
 
 from serve_app.cli import cli
 from serve_app.doctor.machine import this_place
+from tests.cluster.manifests import render
 from tests.doctor.fake_cluster import FakeApi, service
+from tests.doctor.rehearsal.fake_operator import OperatorApi
+from tests.doctor.rehearsal.rehearsals import service as rehearsed
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = Path(sys.executable).with_name("diffusion-serve")
@@ -92,14 +95,36 @@ def test_without_a_cluster_there_is_no_traceback(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+def test_a_manifest_needs_no_cluster_and_no_client_for_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    rendered = render(ROOT / "cluster/overlays/single-gpu").service
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(json.dumps(rendered))
+    result = CliRunner().invoke(cli, ["doctor", "--overlay", str(manifest)])
+    assert result.exit_code == 0, result.output
+    del rendered["spec"]["rayClusterConfig"]["autoscalerOptions"]["version"]
+    refused = CliRunner().invoke(cli, ["doctor", "--overlay", "-"], input=json.dumps(rendered))
+    assert refused.exit_code == 1
+    words = " ".join(refused.output.split())
+    assert "Set spec.rayClusterConfig.enableInTreeAutoscaling to true and" in words
+    assert "autoscalerOptions.version to v2" in words
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--config", "/no/such.yaml"], "/no/such.yaml cannot be read"),
-        (["--namespace", "x"], "go with --cluster"),
-        (["--overlay", "-"], "go with --cluster"),
+        (["--namespace", "x"], "goes with --cluster"),
+        (["--namespace", "x", "--overlay", "-"], "goes with --cluster"),
         (["--cluster", "--config", "x.yaml"], "--config is for a machine"),
+        (["--overlay", "-", "--config", "x.yaml"], "--config is for a machine"),
+        (["--overlay", "/no/such.yaml"], "/no/such.yaml cannot be read"),
         (["--cluster", "--overlay", "/no/such.yaml"], "/no/such.yaml cannot be read"),
+        (["--rehearse"], "--rehearse needs --cluster and --overlay"),
+        (["--cluster", "--rehearse"], "--rehearse needs --cluster and --overlay"),
+        (["--cluster", "--overlay", "/no/such.yaml", "--rehearse"], "cannot be read"),
     ],
 )
 def test_mistakes_end_with_2(arguments: list[str], words: str) -> None:
@@ -122,3 +147,37 @@ def test_the_client_for_clusters_is_an_extra(monkeypatch: pytest.MonkeyPatch) ->
     result = CliRunner().invoke(cli, ["doctor", "--cluster"])
     assert result.exit_code == 2
     assert "pip install -c constraints.txt -e '.[cluster]'" in " ".join(result.output.split())
+
+
+def test_a_rehearsal_prints_its_steps_beside_the_result(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text(json.dumps(rehearsed()))
+    with OperatorApi().serving() as api:
+        assert isinstance(api, OperatorApi)
+        api.forbidden = {("POST", "namespaces")}
+        environment = {"KUBECONFIG": str(api.kubeconfig(tmp_path))}
+        arguments = ("--cluster", "--overlay", str(manifest), "--rehearse", "--json")
+        done = _doctor(*arguments, **environment)
+    assert done.returncode == 1, done.stderr
+    document = json.loads(done.stdout)
+    assert [one["check"] for one in document["findings"] if one["outcome"] == "failed"] == ["apply"]
+    assert "1/10 preflight" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_rehearsal_overwrites_nothing_that_a_cluster_shares(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    role = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRole",
+        "metadata": {"name": "x"},
+    }
+    manifest.write_text(json.dumps(role) + "\n---\n" + json.dumps(rehearsed()))
+    with OperatorApi().serving() as api:
+        assert isinstance(api, OperatorApi)
+        environment = {"KUBECONFIG": str(api.kubeconfig(tmp_path))}
+        arguments = ("--cluster", "--overlay", str(manifest), "--rehearse")
+        done = _doctor(*arguments, **environment)
+        assert api.writes == []
+    assert done.returncode == 2
+    assert "ClusterRole x" in done.stderr

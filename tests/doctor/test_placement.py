@@ -5,18 +5,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.doctor.placement import (
-    TAKEN,
-    Miss,
-    gpus,
-    groups,
-    lacking,
-    misses,
-    nearest,
-    requests,
-    unmet,
-    untolerated,
-)
+from serve_app.doctor.placement import gpus, groups, requests, unmet, untolerated
 
 
 def node(
@@ -132,8 +121,19 @@ def test_what_a_pod_asks_for() -> None:
         "memory": Decimal(3 * 2**30),
         "nvidia.com/gpu": Decimal(1),
     }
-    assert lacking(wanted, node(cpu="2", memory="4Gi")) == ["nvidia.com/gpu"]
-    assert lacking(wanted, node(cpu="1", memory="4Gi", nvidia_com__gpu="1")) == ["cpu"]
+
+
+def test_sidecars_and_overhead_are_asked_for_as_well() -> None:
+    def asking(cpu: str, **more: str) -> dict[str, Any]:
+        return {"resources": {"requests": {"cpu": cpu}}} | more
+
+    pod = {
+        "initContainers": [asking("1", restartPolicy="Always"), asking("4")],
+        "containers": [asking("2")],
+    }
+    assert requests(pod) == {"cpu": Decimal(5)}  # the second one beside the sidecar
+    pod["containers"] = [asking("6")]
+    assert requests(pod | {"overhead": {"cpu": "250m"}}) == {"cpu": Decimal("7.25")}
 
 
 def test_gpus_and_their_parts_are_counted() -> None:
@@ -143,30 +143,6 @@ def test_gpus_and_their_parts_are_counted() -> None:
         "nvidia.com/mig-1g.10gb": 2,
     }
     assert gpus({}) == {}
-
-
-def test_the_nearest_miss_is_what_is_to_be_mended() -> None:
-    pod = {
-        "nodeSelector": {"product": "L4"},
-        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
-        "containers": [{"resources": {"limits": {"nvidia.com/gpu": "1"}}}],
-    }
-    spot = {"key": "spot", "effect": "NoSchedule"}
-    small = node({"product": "L4"}, [GPU_TAINT])
-    other = node({"product": "A100"}, nvidia_com__gpu="1")
-    tainted = node({"product": "L4"}, [spot], nvidia_com__gpu="1")
-    far = node({}, [spot])
-    right = node({"product": "L4"}, [GPU_TAINT], nvidia_com__gpu="1")
-    too_small = Miss((), (), ("nvidia.com/gpu",))
-    of_another_label = Miss(("product=L4",), (), ())
-    not_tolerated = Miss((), (spot,), ())
-    missed = misses(pod, [far, small, other, tainted, right])
-    assert missed[1:] == [too_small, of_another_label, not_tolerated, TAKEN]
-    assert missed[0] == Miss(("product=L4",), (spot,), ("nvidia.com/gpu",))
-    for number, best in ((4, not_tolerated), (3, of_another_label), (2, too_small), (1, missed[0])):
-        assert nearest(missed[:number]) == [best]
-    assert nearest([]) == []
-    assert nearest([too_small, too_small]) == [too_small, too_small]
 
 
 def test_groups_of_a_service() -> None:

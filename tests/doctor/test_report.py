@@ -21,6 +21,11 @@ def test_each_advice_stands_once_below_the_table() -> None:
     assert f"    a: {{command: {'x' * 120}}}" in lines  # to be copied whole
 
 
+def test_advice_on_what_failed_comes_before_advice_on_warnings() -> None:
+    text = table([warning("one", "odd", "Do that."), failed("two", "broken", "Do this.")])
+    assert text.index("two:\n  Do this.") < text.index("one:\n  Do that.")
+
+
 def test_as_json_says_whether_all_is_well() -> None:
     assert as_json([ok("one", "fine"), warning("two", "odd", "Do.")])["ok"]
     document = as_json([failed("one", "broken", "Do.")])

@@ -1,0 +1,183 @@
+"""The chain of deadlines of a RayService: what ends first when pods go, and what must end later.
+
+A request < the grace of the replica that has it <= the drain of its node < the grace of its pod <
+the delay after which the old Ray cluster of an upgrade is deleted. Where a link is out of order,
+requests are cut off. Pure: reads a RayService as the API has it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import yaml
+
+from serve_app.config import IMPORT_PATH, parse_app_config
+from serve_app.deadlines import graceful_shutdown_timeouts_s, longest_requests_s
+from serve_app.doctor.kube import Object
+from serve_app.doctor.operator_rules.rule import Node, RayCluster, mapping, mappings
+from serve_app.errors import ConfigError
+
+DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+NO_GATEWAY = {"diffusion-serve/gateway": "no"}
+"""Labels of a worker group that gateways keep off."""
+
+_CONFIG = "spec.serveConfigV2"
+_DELAY = "spec.rayClusterDeletionDelaySeconds"
+_DRAIN_S, _POD_GRACE_S, _DELAY_S = 30.0, 30.0, 60.0
+"""Defaults of Ray, Kubernetes and KubeRay."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One duration of a chain."""
+
+    name: str
+    field: str
+    """Path in the RayService."""
+    seconds: float
+    advice: str = ""
+    may_equal: bool = False
+    """Whether it may be as long as the link before it."""
+
+
+@dataclass(frozen=True)
+class Misorder:
+    """A link that is no longer than the one before it."""
+
+    link: Link
+    before: Link
+
+    @property
+    def found(self) -> str:
+        word = "less than" if self.link.may_equal else "not over"
+        return f"is {self.link.seconds:g}, {word} {self.before.name}, {self.before.seconds:g}"
+
+
+Chain = tuple[Link, ...]
+
+
+def chains(service: Object) -> list[Chain]:
+    """Each deployment's chain in each worker group where its replicas may be, then the head's.
+
+    Raises:
+        ConfigError: if there is no Serve config of ours, or it or a duration is wrong.
+    """
+    cluster = RayCluster(
+        mapping(mapping(service.get("spec")).get("rayClusterConfig")),
+        "spec.rayClusterConfig",
+        {},
+        frozenset(),
+    )
+    delay_s = mapping(service.get("spec")).get("rayClusterDeletionDelaySeconds")
+    delay = Link(
+        "the deletion delay",
+        _DELAY,
+        _DELAY_S if delay_s is None else _seconds(_DELAY, delay_s),
+        "Set rayClusterDeletionDelaySeconds above the grace of the workers' pods: after an "
+        "upgrade's switch the old Ray cluster still has requests.",
+    )
+    found = []
+    for application in _applications(service):
+        for name, request, grace in _replicas(application):
+            for group in cluster.groups:
+                labels = mapping(group.spec.get("labels"))
+                if name == "Gateway" and NO_GATEWAY.items() <= labels.items():
+                    continue
+                found.append((request, grace, *_pod(group), delay))
+    return [*found, _pod(cluster.head)]
+
+
+def misorders(service: Object) -> Iterator[Misorder]:
+    """Each link that is out of order, once. Raises `ConfigError` as `chains` does."""
+    seen = set()
+    for chain in chains(service):
+        for before, link in pairwise(chain):
+            in_order = before.seconds < link.seconds or (
+                link.may_equal and before.seconds == link.seconds
+            )
+            # Every chain of a group ends alike.
+            if not in_order and (link.field, before.field) not in seen:
+                seen.add((link.field, before.field))
+                yield Misorder(link, before)
+
+
+def as_text(chain: Chain) -> str:
+    """``the longest request 420 < ... < the deletion delay 600``."""
+    first, *others = chain
+    signs = ("<=" if link.may_equal else "<" for link in others)
+    return " ".join(
+        [f"{first.name} {first.seconds:g}"]
+        + [f"{sign} {link.name} {link.seconds:g}" for sign, link in zip(signs, others, strict=True)]
+    )
+
+
+def _applications(service: Object) -> list[Mapping[str, Any]]:
+    text = mapping(service.get("spec")).get("serveConfigV2") or ""
+    try:
+        content = mapping(yaml.safe_load(str(text)))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{_CONFIG} is not YAML: {error}") from None
+    ours = [
+        one
+        for one in mappings(content.get("applications"))
+        if one.get("import_path") == IMPORT_PATH
+    ]
+    if not ours:
+        raise ConfigError(
+            f"{_CONFIG} has no application with import_path {IMPORT_PATH!r}: copy one of configs/ "
+            "into it by `replacements`."
+        )
+    return ours
+
+
+def _replicas(application: Mapping[str, Any]) -> Iterator[tuple[str, Link, Link]]:
+    """Each deployment: its name, its longest request and the grace of its replicas."""
+    config = parse_app_config(application.get("args") or {})
+    longest_s, graces_s = longest_requests_s(config), graceful_shutdown_timeouts_s(config)
+    limits = {"Generator": "max_deadline_s", "Gateway": "max_hold_s and max_deadline_s"}
+    overrides = {one.get("name"): one for one in mappings(application.get("deployments"))}
+    for name, seconds in longest_s.items():
+        field = f"{_CONFIG}: graceful_shutdown_timeout_s of {name}"
+        given = mapping(overrides.get(name)).get("graceful_shutdown_timeout_s", graces_s[name])
+        yield (
+            name,
+            Link(f"the longest request ({limits[name]})", f"{_CONFIG}: {limits[name]}", seconds),
+            Link(
+                f"graceful_shutdown_timeout_s of {name}",
+                field,
+                _seconds(field, given),
+                "Leave graceful_shutdown_timeout_s out of the Serve config: it follows from the "
+                "limits.",
+            ),
+        )
+
+
+def _pod(node: Node) -> tuple[Link, Link]:
+    """The drain of the Ray node, and the grace of its pod."""
+    group = node.path.rpartition(".")[2]
+    drain = f"{node.variables_path}.{DRAIN_VARIABLE}"
+    grace = f"{node.pod_path}.terminationGracePeriodSeconds"
+    return (
+        Link(
+            f"{DRAIN_VARIABLE} of {group}",
+            drain,
+            _seconds(drain, node.variables.get(DRAIN_VARIABLE, _DRAIN_S)),
+            f"Raise {DRAIN_VARIABLE} in the pod template, or lower max_deadline_s or max_hold_s in "
+            "the Serve config.",
+            may_equal=True,
+        ),
+        Link(
+            f"terminationGracePeriodSeconds of {group}",
+            grace,
+            _seconds(grace, node.pod.get("terminationGracePeriodSeconds", _POD_GRACE_S)),
+            "Raise terminationGracePeriodSeconds of the pod template.",
+        ),
+    )
+
+
+def _seconds(field: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{field} is {value!r}, which is no number of seconds.") from None

@@ -1,0 +1,50 @@
+"""Checks of a rendered manifest that need no cluster."""
+
+from collections.abc import Iterator, Sequence
+
+from serve_app.doctor import deadlines, operator_rules
+from serve_app.doctor.kube import Object
+from serve_app.doctor.report import Finding, failed, ok
+from serve_app.errors import ConfigError
+
+
+def look(objects: Sequence[Object]) -> Iterator[Finding]:
+    """What KubeRay's operator would refuse of each RayService, and its chain of deadlines."""
+    for service in objects:
+        if service["kind"] == "RayService":
+            yield from _check_operator_rules(service)
+            yield from _check_deadlines(service)
+
+
+def _check_operator_rules(service: Object) -> Iterator[Finding]:
+    name = service["metadata"]["name"]
+    found = list(operator_rules.refusals(service))
+    for number, refusal in enumerate(found, start=1):
+        yield failed(
+            f"{name} refused" + (f" {number}" if len(found) > 1 else ""),
+            f"KubeRay's operator refuses it: {refusal.field} {refusal.found}",
+            refusal.advice,
+        )
+    if not found:
+        yield ok(
+            f"{name} operator", f"keeps the {len(operator_rules.RULES)} rules of KubeRay 1.7.0"
+        )
+
+
+def _check_deadlines(service: Object) -> Iterator[Finding]:
+    check = f"{service['metadata']['name']} deadlines"
+    try:
+        found = list(deadlines.misorders(service))
+        chains = deadlines.chains(service)
+    except ConfigError as error:
+        yield failed(check, str(error), "Correct it: no chain of deadlines can be read without.")
+        return
+    for number, misorder in enumerate(found, start=1):
+        yield failed(
+            check + (f" {number}" if len(found) > 1 else ""),
+            f"{misorder.link.field} {misorder.found}: requests may be cut off",
+            misorder.link.advice,
+        )
+    if not found:
+        longest = max(chains, key=lambda chain: (len(chain), chain[0].seconds))
+        yield ok(check, deadlines.as_text(longest))
