@@ -98,7 +98,7 @@ SERVICE = Dashboard(
             ),
             unit="percentunit",
             description="Attempt: an interactive image that was generated, or an interactive "
-            "request that was rejected or failed. The alerts use these; the SLO allows 5 % over 30 days.",
+            "request that was rejected or failed. The alerts use these; the SLO allows 5 %.",
         ),
         panel(
             "Deadlines",
