@@ -1,6 +1,6 @@
 """Draws the dashboards where there is no Grafana, from the same queries of the same Prometheus.
 
-``python -m monitoring.draw http://127.0.0.1:9090 build/pictures``. Needs matplotlib, from the
+``python -m monitoring.draw http://127.0.0.1:9090 build/images``. Needs matplotlib, from the
 extra ``plan``.
 """
 
@@ -21,7 +21,8 @@ import typer
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from monitoring.dashboards import DASHBOARDS, RATE, Dashboard, Panel, Query
+from monitoring.dashboards import DASHBOARDS
+from monitoring.panels import RATE, Dashboard, Panel, Query
 
 COLUMNS = 3
 POINTS = 120
@@ -29,7 +30,7 @@ POINTS = 120
 
 @dataclass(frozen=True)
 class Curve:
-    """One series of an answer, without what is not a number."""
+    """One series of a response, without NaN."""
 
     name: str
     points: list[tuple[float, float]]
@@ -38,23 +39,23 @@ class Curve:
 
 @dataclass(frozen=True)
 class Window:
-    """A time, and how finely it is looked at; all in seconds."""
+    """A time range and its resolution, in seconds."""
 
     start_s: float
     end_s: float
     step_s: float
     rate_s: float
-    """Over which rates are taken: at least four scrapes."""
+    """Range of rates: at least four scrapes."""
 
 
 def filled_in(expr: str, window: Window) -> str:
-    """As Grafana sends it, for all models of all namespaces."""
+    """Fill in Grafana's variables, for all models of all namespaces."""
     expr = expr.replace(RATE, f"{math.ceil(window.rate_s)}s")
     return expr.replace("$namespace", ".*").replace("$model", ".*")
 
 
 def curves(prometheus: str, query: Query, window: Window) -> list[Curve]:
-    """What Prometheus answers. Raises `httpx.HTTPStatusError` where it does not understand."""
+    """Query Prometheus. Raises `httpx.HTTPStatusError` for an invalid query."""
     answer = httpx.get(
         f"{prometheus}/api/v1/query_range",
         params={

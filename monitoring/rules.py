@@ -1,4 +1,4 @@
-"""The recording rules and alerts, out of the PrometheusRule of cluster/components/monitoring.
+"""The recording rules and alerts, from the PrometheusRule of cluster/components/monitoring.
 
 ``python -m monitoring.rules`` prints them as the file that a Prometheus without the operator reads.
 """
@@ -12,14 +12,14 @@ SOURCE = Path(__file__).parents[1] / "cluster/components/monitoring/prometheusru
 
 
 def rules() -> dict[str, Any]:
-    """``{"groups": [...]}``."""
+    """Return ``{"groups": [...]}``."""
     resource: dict[str, Any] = yaml.safe_load(SOURCE.read_text(encoding="utf-8"))
     spec: dict[str, Any] = resource["spec"]
     return spec
 
 
 def alerts() -> dict[str, dict[str, Any]]:
-    """By name."""
+    """Return the alerts by name."""
     return {
         rule["alert"]: rule
         for group in rules()["groups"]

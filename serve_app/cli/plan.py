@@ -91,7 +91,8 @@ def plan(
 ) -> None:
     """Size a cluster before it is bought: replay arrivals in simulated time."""
     from serve_app.planner import comparison as planner
-    from serve_app.planner.simulator import ClusterParams
+    from serve_app.planner import inputs
+    from serve_app.planner.cluster import ClusterParams
 
     try:
         if (trace is None) == (rate is None):
@@ -100,18 +101,18 @@ def plan(
             raise ConfigError("--stretch, --rate and --minutes must be over 0, --slo up to 1.")
         if not 0 < share <= 1 or (share < 1 and trace is None):
             raise ConfigError("--share must be over 0 and up to 1, and goes with --trace.")
-        families = planner.parse_families(policy or ["work", "count", "fixed"])
+        families = inputs.parse_families(policy or ["work", "count", "fixed"])
         application = read_serve_config(config)[0]
         engine = application.engine
-        scaling = planner.read_scaling(config, max_replicas)
-        for note in planner.not_simulated(config):
+        scaling = inputs.read_scaling(config, max_replicas)
+        for note in inputs.not_simulated(config):
             typer.echo(f"warning: {config}: {note}", err=True)
         scenario = planner.Scenario(
             [
-                planner.arrivals(trace, rate, minutes * 60, mix, mix_at_end, stretch, share, number)
+                inputs.arrivals(trace, rate, minutes * 60, mix, mix_at_end, stretch, share, number)
                 for number in range(seed, seed + repeats)
             ],
-            planner.read_costs(costs, engine.max_batch_size),
+            inputs.read_costs(costs, engine.max_batch_size),
             engine.scheduling,
             ClusterParams(
                 node_start_s=node_start_s,

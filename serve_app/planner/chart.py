@@ -1,4 +1,4 @@
-"""Draws what the planner found. Needs matplotlib, an extra of this package."""
+"""Draws the planner's results. Needs matplotlib, an extra of this package."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,14 +10,14 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from serve_app.planner.cluster import Sample
 from serve_app.planner.comparison import NAMES, Row, cheapest, front
-from serve_app.planner.simulator import Sample
 
 COLORS = {"work": "tab:blue", "count": "tab:orange", "fixed": "tab:gray"}
 
 
 def draw(rows: Sequence[Row], slo_share: float, title: str, path: Path) -> None:
-    """Load, replicas and backlog over time, and attainment against GPU-hours, as a PNG file."""
+    """Draw load, replicas and backlog over time, and attainment by GPU-hours, as a PNG file."""
     with_curve = [row for row in rows if row.label.endswith(("as configured", "as shipped"))]
     best = cheapest(rows, "count", slo_share)
     if best is not None and best not in with_curve:
@@ -36,7 +36,7 @@ def _draw_replicas(axes: Axes, rows: Sequence[Row]) -> None:
     curve = rows[0].curve
     minutes = [sample.at_s / 60 for sample in curve]
     offered = [sample.offered for sample in curve]
-    axes.fill_between(minutes, offered, color="0.85", label="work that arrives")
+    axes.fill_between(minutes, offered, color="0.85", label="arriving work")
     _draw_curves(axes, rows, lambda sample: sample.running)
     axes.set(ylabel="replicas", title="Replicas that run")
 
@@ -48,7 +48,7 @@ def _draw_backlog(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def _draw_curves(axes: Axes, rows: Sequence[Row], of: Callable[[Sample], float]) -> None:
-    """One figure of all samples, over time."""
+    """Draw one value of all samples over time."""
     for row, style in zip(rows, ("-", "--", "-.", ":"), strict=False):
         axes.plot(
             [sample.at_s / 60 for sample in row.curve],

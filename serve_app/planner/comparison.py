@@ -1,38 +1,26 @@
-"""Sizes a cluster before it is bought: one trace under many scaling policies, side by side."""
+"""Compares scaling policies on one trace, to size a cluster before it is bought."""
 
 import itertools
-import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from serve_app.autoscaling.params import BOUNDS, read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config import foreign_policy, policy_kwargs, read_autoscaling
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import POLICIES
 from serve_app.errors import ConfigError
+from serve_app.planner.cluster import ClusterParams, Outcome, Sample
+from serve_app.planner.inputs import Family
+from serve_app.planner.replica import costs as costs_of
+from serve_app.planner.scalers import ByCount, ByWork, Fixed, Scaler
 from serve_app.planner.serve_policy import QueueParams
-from serve_app.planner.simulator import (
-    ByCount,
-    ByWork,
-    ClusterParams,
-    Fixed,
-    Outcome,
-    Sample,
-    Scaler,
-    Simulator,
-)
-from serve_app.planner.simulator import costs as costs_of
-from serve_app.planner.trace import Trace, drawn, parse_mix, poisson, read_arrivals
-
-Family = Literal["work", "count", "fixed"]
-"""This project's policy, Ray Serve's default one, or always as many."""
+from serve_app.planner.simulator import Simulator
+from serve_app.planner.trace import Trace
 
 NAMES: dict[Family, str] = {
     "work": "by work",
@@ -41,12 +29,12 @@ NAMES: dict[Family, str] = {
 }
 
 CURVE_POINTS = 400
-"""That are kept of a run, to be drawn."""
+"""Samples of a run that are kept for the chart."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to scale."""
+    """One scaling policy with its parameters."""
 
     family: Family
     label: str
@@ -68,20 +56,20 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Row:
-    """What a candidate did."""
+    """The result of a candidate."""
 
     family: Family
     label: str
     attainment: float
-    """Share of all requests that were done before their deadlines."""
-    refused: float
-    """Share of all requests."""
+    """Share of all requests that finished before their deadlines."""
+    rejected: float
+    """Share of all requests that were rejected."""
     gpu_hours: float
     work_hours: float
-    """Of all requests, each alone: what no policy can go below."""
+    """Solo work of all requests: the lower bound of GPU-hours without batches."""
     p50_s: float
     p95_s: float
-    """From arrival to end."""
+    """Time from arrival to end."""
     most_replicas: int
     scale_ups: float
     lost_replicas: int
@@ -90,25 +78,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Scenario:
-    """What all candidates are tried on."""
+    """The conditions that all candidates share."""
 
     traces: Sequence[Trace]
-    """Of one file or one rate; what they ask for, and all else that is drawn, differs."""
+    """Traces of one file or one rate, with different random draws."""
     costs: CostModel
     scheduling: str
-    """The engine's, by its name in the config."""
+    """Name of the engine's scheduling policy in the config."""
     cluster: ClusterParams
 
     @property
     def mean_busy(self) -> float:
-        """Replicas that the first trace keeps busy on average."""
+        """Mean number of replicas that the first trace keeps busy."""
         trace = self.traces[0]
         table = costs_of(self.costs, trace.kinds)
         work_s = sum(table[kind].solo_s for kind in trace.kinds)
         return work_s / max(1.0, trace.duration_s)
 
     def simulate(self, candidate: Candidate) -> Row:
-        """Over all traces; means of what they gave."""
+        """Simulate a candidate on all traces, and average the results."""
         outcomes = [
             Simulator(
                 trace,
@@ -132,7 +120,7 @@ def _row(candidate: Candidate, outcomes: Sequence[Outcome]) -> Row:
         candidate.family,
         candidate.label,
         sum(outcome.on_time for outcome in outcomes) / requests,
-        sum(outcome.refused for outcome in outcomes) / requests,
+        sum(outcome.rejected for outcome in outcomes) / requests,
         statistics.mean(outcome.gpu_hours for outcome in outcomes),
         statistics.mean(outcome.work_s / 3_600 for outcome in outcomes),
         cuts[9],
@@ -144,120 +132,8 @@ def _row(candidate: Candidate, outcomes: Sequence[Outcome]) -> Row:
     )
 
 
-def read_costs(path: Path, max_batch_size: int) -> CostModel:
-    """The step times in a file that an engine wrote to ``engine.profile_path``, or one like it.
-
-    Raises:
-        ConfigError: if it is none.
-    """
-    costs = CostModel(max_batch_size)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        costs.add_json(content.get("found", content)["sizes"])
-        for size, call_s in costs.call_s.items():
-            rest_s = costs.encode_s[size], costs.decode_s[size]
-            if not min(call_s.values()) > 0 or not min(rest_s) >= 0:
-                raise ValueError(f"the times of {size[0]}x{size[1]} are none")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(
-            f"{path} is no table of step times ({error!r}); write one by starting an engine with "
-            "engine.profile_path and engine.warmup_sizes_px, or see configs/costs/."
-        ) from None
-    if not costs.call_s:
-        raise ConfigError(f"{path} has no size.")
-    return costs
-
-
-def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
-    """How the config file scales ``Generator``; one replica, if it does not say.
-
-    Raises:
-        ConfigError: if the file, its bounds or the policy's arguments are wrong.
-    """
-    autoscaling = read_autoscaling(path, "Generator")[0]
-    fewest, most = _bounds(autoscaling)
-    if not (isinstance(fewest, int) and isinstance(most, int)):
-        raise ConfigError(f"{path}: {' and '.join(BOUNDS)} must be whole numbers.")
-    if max_replicas is not None:
-        fewest, most = min(fewest, max_replicas), max_replicas
-    knobs = read_scaling_params(policy_kwargs(autoscaling))
-    try:
-        return replace(knobs, min_replicas=fewest, max_replicas=most)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}.") from None
-
-
-def not_simulated(path: Path) -> list[str]:
-    """In which way the config file scales ``Generator`` otherwise than `read_scaling` says."""
-    autoscaling = read_autoscaling(path, "Generator")[0]
-    notes = []
-    fewest, most = _bounds(autoscaling)
-    other = foreign_policy(autoscaling)
-    if fewest != most and not (autoscaling.get("policy") or {}).get("policy_function"):
-        other = "Ray Serve's default policy"
-    if other is not None:
-        notes.append(
-            f"it scales Generator by {other}: what is called 'by work, as configured' here is this "
-            "project's policy with its defaults, within those bounds."
-        )
-    notes += [
-        f"autoscaling_config.{name} is not simulated."
-        for name in ("downscale_to_zero_delay_s", "upscaling_factor", "downscaling_factor")
-        if name in autoscaling
-    ]
-    return notes
-
-
-def _bounds(autoscaling: Mapping[str, Any]) -> tuple[Any, Any]:
-    fewest, most = (autoscaling.get(name, 1) for name in BOUNDS)
-    return fewest, most
-
-
-def arrivals(
-    path: Path | None,
-    rate: float | None,
-    duration_s: float,
-    mix: str | None,
-    mix_at_end: str | None,
-    stretch: float,
-    share: float,
-    seed: int,
-) -> Trace:
-    """From a file, or at a steady rate.
-
-    Raises:
-        ConfigError: if the file is wrong, or nobody says what requests ask for.
-    """
-    kinds = None
-    if path is not None:
-        at_s, kinds = read_arrivals(path, stretch, share, seed)
-    else:
-        assert rate is not None
-        at_s = poisson(rate, duration_s, seed)
-    if kinds is not None:
-        if mix is not None or mix_at_end is not None:
-            raise ConfigError(
-                f"{path} says what requests ask for: leave out --mix and --mix-at-end."
-            )
-        return Trace(at_s, kinds)
-    if mix is None:
-        raise ConfigError("say what requests ask for with --mix, such as 1024x1024/25:1.")
-    return drawn(at_s, parse_mix(mix), None if mix_at_end is None else parse_mix(mix_at_end), seed)
-
-
-def parse_families(names: Sequence[str]) -> list[Family | Literal["configured"]]:
-    """Raises `ConfigError` for a name that is none."""
-    known = ("work", "count", "fixed", "configured")
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--policy is {name!r}; known are {', '.join(known)}.")
-    return list(names)  # type: ignore[arg-type]
-
-
 def drawing() -> Callable[[Sequence[Row], float, str, Path], None]:
-    """What draws a chart. Raises `ConfigError` without matplotlib."""
+    """Import the function that draws a chart. Raises `ConfigError` without matplotlib."""
     try:
         from serve_app.planner.chart import draw
     except ImportError:
@@ -270,7 +146,7 @@ def drawing() -> Callable[[Sequence[Row], float, str, Path], None]:
 def candidates(
     ours: ScalingParams, families: Sequence[Family | Literal["configured"]], mean_busy: float
 ) -> Iterator[Candidate]:
-    """What to compare: ours and its neighbours, Serve's default swept, fixed sizes.
+    """Yield the candidates: this policy and variants, a sweep of Serve's default, fixed sizes.
 
     ``mean_busy``: replicas that the trace keeps busy on average.
     """
@@ -330,7 +206,7 @@ def _simulate(candidate: Candidate) -> Row:
 def compare(
     scenario: Scenario, tried: Sequence[Candidate], on_done: Callable[[Row], object]
 ) -> list[Row]:
-    """Simulate them all, on all cores; in their order."""
+    """Simulate all candidates on all cores. Results keep their order."""
     if len(tried) == 1:
         rows = [scenario.simulate(tried[0])]
         on_done(rows[0])
@@ -346,13 +222,13 @@ def compare(
 
 
 def cheapest(rows: Sequence[Row], family: Family, slo_share: float) -> Row | None:
-    """Of a family: the fewest GPU-hours with which so many requests are in time."""
+    """Return the candidate of a family with the fewest GPU-hours that meets the SLO."""
     good = [row for row in rows if row.family == family and row.attainment >= slo_share]
     return min(good, key=lambda row: row.gpu_hours, default=None)
 
 
 def front(rows: Sequence[Row], family: Family) -> list[Row]:
-    """Those of a family that no other beats in both attainment and GPU-hours, cheapest first."""
+    """Return the Pareto front of a family by attainment and GPU-hours, cheapest first."""
     best: list[Row] = []
     ours = (row for row in rows if row.family == family)
     for row in sorted(ours, key=lambda row: (row.gpu_hours, -row.attainment)):
@@ -362,17 +238,17 @@ def front(rows: Sequence[Row], family: Family) -> list[Row]:
 
 
 def table(rows: Sequence[Row], price_per_gpu_hour: float | None) -> str:
-    """As text, a line each."""
+    """Format the results, one per line."""
     width = max(len(row.label) for row in rows)
     heading = (
-        f"{'':<{width}} {'in time':>8} {'refused':>8} {'GPU-hours':>10} {'busy':>6}"
+        f"{'':<{width}} {'in time':>8} {'rejected':>8} {'GPU-hours':>10} {'busy':>6}"
         f" {'p50':>8} {'p95':>8} {'most':>5} {'ups':>4}"
     )
     lines = [heading + ("" if price_per_gpu_hour is None else f" {'cost':>10}")]
     for row in rows:
         busy = row.work_hours / row.gpu_hours if row.gpu_hours else 0.0
         line = (
-            f"{row.label:<{width}} {row.attainment:>8.1%} {row.refused:>8.1%}"
+            f"{row.label:<{width}} {row.attainment:>8.1%} {row.rejected:>8.1%}"
             f" {row.gpu_hours:>10.2f} {busy:>6.0%} {row.p50_s:>6.1f} s {row.p95_s:>6.1f} s"
             f" {row.most_replicas:>5} {row.scale_ups:>4.0f}"
         )
@@ -383,7 +259,7 @@ def table(rows: Sequence[Row], price_per_gpu_hour: float | None) -> str:
 
 
 def shown(rows: Sequence[Row], slo_share: float) -> list[Row]:
-    """What is worth a line: as configured, as shipped, and the front of each family."""
+    """Select the results to print: as configured, as shipped, and the front of each family."""
     lines = [row for row in rows if row.label.endswith(("as configured", "as shipped"))]
     for family in ("work", "count"):
         best = cheapest(rows, family, slo_share)
@@ -394,7 +270,7 @@ def shown(rows: Sequence[Row], slo_share: float) -> list[Row]:
 
 
 def verdict(rows: Sequence[Row], slo_share: float) -> str:
-    """What ours costs against Serve's default, in a line or two."""
+    """Compare this policy's cost with Serve's default, in a line or two."""
     lines = []
     best = {family: cheapest(rows, family, slo_share) for family in NAMES}
     shipped = next((row for row in rows if row.label.endswith("as shipped")), None)
@@ -422,5 +298,10 @@ def verdict(rows: Sequence[Row], slo_share: float) -> str:
 
 
 def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """Without the curves."""
-    return [{key: value for key, value in asdict(row).items() if key != "curve"} for row in rows]
+    """Convert the results to JSON values, without the curves."""
+    # The key ``refused`` is older than the field's name, and readers of the file have it.
+    names = {"rejected": "refused"}
+    return [
+        {names.get(key, key): value for key, value in asdict(row).items() if key != "curve"}
+        for row in rows
+    ]

@@ -318,7 +318,7 @@ def test_to_zero_and_from_zero() -> None:
 
 
 def test_the_start_of_a_first_replica_is_not_cancelled_when_no_request_waits() -> None:
-    """A client that retries at its Retry-After finds the replica, which stays as long as a surplus."""
+    """A client that retries at its Retry-After finds the replica, kept like a surplus."""
     params = replace(PARAMS, min_replicas=0, hold_s=10.0, cold_start_s=100.0)
     cluster = Cluster(params, 0, cold_start_s=150.0)
     for _ in range(60):

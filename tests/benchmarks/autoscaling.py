@@ -30,8 +30,11 @@ from serve_app.autoscaling.policy import ScalingParams
 from serve_app.config import EngineConfig
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import OnTime
-from serve_app.planner.comparison import read_costs
-from serve_app.planner.simulator import ByWork, ClusterParams, Simulator, costs
+from serve_app.planner.cluster import ClusterParams
+from serve_app.planner.inputs import read_costs
+from serve_app.planner.replica import costs
+from serve_app.planner.scalers import ByWork
+from serve_app.planner.simulator import Simulator
 from serve_app.planner.trace import Kind, Trace, poisson
 from tests.benchmarks.engine import hardware
 from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start_cluster

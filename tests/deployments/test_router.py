@@ -18,7 +18,7 @@ from ray.serve.request_router import PendingRequest
 from serve_app.cli.plan import plan
 from serve_app.deployments.generator import Generator
 from serve_app.deployments.router import CHOICES, ShortestOfSeveral
-from serve_app.planner.simulator import ClusterParams
+from serve_app.planner.cluster import ClusterParams
 
 DEPLOYMENT = DeploymentID("Generator", "diffusion-serve")
 

@@ -9,8 +9,9 @@ from time import monotonic
 
 import pytest
 
-from monitoring.dashboards import DASHBOARDS, SCALING
+from monitoring.dashboards import DASHBOARDS
 from monitoring.draw import Window, curves, draw, filled_in
+from monitoring.replicas_and_gpus import SCALING
 from monitoring.rules import alerts, rules
 from tests.e2e.conftest import free_port, start_serve
 from tests.monitoring.load import MixedLoad, demo_of_two

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from monitoring.dashboards import DASHBOARDS, GPU, RATE
+from monitoring.dashboards import DASHBOARDS
+from monitoring.panels import RATE
+from monitoring.replicas_and_gpus import GPU
 from monitoring.rules import SOURCE, alerts, rules
 from serve_app.errors import Overloaded
 from serve_app.metrics import RAY_GAUGES, UNSERVED, declared

@@ -13,10 +13,8 @@ from serve_app.planner.comparison import (
     Row,
     cheapest,
     front,
-    parse_families,
-    read_costs,
-    read_scaling,
 )
+from serve_app.planner.inputs import parse_families, read_costs, read_scaling
 
 ROOT = Path(__file__).parents[2]
 COSTS = ROOT / "configs" / "costs" / "sdxl-h100.json"

@@ -10,18 +10,11 @@ from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel, Measurement
 from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.scheduling.policies import Fifo, OnTime, RankedPolicy
+from serve_app.planner.cluster import ClusterParams, Outcome
+from serve_app.planner.replica import costs
+from serve_app.planner.scalers import ByCount, ByWork, ClusterView, Fixed, Scaler
 from serve_app.planner.serve_policy import QueueParams
-from serve_app.planner.simulator import (
-    ByCount,
-    ByWork,
-    ClusterParams,
-    Fixed,
-    Outcome,
-    Scaler,
-    Simulator,
-    View,
-    costs,
-)
+from serve_app.planner.simulator import Simulator
 from serve_app.planner.trace import Kind, Trace, drawn, poisson
 
 SMALL, LARGE = Kind((512, 512), 10), Kind((1024, 1024), 20)
@@ -118,13 +111,13 @@ def test_every_request_ends_once(
         choices=choices,
         max_running=3,
     )
-    assert len(outcome.waits_s) + outcome.refused == len(arrivals)
+    assert len(outcome.waits_s) + outcome.rejected == len(arrivals)
     assert outcome.on_time <= len(outcome.waits_s)
     solo_s = [costs(model(), [kind])[kind].solo_s for kind in kinds]
     assert outcome.work_s == pytest.approx(sum(solo_s))
     if outcome.waits_s:
         assert min(outcome.waits_s) >= min(solo_s) - 1e-6
-    if not failures_per_hour and not outcome.refused:
+    if not failures_per_hour and not outcome.rejected:
         assert outcome.gpu_s >= outcome.work_s - 1e-6
 
 
@@ -153,7 +146,7 @@ def test_to_zero_and_back() -> None:
         replica_start_s=10.0,
         node_idle_s=0.0,
     )
-    assert outcome.refused == 0
+    assert outcome.rejected == 0
     running = [sample.running for sample in outcome.samples]
     assert running[0] == 1
     assert 0 in running
@@ -166,9 +159,9 @@ class Scripted:
 
     def __init__(self, *wanted: tuple[float, int]) -> None:
         self._wanted = wanted
-        self.seen: list[View] = []
+        self.seen: list[ClusterView] = []
 
-    def decide(self, cluster: View) -> tuple[int, str]:
+    def decide(self, cluster: ClusterView) -> tuple[int, str]:
         self.seen.append(cluster)
         return [number for at_s, number in self._wanted if at_s <= cluster.at_s][-1], "scripted"
 

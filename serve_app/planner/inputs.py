@@ -1,0 +1,129 @@
+"""Reads the planner's inputs: step times, the scaling config, arrivals and policy names."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from serve_app.autoscaling.params import BOUNDS, read_scaling_params
+from serve_app.autoscaling.policy import ScalingParams
+from serve_app.config import foreign_policy, policy_kwargs, read_autoscaling
+from serve_app.engine.scheduling.cost import CostModel
+from serve_app.errors import ConfigError
+from serve_app.planner.trace import Trace, drawn, parse_mix, poisson, read_arrivals
+
+Family = Literal["work", "count", "fixed"]
+"""This project's policy, Ray Serve's default one, or a fixed size."""
+
+
+def read_costs(path: Path, max_batch_size: int) -> CostModel:
+    """Read step times from a file that an engine wrote to ``engine.profile_path``.
+
+    Raises:
+        ConfigError: if the file has no such table.
+    """
+    costs = CostModel(max_batch_size)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        costs.add_json(content.get("found", content)["sizes"])
+        for size, call_s in costs.call_s.items():
+            rest_s = costs.encode_s[size], costs.decode_s[size]
+            if not min(call_s.values()) > 0 or not min(rest_s) >= 0:
+                raise ValueError(f"the times of {size[0]}x{size[1]} are none")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is no table of step times ({error!r}); write one by starting an engine with "
+            "engine.profile_path and engine.warmup_sizes_px, or see configs/costs/."
+        ) from None
+    if not costs.call_s:
+        raise ConfigError(f"{path} has no size.")
+    return costs
+
+
+def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
+    """Read the scaling parameters of ``Generator`` from the config; the default is one replica.
+
+    Raises:
+        ConfigError: if the file, its bounds or the policy's arguments are wrong.
+    """
+    autoscaling = read_autoscaling(path, "Generator")[0]
+    fewest, most = _bounds(autoscaling)
+    if not (isinstance(fewest, int) and isinstance(most, int)):
+        raise ConfigError(f"{path}: {' and '.join(BOUNDS)} must be whole numbers.")
+    if max_replicas is not None:
+        fewest, most = min(fewest, max_replicas), max_replicas
+    params = read_scaling_params(policy_kwargs(autoscaling))
+    try:
+        return replace(params, min_replicas=fewest, max_replicas=most)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}.") from None
+
+
+def not_simulated(path: Path) -> list[str]:
+    """List the settings of ``Generator`` that `read_scaling` does not cover."""
+    autoscaling = read_autoscaling(path, "Generator")[0]
+    notes = []
+    fewest, most = _bounds(autoscaling)
+    other = foreign_policy(autoscaling)
+    if fewest != most and not (autoscaling.get("policy") or {}).get("policy_function"):
+        other = "Ray Serve's default policy"
+    if other is not None:
+        notes.append(
+            f"it scales Generator by {other}: what is called 'by work, as configured' here is this "
+            "project's policy with its defaults, within those bounds."
+        )
+    notes += [
+        f"autoscaling_config.{name} is not simulated."
+        for name in ("downscale_to_zero_delay_s", "upscaling_factor", "downscaling_factor")
+        if name in autoscaling
+    ]
+    return notes
+
+
+def _bounds(autoscaling: Mapping[str, Any]) -> tuple[Any, Any]:
+    fewest, most = (autoscaling.get(name, 1) for name in BOUNDS)
+    return fewest, most
+
+
+def arrivals(
+    path: Path | None,
+    rate: float | None,
+    duration_s: float,
+    mix: str | None,
+    mix_at_end: str | None,
+    stretch: float,
+    share: float,
+    seed: int,
+) -> Trace:
+    """Read arrivals from a file, or draw them at a steady rate.
+
+    Raises:
+        ConfigError: if the file is wrong, or the kinds of requests are unknown.
+    """
+    kinds = None
+    if path is not None:
+        at_s, kinds = read_arrivals(path, stretch, share, seed)
+    else:
+        assert rate is not None
+        at_s = poisson(rate, duration_s, seed)
+    if kinds is not None:
+        if mix is not None or mix_at_end is not None:
+            raise ConfigError(
+                f"{path} says what requests ask for: leave out --mix and --mix-at-end."
+            )
+        return Trace(at_s, kinds)
+    if mix is None:
+        raise ConfigError("say what requests ask for with --mix, such as 1024x1024/25:1.")
+    return drawn(at_s, parse_mix(mix), None if mix_at_end is None else parse_mix(mix_at_end), seed)
+
+
+def parse_families(names: Sequence[str]) -> list[Family | Literal["configured"]]:
+    """Validate policy names. Raises `ConfigError` for an unknown one."""
+    known = ("work", "count", "fixed", "configured")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--policy is {name!r}; known are {', '.join(known)}.")
+    return list(names)  # type: ignore[arg-type]
