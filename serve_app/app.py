@@ -11,7 +11,7 @@ from serve_app.deployments.generator import Generator
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Called by Serve with ``args`` of the config file.
+    """Build the application. Serve calls it with ``args`` of the config file.
 
     Raises:
         ConfigError: for an unknown key, a wrong value, or a model folder that cannot be served,

@@ -8,14 +8,14 @@
     │   ├── LoraNotFound                404  lora_not_found
     │   ├── BodyTooLarge                413  body_too_large
     │   ├── BodyTooSlow                 408  body_too_slow
-    │   ├── CrossSite                   403  cross_site          another web site's page asks
+    │   ├── CrossSite                   403  cross_site          sent by another web site's page
     │   └── InvalidKey                  401  invalid_api_key
-    ├── RateLimited                     429  rate_limit_exceeded of one key; try again later
-    ├── Overloaded                      429  overloaded          of all; try again later
+    ├── RateLimited                     429  rate_limit_exceeded one key's limit; try again later
+    ├── Overloaded                      429  overloaded          every key's; try again later
     ├── Unavailable                     503  unavailable         try again later
     ├── DeadlineExceeded                504  deadline_exceeded
     ├── Cancelled                       499  cancelled           the client went away
-    ├── GenerationFailed                500  generation_failed   this request, and no other
+    ├── GenerationFailed                500  generation_failed   only this request
     └── ConfigError                     500  config_error        raised at start, never by a request
         └── ModelLoadError              500  model_load_error
 
@@ -28,8 +28,9 @@ from typing import ClassVar
 class DiffusionServeError(Exception):
     """Root of the tree.
 
-    ``param`` names the field of the request that is to blame, if one is; ``retry_after_s`` says
-    when to try again, where that is of use.
+    ``param`` names the field of the request that is wrong, if there is one. ``retry_after_s`` is
+    the time after which a retry may succeed, where a retry makes sense. The gateway writes it to
+    the header ``Retry-After``.
     """
 
     status: ClassVar[int] = 500
@@ -49,7 +50,7 @@ class DiffusionServeError(Exception):
 
 
 class InvalidRequest(DiffusionServeError):
-    """The request asks for something that is not on offer."""
+    """The request has a value that this server does not accept."""
 
     status = 400
     code = "invalid_value"
@@ -78,28 +79,28 @@ class BodyTooLarge(InvalidRequest):
 
 
 class BodyTooSlow(InvalidRequest):
-    """The request's body did not come in time."""
+    """The request's body did not arrive in time."""
 
     status = 408
     code = "body_too_slow"
 
 
 class CrossSite(InvalidRequest):
-    """A page of another web site makes a browser ask, of a server that wants no key."""
+    """A browser sent the request for a page of another web site, to a server without keys."""
 
     status = 403
     code = "cross_site"
 
 
 class InvalidKey(InvalidRequest):
-    """The request brings no API key, or one that is not known."""
+    """The request has no API key, or an unknown one."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class RateLimited(DiffusionServeError):
-    """This key has sent all the requests that it may, for now."""
+    """The key's limits are used up."""
 
     status = 429
     code = "rate_limit_exceeded"
@@ -109,8 +110,8 @@ class RateLimited(DiffusionServeError):
 class Overloaded(DiffusionServeError):
     """More work waits than can be done in time.
 
-    ``work_s`` is what of it this request would have been: so much later the next one is told to
-    come. 0 if it came to no engine, which could have said.
+    ``work_s`` is the work of this request, in seconds, by which the next retry is delayed. It is 0
+    if the request reached no engine, which could have estimated it.
     """
 
     status = 429
@@ -130,7 +131,7 @@ class Overloaded(DiffusionServeError):
 
 
 class DeadlineExceeded(DiffusionServeError):
-    """The picture was not done in the longest time that the server allows."""
+    """The image was not done in the longest time that the server allows."""
 
     status = 504
     code = "deadline_exceeded"
@@ -144,14 +145,14 @@ class Unavailable(DiffusionServeError):
 
 
 class Cancelled(DiffusionServeError):
-    """The request was cancelled before its picture was done."""
+    """The request was cancelled before its image was done."""
 
     status = 499
     code = "cancelled"
 
 
 class GenerationFailed(DiffusionServeError):
-    """The pipeline raised while it painted this request."""
+    """The pipeline raised an exception while it generated this request."""
 
     code = "generation_failed"
 

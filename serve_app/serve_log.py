@@ -1,6 +1,6 @@
-"""Our log lines among Serve's: in its files and on its console, with replica and request id.
+"""Log lines among Serve's: in its files and on its console, with replica and request id.
 
-In its format as well, text or JSON, as ``logging_config`` in the Serve config says.
+They have its format as well, text or JSON, which ``logging_config`` in the Serve config sets.
 """
 
 import logging
@@ -10,17 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 REPEATED_AFTER_S = 30.0
-"""A warning in the same words comes no sooner again."""
+"""Least time between two warnings of the same text."""
 
-FEW = 5
-"""With other numbers, as "request 7 failed", it comes so often in that time."""
+MAX_VARIANTS = 5
+"""Warnings of one line of code with different numbers, as "request 7 failed", in that time."""
 
 _REMEMBERED = 256
 
 
 @dataclass
-class _Said:
-    """What one line of code lately warned of."""
+class _Recent:
+    """The recent warnings of one line of code."""
 
     since: float
     texts: set[str] = field(default_factory=set)
@@ -28,36 +28,39 @@ class _Said:
 
 
 class WithoutRepeats(logging.Handler):
-    """Hands records on to another logger; of the same warning again and again only a few in so many
-    seconds. The last of them says that more are left out, the next one how many were."""
+    """A log handler that passes records to another logger, and drops repeated warnings.
+
+    The last warning that is passed on notes that more are left out. The next one after
+    `REPEATED_AFTER_S` notes their number.
+    """
 
     def __init__(self, to: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
         self._to = to
         self._clock = clock
-        self._said: OrderedDict[tuple[object, ...], _Said] = OrderedDict()
+        self._recent: OrderedDict[tuple[object, ...], _Recent] = OrderedDict()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno < logging.WARNING or self._is_news(record):
+        if record.levelno < logging.WARNING or self._is_new(record):
             self._to.handle(record)
 
-    def _is_news(self, record: logging.LogRecord) -> bool:
-        """Whether to hand it on, with a word on those that are not."""
+    def _is_new(self, record: logging.LogRecord) -> bool:
+        """Return whether to pass a record on; note in it how many others are dropped."""
         line = record.name, record.levelno, record.lineno, str(record.msg)
         text, now, notes = record.getMessage(), self._clock(), []
-        said = self._said.pop(line, None)
-        if said is None or now - said.since >= REPEATED_AFTER_S:
-            if said is not None and said.left_out:
-                notes.append(f"{said.left_out} more like it before")
-            said = _Said(now)
-        self._said[line] = said
-        if len(self._said) > _REMEMBERED:
-            self._said.popitem(last=False)
-        if text in said.texts or len(said.texts) == FEW:
-            said.left_out += 1
+        recent = self._recent.pop(line, None)
+        if recent is None or now - recent.since >= REPEATED_AFTER_S:
+            if recent is not None and recent.left_out:
+                notes.append(f"{recent.left_out} more like it before")
+            recent = _Recent(now)
+        self._recent[line] = recent
+        if len(self._recent) > _REMEMBERED:
+            self._recent.popitem(last=False)
+        if text in recent.texts or len(recent.texts) == MAX_VARIANTS:
+            recent.left_out += 1
             return False
-        said.texts.add(text)
-        if len(said.texts) == FEW:
+        recent.texts.add(text)
+        if len(recent.texts) == MAX_VARIANTS:
             notes.append(f"more like it are left out for {REPEATED_AFTER_S:g} s")
         if notes:
             record.msg, record.args = f"{text} ({'; '.join(notes)})", None
@@ -65,7 +68,10 @@ class WithoutRepeats(logging.Handler):
 
 
 def log_through_serve() -> None:
-    """Called once in each replica and proxy: Serve leaves loggers not its own to the root's."""
+    """Send this package's log to Serve's logger. Each replica and proxy calls it once.
+
+    Serve leaves all loggers but its own to the root logger.
+    """
     ours = logging.getLogger("serve_app")
     ours.setLevel(logging.INFO)
     ours.propagate = False

@@ -3,7 +3,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serve_app.serve_log import FEW, REPEATED_AFTER_S, WithoutRepeats
+from serve_app.serve_log import MAX_VARIANTS, REPEATED_AFTER_S, WithoutRepeats
 
 
 class Kept(logging.Handler):
@@ -63,14 +63,14 @@ def test_a_few_that_differ_in_a_number_are_whole_and_the_others_are_counted(kept
         fail(number)
     ours.error("request %d failed", 7)  # the same words at another place
     assert kept.messages == [
-        *(f"request {number} failed" for number in range(FEW - 1)),
-        f"request {FEW - 1} failed (more like it are left out for 30 s)",
+        *(f"request {number} failed" for number in range(MAX_VARIANTS - 1)),
+        f"request {MAX_VARIANTS - 1} failed (more like it are left out for 30 s)",
         "request 7 failed",
     ]
-    assert kept.tracebacks == FEW
+    assert kept.tracebacks == MAX_VARIANTS
     now += REPEATED_AFTER_S
     fail(1_000)
-    assert kept.messages[-1] == f"request 1000 failed ({1_000 - FEW} more like it before)"
+    assert kept.messages[-1] == f"request 1000 failed ({1_000 - MAX_VARIANTS} more like it before)"
 
 
 def test_what_is_no_warning_always_comes(kept: Kept) -> None:
@@ -89,4 +89,4 @@ def test_what_it_remembers_has_an_end(kept: Kept) -> None:
     for number in range(1_000):
         ours.error(f"request {number} failed")  # each a line of its own
     assert len(kept.messages) == 1_000
-    assert len(handler._said) < 300
+    assert len(handler._recent) < 300

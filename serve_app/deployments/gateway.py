@@ -1,25 +1,27 @@
 """The gateway as a Ray Serve deployment, and the handle through which it reaches the generator."""
 
 import asyncio
-import functools
 import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
-from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
-from serve_app.deployments.replicas import LOOK_EVERY_S, Replicas, ReplicaStatus, ask_controller
+from serve_app.deployments.ray_compat import (
+    CancelledAsDisconnect,
+    address_beyond_loopback,
+    handle_to,
+)
+from serve_app.deployments.replicas import REFRESH_EVERY_S, Replicas, ReplicaStatus
 from serve_app.deployments.scrape import Scraper
 from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
@@ -36,25 +38,24 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 REPLICA_ATTEMPTS = 3
-"""Replicas that one request may be sent to, one after the other, when they are lost."""
+"""Replicas that one request is sent to, one after the other, when they are lost."""
 
 HEALTH_TIMEOUT_S = 2.0
 
-MOST_HELD = 1_024
-"""Requests that wait for a replica that is starting; as many again may wait for the first one, in
-Serve's own queue."""
+MAX_HELD = 1_024
+"""Requests that wait for a replica that is starting. As many again may wait for the first replica,
+in Serve's own queue."""
 
 OPEN_TO_ALL = f"""
 ****************************************************************************************************
-*  NO API KEY IS CONFIGURED, and this server listens on %s: whoever reaches it may use the GPU.
+*  NO API KEY IS CONFIGURED, and this server listens on %s: anyone there may use the GPU.
 *  Make a key with `diffusion-serve key NAME` and name its file in gateway.keys_path, or set
 *  {KEYS_VARIABLE}. Or set http_options.host to 127.0.0.1.
 ****************************************************************************************************
 """
 
-
 FIRST_ANSWER_WITHIN_S = 5.0
-"""In which a replica that runs says whether it takes a request in."""
+"""Time in which a running replica admits or rejects a request."""
 
 
 class ServeBackend:
@@ -67,17 +68,15 @@ class ServeBackend:
         max_deadline_s: float,
         replicas: Replicas | None = None,
     ) -> None:
-        """How long a request may wait for a replica to start, and, apart from that, be painted."""
+        """Set the limits: how long a request may wait for a replica, and then be generated."""
         self._generator = generator
         self._max_hold_s = max_hold_s
         self._max_deadline_s = max_deadline_s
-        self._replicas = replicas or Replicas(
-            functools.partial(ask_controller, generator.app_name, generator.deployment_name)
-        )
+        self._replicas = replicas or Replicas.of(generator)
         self._info: ModelInfo | None = None
         self._held = 0
 
-    async def paint(
+    async def generate(
         self,
         params: GenerationParams,
         encoding: Encoding,
@@ -89,17 +88,19 @@ class ServeBackend:
         sent_at = loop.time() - waited_s
         due_at = sent_at + (params.deadline_s or math.inf)
         hold_until = min(sent_at + self._max_hold_s, due_at)
-        paint_s = self._max_deadline_s  # that are left
-        refusal = Unavailable("the replicas that painted this request were lost; try again.")
+        remaining_s = self._max_deadline_s
+        rejection: DiffusionServeError = Unavailable(
+            "the replicas that generated this request were lost; try again."
+        )
         partial_images = 0  # sent so far
         lost = 0
-        # The same seed paints the same picture on another replica, and the same previews.
+        # The same seed generates the same image and previews on another replica.
         while lost < REPLICA_ATTEMPTS:
             began_at: float | None = None
             answer_until = max(hold_until, loop.time() + self._answer_s)
             try:
-                painting = self._events(params, encoding, progress, context)
-                async with aclosing(self._in_time(painting, answer_until, paint_s)) as events:
+                generation = self._events(params, encoding, progress, context)
+                async with aclosing(self._in_time(generation, answer_until, remaining_s)) as events:
                     async for event in events:
                         began_at = began_at or loop.time()
                         if isinstance(event, PartialImage):
@@ -109,38 +110,38 @@ class ServeBackend:
                         yield event
                 return
             except (RayActorError, ObjectLostError):
-                lost += 1  # it died, or its node did, with the picture
+                lost += 1  # the replica or its node died
             except Unavailable as error:
-                lost += 1  # it is going away; another may not
-                refusal = error
+                lost += 1  # the replica is stopping
+                rejection = error
             except Overloaded as error:
-                refused_at = loop.time()
-                room_in_s = error.retry_after_s  # none if too many wait for the first replica
+                rejected_at = loop.time()
+                room_in_s = error.retry_after_s  # None if Serve's queue for the first one is full
                 if room_in_s is None or not await self._hold(hold_until, room_in_s):
-                    status = await self._replicas.look()
-                    raise _adjusted_to_replicas(error, status, loop.time() - refused_at) from None
+                    status = await self._replicas.refresh()
+                    raise _adjusted_to_replicas(error, status, loop.time() - rejected_at) from None
                 context = replace(context, is_retry=True)
             except TimeoutError:
-                raise await self._nobody(answer_until - sent_at) from None
-            if began_at is not None:  # what was painted is no waiting, though it is lost
-                painted_s = loop.time() - began_at
-                paint_s -= painted_s
-                hold_until = min(hold_until + painted_s, due_at)
-        raise refusal
+                raise await self._no_replica(answer_until - sent_at) from None
+            if began_at is not None:  # time spent generating does not count as waiting
+                generated_s = loop.time() - began_at
+                remaining_s -= generated_s
+                hold_until = min(hold_until + generated_s, due_at)
+        raise rejection
 
     @property
     def _answer_s(self) -> float:
-        """An engine that is there says itself which deadlines are too short, and better."""
+        """Time for the first answer. A running engine rejects too short deadlines itself."""
         return min(self._max_hold_s, FIRST_ANSWER_WITHIN_S)
 
     async def _in_time(
         self, events: AsyncGenerator[GenerationEvent, None], first_by: float, seconds: float
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """The same events.
+        """Pass events on within two time limits.
 
         Raises:
-            TimeoutError: if the first has not come by then, on the loop's clock.
-            DeadlineExceeded: if the last has not come so many seconds after the first.
+            TimeoutError: if the first event is not there at ``first_by``, on the loop's clock.
+            DeadlineExceeded: if the last event is not there ``seconds`` after the first.
         """
         async with aclosing(events):
             async with asyncio.timeout_at(first_by):
@@ -156,17 +157,17 @@ class ServeBackend:
                     return
                 except TimeoutError:
                     raise DeadlineExceeded(
-                        f"the picture was not done within {self._max_deadline_s:g} s, and was "
-                        "given up."
+                        f"the image was not done within {self._max_deadline_s:g} s; its request "
+                        "was cancelled."
                     ) from None
 
     async def _hold(self, until: float, room_in_s: float) -> bool:
-        """While a replica is starting, wait for it or for room in another; whether there is any."""
+        """Wait for a starting replica, or for room in another; return whether to try again."""
         loop = asyncio.get_running_loop()
         room_at = loop.time() + room_in_s
-        status = await self._replicas.look()
+        status = await self._replicas.refresh()
         in_time = loop.time() + (status.ready_in_s or 0.0) <= until
-        if not (status.coming and in_time and self._held < MOST_HELD):
+        if not (status.coming and in_time and self._held < MAX_HELD):
             return False
         wanted = status.running + 1
         self._held += 1
@@ -175,8 +176,8 @@ class ServeBackend:
             while status.running < wanted and loop.time() < room_at:
                 if not status.coming or loop.time() > until:
                     return False
-                await asyncio.sleep(LOOK_EVERY_S)
-                status = await self._replicas.look()
+                await asyncio.sleep(REFRESH_EVERY_S)
+                status = await self._replicas.refresh()
             return True
         finally:
             self._held -= 1
@@ -198,7 +199,7 @@ class ServeBackend:
                 events.cancel()
 
     async def describe(self, deadline_s: float | None = None) -> ModelInfo:
-        # Asked for once: all replicas of an application run the same model.
+        # Cached, because all replicas of an application run the same model.
         if self._info is None:
             hold_s = min(self._max_hold_s, deadline_s or math.inf)
             self._info = await self._describe(max(hold_s, self._answer_s))
@@ -214,15 +215,15 @@ class ServeBackend:
                     info: ModelInfo = await self._call("describe")
             return info
         except TimeoutError:
-            raise await self._nobody(timeout_s) from None
+            raise await self._no_replica(timeout_s) from None
         except RayActorError:
-            raise Unavailable("the replica that was asked was lost; try again.") from None
+            raise Unavailable("the replica was lost; try again.") from None
         except Overloaded as error:
-            raise _adjusted_to_replicas(error, await self._replicas.look()) from None
+            raise _adjusted_to_replicas(error, await self._replicas.refresh()) from None
 
-    async def _nobody(self, waited_s: float) -> Unavailable:
-        """Who waited for a replica in vain may come when the next one should be there."""
-        status = await self._replicas.look()
+    async def _no_replica(self, waited_s: float) -> Unavailable:
+        """Make the error for a wait in vain; the next replica's start sets its retry time."""
+        status = await self._replicas.refresh()
         return Unavailable(
             f"no replica was ready within {waited_s:.3g} s; try again later.",
             retry_after_s=status.ready_in_s,
@@ -239,27 +240,27 @@ class ServeBackend:
 
 
 def _adjusted_to_replicas(
-    refusal: Overloaded, status: ReplicaStatus, waited_s: float = 0.0
+    rejection: Overloaded, status: ReplicaStatus, waited_s: float = 0.0
 ) -> Overloaded:
-    """What a refusal, so many seconds old, means where there is more than one replica.
+    """Adjust one replica's rejection, ``waited_s`` seconds old, to the state of all replicas.
 
-    There is room when the one that refused has some, or when the next one is there; and all that
-    run by then do their share of what is promised. No time is told where nothing is known.
+    There is room when that replica has some, or when the next one has started. The work of the
+    retry is divided by the replicas that run by then. Without any known time, none is given.
     """
     times_s = list(status.ready_s[:1])
-    if refusal.retry_after_s is not None:
-        times_s.append(max(0.0, refusal.retry_after_s - waited_s))
+    if rejection.retry_after_s is not None:
+        times_s.append(max(0.0, rejection.retry_after_s - waited_s))
     retry_after_s = min(times_s, default=None)
-    there = status.running
+    running = status.running
     if retry_after_s is not None:
-        there += sum(ready_s <= retry_after_s for ready_s in status.ready_s)
-    work_s = refusal.work_s / max(1, there)
-    return Overloaded(refusal.message, refusal.param, retry_after_s, work_s)
+        running += sum(ready_s <= retry_after_s for ready_s in status.ready_s)
+    work_s = rejection.work_s / max(1, running)
+    return Overloaded(rejection.message, rejection.param, retry_after_s, work_s)
 
 
 @contextmanager
 def _as_raised() -> Iterator[None]:
-    """Turn Ray's errors into ours, and what the replica raised, which Ray wraps, into itself."""
+    """Convert Ray's errors to this project's, and unwrap errors that a replica raised."""
     try:
         yield
     except BackPressureError:
@@ -272,9 +273,9 @@ def _as_raised() -> Iterator[None]:
         raise
 
 
-# Far more than the generator takes: one that is full must still answer /health and refuse the rest.
-# Not on nodes that are so labelled, because they come and go: a gateway would keep a GPU node that
-# nobody uses, or be lost with a spot one.
+# Far more requests than the generator accepts: a full gateway must still answer /health and reject
+# the rest. Nodes with the label get no gateway, because they come and go: a gateway would keep an
+# unused GPU node alive, or be lost with a spot node.
 @serve.deployment(
     ray_actor_options={"num_cpus": 0.5, "label_selector": {"diffusion-serve/gateway": "!no"}},
     max_ongoing_requests=10_000,
@@ -287,48 +288,37 @@ class Gateway:
         log_through_serve()
         self._config = config
         context = serve.get_replica_context()
-        replicas = Replicas(
-            functools.partial(ask_controller, generator.app_name, generator.deployment_name)
-        )
+        replicas = Replicas.of(generator)
         limits = config.engine.limits
         self._backend = ServeBackend(
             generator, config.gateway.max_hold_s, limits.max_deadline_s, replicas
         )
-        peers: DeploymentHandle[Any] = DeploymentHandle(context.deployment, context.app_name)
+        peers: DeploymentHandle[Any] = handle_to(context.deployment, context.app_name)
         name = context.replica_id.unique_id
         self._scraper = Scraper(config.model.id, name, peers, generator, replicas)
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
-        if not self._keys and (host := _listens_beyond_loopback()):
+        if not self._keys and (host := address_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)
         self._tracing = _tracing(config, name) if config.gateway.tracing else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         traced = None if self._tracing is None else self._tracing.middleware
-        return create_api(self._config, self._backend, self._keys, self._scraper.gather, traced)
+        api = create_api(self._config, self._backend, self._keys, self._scraper.gather, traced)
+        api.add_middleware(CancelledAsDisconnect)
+        return api
 
     async def metrics(self) -> Report:
-        """Its figures, for the gateway that was asked for those of all."""
+        """Return this replica's metrics, for the gateway that answers a scrape."""
         return self._scraper.own()
 
     def __del__(self) -> None:
-        """Called by Serve when the last request has ended."""
+        """Send the last traces. Serve calls it when the last request has ended."""
         tracing = getattr(self, "_tracing", None)
         if tracing is not None:
             tracing.close()
 
 
 def _tracing(config: AppConfig, replica: str) -> "Tracing":
-    from serve_app.gateway.tracing import Tracing  # here, for what it imports is an extra
+    from serve_app.gateway.tracing import Tracing  # an optional dependency
 
     return Tracing.to_collector(config, replica)
-
-
-def _listens_beyond_loopback() -> str | None:
-    """The address at which Serve's proxies listen, if others than this machine reach it."""
-    client: Any = _get_global_client()
-    host: str = client.http_config.host or ""
-    try:
-        local = host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        local = False  # a name
-    return None if local else host or "every address"

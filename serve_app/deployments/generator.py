@@ -1,4 +1,4 @@
-"""The GPU deployment: one replica owns one engine and speaks Ray for it."""
+"""The GPU deployment: one replica owns one engine and connects it to Ray."""
 
 import asyncio
 import itertools
@@ -34,14 +34,14 @@ from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
 
-PLACE_EVERY_S = 0.5
-"""How often a request that reports its progress says where it stands."""
+PROGRESS_EVERY_S = 0.5
+"""Time between two progress events of a waiting request."""
 
 
 def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
     """Raise `ConfigError` if Ray assigned a GPU to this process that torch cannot use.
 
-    ``device`` is ``model.device``: who says "cpu" there does not ask for the GPU.
+    ``device`` is ``model.device``: with "cpu" the GPU is left unused.
     """
     if gpu_ids and device == "cpu":
         logger.warning(
@@ -67,7 +67,7 @@ def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
 
 
 def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encoding) -> bytes:
-    """As large as the picture will be."""
+    """Encode a preview, scaled to the size of the image."""
     assert params.width is not None
     assert params.height is not None
     return encoding.encode(preview.image.resize((params.width, params.height)))
@@ -76,8 +76,8 @@ def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encodi
 def _encode_result(
     result: GenerationResult, encoding: Encoding, timeline: Timeline | None
 ) -> EncodedImage:
-    width, height = result.image.size  # waits for the device to be done with it
-    rest_s = time.perf_counter() - result.ended_at
+    width, height = result.image.size  # waits for the device
+    copy_s = time.perf_counter() - result.ended_at
     return EncodedImage(
         encoding.encode(result.image),
         result.params.seed,
@@ -88,13 +88,13 @@ def _encode_result(
         result.queue_s,
         result.encode_s,
         result.denoise_s,
-        result.decode_s + rest_s,
+        result.decode_s + copy_s,
         timeline,
     )
 
 
-# The engine's own queue orders the requests, so Serve may hand it many at once. A constructor
-# that fails, fails again: no use in trying it twenty times, which is Serve's default.
+# The engine's own queue orders the requests, so Serve may pass it many at once. A constructor that
+# fails would fail again, so Serve's default of twenty attempts would only waste time.
 @serve.deployment(
     ray_actor_options={"num_gpus": 1, "num_cpus": 1},
     max_ongoing_requests=256,
@@ -103,14 +103,14 @@ def _encode_result(
     request_router_config={"request_router_class": ShortestOfSeveral},
 )
 class Generator:
-    """Paints pictures. Methods run on the replica's event loop, the engine on its own thread."""
+    """Generates images. Methods run on the replica's event loop, the engine on its own thread."""
 
     def __init__(self, config: AppConfig) -> None:
         log_through_serve()
         self._replica = serve.get_replica_context().replica_id.unique_id
         gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         check_assigned_gpus(gpu_ids, config.model.device)
-        # Imports for the most part; but Ray may have had it waiting for work before.
+        # Mostly imports, unless Ray started the process in advance.
         age_s = time.time() - psutil.Process().create_time()
         logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)
         self._engine = Engine.load(config.model, config.engine)
@@ -122,19 +122,22 @@ class Generator:
         progress: bool = False,
         context: RequestContext = INITIAL,
     ) -> AsyncIterator[Queued | Progress | PartialImage | Timeline | EncodedImage]:
-        """Paint one picture.
+        """Generate one image.
 
-        First comes `Queued`, then a `PartialImage` for each of ``params.preview_steps``, at last
-        the picture. With ``progress`` also where the request stands: while it waits every
-        `PLACE_EVERY_S`, then after its steps, those left out that come faster than they are sent.
-        If it is traced, its `Timeline` comes with the picture, before a failure, and in between
-        for who gives it up, `PLACE_EVERY_S` late: what is done by then costs no message.
+        The first event is `Queued`. Then follow a `PartialImage` for each of
+        ``params.preview_steps``, and the image. ``progress`` adds progress events: every
+        `PROGRESS_EVERY_S` while the request waits, then after its steps. A progress event is left
+        out if another event is already waiting to be sent.
 
-        If the caller goes away, the engine drops the request before its next step.
+        The `Timeline` of a traced request comes with the image, and before a failure. In between
+        it comes `PROGRESS_EVERY_S` late, in case the caller goes away; so a request that is done
+        by then costs no extra message.
+
+        If the caller goes away, the engine cancels the request before its next step.
 
         Raises:
-            Overloaded: instead of the first event, if it is not taken in.
-            DiffusionServeError: what the engine raised.
+            Overloaded: in place of the first event, if the request is rejected.
+            DiffusionServeError: if the engine raised it.
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Event] = asyncio.Queue()
@@ -146,43 +149,44 @@ class Generator:
         submitted_at = time.perf_counter()
         number = self._engine.submit(params, on_event, context)
 
-        def told(timeline: Timeline) -> Timeline:
+        def aged(timeline: Timeline) -> Timeline:
             return replace(timeline, age_s=time.perf_counter() - submitted_at)
 
         partial_images = itertools.count()
-        end_at = located_at = loop.time()
+        eta_at = located_at = loop.time()
         timeline: Timeline | None = None
-        tell_at = math.inf
+        timeline_at = math.inf
         ended = False
         try:
             while not ended:
-                if progress and loop.time() - located_at > PLACE_EVERY_S:
+                if progress and loop.time() - located_at > PROGRESS_EVERY_S:
                     located_at = loop.time()
                     self._engine.locate(number)
-                if timeline is not None and loop.time() >= tell_at:
-                    tell_at = math.inf
-                    yield told(timeline)
+                if timeline is not None and loop.time() >= timeline_at:
+                    timeline_at = math.inf
+                    yield aged(timeline)
                 try:
                     event = await asyncio.wait_for(
-                        events.get(), PLACE_EVERY_S if progress or tell_at < math.inf else None
+                        events.get(),
+                        PROGRESS_EVERY_S if progress or timeline_at < math.inf else None,
                     )
                 except TimeoutError:
                     continue
                 match event:
                     case Queued():
-                        end_at = loop.time() + event.eta_s
+                        eta_at = loop.time() + event.eta_s
                         yield replace(event, replica=self._replica, number=number)
                     case Progress():
                         if event.eta_s is not None:
-                            end_at = loop.time() + event.eta_s
-                        if events.empty():  # or what comes next says more
-                            yield replace(event, eta_s=max(0.0, end_at - loop.time()))
+                            eta_at = loop.time() + event.eta_s
+                        if events.empty():  # else the next event tells more
+                            yield replace(event, eta_s=max(0.0, eta_at - loop.time()))
                     case Preview():
                         data = await asyncio.to_thread(_encode_preview, event, params, encoding)
                         yield PartialImage(next(partial_images), data)
                     case Timeline():
                         timeline = event
-                        tell_at = loop.time() + PLACE_EVERY_S
+                        timeline_at = loop.time() + PROGRESS_EVERY_S
                     case Completed(result):
                         ended = True
                         image = await asyncio.to_thread(_encode_result, result, encoding, timeline)
@@ -190,14 +194,14 @@ class Generator:
                     case Failed(error):
                         ended = True
                         if timeline is not None:
-                            yield told(timeline)
+                            yield aged(timeline)
                         raise error
         finally:
             if not ended:
                 self._engine.cancel(number)
 
     async def describe(self) -> ModelInfo:
-        """What the loaded model can do; answering it means that the replica can paint now.
+        """Describe the loaded model. An answer means that the replica can generate now.
 
         Raises:
             Unavailable: if its engine has stopped.
@@ -206,20 +210,20 @@ class Generator:
         return self._engine.info
 
     async def stats(self) -> EngineStats:
-        """A snapshot of the engine, for people who look into a replica."""
+        """Return a snapshot of the engine, for debugging."""
         return self._engine.stats()
 
     async def metrics(self) -> Report:
-        """Its figures, for the gateway that was asked for those of all."""
-        # Not on the loop, which hands on the events of all requests.
+        """Return this replica's metrics, for the gateway that answers a scrape."""
+        # In a thread, because the loop passes on the events of all requests.
         return await asyncio.to_thread(report, "engine", self._replica)
 
     def record_autoscaling_stats(self) -> dict[str, float]:
-        """The figures of `ReplicaLoad`, by name. Called by Serve, for the autoscaling policy."""
+        """Return the fields of `ReplicaLoad` by name. Serve calls it for the autoscaling policy."""
         return asdict(self._engine.demand())
 
     def check_health(self) -> None:
-        """Called by Serve; raising makes it replace the replica."""
+        """Raise if the engine has stopped. Serve calls it, and then replaces the replica."""
         self._engine.check()
 
     def __del__(self) -> None:

@@ -1,9 +1,8 @@
-"""Which replica gets a request: the one with the fewest, of several that are drawn.
+"""The request router: it draws several replicas and takes the one with the fewest requests.
 
-Serve's own router draws two. Requests differ a hundredfold in what they cost, so counts of two say
-little; counts of more say more, and cost nothing while they are known from the requests that this
-caller sent and saw end. Every caller, which is every gateway, has a router of its own; Serve sends
-it this module by value.
+Serve's own router draws two. Requests differ a hundredfold in cost, so two counts tell little. More
+counts tell more, and cost nothing while the caller knows them from its own requests. Every gateway
+has a router of its own. Serve sends it this module by value.
 """
 
 import random
@@ -17,18 +16,18 @@ from ray.serve.request_router import (
 )
 
 CHOICES = 8
-"""Replicas that are compared. What a caller does not know, it asks all of them for at once."""
+"""Replicas that are compared. Unknown counts are requested from all of them at once."""
 
 
 class ShortestOfSeveral(LocalityMixin, FIFOMixin, RequestRouter):
-    """Draws `CHOICES` replicas; `RequestRouter` takes the one with the fewest ongoing requests."""
+    """A router that draws `CHOICES` replicas; `RequestRouter` takes the least busy one."""
 
     async def choose_replicas(
         self,
         candidate_replicas: list[RunningReplica],
         pending_request: PendingRequest | None = None,
     ) -> list[list[RunningReplica]]:
-        """In random order, for the first of those with equally few is taken."""
+        """Draw replicas in random order, because the first of equal ones is taken."""
         nearby = self.apply_locality_routing(pending_request)
         drawn = random.sample(tuple(nearby), min(CHOICES, len(nearby)))
         return [[self.curr_replicas[replica] for replica in drawn]]

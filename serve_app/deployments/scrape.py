@@ -1,7 +1,7 @@
-"""Asks all replicas of the application for their figures, through Serve's handles.
+"""Metrics of all replicas of the application, gathered through Serve's handles.
 
-The gateway that is asked answers for its fellows as well: a scrape reaches one of them, and another
-one the next time, whose counters would seem to jump.
+The gateway that receives a scrape answers for its peers as well. Each scrape reaches another
+gateway, so with its own counters alone they would seem to jump.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import __version__
+from serve_app.deployments.ray_compat import call_all_replicas
 from serve_app.deployments.replicas import Replicas
 from serve_app.metrics import (
     GATEWAY_INFO,
@@ -31,7 +32,7 @@ from serve_app.metrics import (
 logger = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 3.0
-"""Of a replica: less than the 10 s that Prometheus waits, and more than one under load takes."""
+"""Time for each replica: less than Prometheus's timeout of 10 s, and enough for one under load."""
 
 
 class Scraper:
@@ -45,7 +46,7 @@ class Scraper:
         generator: DeploymentHandle[Any],
         replicas: Replicas,
     ) -> None:
-        """``replica``: of the gateway, this one; ``replicas``: those of the generator."""
+        """Prepare for one gateway: ``replica`` is its own id, ``replicas`` are the generator's."""
         self._model = model
         self._replica = replica
         self._gateway = gateway
@@ -55,13 +56,13 @@ class Scraper:
         GATEWAY_INFO.labels(model, __version__, socket.gethostname()).info({})
 
     def own(self) -> Report:
-        """Of this replica."""
+        """Report the metrics of this replica."""
         return report("gateway", self._replica)
 
     async def gather(self) -> Sequence[Report]:
-        """One for each replica that answers in time, and one of the application.
+        """Return one report for each replica that answers in time, and one of the application.
 
-        Who asks while others are being answered gets the same.
+        Concurrent calls share one answer.
         """
         if self._gathering is None or self._gathering.done():
             self._gathering = asyncio.create_task(self._gather())
@@ -70,9 +71,9 @@ class Scraper:
     async def _gather(self) -> Sequence[Report]:
         started_at = time.perf_counter()
         status, generators, gateways = await asyncio.gather(
-            self._replicas.look(), _ask(self._generator), _ask(self._gateway)
+            self._replicas.refresh(), _collect(self._generator), _collect(self._gateway)
         )
-        # Its own without asking: Serve may not count it as running yet.
+        # Its own report is made here: Serve may not count this replica as running yet.
         own = self.own()
         others = {one.replica: one for one in gateways.answered if one.replica != own.replica}
         for state, count in status.states.items():
@@ -82,9 +83,9 @@ class Scraper:
             (
                 self._generator,
                 len(generators.answered),
-                max(generators.asked, status.running) - len(generators.answered),
+                max(generators.called, status.running) - len(generators.answered),
             ),
-            (self._gateway, 1 + len(others), gateways.asked - len(gateways.answered)),
+            (self._gateway, 1 + len(others), gateways.called - len(gateways.answered)),
         ):
             name = handle.deployment_name
             SCRAPED.labels(self._model, name, "answered").set(answered)
@@ -96,20 +97,18 @@ class Scraper:
 @dataclass(frozen=True)
 class _Answers:
     answered: list[Report]
-    asked: int
+    called: int
 
 
-async def _ask(deployment: DeploymentHandle[Any]) -> _Answers:
-    """Every replica that runs, each with a time of its own to answer in."""
+async def _collect(deployment: DeploymentHandle[Any]) -> _Answers:
+    """Call every running replica, each with its own time limit."""
     try:
         async with asyncio.timeout(ANSWER_WITHIN_S):
-            # Not results_async(), which gives up all answers when one is late.
-            response: Any = deployment.broadcast("metrics")
-            results = await response._fetch_replica_results_async()
+            results = await call_all_replicas(deployment, "metrics")
     except (RayServeException, TimeoutError):
         return _Answers([], 0)  # it has no replica
-    said = await asyncio.gather(*map(_answer, results))
-    return _Answers([one for one in said if one is not None], len(said))
+    answers = await asyncio.gather(*map(_answer, results))
+    return _Answers([one for one in answers if one is not None], len(answers))
 
 
 async def _answer(result: Any) -> Report | None:
@@ -118,6 +117,6 @@ async def _answer(result: Any) -> Report | None:
             answer: Report = await result.get_async()
             return answer
     except (RayError, RayServeException, TimeoutError) as error:
-        logger.warning("a replica does not tell its figures: %r", error)
+        logger.warning("a replica does not report its metrics: %r", error)
         result.cancel()
         return None

@@ -2,9 +2,9 @@
 
 Nobody joins a backlog of more than `EngineConfig.max_backlog_s`; and who names a deadline must make
 it, together with what came with it, and make nobody miss one who named it before. Who was refused
-and comes again when told to, as `RequestContext` says, has our word: the backlog may be twice as long, so
-that those who come for the first time cannot take the place that was promised, and if the time was
-misjudged, it is late.
+and comes again when told to, as `RequestContext` says, has our word: the backlog may be twice as
+long, so that those who come for the first time cannot take the place that was reserved, and if
+the time was misjudged, it is late.
 """
 
 from collections.abc import Sequence

@@ -536,7 +536,7 @@ class Engine:
         estimates: list[DeadlineEstimate],
         in_company: bool,
     ) -> Refusal | None:
-        """``estimates``: of those that name a deadline, its own first, then those that it delays."""
+        """``estimates`` of requests that name a deadline: its own first, then those it delays."""
         context, deadline_s = request.context, request.params.deadline_s
         if request.task.background:
             # It has time until it is given up; half of that, for those who come again.

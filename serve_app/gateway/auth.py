@@ -1,4 +1,4 @@
-"""Who may use the API, and how much: keys by their hashes, with a name and limits each."""
+"""API keys, stored by their hashes, with a name and limits each."""
 
 import hashlib
 import hmac
@@ -26,21 +26,21 @@ from serve_app.protocol.params import Priority
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 5.0
-"""How often the file is looked at, so that keys can be changed without a restart."""
+REREAD_EVERY_S = 5.0
+"""Least time between two checks of the file, so that keys change without a restart."""
 
 
 ANONYMOUS = "anonymous"
-"""Everybody, where nobody is asked for a key."""
+"""Principal of every request, on a server without keys."""
 
 
 class ApiKey(BaseModel):
-    """One entry of the file or of the environment. The key itself is written nowhere."""
+    """One entry of the file or of the environment. The key itself is stored nowhere."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=64, description="In logs and metrics.")
-    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the key, in hexadecimal.")
+    name: str = Field(min_length=1, max_length=64, description="Name in logs and metrics.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal.")
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_concurrent: Annotated[int, Field(ge=1)] | None = Field(
         None, description="Requests at a time."
@@ -51,24 +51,24 @@ class ApiKey(BaseModel):
 
 
 class Principal(NamedTuple):
-    """Who was let in."""
+    """Identity of an authenticated request."""
 
     name: str
     priority: Priority
 
 
 def principal_of(key: ApiKey | None) -> Principal:
-    """Whose key it is; without one, anybody."""
+    """Return the principal of a key, or `ANONYMOUS` without one."""
     return Principal(ANONYMOUS, "interactive") if key is None else Principal(key.name, key.priority)
 
 
 def digest(key: str) -> str:
-    """As entries have it. Keys are random and long, so that a fast hash is enough."""
+    """Hash a key as entries have it. Keys are random and long, so a fast hash is enough."""
     return hashlib.sha256(key.encode()).hexdigest()
 
 
 def parse_keys(text: str, source: str) -> list[ApiKey]:
-    """The entries in ``text``, which is YAML.
+    """Parse the entries in ``text``, which is YAML.
 
     Raises:
         ConfigError: naming ``source`` and the entry. It does not repeat the entry.
@@ -84,7 +84,7 @@ def parse_keys(text: str, source: str) -> list[ApiKey]:
         where = ".".join(str(part) for part in problem["loc"]) or "the whole"
         raise ConfigError(
             f"{source}: {where}: {problem['msg']}. It must be a list of entries with name, sha256, "
-            "and, if wanted, requests_per_minute, max_concurrent and priority; `diffusion-serve "
+            "and optionally requests_per_minute, max_concurrent and priority; `diffusion-serve "
             "key` makes them."
         ) from None
     return keys
@@ -99,10 +99,10 @@ def _check_distinct(keys: Sequence[ApiKey]) -> None:
 
 
 class KeyRing:
-    """The keys of one gateway replica. Without any, everybody is let in."""
+    """The keys of one gateway replica. Without any, every request is admitted."""
 
     def __init__(self, path: Path | None, environment: str | None) -> None:
-        """``environment``: entries beside those of the file.
+        """Read the keys; ``environment`` has entries beside those of the file.
 
         Raises:
             ConfigError: if entries are wrong, or the file cannot be read.
@@ -110,35 +110,35 @@ class KeyRing:
         self._path = path
         self._environment = environment or ""
         self._version: tuple[float, int] | None = None
-        self._looked_at = -math.inf
+        self._checked_at = -math.inf
         self._keys: list[ApiKey] = []
         self._running: Counter[str] = Counter()
         self._rates = MovingWindowRateLimiter(MemoryStorage())
-        self._look()
+        self._read()
 
     def __bool__(self) -> bool:
-        """Whether a key is asked for: also while a file without entries is configured."""
+        """Return whether a key is required, as it is while a configured file has no entries."""
         return bool(self._keys) or self._path is not None
 
     @property
     def principals(self) -> list[Principal]:
-        """Whom it would let in now."""
+        """Principals that the current keys admit."""
         return [principal_of(key) for key in self._keys] if self else [principal_of(None)]
 
     def recognise(self, authorization: str | None) -> ApiKey | None:
-        """Whose key it is; none where nobody is asked for one.
+        """Return the key of a request; ``None`` where no key is required.
 
         Raises:
-            InvalidKey: without a key that is known.
+            InvalidKey: if the header has no known key.
         """
         self._refresh()
         return self._find(authorization) if self else None
 
     def enter(self, key: ApiKey | None) -> Principal:
-        """Let its owner in; his name is for `leave` when the request is done.
+        """Count a request of this key; call `leave` with the principal's name when it is done.
 
         Raises:
-            RateLimited: if the key has used what it has.
+            RateLimited: if the key's limits are used up.
         """
         if key is None:
             return principal_of(key)
@@ -153,7 +153,7 @@ class KeyRing:
                 wait_s = self._rates.get_window_stats(rate, key.name).reset_time - time.time()
                 raise RateLimited(
                     f"the key {key.name!r} may send {key.requests_per_minute} requests a minute.",
-                    retry_after_s=max(1.0, wait_s),
+                    retry_after_s=wait_s,
                 )
         self._running[key.name] += 1
         return principal_of(key)
@@ -167,7 +167,7 @@ class KeyRing:
             raise InvalidKey("no API key: send the header 'Authorization: Bearer KEY'.")
         presented = digest(given.strip())
         found = None
-        for key in self._keys:  # all of them, so that the time tells nothing
+        for key in self._keys:  # compare with all, so that the duration reveals nothing
             if hmac.compare_digest(presented, key.sha256):
                 found = key
         if found is None:
@@ -176,16 +176,16 @@ class KeyRing:
 
     def _refresh(self) -> None:
         now = time.monotonic()
-        if self._path is None or now - self._looked_at < LOOK_EVERY_S:
+        if self._path is None or now - self._checked_at < REREAD_EVERY_S:
             return
-        self._looked_at = now
+        self._checked_at = now
         try:
-            self._look()
+            self._read()
         except ConfigError as error:
             logger.error("the API keys are kept as they were: %s", error)
 
-    def _look(self) -> None:
-        """Read the entries, if the file has changed."""
+    def _read(self) -> None:
+        """Read the entries if the file has changed."""
         keys = parse_keys(self._environment, "the environment")
         if self._path is not None:
             try:
@@ -194,7 +194,7 @@ class KeyRing:
                 if version == self._version:
                     return
                 text = self._path.read_text(encoding="utf-8")
-                self._version = version  # now, so that a reading that failed is tried again
+                self._version = version  # set late, so that a failed read is repeated
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"the API keys in {self._path} cannot be read: {error}") from None
             keys += parse_keys(text, str(self._path))
@@ -203,15 +203,16 @@ class KeyRing:
 
 
 class KeyGuard:
-    """Lets requests in if their key may. Plain ASGI: a stream counts until it ends.
+    """ASGI middleware that authenticates requests. A stream counts until it ends.
 
-    Without keys everybody may, but for pages of other web sites, whose JSON browsers send as plain
-    text without asking first. A path that is not known to be open is guarded. It is taken without
-    the prefix at which the application is mounted, by the function that Starlette's routes use.
+    Without keys, every request is admitted except those from pages of other web sites: browsers
+    send their JSON as plain text, without a preflight request. Every path that is not listed as
+    open is guarded. Paths are relative to the application's mount point, by the function that
+    Starlette's routes use.
     """
 
     def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
-        """``open_paths``: need no key; with those that end in a slash, all below."""
+        """Set the paths that need no key; one that ends in a slash includes all paths below."""
         self._app = app
         self._keys = keys
         self._open = frozenset(open_paths)
@@ -225,7 +226,7 @@ class KeyGuard:
         try:
             if not self._keys and headers.get("sec-fetch-site") == "cross-site":
                 raise CrossSite(
-                    "a page of another web site may not use this server, which asks for no key."
+                    "a page of another web site may not use this server, which requires no key."
                 )
             key = self._keys.recognise(headers.get("authorization"))
             record = record_of(scope)

@@ -1,12 +1,12 @@
-"""Refuses long bodies before anything reads them. Plain ASGI, so that disconnects pass through.
+"""A limit on the length and duration of request bodies, in plain ASGI.
 
 Starlette has one as well, which answers in plain text rather than with OpenAI's error object.
+Disconnects of clients pass through.
 """
 
 import asyncio
 from collections.abc import Callable
 
-from ray.exceptions import TaskCancelledError
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,14 +15,15 @@ from serve_app.errors import BodyTooLarge, BodyTooSlow
 from serve_app.gateway.errors import problem_of
 
 READ_WITHIN_S = 300.0
-"""Enough for the longest upload over a slow line. Who is slower holds a place of its key's."""
+"""Enough for the longest upload over a slow line. A body that is being read counts towards
+its key's concurrent requests."""
 
 
 class BodyLimit:
-    """Reads a body as far as its path allows, whatever length it claims, then calls ``app``."""
+    """ASGI middleware that reads the body, up to the limit of its path, before it calls ``app``."""
 
     def __init__(self, app: ASGIApp, max_bytes: Callable[[str], int]) -> None:
-        """``max_bytes``: by the path of the request, as routes have it."""
+        """Set the limit: ``max_bytes`` maps the path of a request, as routes have it, to bytes."""
         self._app = app
         self._max_bytes = max_bytes
 
@@ -30,7 +31,6 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        receive = _or_gone(receive)
         try:
             async with asyncio.timeout(READ_WITHIN_S):
                 messages = await _read(scope, receive, self._max_bytes(get_route_path(scope)))
@@ -42,7 +42,7 @@ class BodyLimit:
             await problem_of(error, scope).response()(scope, receive, send)
             return
         if messages[-1]["type"] == "http.disconnect":
-            return  # nobody is there to answer
+            return  # the client has gone away
         pending = iter(messages)
 
         async def replay() -> Message:
@@ -51,26 +51,14 @@ class BodyLimit:
         await self._app(scope, replay, send)
 
 
-def _or_gone(receive: Receive) -> Receive:
-    """Serve's own raises where its proxy drops the call of a client that has gone away."""
-
-    async def message() -> Message:
-        try:
-            return await receive()
-        except TaskCancelledError:
-            return {"type": "http.disconnect"}
-
-    return message
-
-
 async def _read(scope: Scope, receive: Receive, most: int) -> list[Message]:
-    """The whole body, or what came of it before the client went away.
+    """Read the whole body, or the part that arrived before the client went away.
 
     Raises:
-        BodyTooLarge: as soon as that is known.
+        BodyTooLarge: as soon as it is known to be too large.
     """
     claimed = Headers(scope=scope).get("content-length", "0")
-    # What is no number, or one beyond reason, is found out by counting.
+    # Where the header is no number, or an absurd one, the bytes are counted.
     claims = int(claimed) if claimed.isdecimal() and len(claimed) < 20 else 0
     messages: list[Message] = []
     size = 0

@@ -25,28 +25,28 @@ from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 5.0
-"""Where an error does not say when to try again."""
+"""Retry time of an error that has none."""
 
 MOST_SHOWN = 100
-"""Characters of what a client named, where an error repeats it."""
+"""Characters of a client's value that an error repeats."""
 
 _REASONS = {
     400: "The request is wrong; the message says where.",
     401: "No API key, or an unknown one.",
-    403: "A page of another web site asks, and there are no API keys.",
+    403: "The request comes from a page of another web site, and there are no API keys.",
     404: "No such model, LoRA adapter or path.",
     408: "The body did not come in time.",
     413: "The body is too long.",
     429: "Too many requests.",
-    500: "The picture could not be made.",
-    503: "No replica can paint now.",
+    500: "The image could not be generated.",
+    503: "No replica can generate now.",
     504: "Not done within the longest deadline of the server.",
 }
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What the client is told of an exception."""
+    """The answer to the client for an exception."""
 
     status: int
     detail: ErrorDetail
@@ -58,9 +58,9 @@ class Problem:
 
 
 def problem_of(error: Exception, scope: Scope) -> Problem:
-    """What to tell of ``error``, which is put on record.
+    """Convert an exception to an answer, and note it in the request's record.
 
-    Of what is our fault the log gets the details, not the client.
+    Details of server errors go to the log, not to the client.
     """
     given: dict[str, str] = {}
     if isinstance(error, HTTPException):
@@ -73,29 +73,35 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
         logger.error("request %s failed", number, exc_info=error)
         ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
         status = ours.status
-        message = f"The picture could not be made. The server's log tells more of request {number}."
+        message = f"The image could not be generated. See the server's log for request {number}."
     record = record_of(scope)
     record.failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
     headers = {"traceparent": record.traceparent} if record.traceparent else {}
     if status in (429, 503):
-        headers["Retry-After"] = str(math.ceil(ours.retry_after_s or RETRY_AFTER_S))
+        headers["Retry-After"] = _retry_after(ours)
     elif status < 500 or status == 504:
-        # OpenAI's clients heed it; trying again changes nothing, or takes as long again.
+        # OpenAI's clients read it. A retry would fail again, or take as long again.
         headers["x-should-retry"] = "false"
     if isinstance(ours, InvalidKey):
         headers["WWW-Authenticate"] = "Bearer"
     return Problem(status, detail, given | headers)
 
 
+def _retry_after(error: DiffusionServeError) -> str:
+    """Format the header of an error: whole seconds, rounded up, at least one."""
+    seconds = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
+    return str(max(1, math.ceil(seconds)))
+
+
 class _HttpError(InvalidRequest):
-    """One that Starlette or Serve's proxy found, such as a path that does not exist."""
+    """An error from Starlette or Serve's proxy, such as a path that does not exist."""
 
     code = "http_error"
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self.status = status  # type: ignore[misc]  # of this one
+        self.status = status  # type: ignore[misc]  # a class variable elsewhere
 
 
 def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
@@ -118,7 +124,7 @@ def _from_http(error: HTTPException, scope: Scope) -> DiffusionServeError:
 
 
 def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRequest:
-    """The first problem that pydantic found, in words that name the field and what is allowed."""
+    """Convert pydantic's first problem to an error that names the field and what is allowed."""
     problem = error.errors(include_url=False)[0]
     param = _param(problem["loc"], model)
     match problem["type"]:
@@ -142,7 +148,7 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
 
 
 def _param(loc: tuple[int | str, ...], model: type[BaseModel]) -> str | None:
-    """``lora.ink``: where the problem is, without pydantic's names of what a union is made of."""
+    """Return the problem's location, as ``lora.ink``, without pydantic's names of union members."""
     if not loc:
         return None
     name, *within = map(str, loc)
@@ -163,7 +169,7 @@ def add_error_handlers(api: FastAPI) -> None:
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The error responses of an endpoint, for its OpenAPI description."""
+    """Describe the error responses of an endpoint, for OpenAPI."""
     retry_after = {
         "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}
     }

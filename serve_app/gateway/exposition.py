@@ -1,4 +1,4 @@
-"""Reports of replicas as one text that Prometheus reads. Knows of no Ray."""
+"""Reports of replicas, merged into one text for Prometheus."""
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from prometheus_client.exposition import choose_encoder
 from serve_app.metrics import Report, report
 
 Gather = Callable[[], Awaitable[Sequence[Report]]]
-"""Asks every replica of the application that can be asked."""
+"""Function that gathers a report from every replica of the application."""
 
 
 async def gather_own() -> Sequence[Report]:
-    """Of a gateway that is alone."""
+    """Report the metrics of a gateway without peers."""
     return [report("gateway", "gateway")]
 
 
 def merged(reports: Iterable[Report]) -> list[Metric]:
-    """Each family once, its samples labelled with the replica that they came from."""
+    """Merge reports: each family once, its samples labelled with their replica."""
     families: dict[str, Metric] = {}
     for one in reports:
         for family in one.families:
             whole = families.setdefault(
                 family.name, Metric(family.name, family.documentation, family.type)
             )
-            # Another release, while replicas are replaced, may say something else by that name.
+            # During an update, another release may use the name for another type.
             if whole.type != family.type:
                 continue
             for sample in family.samples:
@@ -38,7 +38,7 @@ def merged(reports: Iterable[Report]) -> list[Metric]:
 
 @dataclass(frozen=True)
 class _Collected:
-    """What prometheus_client's encoders want."""
+    """The interface that prometheus_client's encoders need."""
 
     families: Sequence[Metric]
 
@@ -47,6 +47,6 @@ class _Collected:
 
 
 def exposition(reports: Iterable[Report], accept: str) -> tuple[bytes, str]:
-    """The text and its media type: OpenMetrics, with exemplars, for who accepts it."""
+    """Return the text and its media type: OpenMetrics, with exemplars, if ``accept`` has it."""
     encode, media_type = choose_encoder(accept)
     return encode(_Collected(merged(reports))), media_type

@@ -1,4 +1,4 @@
-"""What the endpoints take and answer, for their OpenAPI description."""
+"""The OpenAPI description of the endpoints."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ _FILE = {"type": "string", "format": "binary"}
 
 
 def described(config: AppConfig) -> str:
-    """The heading of the description."""
+    """Write the description's introduction."""
     return (
-        f"Paints pictures with the model `{config.model.id}`. OpenAI's images API: any of its "
+        f"Generates images with the model `{config.model.id}`. OpenAI's images API: any of its "
         "clients works, with this server's address and `/v1` as base URL.\n\n"
         "Where the server has API keys, send one as `Authorization: Bearer KEY`. Every error is "
         '`{"error": {"message", "type", "param", "code"}}`, and every response carries '
@@ -40,7 +40,7 @@ def described(config: AppConfig) -> str:
 
 
 def generation_body(limits: LimitsConfig) -> dict[str, Any]:
-    """Of ``POST /v1/images/generations``."""
+    """Describe the body of ``POST /v1/images/generations``."""
     schema = _schema(ImageGenerationRequest, limits)
     for name, field in schema["properties"].items():
         if name not in schema["required"]:
@@ -49,19 +49,19 @@ def generation_body(limits: LimitsConfig) -> dict[str, Any]:
 
 
 def edit_body(limits: LimitsConfig) -> dict[str, Any]:
-    """Of ``POST /v1/images/edits``."""
+    """Describe the body of ``POST /v1/images/edits``."""
     schema = _schema(ImageEditRequest, limits)
     files = {
         "image": _FILE
         | {
-            "description": "The picture to start from: PNG, JPEG or WebP, of at most "
+            "description": "The image to start from: PNG, JPEG or WebP, of at most "
             f"{limits.max_image_pixels} pixels. Turned as its EXIF says; transparent parts become "
             "white."
         },
         "mask": _FILE
         | {
-            "description": "PNG or WebP of the same size, transparent where the picture shall be "
-            "painted anew. Without one, all of it is."
+            "description": "PNG or WebP of the same size, transparent where the image is generated "
+            "anew. Without a mask, all of it is."
         },
     }
     schema["properties"] = files | schema["properties"]
@@ -70,15 +70,15 @@ def edit_body(limits: LimitsConfig) -> dict[str, Any]:
 
 
 def streamed(kind: Kind) -> dict[int | str, dict[str, Any]]:
-    """The other form of a good answer.
+    """Describe the streamed form of a successful answer.
 
-    Its schema is that of one event: OpenAPI 3.1 has no word for a stream of them.
+    Its schema is that of one event, because OpenAPI 3.1 cannot describe a stream of events.
     """
     names = [*(f"{kind}.{name}" for name in EVENTS), "error"]
     models: list[type[BaseModel]] = [*EVENTS.values(), ErrorResponse]
     event = {
         "type": "object",
-        "description": "With `stream`: server-sent events. The picture, or an error, is the last.",
+        "description": "With `stream`: server-sent events. The image, or an error, is the last.",
         "properties": {
             "event": {"enum": names},
             "data": {
@@ -92,11 +92,11 @@ def streamed(kind: Kind) -> dict[int | str, dict[str, Any]]:
         "required": ["event", "data"],
     }
     content = {"text/event-stream": {"schema": event}}
-    return {200: {"description": "The pictures.", "content": content}}
+    return {200: {"description": "The images.", "content": content}}
 
 
 def complete(api: FastAPI, with_keys: bool) -> None:
-    """Describe the events too, which no endpoint returns by itself, and the keys, if any."""
+    """Add the events, which no endpoint returns by itself, and the keys, if there are any."""
     stock = api.openapi
 
     def openapi() -> dict[str, Any]:
@@ -120,7 +120,7 @@ def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nullable(field: dict[str, Any]) -> dict[str, Any]:
-    """The same, or null: left out. Forms have no null."""
+    """Allow null in place of a field, which means the default. Forms have no null."""
     if "anyOf" in field:
         return field
     names = [name for name in ("title", "description", "default") if name in field]
@@ -129,7 +129,7 @@ def _nullable(field: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schema(body: type[BaseModel], limits: LimitsConfig) -> dict[str, Any]:
-    """With the ranges that the configuration sets."""
+    """Return a body's schema with the ranges from the configuration."""
     schema = body.model_json_schema()
     properties = schema["properties"]
     ranges = {
@@ -141,6 +141,6 @@ def _schema(body: type[BaseModel], limits: LimitsConfig) -> dict[str, Any]:
     }
     for name, given in ranges.items():
         field = properties[name]
-        # What may be null is one of several; the range is that of the first.
+        # A nullable field is a union; the range belongs to its first member.
         field.get("anyOf", [field])[0].update(given)
     return schema

@@ -1,11 +1,11 @@
-"""What becomes of every request for pictures: one line in the log, and its metrics."""
+"""The outcome of every image request: one line in the log, and its metrics."""
 
 import functools
 import logging
 import re
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import get_args
 
 from prometheus_client import Histogram
@@ -23,82 +23,125 @@ from serve_app.metrics import (
     REQUEST_PART,
     REQUESTS,
 )
-from serve_app.protocol.events import Timeline
+from serve_app.protocol.backend import GenerationEvent
+from serve_app.protocol.events import Queued, Timeline
+from serve_app.protocol.images import EncodedImage
 from serve_app.protocol.params import GenerationParams, Priority
 
 logger = logging.getLogger(__name__)
 
 NOBODY = "none"
-"""Who has no key where one is asked for."""
+"""Principal of a request without a key, on a server that requires one."""
 
 _EXEMPLAR = re.compile(r"[A-Za-z0-9_.:/+=-]{1,100}")
-"""Clients choose the ids of their requests: an exemplar takes 128 characters with its name, and
-parsers stumble over quotes and braces in there."""
+"""Request ids that may be exemplars. Clients choose them, an exemplar has at most 128 characters
+with its name, and parsers fail on quotes and braces."""
 
 
 @dataclass(eq=False)
-class Record:
-    """One request. Whoever knows more writes it down here."""
+class RequestRecord:
+    """Facts about one request, filled in by every part of the gateway that handles it."""
 
     request_id: str
     received_at: float = field(default_factory=time.perf_counter)
     principal: str = NOBODY
-    """The name of its key."""
+    """Name of its key."""
     priority: Priority = "interactive"
-    """Of its key; who has none, or one that nobody knows, is as urgent as anybody."""
-    pictures: Sequence[GenerationParams] = ()
-    """What it asks for, once that was found right."""
+    """Priority of its key. Without a known key, it is interactive."""
+    images: Sequence[GenerationParams] = ()
+    """Parameters of its images, once they are validated."""
     outcome: str = "cancelled"
-    """The client went away, unless somebody says otherwise."""
+    """Outcome label. Unless another one is set, the client went away."""
     status: int = Cancelled.status
-    """Of the outcome; a stream that fails has sent a 200 before."""
+    """HTTP status of the outcome. A stream that fails has sent a 200 before."""
     engine_requests: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """Which replica took which picture in, by its seed, and as which number."""
-    painted: Timings | None = None
-    """As it was when the last picture so far came here."""
+    """Replica and request number of each admitted image, by the image's seed."""
     timings: Timings | None = None
-    """If it was painted."""
+    """Timings when the last image so far arrived, and those of the answer once it is complete."""
+    completed: bool = False
+    """Its answer was made."""
     first_partial_s: float | None = None
     traceparent: str = ""
-    """Of its span, as W3C's Trace Context has it; empty where nothing is traced."""
+    """Its span, in the format of W3C's Trace Context; empty if nothing is traced."""
     sampled: bool = False
-    """Its trace is kept: what its pictures go through is worth writing down."""
+    """Its trace is kept, so that timelines of its images are collected."""
     timelines: dict[int, Timeline] = field(default_factory=dict)
-    """How far its pictures have come, by their seeds, if that is worth writing down; the queue
-    begins when it arrived."""
+    """Progress of its images by their seeds, if the trace is kept. The queue part begins when the
+    request arrived."""
 
     @property
     def age_s(self) -> float:
         return time.perf_counter() - self.received_at
 
-    def completed(self, timings: Timings) -> None:
-        """The answer is ready to be sent."""
-        self.outcome, self.status, self.timings = "completed", 200, timings
+    def note(self, seed: int, event: GenerationEvent) -> None:
+        """Note the progress that ``event`` reports of the image with this seed."""
+        match event:
+            case Queued():  # again, if its replica was lost
+                timeline = Timeline()
+                if event.replica:
+                    self.engine_requests[seed] = event.replica, event.number
+            case Timeline():
+                parts_s = parts_since_arrival(self.age_s, event.age_s, event.parts_s)
+                timeline = replace(event, parts_s=parts_s)
+            case EncodedImage():
+                now_s = self.age_s
+                parts_s = parts_since_arrival(now_s, event.age_s, event.parts_s)
+                self.timings = Timings.of((*parts_s, max(0.0, now_s - sum(parts_s))))
+                timeline = replace(event.timeline or Timeline(), parts_s=parts_s)
+            case _:
+                return
+        if self.sampled:
+            self.timelines[seed] = timeline
+
+    def complete(self) -> Timings:
+        """Note that the answer is made, and return its timings."""
+        assert self.timings is not None
+        self.timings = self.timings.until(self.age_s)
+        self.outcome, self.status, self.completed = "completed", 200, True
+        return self.timings
 
     def failed(self, error: Exception) -> None:
-        """This is what the client is told."""
+        """Note the error that the client receives."""
         ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
         self.outcome, self.status = ours.code, ours.status
 
     def previewed(self) -> None:
-        """A preview is ready to be sent."""
+        """Note that a preview is ready to be sent."""
         if self.first_partial_s is None:
             self.first_partial_s = self.age_s
 
 
-def record_of(scope: Scope) -> Record:
-    """Of the request with this scope; one that nobody reads if it is not for pictures."""
+def parts_since_arrival(now_s: float, age_s: float, parts_s: Sequence[float]) -> tuple[float, ...]:
+    """Convert the duration of each part from a replica's view to the gateway's.
+
+    The request arrived at the gateway ``now_s`` ago, and at the replica ``age_s`` ago. Only
+    durations are compared, because the clocks of two machines differ. Time that the replica does
+    not account for was spent waiting for it, or on the way from it, and counts as queue. A replica
+    whose clock runs faster reports too much, which is cut.
+    """
+    if not parts_s:
+        return ()
+    queue_s, *others = parts_s
+    cut, left_s = [], now_s
+    for part_s in (max(0.0, now_s - age_s) + queue_s, *others):
+        cut.append(min(part_s, left_s))
+        left_s -= cut[-1]
+    return tuple(cut)
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """Return the record of this scope's request, or an unused one if it is no image request."""
     record = scope.get("state", {}).get("record")
-    return record if isinstance(record, Record) else Record(request_id(scope))
+    return record if isinstance(record, RequestRecord) else RequestRecord(request_id(scope))
 
 
 def request_id(scope: Scope) -> str:
-    """Serve's proxy gives every request an id, the client's own if it sent one, and returns it."""
+    """Return the id that Serve's proxy set: the client's own if it sent one."""
     return Headers(scope=scope).get("x-request-id", "none")[:200]
 
 
-class Recorder:
-    """Keeps a `Record` of each request for pictures. Plain ASGI: until the last byte is sent."""
+class RequestLog:
+    """ASGI middleware that keeps a `RequestRecord` of each image request until its last byte."""
 
     def __init__(
         self,
@@ -108,9 +151,14 @@ class Recorder:
         log_prompts: bool = False,
         principals: Iterable[tuple[str, Priority]] = (),
     ) -> None:
-        """``paths``: where pictures are asked for, as routes have them.
+        """Set up the metrics.
 
-        ``principals``: who may come, by the names of their keys, as far as is known now.
+        Args:
+            app: the next ASGI application.
+            model: value of the metrics' label.
+            paths: paths of image requests, as routes have them.
+            log_prompts: write prompts to the log.
+            principals: names and priorities of the keys that are known now.
         """
         self._app = app
         self._model = model
@@ -121,12 +169,12 @@ class Recorder:
         self._parts: dict[str, Histogram] = {
             part: REQUEST_PART.labels(model, part) for part in PARTS
         }
-        self._open: set[Record] = set()
+        self._open: set[RequestRecord] = set()
         for priority in get_args(Priority):
             count = functools.partial(self._count_open, priority)
             OPEN_REQUESTS.labels(model, priority).set_function(count)
         self._known: set[tuple[str, Priority]] = set()
-        for principal, priority in [(NOBODY, Record.priority), *principals]:
+        for principal, priority in [(NOBODY, RequestRecord.priority), *principals]:
             self._expect(principal, priority)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,7 +185,7 @@ class Recorder:
         ):
             await self._app(scope, receive, send)
             return
-        record = Record(request_id(scope))
+        record = RequestRecord(request_id(scope))
         scope.setdefault("state", {})["record"] = record
         self._open.add(record)
         try:
@@ -154,17 +202,18 @@ class Recorder:
         return sum(record.priority == priority for record in tuple(self._open))
 
     def _expect(self, principal: str, priority: Priority) -> None:
-        """Have its counters at 0: one that appears with a failure has not risen, to Prometheus.
+        """Create a principal's counters at 0.
 
-        16 series a key, 2 kB of what each gateway replica says: of 50 keys and 4 of them, 0.4 MB.
+        To Prometheus, a counter that first appears with a failure has not risen. Each key has 16
+        series, 2 kB of each gateway replica's report: 50 keys and 4 replicas make 0.4 MB.
         """
         if (principal, priority) not in self._known:
             self._known.add((principal, priority))
             for outcome in OUTCOMES:
                 REQUESTS.labels(self._model, principal, priority, outcome)
 
-    def _count(self, record: Record) -> None:
-        self._expect(record.principal, record.priority)  # a key that came with another file of keys
+    def _count(self, record: RequestRecord) -> None:
+        self._expect(record.principal, record.priority)  # a key that was added later
         REQUESTS.labels(self._model, record.principal, record.priority, record.outcome).inc()
         plain = _EXEMPLAR.fullmatch(record.request_id)
         exemplar = {"request_id": record.request_id} if plain else None
@@ -176,8 +225,8 @@ class Recorder:
             for part, seconds in timings.parts().items():
                 self._parts[part].observe(seconds, exemplar)
 
-    def _log(self, record: Record) -> None:
-        """In words, and as fields for a log in JSON. No prompt unless somebody asked for that."""
+    def _log(self, record: RequestRecord) -> None:
+        """Log the request as text, and as fields for JSON logs. Prompts are left out by default."""
         fields: dict[str, str | int | float] = {
             "request_id": record.request_id,
             "key": record.principal,
@@ -185,22 +234,22 @@ class Recorder:
             "outcome": record.outcome,
         }
         what = ""
-        if record.pictures:
-            first, count = record.pictures[0], len(record.pictures)
+        if record.images:
+            first, count = record.images[0], len(record.images)
             fields |= {
                 "size": f"{first.width}x{first.height}",
                 "steps": first.steps_to_run,
                 "seed": first.seed,
                 "images": count,
             }
-            many = f"{count} pictures, " if count > 1 else ""
+            many = f"{count} images, " if count > 1 else ""
             what = " {size}, {steps} steps, {many}seed {seed}:".format(**fields, many=many)
         if record.traceparent:
             fields["trace_id"] = record.traceparent.split("-")[1]
         age_s = record.age_s
         fields["total_s"] = round(age_s, 4)
         parts = ""
-        if record.timings is not None:
+        if record.completed and record.timings is not None:
             spent = record.timings.until(age_s).parts()
             fields |= {f"{part}_s": round(seconds, 4) for part, seconds in spent.items()}
             parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in spent.items())
@@ -208,8 +257,8 @@ class Recorder:
         backends = ", ".join(f"{replica}/{n}" for replica, n in record.engine_requests.values())
         if backends:
             fields["engine_request"] = backends
-        if self._log_prompts and record.pictures:
-            fields["prompt"] = record.pictures[0].prompt
+        if self._log_prompts and record.images:
+            fields["prompt"] = record.images[0].prompt
         logger.info(
             "request %s of %s:%s %s after %.3f s%s%s%s",
             record.request_id,

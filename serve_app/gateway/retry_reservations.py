@@ -1,12 +1,11 @@
-"""Who was told to come again, and when: what makes a ``Retry-After`` a promise.
+"""Retry reservations: a rejected request that returns after its ``Retry-After`` finds room.
 
-A queue in which nobody stands. Whoever is refused is told the time at which there is room for him,
-after all who were told before; when he comes then, he is known by what he asks for, and the engine
-keeps a reserve for him that those who come for the first time do not get. No work is held back for
-it: an engine that is idle takes in whoever comes.
+A rejected request gets a time at which there is room for it, after all earlier reservations. When
+it returns then, it is recognised by its content. The engine keeps a reserve of time for such
+retries, which first attempts do not get. No work waits for that: an idle engine admits any request.
 
-Each gateway replica keeps its own: with several, one knows nothing of what another promised. The
-engine's reserve makes up for that as far as it goes.
+Each gateway replica keeps its own reservations and does not know those of the others. The engine's
+reserve compensates for that in part.
 """
 
 import hashlib
@@ -19,30 +18,31 @@ from dataclasses import dataclass
 from serve_app.errors import Overloaded
 
 PACE = 0.7
-"""Share of the time that is promised; the rest is for what was not foreseen, and for those who come
-for the first time and fit in between. In simulations of three times too much work that gets 7 to
-15 % more pictures done in time than 0.9 does, and 5 to 8 % more work; 0.6 adds little."""
+"""Share of the time that is reserved. The rest is for unforeseen work, and for first attempts that
+fit in between. In simulations of three times too much work, 0.7 finishes 7 to 15 % more images in
+time than 0.9, and does 5 to 8 % more work; 0.6 adds little."""
 
-MOST = 10_000
-"""Promises at a time. Beyond them one is told when to come, and is not known then."""
+MAX_RESERVATIONS = 10_000
+"""Reservations at a time. Beyond them a request still gets a time, but is not recognised then."""
 
 PATIENCE_S, PATIENCE_SHARE = 5.0, 0.25
-"""A place is kept so long after its time, the second as a share of the wait: clients round."""
+"""Time for which a reservation is kept after it is due, the second as a share of the wait, because
+clients round."""
 
 LATE_S = 1.0
-"""Who is later than that will hardly come."""
+"""Seconds after which a retry is unlikely to come."""
 
 _MEMORY = 50.0
-"""Promises whose outcome decides how many of the next will be claimed."""
+"""Reservations whose outcome decides which share of the next is expected to be redeemed."""
 
 _TRUST = 5.0
-"""Claimed promises with which it begins."""
+"""Redeemed reservations that are assumed at the start."""
 
 _LEAST_SHARE = 0.001
 
 
 def fingerprint(parts: Iterable[bytes]) -> bytes:
-    """By which a request is known when it comes again."""
+    """Return the identity by which a retry of a request is recognised."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(len(part).to_bytes(8))
@@ -51,78 +51,87 @@ def fingerprint(parts: Iterable[bytes]) -> bytes:
 
 
 @dataclass(frozen=True, order=True)
-class _Place:
+class _Reservation:
     due_at: float
-    given_up_at: float
+    expires_at: float
     work_s: float
     fingerprint: bytes
 
 
 class RetryReservations:
-    """Those of one gateway replica, to requests of one class."""
+    """The reservations of one gateway replica, for requests of one priority."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._in_turn: list[_Place] = []
+        self._by_time: list[_Reservation] = []
         self._work_s = 0.0  # of all of them
-        self._by_fingerprint: dict[bytes, list[_Place]] = {}
-        self._late_until = -math.inf  # all that were due by then have come or are late
-        self._claimed = self._came_due = _TRUST
+        self._by_fingerprint: dict[bytes, list[_Reservation]] = {}
+        self._late_until = -math.inf  # all that were due by then are redeemed or late
+        self._redeemed = self._came_due = _TRUST
 
-    def claim(self, fingerprint: bytes) -> bool:
-        """Whether such a request was told to come by now; the place is his."""
-        self._forget()
-        places = self._by_fingerprint.get(fingerprint)
-        if not places or places[0].due_at > self._clock():
+    def redeem(self, fingerprint: bytes) -> bool:
+        """Use up a due reservation of this request; return whether there was one."""
+        self._expire()
+        reservations = self._by_fingerprint.get(fingerprint)
+        if not reservations or reservations[0].due_at > self._clock():
             return False
-        place = places[0]
-        self._leave(place)
-        self._claimed += 1
-        if place.due_at > self._late_until:  # else it was counted when it was late
+        reservation = reservations[0]
+        self._remove(reservation)
+        self._redeemed += 1
+        if reservation.due_at > self._late_until:  # else it was counted when it was late
             self._came_due += 1
         return True
 
     def due_within_s(self, seconds: float) -> float:
-        """Seconds of work of those who will come in the next so many, as far as they were told to.
+        """Return the expected work, in seconds, of retries due within that time.
 
-        Whoever is late by more than a moment will hardly come: his place is kept, and not counted.
+        A reservation that is more than `LATE_S` late is kept, but not counted.
         """
-        self._forget()
+        self._expire()
         first = self._index_after(self._late_until)
         last = self._index_after(self._clock() + seconds)
-        return sum(place.work_s for place in self._in_turn[first:last]) * self._share
+        due = self._by_time[first:last]
+        return sum(reservation.work_s for reservation in due) * self._share
 
-    def promise(self, fingerprint: bytes, refusal: Overloaded, is_retry: bool) -> Overloaded:
-        """The refusal with the time to come again, which is noted.
+    def reserve(
+        self, fingerprint: bytes, rejection: Overloaded, is_retry: bool, images: int = 1
+    ) -> Overloaded:
+        """Reserve a retry of a rejected request; return the rejection with the time for it.
 
-        ``is_retry``: who came as told and found no room. He need not stand in line again.
+        Args:
+            fingerprint: identity of the request.
+            rejection: the engine's answer for one of its images.
+            is_retry: the request redeemed a reservation and found no room. It does not wait behind
+                the other reservations again.
+            images: number of images of the request.
         """
-        self._forget()
+        self._expire()
         now = self._clock()
-        wait_s = refusal.retry_after_s or 0.0
+        wait_s = rejection.retry_after_s or 0.0
         if not is_retry:
             wait_s += self._work_s * self._share / PACE
         wait_s = max(1, math.ceil(wait_s))
-        if len(self._in_turn) < MOST:
+        work_s = rejection.work_s * images
+        if len(self._by_time) < MAX_RESERVATIONS:
             due_at = now + wait_s
             patience_s = PATIENCE_S + PATIENCE_SHARE * wait_s
-            place = _Place(due_at, due_at + patience_s, refusal.work_s, fingerprint)
-            insort(self._in_turn, place)
-            insort(self._by_fingerprint.setdefault(fingerprint, []), place)
-            self._work_s += place.work_s
-        message = f"{refusal.message} There will be room in {wait_s} s."
-        return Overloaded(message, refusal.param, float(wait_s), refusal.work_s)
+            reservation = _Reservation(due_at, due_at + patience_s, work_s, fingerprint)
+            insort(self._by_time, reservation)
+            insort(self._by_fingerprint.setdefault(fingerprint, []), reservation)
+            self._work_s += work_s
+        message = f"{rejection.message} There will be room in {wait_s} s."
+        return Overloaded(message, rejection.param, float(wait_s), work_s)
 
     @property
     def _share(self) -> float:
-        """Of the promises that will be claimed, as far as the last ones tell."""
-        return max(_LEAST_SHARE, min(1.0, self._claimed / self._came_due))
+        """Share of the reservations that is expected to be redeemed, from recent ones."""
+        return max(_LEAST_SHARE, min(1.0, self._redeemed / self._came_due))
 
     def _index_after(self, at: float) -> int:
-        return bisect_right(self._in_turn, at, key=lambda place: place.due_at)
+        return bisect_right(self._by_time, at, key=lambda reservation: reservation.due_at)
 
-    def _forget(self) -> None:
-        """Count who is late, and give up who is too late."""
+    def _expire(self) -> None:
+        """Count late reservations, and drop expired ones."""
         now = self._clock()
         late = self._index_after(now - LATE_S) - self._index_after(self._late_until)
         self._late_until = now - LATE_S
@@ -130,14 +139,14 @@ class RetryReservations:
         if self._came_due > _MEMORY:
             fading = _MEMORY / self._came_due
             self._came_due *= fading
-            self._claimed *= fading
-        while self._in_turn and self._in_turn[0].given_up_at < now:
-            self._leave(self._in_turn[0])
+            self._redeemed *= fading
+        while self._by_time and self._by_time[0].expires_at < now:
+            self._remove(self._by_time[0])
 
-    def _leave(self, place: _Place) -> None:
-        self._in_turn.remove(place)
-        places = self._by_fingerprint[place.fingerprint]
-        places.remove(place)
-        if not places:
-            del self._by_fingerprint[place.fingerprint]
-        self._work_s = self._work_s - place.work_s if self._in_turn else 0.0
+    def _remove(self, reservation: _Reservation) -> None:
+        self._by_time.remove(reservation)
+        reservations = self._by_fingerprint[reservation.fingerprint]
+        reservations.remove(reservation)
+        if not reservations:
+            del self._by_fingerprint[reservation.fingerprint]
+        self._work_s = self._work_s - reservation.work_s if self._by_time else 0.0

@@ -1,4 +1,4 @@
-"""The endpoints. Knows the HTTP API and the request's parameters; of Ray only a `GenerationBackend`."""
+"""The endpoints. They reach the generator only through a `GenerationBackend`."""
 
 import asyncio
 import time
@@ -19,9 +19,9 @@ from serve_app.gateway.auth import KeyGuard, KeyRing
 from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
-from serve_app.gateway.forms import read_edit, read_generation
 from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
-from serve_app.gateway.requests_log import Recorder, record_of
+from serve_app.gateway.parsing import read_edit, read_generation
+from serve_app.gateway.requests_log import RequestLog, record_of
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
 from serve_app.gateway.service import ImageService
 from serve_app.gateway.streaming import stream
@@ -31,10 +31,10 @@ from serve_app.protocol.params import ModelInfo
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 
-PAINT_ERRORS = documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+GENERATION_ERRORS = documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 
 OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
-"""What needs no key: whether it lives, what it takes, the page. "" leads to the page."""
+"""Paths that need no key: health, the API's description and the page, to which "" leads."""
 
 
 def create_api(
@@ -44,7 +44,15 @@ def create_api(
     gather: Gather = gather_own,
     traced: Callable[[ASGIApp], ASGIApp] | None = None,
 ) -> FastAPI:
-    """The ASGI application of one gateway replica; ``traced`` is middleware, if it is."""
+    """Make the ASGI application of one gateway replica.
+
+    Args:
+        config: the whole configuration.
+        backend: generates the images.
+        keys: authenticate requests.
+        gather: returns the reports for ``/metrics``.
+        traced: middleware that traces requests, if they are traced.
+    """
     limits = config.engine.limits
     started_at = int(time.time())
     service = ImageService(config, backend)
@@ -58,13 +66,13 @@ def create_api(
     def max_body_bytes(path: str) -> int:
         return limits.max_upload_bytes if path == EDITS else limits.max_body_bytes
 
-    # The last one added is the first to see a request: no body is read for who has no key.
+    # The last one added sees a request first: without a valid key, no body is read.
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
     if traced is not None:
         api.add_middleware(traced)
     api.add_middleware(
-        Recorder,
+        RequestLog,
         model=config.model.id,
         paths=(GENERATIONS, EDITS),
         log_prompts=config.gateway.log_prompts,
@@ -76,33 +84,33 @@ def create_api(
     @api.post(
         GENERATIONS,
         response_model=ImagesResponse,
-        responses=streamed("image_generation") | PAINT_ERRORS,
+        responses=streamed("image_generation") | GENERATION_ERRORS,
         openapi_extra=generation_body(limits),
         tags=["images"],
     )
     async def generate_images(request: Request) -> Response | ImagesResponse:
-        """Paint pictures that show the prompt."""
+        """Generate images that show the prompt."""
         body = await read_generation(request)
         scope = request.scope
-        order = await service.take(
+        job = await service.prepare(
             "image_generation", body, record_of(scope), request.state.principal
         )
         if body.stream:
-            return await stream(service, order, scope)
-        return await _while_connected(request, service.paint_all(order))
+            return await stream(service, job, scope)
+        return await _while_connected(request, service.generate_all(job))
 
     @api.post(
         EDITS,
         response_model=ImagesResponse,
-        responses=streamed("image_edit") | PAINT_ERRORS,
+        responses=streamed("image_edit") | GENERATION_ERRORS,
         openapi_extra=edit_body(limits),
         tags=["images"],
     )
     async def edit_images(request: Request) -> Response | ImagesResponse:
-        """Paint a picture anew: all of it, or where the mask is transparent."""
+        """Generate an image anew: all of it, or where the mask is transparent."""
         form = await read_edit(request)
         scope = request.scope
-        order = await service.take(
+        job = await service.prepare(
             "image_edit",
             form.fields,
             record_of(scope),
@@ -111,21 +119,21 @@ def create_api(
             form.mask,
         )
         if form.fields.stream:
-            return await stream(service, order, scope)
-        return await _while_connected(request, service.paint_all(order))
+            return await stream(service, job, scope)
+        return await _while_connected(request, service.generate_all(job))
 
     @api.get("/v1/models", responses=documented(401, 403, 429, 503), tags=["models"])
     async def list_models() -> ModelList:
-        """The model that is served, and what it takes."""
+        """List the model that is served, with its options."""
         info = await backend.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
-    # Names of the hub have a slash.
+    # Model names from the hub have a slash.
     @api.get(
         "/v1/models/{model:path}", responses=documented(401, 403, 404, 429, 503), tags=["models"]
     )
     async def retrieve_model(model: str) -> ModelObject:
-        """One model by its name."""
+        """Describe one model by its name."""
         if model != config.model.id:
             raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
         return _model_object(await backend.describe(), started_at)
@@ -133,19 +141,19 @@ def create_api(
     @api.head("/health", include_in_schema=False)
     @api.get("/health", tags=["health"])
     async def health() -> Health:
-        """Liveness: 200 as long as the gateway answers."""
+        """Check liveness: 200 as long as the gateway answers."""
         return Health()
 
     @api.head("/ready", include_in_schema=False)
     @api.get("/ready", responses=documented(503), tags=["health"])
     async def ready() -> Health:
-        """Readiness: 200 if a replica can paint now, else 503."""
+        """Check readiness: 200 if a replica can generate now, else 503."""
         await backend.check_ready()
         return Health()
 
     @api.get("/metrics", include_in_schema=False)
     async def metrics(request: Request) -> Response:
-        """Of the whole application, for Prometheus."""
+        """Return the metrics of the whole application, for Prometheus."""
         accept = request.headers.get("accept", "")
         text, media_type = await asyncio.to_thread(exposition, await gather(), accept)
         return Response(text, headers={"Content-Type": media_type})
@@ -164,9 +172,9 @@ def create_api(
 async def _while_connected(
     request: Request, work: Coroutine[Any, Any, ImagesResponse]
 ) -> ImagesResponse:
-    """Do the work, and drop it when the client goes away.
+    """Do the work, and cancel it when the client goes away.
 
-    Serve does so as well, but not for clients that send it x-request-disconnect-disabled.
+    Serve does so as well, except for clients that send x-request-disconnect-disabled.
     """
 
     async def gone() -> None:

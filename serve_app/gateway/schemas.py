@@ -12,43 +12,43 @@ from serve_app.protocol.params import MAX_SEED, AdapterSet, ModelInfo
 Quality = Literal["low", "medium", "high"]
 
 PARTS = ("queue", "encode", "denoise", "decode", "response")
-"""Of the time that a request takes, in their order."""
+"""Parts of a request's time, in their order."""
 
 
 class ImageRequest(BaseModel):
-    """What all image endpoints take: OpenAI's fields, then our extensions.
+    """Fields of all image endpoints: OpenAI's, then this server's extensions.
 
-    Types and fixed ranges are checked here; what depends on the model and the configured limits, in
-    `GenerationParams.resolved`.
+    Types and fixed ranges are checked here. `GenerationParams.resolved` checks values that depend
+    on the model and the configured limits.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     prompt: str = Field(
-        description="What the picture shows.", examples=["a red circle on a blue background"]
+        description="Description of the image.", examples=["a red circle on a blue background"]
     )
     model: str | None = Field(
         None, description="A name from /v1/models; may be left out.", examples=["demo"]
     )
     n: int = Field(
-        1, ge=1, description="How many pictures; the k-th has the seed `seed` + k.", examples=[1]
+        1, ge=1, description="Number of images; the k-th has the seed `seed` + k.", examples=[1]
     )
     size: str | None = Field(
         None,
         pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
         description="WIDTHxHEIGHT in pixels, in multiples of the model's `size_multiple`; or "
-        "'auto': the model's own, and for edits that of the picture sent, made smaller where it "
+        "'auto': the model's own, and for edits that of the input image, made smaller where it "
         "has more pixels than the model's own.",
         examples=["64x64"],
     )
     quality: Literal["auto", "low", "medium", "high"] = Field(
         "auto",
         description="Denoising steps in a word, as /v1/models lists them: half as many as the "
-        "model's default, as many (auto, too), twice as many. `num_inference_steps` goes before.",
+        "model's default, as many (auto, too), twice as many. `num_inference_steps` overrides it.",
     )
     response_format: Literal["b64_json"] = Field(
         "b64_json",
-        description="Pictures come inside the answer; there are no URLs, for none is stored.",
+        description="Images are part of the answer; there are no URLs, because none is stored.",
     )
     output_format: ImageFormat = Field("png", description="Kind of file.")
     output_compression: int | None = Field(
@@ -58,22 +58,22 @@ class ImageRequest(BaseModel):
         description="Quality of JPEG and WebP, 95 by default. Not for PNG, which is exact.",
     )
     background: Literal["auto", "opaque"] = Field(
-        "auto", description="Pictures are opaque: the models have no transparency."
+        "auto", description="Images are opaque: the models have no transparency."
     )
     user: str | None = Field(
-        None, max_length=512, description="Taken for compatibility; it has no effect."
+        None, max_length=512, description="Accepted for compatibility; it has no effect."
     )
     stream: bool = Field(False, description="Answer with server-sent events.")
     partial_images: int = Field(
         0,
         ge=0,
         le=3,
-        description="Previews to send while the picture forms, with `stream`; fewer come where "
-        "there are fewer steps.",
+        description="Previews to send during generation, with `stream`; fewer if there are "
+        "fewer steps.",
     )
 
     negative_prompt: str | None = Field(
-        None, description="What the picture must not show.", examples=["a square"]
+        None, description="Description of what the image must not show.", examples=["a square"]
     )
     num_inference_steps: int | None = Field(
         None, ge=1, description="Denoising steps. Default: the model's.", examples=[8]
@@ -82,14 +82,14 @@ class ImageRequest(BaseModel):
         None,
         ge=0,
         le=100,
-        description="How closely the picture follows the prompt.",
+        description="How closely the image follows the prompt.",
         examples=[4.0],
     )
     seed: int | None = Field(
         None,
         ge=0,
         le=MAX_SEED,
-        description="Same seed, same picture. Default: drawn, and told in the answer.",
+        description="The same seed gives the same image. Default: random; the answer has it.",
         examples=[7],
     )
     scheduler: str | None = Field(
@@ -103,20 +103,20 @@ class ImageRequest(BaseModel):
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds in which the picture must be done. A request that would miss it is "
-        "refused with 429 and the time to come again; one that was taken in and is late all the "
-        "same still comes. Without it a multiple of the picture's time alone decides who goes "
-        "first, and nobody is refused for being late.",
+        description="Seconds in which the image must be done. A request that would miss it is "
+        "rejected with 429 and the time for a retry; one that was admitted and is late is still "
+        "completed. Without it, a multiple of the image's time on an idle replica sets the order "
+        "of requests, and none is rejected for being late.",
         examples=[30.0],
     )
     progress: bool = Field(
-        False, description="With `stream`: also send how far the picture is, and when it is due."
+        False, description="With `stream`: also send the image's progress and remaining time."
     )
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_left_out(cls, body: Any) -> Any:
-        """OpenAI's schema, and its clients' types, have null for what is not given."""
+        """Drop null values: in OpenAI's schema and its clients' types, null means the default."""
         if not isinstance(body, dict):
             return body
         optional = cls.model_fields.keys() - {"prompt"}
@@ -130,7 +130,7 @@ class ImageRequest(BaseModel):
         return tuple((self.lora or {}).items())
 
     def size_px(self) -> tuple[int | None, int | None]:
-        """(width, height), or two ``None`` for the default."""
+        """Return (width, height), or two ``None`` for the default."""
         if self.size is None or self.size == "auto":
             return None, None
         width, height = self.size.split("x")
@@ -139,10 +139,10 @@ class ImageRequest(BaseModel):
     def steps(self, model: ModelInfo) -> int:
         if self.num_inference_steps is not None:
             return self.num_inference_steps
-        return model.quality_steps[self.painted_quality]
+        return model.quality_steps[self.resolved_quality]
 
     @property
-    def painted_quality(self) -> Quality:
+    def resolved_quality(self) -> Quality:
         return "medium" if self.quality == "auto" else self.quality
 
     def encoding(self) -> Encoding:
@@ -158,7 +158,7 @@ class ImageRequest(BaseModel):
                 "output_compression",
             )
         if self.stream and self.n > 1:
-            raise InvalidRequest("a stream carries one picture: n must be 1.", "n")
+            raise InvalidRequest("a stream carries one image: n must be 1.", "n")
         for name in ("partial_images", "progress"):
             if getattr(self, name) and not self.stream:
                 raise InvalidRequest(f"{name} needs stream: true.", name)
@@ -169,39 +169,39 @@ class ImageGenerationRequest(ImageRequest):
 
 
 class ImageEditRequest(ImageRequest):
-    """The fields of ``POST /v1/images/edits`` beside its pictures."""
+    """The fields of ``POST /v1/images/edits`` beside its images."""
 
     strength: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="How much of the picture may change, also the share of the steps that run. "
+        description="How much of the image may change, also the share of the steps that run. "
         "Default: the model's.",
         examples=[0.6],
     )
 
 
 class ImageData(BaseModel):
-    """One picture."""
+    """One image."""
 
     b64_json: str = Field(description="The file, in base64.")
-    seed: int = Field(description="The seed that paints this picture again.")
+    seed: int = Field(description="The seed that generates this image again.")
 
 
 class InputTokensDetails(BaseModel):
-    """Of what the model read."""
+    """Tokens that the model read."""
 
     text_tokens: int = Field(
-        description="Of the prompt, once for each picture; 0 if the tokenizer is not known."
+        description="Tokens of the prompt, once for each image; 0 if the tokenizer is unknown."
     )
     image_tokens: int = Field(
-        description="Squares of 16 x 16 pixels of the picture sent, brought to the size that is "
-        "painted; once for each picture painted."
+        description="Squares of 16 x 16 pixels of the input image, scaled to the size that is "
+        "generated; once for each generated image."
     )
 
 
 class Usage(BaseModel):
-    """Work in OpenAI's terms, where a picture counts one token for 16 x 16 pixels."""
+    """Work in OpenAI's terms. An image counts one token for 16 x 16 pixels."""
 
     input_tokens: int
     input_tokens_details: InputTokensDetails
@@ -210,7 +210,7 @@ class Usage(BaseModel):
 
 
 class Timings(BaseModel):
-    """Where the time went, in seconds; the parts add up. Of several pictures, of the last one."""
+    """Seconds of each part, which add up to the total. Several images have the last one's."""
 
     queue_s: float = Field(
         description="From the request's arrival to its start, and the way back from the replica."
@@ -223,17 +223,17 @@ class Timings(BaseModel):
 
     @classmethod
     def of(cls, parts_s: Sequence[float]) -> "Timings":
-        """In the order of `PARTS`."""
+        """Make timings from durations in the order of `PARTS`."""
         named = {f"{part}_s": took_s for part, took_s in zip(PARTS, parts_s, strict=True)}
         return cls(**named, total_s=sum(parts_s))
 
     def until(self, total_s: float) -> "Timings":
-        """The same, so long after the request's arrival."""
+        """Extend the response part, so that the total is ``total_s`` after the arrival."""
         response_s = max(0.0, self.response_s + total_s - self.total_s)
         return self.model_copy(update={"response_s": response_s, "total_s": total_s})
 
     def parts(self) -> dict[str, float]:
-        """By their names in metrics and logs."""
+        """Return the durations by their names in metrics and logs."""
         return {part: getattr(self, f"{part}_s") for part in PARTS}
 
 
@@ -248,11 +248,11 @@ class ImagesResponse(BaseModel):
     background: Literal["opaque"] = "opaque"
     usage: Usage
     timings: Timings
-    warnings: list[str] = Field(description="What of the request has no effect.")
+    warnings: list[str] = Field(description="Parts of the request without effect.")
 
 
 Kind = Literal["image_generation", "image_edit"]
-"""Events start with one of them."""
+"""Prefix of event types."""
 
 
 class PartialImageEvent(BaseModel):
@@ -269,7 +269,7 @@ class PartialImageEvent(BaseModel):
 
 
 class CompletedEvent(BaseModel):
-    """The finished picture; the last event."""
+    """The finished image; the last event."""
 
     type: str = Field(examples=["image_generation.completed", "image_edit.completed"])
     b64_json: str
@@ -285,19 +285,19 @@ class CompletedEvent(BaseModel):
 
 
 class ProgressEvent(BaseModel):
-    """How far the picture is, for who sends ``progress: true``."""
+    """The image's progress, for requests with ``progress: true``."""
 
     type: str = Field(examples=["image_generation.progress", "image_edit.progress"])
     step: int = Field(description="Denoising steps that are done.")
     total_steps: int
     queue_position: int | None = Field(
-        description="Requests that wait before it; null once it is being painted."
+        description="Requests that wait before it; null once it is being generated."
     )
-    eta_s: float = Field(description="Seconds until the picture should be done.")
+    eta_s: float = Field(description="Seconds until the image should be done.")
 
 
 class ModelObject(BaseModel):
-    """One model in ``GET /v1/models``: OpenAI's fields, then what it takes."""
+    """One model in ``GET /v1/models``: OpenAI's fields, then its options."""
 
     id: str
     object: Literal["model"] = "model"
@@ -307,21 +307,22 @@ class ModelObject(BaseModel):
     tasks: list[str]
     default_size: str
     size_multiple: int = Field(description="Width and height must be multiples of it.")
-    max_pixels: int = Field(description="Of width times height.")
-    max_side: int = Field(description="Of width and of height, in pixels.")
+    max_pixels: int = Field(description="Largest width times height.")
+    max_side: int = Field(description="Largest width and height, in pixels.")
     default_steps: int
     max_steps: int
     quality_steps: dict[Quality, int] = Field(description="Steps for each `quality`.")
-    max_images: int = Field(description="Of `n`.")
+    max_images: int = Field(description="Largest `n`.")
     max_prompt_chars: int
     max_deadline_s: float
     takes_negative_prompt: bool
     schedulers: list[str] = Field(description="Noise schedulers that a request may name.")
     loras: list[str] = Field(description="LoRA adapters that a request may name.")
-    max_loras: int = Field(description="Of them at a time.")
+    max_loras: int = Field(description="LoRA adapters of one request.")
     batching: Literal["on", "off"]
     batching_difference: float | None = Field(
-        description="Largest difference between batched and alone at start-up, pixels in [0, 1]."
+        description="Largest difference between batched and sequential at start-up, in [0, 1] "
+        "pixels."
     )
     batching_note: str = Field(description="Why batching is off.")
 
@@ -340,7 +341,7 @@ class Health(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What was wrong, where, and of which kind."""
+    """The message, kind and field of an error."""
 
     message: str
     type: str

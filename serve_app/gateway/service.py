@@ -1,4 +1,4 @@
-"""From a parsed request to pictures: what the two image endpoints have in common."""
+"""From a parsed request to images: what the two image endpoints have in common."""
 
 import asyncio
 import base64
@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from serve_app.config import AppConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Principal
-from serve_app.gateway.requests_log import Record
+from serve_app.gateway.parsing import in_image_thread, read_image, read_mask
+from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
@@ -22,13 +23,10 @@ from serve_app.gateway.schemas import (
     ImagesResponse,
     InputTokensDetails,
     Kind,
-    Timings,
     Usage,
 )
-from serve_app.gateway.uploads import apart, read_image, read_mask
 from serve_app.metrics import REFUSALS
 from serve_app.protocol.backend import GenerationBackend, GenerationEvent
-from serve_app.protocol.events import Queued, Timeline
 from serve_app.protocol.images import EncodedImage
 from serve_app.protocol.params import (
     MAX_SEED,
@@ -44,25 +42,25 @@ TOKEN_PX = 16
 
 @dataclass(frozen=True)
 class ImageJob:
-    """A request that was found right, with everything that an answer repeats of it."""
+    """A validated request, with everything that its answer repeats."""
 
     kind: Kind
     body: ImageRequest
-    pictures: tuple[GenerationParams, ...]
-    """Resolved; one for each picture."""
-    record: Record
+    images: tuple[GenerationParams, ...]
+    """Resolved parameters, one for each image."""
+    record: RequestRecord
     principal: Principal
     fingerprint: bytes
-    """By which it is known if it comes again."""
+    """Identity of the request, by which a retry of it is recognised."""
     context: RequestContext
 
     @property
     def size(self) -> str:
-        return f"{self.pictures[0].width}x{self.pictures[0].height}"
+        return f"{self.images[0].width}x{self.images[0].height}"
 
     @property
     def steps(self) -> int:
-        return self.pictures[0].steps_to_run
+        return self.images[0].steps_to_run
 
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
         text_tokens = sum(image.prompt_tokens for image in images)
@@ -78,55 +76,9 @@ class ImageJob:
             total_tokens=text_tokens + image_tokens + output_tokens,
         )
 
-    def timings(self) -> Timings:
-        """Now that all are painted; it is put on record."""
-        assert self.record.painted is not None
-        timings = self.record.painted.until(self.record.age_s)
-        self.record.completed(timings)
-        return timings
-
-    def reached(self, params: GenerationParams, event: GenerationEvent) -> None:
-        """Put on record what ``event`` says of how far this picture has come."""
-        record = self.record
-        match event:
-            case Queued():  # again, if the replica that painted it was lost
-                timeline = Timeline()
-                if event.replica:
-                    record.engine_requests[params.seed] = event.replica, event.number
-            case Timeline():
-                parts_s = parts_by(record.age_s, event.age_s, event.parts_s)
-                timeline = replace(event, parts_s=parts_s)
-            case EncodedImage():
-                now_s = record.age_s
-                parts_s = parts_by(now_s, event.age_s, event.parts_s)
-                record.painted = Timings.of((*parts_s, max(0.0, now_s - sum(parts_s))))
-                timeline = replace(event.timeline or Timeline(), parts_s=parts_s)
-            case _:
-                return
-        if record.sampled:
-            record.timelines[params.seed] = timeline
-
-
-def parts_by(now_s: float, age_s: float, parts_s: Sequence[float]) -> tuple[float, ...]:
-    """The parts, by a replica's clock, of a request that is ``now_s`` old and has been there for
-    ``age_s``.
-
-    Only durations are compared, for clocks of two machines never agree: what the replica does not
-    account for was waiting, for it and on the way from it. One that runs faster says too much,
-    which is cut.
-    """
-    if not parts_s:
-        return ()
-    queue_s, *others = parts_s
-    cut, left_s = [], now_s
-    for part_s in (max(0.0, now_s - age_s) + queue_s, *others):
-        cut.append(min(part_s, left_s))
-        left_s -= cut[-1]
-    return tuple(cut)
-
 
 class ImageService:
-    """Takes orders and has them painted."""
+    """Prepares image jobs and has a `GenerationBackend` generate their images."""
 
     def __init__(self, config: AppConfig, backend: GenerationBackend) -> None:
         self._config = config
@@ -138,20 +90,20 @@ class ImageService:
             "batch": RetryReservations(),
         }
 
-    async def take(
+    async def prepare(
         self,
         kind: Kind,
         body: ImageRequest,
-        record: Record,
+        record: RequestRecord,
         principal: Principal,
         image: bytes | None = None,
         mask: bytes | None = None,
     ) -> ImageJob:
-        """Check everything about a request that can be checked before it is painted.
+        """Check everything about a request that can be checked before it is generated.
 
         Raises:
             InvalidRequest: naming the field and what is allowed.
-            Unavailable: if no replica is there to say what the model takes.
+            Unavailable: if no replica is there to describe the model.
         """
         sent_at = time.time()
         body.check()
@@ -166,42 +118,34 @@ class ImageService:
         if image is None:
             params = params.resolved(model)
         else:
-            params = await apart(functools.partial(self._with_pictures, params, image, mask, model))
+            params = await in_image_thread(
+                functools.partial(self._with_image, params, image, mask, model)
+            )
         params = params.with_previews(body.partial_images)
-        # The seeds of several pictures follow each other, downwards at the end of the range.
+        # The seeds of several images follow each other, downwards at the end of the range.
         step = 1 if params.seed <= MAX_SEED - body.n else -1
-        pictures = tuple(
-            replace(params, seed=params.seed + step * index) for index in range(body.n)
-        )
-        record.pictures = pictures
+        images = tuple(replace(params, seed=params.seed + step * index) for index in range(body.n))
+        record.images = images
         parts = [principal.name.encode(), kind.encode(), body.model_dump_json().encode()]
         if image is None:
-            known_by = fingerprint(parts)
+            identity = fingerprint(parts)
         else:
-            known_by = await apart(functools.partial(fingerprint, [*parts, image, mask or b""]))
-        reservations = self._reservations[principal.priority]
-        is_retry = reservations.claim(known_by)
-        most_s = self._config.engine.max_backlog_s
-        context = RequestContext(
-            order=secrets.token_hex(8),
-            sent_at=sent_at,
-            is_retry=is_retry,
-            reserved_s=(
-                0.0
-                if is_retry
-                else reservations.due_within_s(min(most_s, body.deadline_s or most_s))
-            ),
-            trace=record.traceparent if record.sampled else "",
-        )
-        return ImageJob(kind, body, pictures, record, principal, known_by, context)
+            identity = await in_image_thread(
+                functools.partial(fingerprint, [*parts, image, mask or b""])
+            )
+        context = self._context(identity, body.deadline_s, principal.priority, sent_at, record)
+        return ImageJob(kind, body, images, record, principal, identity, context)
 
-    async def paint_all(self, order: ImageJob) -> ImagesResponse:
-        """All pictures or none: when one fails, or the client goes away, the others are dropped."""
-        tasks = [asyncio.ensure_future(self._paint(order, params)) for params in order.pictures]
+    async def generate_all(self, job: ImageJob) -> ImagesResponse:
+        """Generate all images or none.
+
+        When one fails, or the client goes away, the others are cancelled.
+        """
+        tasks = [asyncio.ensure_future(self._generate(job, params)) for params in job.images]
         try:
             images = await asyncio.gather(*tasks)
         except Overloaded as error:
-            raise self._reserved(order, error) from None
+            raise self._reserve(job, error) from None
         finally:
             for task in tasks:
                 task.cancel()
@@ -212,49 +156,66 @@ class ImageService:
                 ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
                 for image in images
             ],
-            size=order.size,
-            output_format=order.body.output_format,
-            quality=order.body.painted_quality,
-            usage=order.usage(images),
-            timings=order.timings(),
+            size=job.size,
+            output_format=job.body.output_format,
+            quality=job.body.resolved_quality,
+            usage=job.usage(images),
+            timings=job.record.complete(),
             warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
         )
 
-    async def paint(self, order: ImageJob) -> AsyncGenerator[GenerationEvent, None]:
-        """The events of its only picture."""
-        [params] = order.pictures
+    async def stream(self, job: ImageJob) -> AsyncGenerator[GenerationEvent, None]:
+        """Yield the events of the job's only image."""
+        [params] = job.images
         try:
-            async with aclosing(self._events(order, params)) as events:
+            async with aclosing(self._events(job, params)) as events:
                 async for event in events:
                     yield event
         except Overloaded as error:
-            raise self._reserved(order, error) from None
+            raise self._reserve(job, error) from None
 
-    def _reserved(self, order: ImageJob, refusal: Overloaded) -> Overloaded:
-        """With the time to come again: for all of its pictures, that they are taken in together."""
-        if not refusal.work_s:
-            self._queue_full.inc(len(order.pictures))
-        if refusal.retry_after_s is None:
-            return refusal
-        whole = Overloaded(
-            refusal.message,
-            refusal.param,
-            refusal.retry_after_s,
-            refusal.work_s * len(order.pictures),
+    def _context(
+        self,
+        identity: bytes,
+        deadline_s: float | None,
+        priority: Priority,
+        sent_at: float,
+        record: RequestRecord,
+    ) -> RequestContext:
+        """Redeem the request's reservation if it has one, else leave time for others' retries."""
+        reservations = self._reservations[priority]
+        is_retry = reservations.redeem(identity)
+        max_backlog_s = self._config.engine.max_backlog_s
+        within_s = min(max_backlog_s, deadline_s or max_backlog_s)
+        return RequestContext(
+            order=secrets.token_hex(8),
+            sent_at=sent_at,
+            is_retry=is_retry,
+            reserved_s=0.0 if is_retry else reservations.due_within_s(within_s),
+            trace=record.traceparent if record.sampled else "",
         )
-        reservations = self._reservations[order.principal.priority]
-        return reservations.promise(order.fingerprint, whole, order.context.is_retry)
+
+    def _reserve(self, job: ImageJob, rejection: Overloaded) -> Overloaded:
+        """Reserve a retry of all images of a job, because they are admitted together."""
+        if not rejection.work_s:
+            self._queue_full.inc(len(job.images))
+        if rejection.retry_after_s is None:
+            return rejection
+        reservations = self._reservations[job.principal.priority]
+        return reservations.reserve(
+            job.fingerprint, rejection, job.context.is_retry, images=len(job.images)
+        )
 
     async def _events(
-        self, order: ImageJob, params: GenerationParams
+        self, job: ImageJob, params: GenerationParams
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """The events of one of its pictures."""
-        painting = self._backend.paint(
-            params, order.body.encoding(), order.body.progress, order.context
+        """Yield the events of one image, each of them noted in the request's record."""
+        generation = self._backend.generate(
+            params, job.body.encoding(), job.body.progress, job.context
         )
-        async with aclosing(painting) as events:
+        async with aclosing(generation) as events:
             async for event in events:
-                order.reached(params, event)
+                job.record.note(params.seed, event)
                 yield event
 
     async def _describe_for(self, body: ImageRequest) -> ModelInfo:
@@ -264,18 +225,18 @@ class ImageService:
             self._queue_full.inc(body.n)
             raise
 
-    async def _paint(self, order: ImageJob, params: GenerationParams) -> EncodedImage:
-        async with aclosing(self._events(order, params)) as events:
+    async def _generate(self, job: ImageJob, params: GenerationParams) -> EncodedImage:
+        async with aclosing(self._events(job, params)) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
                     return event
-        raise AssertionError("the painter ended without a picture")
+        raise AssertionError("the backend ended without an image")
 
     def _params(self, body: ImageRequest, model: ModelInfo) -> GenerationParams:
         width, height = body.size_px()
         return GenerationParams(
             prompt=body.prompt,
-            # Drawn here, so that a retry on another replica paints the same picture.
+            # Drawn here, so that a retry on another replica generates the same image.
             seed=secrets.randbelow(2**32) if body.seed is None else body.seed,
             negative_prompt=body.negative_prompt,
             width=width,
@@ -288,9 +249,10 @@ class ImageService:
             strength=body.strength if isinstance(body, ImageEditRequest) else None,
         )
 
-    def _with_pictures(
+    def _with_image(
         self, params: GenerationParams, image: bytes, mask: bytes | None, model: ModelInfo
     ) -> GenerationParams:
-        picture = read_image(image, self._limits)
-        mask_image = None if mask is None else read_mask(mask, self._limits, picture.size)
-        return replace(params, image=picture, mask_image=mask_image).resolved(model)
+        """Decode the image and its mask, and resolve the parameters with them."""
+        decoded = read_image(image, self._limits)
+        mask_image = None if mask is None else read_mask(mask, self._limits, decoded.size)
+        return replace(params, image=decoded, mask_image=mask_image).resolved(model)

@@ -1,4 +1,4 @@
-"""Pictures as server-sent events, in OpenAI's words."""
+"""Images as server-sent events, in OpenAI's format."""
 
 import asyncio
 import base64
@@ -25,16 +25,17 @@ from serve_app.protocol.images import EncodedImage, PartialImage
 HEARTBEAT_S = 10.0
 
 ACCEPTED_WITHIN_S = 2.0
-"""A request that is refused in this time gets its own status; later ones are events of a 200."""
+"""A request that is rejected in this time gets its own status; later, the error is an event of a
+200."""
 
 
-async def stream(service: ImageService, order: ImageJob, scope: Scope) -> EventSourceResponse:
-    """Answer with the events of the only picture of ``order``.
+async def stream(service: ImageService, job: ImageJob, scope: Scope) -> EventSourceResponse:
+    """Answer with the events of the only image of ``job``.
 
     Raises:
-        DiffusionServeError: if it is refused at once.
+        DiffusionServeError: if it is rejected at once.
     """
-    events = service.paint(order)
+    events = service.stream(job)
     first = asyncio.ensure_future(anext(events))
     try:
         await asyncio.wait({first}, timeout=ACCEPTED_WITHIN_S)
@@ -43,11 +44,11 @@ async def stream(service: ImageService, order: ImageJob, scope: Scope) -> EventS
     except BaseException:
         first.cancel()
         raise
-    return EventSourceResponse(_sent(order, first, events, scope), ping=HEARTBEAT_S)
+    return EventSourceResponse(_sent(job, first, events, scope), ping=HEARTBEAT_S)
 
 
 async def _sent(
-    order: ImageJob,
+    job: ImageJob,
     first: "asyncio.Future[GenerationEvent]",
     events: AsyncGenerator[GenerationEvent, None],
     scope: Scope,
@@ -55,15 +56,15 @@ async def _sent(
     try:
         async with aclosing(events):
             try:
-                painted = await first
+                received = await first
             finally:
                 first.cancel()
             while True:
-                if (event := _event(order, painted)) is not None:
+                if (event := _event(job, received)) is not None:
                     yield _framed(event.type, event)
-                if isinstance(painted, EncodedImage):
+                if isinstance(received, EncodedImage):
                     return
-                painted = await anext(events)
+                received = await anext(events)
     except Exception as error:  # noqa: BLE001  the status is sent: what went wrong is an event
         yield _framed("error", ErrorResponse(error=problem_of(error, scope).detail))
 
@@ -73,10 +74,10 @@ def _framed(name: str, data: BaseModel) -> ServerSentEvent:
 
 
 def _event(
-    order: ImageJob, event: GenerationEvent
+    job: ImageJob, event: GenerationEvent
 ) -> ProgressEvent | PartialImageEvent | CompletedEvent | None:
-    """As the client sees it; none of what it did not ask for."""
-    kind, body = order.kind, order.body
+    """Convert an event for the client; ``None`` if it did not request such events."""
+    kind, body = job.kind, job.body
     match event:
         case Queued():
             if not body.progress:
@@ -84,7 +85,7 @@ def _event(
             return ProgressEvent(
                 type=f"{kind}.progress",
                 step=0,
-                total_steps=order.steps,
+                total_steps=job.steps,
                 queue_position=event.position,
                 eta_s=event.eta_s,
             )
@@ -99,14 +100,14 @@ def _event(
         case Timeline():
             return None
         case PartialImage():
-            order.record.previewed()
+            job.record.previewed()
             return PartialImageEvent(
                 type=f"{kind}.partial_image",
                 partial_image_index=event.index,
                 b64_json=base64.b64encode(event.data).decode(),
                 created_at=int(time.time()),
-                size=order.size,
-                quality=body.painted_quality,
+                size=job.size,
+                quality=body.resolved_quality,
                 output_format=body.output_format,
             )
         case EncodedImage():
@@ -114,11 +115,11 @@ def _event(
                 type=f"{kind}.completed",
                 b64_json=base64.b64encode(event.data).decode(),
                 created_at=int(time.time()),
-                size=order.size,
-                quality=body.painted_quality,
+                size=job.size,
+                quality=body.resolved_quality,
                 output_format=body.output_format,
-                usage=order.usage([event]),
+                usage=job.usage([event]),
                 seed=event.seed,
-                timings=order.timings(),
+                timings=job.record.complete(),
                 warnings=list(event.warnings),
             )

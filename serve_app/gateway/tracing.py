@@ -1,8 +1,8 @@
-"""OpenTelemetry traces of requests for pictures: a server span each, and what it spent its time on.
+"""OpenTelemetry traces of image requests: a server span each, with child spans for its parts.
 
-Nothing is measured for them. When a request has ended, its spans are made from its `Record`: of
-what the gateway knows and the engine told, on the gateway's clock, which is read once a request.
-The only importer of OpenTelemetry, itself imported only where ``gateway.tracing`` is on.
+Nothing is measured for them. When a request has ended, its spans are made from its
+`RequestRecord`, on the gateway's clock, which is read once a request. No other module imports
+OpenTelemetry, and this one is imported only where ``gateway.tracing`` is on.
 """
 
 import functools
@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import __version__
 from serve_app.config import AppConfig
-from serve_app.gateway.requests_log import Record
+from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.schemas import PARTS
 from serve_app.protocol.events import Timeline
 from serve_app.protocol.params import GenerationParams
@@ -34,11 +34,11 @@ from serve_app.protocol.params import GenerationParams
 logger = logging.getLogger(__name__)
 
 FLUSH_WITHIN_S = 5.0
-"""What is left when the gateway ends, or it is lost."""
+"""Time to send the last spans when the gateway stops; what is left then is lost."""
 
 _W3C = TraceContextTextMapPropagator()
 
-*_PAINTING, _RESPONSE = PARTS
+*_GENERATION, _RESPONSE = PARTS
 
 
 class Tracing:
@@ -52,9 +52,9 @@ class Tracing:
 
     @classmethod
     def to_collector(cls, config: AppConfig, replica: str) -> "Tracing":
-        """Spans are sent as OpenTelemetry's variables of the environment say; its SDK reads them.
+        """Send spans where OpenTelemetry's environment variables direct them.
 
-        In the background, from a queue that drops what is too much for it.
+        A thread sends them from a queue, which drops spans when it is full.
         """
         ours = {
             "service.name": "diffusion-serve",
@@ -63,31 +63,31 @@ class Tracing:
         }
         resource = Resource.create({**ours, **OTELResourceDetector().detect().attributes})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.add_span_processor(BatchSpanProcessor(Announced(OTLPSpanExporter())))
+        provider.add_span_processor(BatchSpanProcessor(LoggedOnce(OTLPSpanExporter())))
         # It warns of each malformed header that a client sends, and of each span that it drops.
         logging.getLogger("opentelemetry").setLevel(logging.ERROR)
         return cls(config, provider)
 
     def close(self, within_s: float = FLUSH_WITHIN_S) -> None:
-        """Send what is left."""
+        """Send the spans that are left."""
         flush = threading.Thread(target=self._provider.shutdown, name="flush", daemon=True)
         flush.start()
         flush.join(within_s)
 
     def middleware(self, app: ASGIApp) -> ASGIApp:
-        """To be put inside a `Recorder`: what that keeps a `Record` of is traced."""
+        """Wrap an application, inside a `RequestLog`: every request with a record is traced."""
         return functools.partial(self._serve, app)
 
-    def begin(self, scope: Scope, record: Record) -> "RequestTrace":
-        """The span of a request that has just come, continuing its client's trace if it has one.
+    def begin(self, scope: Scope, record: RequestRecord) -> "RequestTrace":
+        """Start the span of a request, as part of its client's trace if it has one.
 
-        It is put on record, for the answer, the log and the engine.
+        The record gets it, for the answer, the log and the engine.
         """
         return RequestTrace(self._tracer, scope, record, self._model, self._log_prompts)
 
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         record = scope.get("state", {}).get("record")
-        if not isinstance(record, Record):
+        if not isinstance(record, RequestRecord):
             await app(scope, receive, send)
             return
         traced = self.begin(scope, record)
@@ -103,17 +103,22 @@ class Tracing:
             await app(scope, receive, answer)
         except Exception as error:
             record.failed(error)
-            traced.answered(record.status)  # further out
+            traced.answered(record.status)  # an outer middleware answers
             raise
         finally:
             traced.end()
 
 
 class RequestTrace:
-    """The spans of one request. All but the first are made at its end."""
+    """The spans of one request. All but the first are made when it has ended."""
 
     def __init__(
-        self, tracer: trace.Tracer, scope: Scope, record: Record, model: str, log_prompts: bool
+        self,
+        tracer: trace.Tracer,
+        scope: Scope,
+        record: RequestRecord,
+        model: str,
+        log_prompts: bool,
     ) -> None:
         self._tracer = tracer
         self._record = record
@@ -124,7 +129,7 @@ class RequestTrace:
         parent = Context()
         if len(headers.getlist("traceparent")) == 1:
             parent = _W3C.extract({name: headers.getlist(name) for name in _W3C.fields}, parent)
-        path = scope["path"]  # without variables, and so the route as well
+        path = scope["path"]  # it has no variables, so it is also the route
         self._server = tracer.start_span(
             f"{scope['method']} {path}",
             parent,
@@ -148,54 +153,54 @@ class RequestTrace:
         record.sampled = self._server.is_recording()
 
     def answered(self, status: int) -> None:
-        """What of HTTP the client is told."""
+        """Note the HTTP status of the answer."""
         self._server.set_attribute("http.response.status_code", status)
 
     def end(self) -> None:
-        """Whatever became of the request, its record tells it by now."""
+        """Make the spans from the record, which is complete by now."""
         if not self._record.sampled:
             return
         record, span = self._record, self._server
         self._ended_s = record.age_s
         span.set_attribute("diffusion_serve.key", record.principal)
         span.set_attribute("diffusion_serve.outcome", record.outcome)
-        if record.pictures:
-            first = record.pictures[0]
-            span.set_attribute("gen_ai.request.choice.count", len(record.pictures))
+        if record.images:
+            first = record.images[0]
+            span.set_attribute("gen_ai.request.choice.count", len(record.images))
             span.set_attribute("gen_ai.request.seed", first.seed)
             span.set_attribute("diffusion_serve.size", f"{first.width}x{first.height}")
             span.set_attribute("diffusion_serve.steps", first.steps_to_run)
             if self._log_prompts:
                 span.set_attribute("diffusion_serve.prompt", first.prompt)
-            painted_s = max([self._picture(params) for params in record.pictures])
-            if painted_s < math.inf:
-                response = self._child(span, _RESPONSE, painted_s)
-                self._blame(response)
+            generated_s = max([self._image(params) for params in record.images])
+            if generated_s < math.inf:
+                response = self._child(span, _RESPONSE, generated_s)
+                self._mark_error(response)
                 response.end(self._at(math.inf))
-        self._blame(span)
+        self._mark_error(span)
         span.end(self._at(math.inf))
 
-    def _picture(self, params: GenerationParams) -> float:
-        """The spans of one picture; when it was painted, without end if it was not.
+    def _image(self, params: GenerationParams) -> float:
+        """Make the spans of one image; return when it was generated, or infinity if it was not.
 
-        The part in which its request ended before that lasts until then.
+        The part in which an unfinished request ended lasts until that end.
         """
         timeline = self._record.timelines.get(params.seed, Timeline())
-        parent, several = self._server, len(self._record.pictures) > 1
+        parent, several = self._server, len(self._record.images) > 1
         if several:
-            parent = self._child(parent, "picture", 0.0, {"gen_ai.request.seed": params.seed})
+            parent = self._child(parent, "image", 0.0, {"gen_ai.request.seed": params.seed})
         if params.seed in self._record.engine_requests:
             replica, _ = self._record.engine_requests[params.seed]
             parent.set_attribute("diffusion_serve.replica", replica)
         at_s = 0.0
-        for part, took_s in zip(_PAINTING, (*timeline.parts_s, math.inf), strict=False):
+        for part, took_s in zip(_GENERATION, (*timeline.parts_s, math.inf), strict=False):
             if part == "denoise":
                 span = self._denoising(parent, timeline, at_s)
             else:
                 span = self._child(parent, part, at_s)
             at_s += took_s
             if at_s == math.inf:
-                self._blame(span)
+                self._mark_error(span)
                 span.set_attribute("diffusion_serve.outcome", self._record.outcome)
             span.end(self._at(at_s))
             if at_s == math.inf:
@@ -205,8 +210,8 @@ class RequestTrace:
         return at_s
 
     def _denoising(self, parent: Span, timeline: Timeline, start_s: float) -> Span:
-        """With an event for each step, and links to those who shared one."""
-        links = [Link(_context(mate)) for mate in timeline.peers]
+        """Start the denoise span, with an event for each step and links to batch peers."""
+        links = [Link(_context(peer)) for peer in timeline.peers]
         span = self._child(parent, "denoise", start_s, links=links)
         for number, step in enumerate(timeline.steps, 1):
             span.add_event(
@@ -230,14 +235,14 @@ class RequestTrace:
             name, context, attributes=attributes, links=links, start_time=start_ns
         )
 
-    def _blame(self, span: Span) -> None:
-        """Only what is our fault is an error, as the conventions for HTTP servers have it."""
+    def _mark_error(self, span: Span) -> None:
+        """Mark a server error. By the conventions for HTTP servers, client errors are none."""
         if self._record.status >= 500:
             span.set_status(StatusCode.ERROR, self._record.outcome)
             span.set_attribute("error.type", self._record.outcome)
 
     def _at(self, seconds: float) -> int:
-        """In Unix time, in nanoseconds; what a clock that runs faster puts after the end is cut."""
+        """Convert to Unix nanoseconds. Times after the end, from a faster clock, are cut."""
         return self._arrived_ns + round(min(seconds, self._ended_s) * 1e9)
 
 
@@ -246,38 +251,38 @@ def _context(traceparent: str) -> trace.SpanContext:
     return trace.get_current_span(found).get_span_context()
 
 
-class Announced(SpanExporter):
-    """Says once that spans are not taken, and once that they are again.
+class LoggedOnce(SpanExporter):
+    """A span exporter that logs one warning when exports begin to fail, and one when they recover.
 
-    The exporter itself would say so of every batch, several times.
+    The exporter itself would log every batch, several times.
     """
 
     def __init__(self, exporter: SpanExporter) -> None:
         self._exporter = exporter
-        self._taken = True
-        self._complaint = ""
+        self._accepted = True
+        self._reason = ""
         self._log = logging.getLogger(type(exporter).__module__)
-        self._log.setLevel(logging.WARNING)  # of each attempt
+        self._log.setLevel(logging.WARNING)  # it warns at each attempt
         self._log.addFilter(self._note)
 
     def _note(self, record: logging.LogRecord) -> bool:
-        """Instead of the log: the first complaint of a batch says what is wrong."""
-        self._complaint = self._complaint or record.getMessage()
+        """Keep the first warning of a batch, instead of logging it."""
+        self._reason = self._reason or record.getMessage()
         return False
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self._complaint = ""
+        self._reason = ""
         result = self._exporter.export(spans)
-        taken = result is SpanExportResult.SUCCESS
-        if taken and not self._taken:
-            logger.info("traces are taken again")
-        if self._taken and not taken:
+        accepted = result is SpanExportResult.SUCCESS
+        if accepted and not self._accepted:
+            logger.info("the trace collector accepts traces again")
+        if self._accepted and not accepted:
             logger.warning(
-                "traces are not taken, and dropped until they are; OTEL_EXPORTER_OTLP_ENDPOINT "
-                "says where they go: %s",
-                self._complaint,
+                "the trace collector rejects traces, which are dropped until it accepts them; its "
+                "address is in OTEL_EXPORTER_OTLP_ENDPOINT: %s",
+                self._reason,
             )
-        self._taken = taken
+        self._accepted = accepted
         return result
 
     def shutdown(self) -> None:

@@ -1,4 +1,4 @@
-"""What the gateway needs of whoever paints."""
+"""The interface between the gateway and the generator."""
 
 from collections.abc import AsyncGenerator
 from typing import Protocol
@@ -11,32 +11,37 @@ GenerationEvent = Queued | Progress | PartialImage | Timeline | EncodedImage
 
 
 class GenerationBackend(Protocol):
-    """The generator, wherever that runs."""
+    """Generates images, in this process or another one."""
 
-    def paint(
+    def generate(
         self,
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
         context: RequestContext = INITIAL,
     ) -> AsyncGenerator[GenerationEvent, None]:
-        """One picture, the last event. Raises `DiffusionServeError`.
+        """Generate one image, which is the last event.
 
-        `Queued` comes when it was accepted, and `Overloaded` is raised instead if it was not;
-        `Progress` comes only if asked for, and `Timeline` only if it is traced. What is not done in
-        the longest time that the server allows is given up; waiting for a replica to start is not
-        part of that, and has a limit of its own. Closing it, or cancelling whoever waits for an
-        event, cancels the work behind it.
+        `Queued` comes when the request is admitted. `Progress` comes only with ``progress``, and
+        `Timeline` only if the request is traced. Closing the generator, or cancelling the task that
+        waits for an event, cancels the request. Waiting for a replica to start has a time limit of
+        its own.
+
+        Raises:
+            Overloaded: in place of the first event, if the request is rejected.
+            DeadlineExceeded: if it takes longer than the server allows.
+            DiffusionServeError: if it fails otherwise.
         """
         ...
 
     async def describe(self, deadline_s: float | None = None) -> ModelInfo:
-        """What the model can do, for a request with such a deadline.
+        """Describe the model, for a request with this deadline.
 
-        Raises `Unavailable` if the first replica is not ready in time.
+        Raises:
+            Unavailable: if the first replica is not ready in time.
         """
         ...
 
     async def check_ready(self) -> None:
-        """Raise `Unavailable` unless a replica can paint now."""
+        """Raise `Unavailable` unless a replica can generate now."""
         ...

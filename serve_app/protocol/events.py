@@ -1,4 +1,4 @@
-"""What a request reports on its way. The engine's thread makes them; any thread may read them."""
+"""Events of a request. The engine's thread makes them, and any thread may read them."""
 
 from __future__ import annotations
 
@@ -11,40 +11,39 @@ from PIL import Image
 from serve_app.errors import DiffusionServeError
 from serve_app.protocol.params import GenerationParams
 
-if TYPE_CHECKING:  # the gateway reads some of these events, and has no torch
+if TYPE_CHECKING:  # the gateway reads some of these events without torch
     from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Queued:
-    """It waits. The first event of a request, and again whenever somebody asks where it stands."""
+    """The request waits. This is the first event, sent again when the position is requested."""
 
     position: int
-    """Requests that wait before it."""
+    """Requests that wait before this one."""
     eta_s: float
-    """Seconds until the picture should be done; 0 while nothing is known of the model."""
+    """Seconds until the image should be done; 0 while the model's speed is unknown."""
     replica: str = ""
-    """Whose engine that is, where there are several. The engine does not know: who passes it on
-    sets this and ``number``."""
+    """Replica of the engine. The deployment sets this and ``number``."""
     number: int = 0
-    """The engine's, of this request."""
+    """Number of this request in its engine."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A denoising step is done, or somebody asked where the request stands."""
+    """A denoising step is done, or the progress was requested."""
 
     step: int
     """Steps that are done."""
     total_steps: int
     eta_s: float | None = None
-    """Seconds until the picture should be done, for who asked."""
+    """Seconds until the image should be done, if that was requested."""
 
 
 class _Pixels:
-    """``pixels``, ``[3, height, width]``, sRGB in [0, 1], may still be on the device.
+    """An image as ``pixels``, ``[3, height, width]``, sRGB in [0, 1], may still be on the device.
 
-    ``image`` copies them off and is meant for the reader's thread, never for the engine's.
+    ``image`` copies them to the host. Read it on the reader's thread, never on the engine's.
     """
 
     pixels: Tensor
@@ -57,7 +56,7 @@ class _Pixels:
 
 @dataclass(frozen=True)
 class Preview(_Pixels):
-    """What the picture may become, one pixel for each cell of the latents."""
+    """A preview of the image, with one pixel for each cell of the latents."""
 
     step: int
     pixels: Tensor
@@ -65,50 +64,50 @@ class Preview(_Pixels):
 
 @dataclass(frozen=True)
 class GenerationResult(_Pixels):
-    """A finished picture."""
+    """A finished image."""
 
     params: GenerationParams
-    """With every default filled in."""
+    """Parameters, with every default filled in."""
     pixels: Tensor
     warnings: tuple[str, ...]
-    """What of the request has no effect, such as the end of a prompt that is too long."""
+    """Parts of the request without effect, such as the end of a prompt that is too long."""
     prompt_tokens: int
-    """That the model read of the prompt; 0 if its tokenizer is unknown."""
+    """Tokens of the prompt that the model read; 0 if its tokenizer is unknown."""
     queue_s: float
-    """From its submission to its start."""
+    """Seconds from the submission to the start."""
     encode_s: float
-    """From there to its first denoiser call: the prompt, and the picture to start from."""
+    """Seconds from there to its first denoiser call, to encode the prompt and the input image."""
     denoise_s: float
-    """From there to the end of its last denoiser call."""
+    """Seconds from there to the end of its last denoiser call."""
     decode_s: float
-    """From there to the finished pixels, which may still be on their way on the device."""
+    """Seconds from there to the pixels, which the device may still be computing."""
     ended_at: float
-    """When that was, by `time.perf_counter`: whoever reads the pixels may wait for the device."""
+    """Time of that, by `time.perf_counter`. A reader of the pixels may wait for the device."""
 
 
 class Step(NamedTuple):
     """One step that is done."""
 
     ended_s: float
-    """When its last denoiser call was done, in seconds after its request came to the first one."""
+    """End of its last denoiser call, in seconds after the request's first one began."""
     batch_size: int
     """Requests in that call."""
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """How far a request has come. Told of those that are traced: after each part, and at the end.
+    """The progress of a traced request, sent after each part and at the end.
 
-    On a GPU times are those at which the program went on, up to one denoiser call ahead of it.
+    On a GPU, times are those of the host, which is up to one denoiser call ahead of the device.
     """
 
     parts_s: tuple[float, ...] = ()
-    """How long each part took that has ended, of queue, encode, denoise and decode."""
+    """Duration of each part that has ended, of queue, encode, denoise and decode."""
     steps: tuple[Step, ...] = ()
     peers: tuple[str, ...] = ()
-    """`RequestContext.trace` of others that shared its denoiser calls; of no more than `MAX_PEERS`."""
+    """`RequestContext.trace` of batch peers, at most `MAX_PEERS`."""
     age_s: float = 0.0
-    """Since its submission, when this was passed on; set by who does so."""
+    """Seconds since the submission when this event was sent; set by the sender."""
 
 
 MAX_PEERS = 32
@@ -116,14 +115,14 @@ MAX_PEERS = 32
 
 @dataclass(frozen=True)
 class Completed:
-    """The last event of a request that was painted."""
+    """The last event of a request that was generated."""
 
     result: GenerationResult
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that was not, cancelled ones included."""
+    """The last event of a request that failed or was cancelled."""
 
     error: DiffusionServeError
 

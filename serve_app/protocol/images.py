@@ -1,4 +1,4 @@
-"""Pictures as files. Slow next to a denoising step: never call it on the engine's thread."""
+"""Images as files. Encoding is slow next to a denoising step: keep it off the engine's thread."""
 
 import io
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
 
 @dataclass(frozen=True)
 class Encoding:
-    """How a picture becomes a file."""
+    """File format of an image."""
 
     format: ImageFormat = "png"
     quality: int = 95
-    """Of JPEG and WebP, 0 to 100. PNG is exact."""
+    """Quality of JPEG and WebP, 0 to 100. PNG is exact."""
 
     def encode(self, image: Image.Image) -> bytes:
-        """The file's bytes."""
+        """Encode an image to the bytes of a file."""
         buffer = io.BytesIO()
         if self.format == "png":
             # Twice as fast as the default, 5 % larger.
@@ -33,16 +33,16 @@ class Encoding:
 
 @dataclass(frozen=True)
 class PartialImage:
-    """A preview as it travels from a replica to the gateway, as large as the picture."""
+    """A preview on its way from a replica to the gateway, as large as the image."""
 
     index: int
-    """Counted from 0."""
+    """Index of the preview, from 0."""
     data: bytes
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    """A finished picture as it travels from a replica to the gateway."""
+    """A finished image on its way from a replica to the gateway."""
 
     data: bytes
     seed: int
@@ -54,12 +54,13 @@ class EncodedImage:
     encode_s: float = 0.0
     denoise_s: float = 0.0
     decode_s: float = 0.0
-    """Until the pixels were off the device; the others as `GenerationResult` has them."""
+    """Seconds until the pixels were copied to the host. `GenerationResult` defines the others."""
     timeline: Timeline | None = None
-    """If it is traced."""
+    """Timeline of a traced request."""
     age_s: float = 0.0
-    """Since its submission, when it left the replica."""
+    """Seconds since the submission when it left the replica."""
 
     @property
     def parts_s(self) -> tuple[float, float, float, float]:
+        """Durations of queue, encode, denoise and decode."""
         return self.queue_s, self.encode_s, self.denoise_s, self.decode_s

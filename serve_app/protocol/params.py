@@ -1,4 +1,4 @@
-"""What one request asks for."""
+"""Parameters of a request, and the model's options."""
 
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ Sharing = Literal["batched", "interleaved", "alone"]
 
 
 Priority = Literal["interactive", "batch"]
-"""Batch work runs when no interactive one can."""
+"""Priority of a request: "batch" is low-priority and runs when no interactive request can."""
 
 AdapterSet = tuple[tuple[str, float], ...]
 """LoRA adapters by name, each with its scale, sorted."""
@@ -30,7 +30,7 @@ MAX_LORA_SCALE = 10.0
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What a request may ask of the loaded model. Set once, by the engine, when it is ready."""
+    """Options of the loaded model. The engine sets them once, when it is ready."""
 
     id: str
     pipeline: str
@@ -45,15 +45,15 @@ class ModelInfo:
     takes_negative_prompt: bool
     tasks: tuple[Task, ...]
     default_strengths: Mapping[Task, float]
-    """Of those that start from an image."""
+    """Default strength of each task that starts from an image."""
     noise_schedulers: tuple[str, ...]
-    """Names that a request may give; none for models with a single one of their own."""
+    """Names for requests; none for models with a single scheduler of their own."""
     fewest_steps: Mapping[str, int]
-    """That each of them can do: some begin with several evaluations."""
+    """Fewest steps of each noise scheduler: some begin with several evaluations."""
     loras: tuple[str, ...]
     """Names of the LoRA adapters that are loaded."""
     sharing: Sharing
-    """As far as pictures came out the same at start-up."""
+    """Result of the certification at start-up."""
     sharing_difference: float | None
     """Largest difference between batched and alone at start-up, in [0, 1] pixels."""
     sharing_note: str
@@ -73,7 +73,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """One picture. ``None`` means the model's default."""
+    """Parameters of one image. ``None`` means the model's default."""
 
     prompt: str
     seed: int
@@ -85,19 +85,19 @@ class GenerationParams:
     noise_scheduler: str | None = None
     """A name from `ModelInfo.noise_schedulers`."""
     lora: AdapterSet = ()
-    """In any order; the same adapters at the same scales share batches."""
+    """LoRA adapters in any order; the same adapters at the same scales share batches."""
     image: Image | None = None
-    """To start from; is scaled and cropped to ``width`` and ``height``. They default to its own,
-    or, if it has more pixels than the model's default size, to as many as that in its shape."""
+    """Image to start from, scaled and cropped to ``width`` and ``height``. They default to its own
+    size, or, if it has more pixels than the model's default size, to that many in its shape."""
     mask_image: Image | None = None
-    """What to paint anew of ``image``: white; black stays."""
+    """Part of ``image`` to generate anew: white changes, black stays."""
     preview_steps: tuple[int, ...] = ()
-    """After which steps to send a preview, counted from 1."""
+    """Steps after which to send a preview, counted from 1."""
     deadline_s: float | None = None
-    """Seconds from its sending in which it must be done, or it is refused. Without one it is wanted
-    in a multiple of its time alone, which only orders it among the others."""
+    """Seconds from its sending in which it must be done, or it is rejected. Without one, a multiple
+    of its solo seconds is its due time, which only orders it among the others."""
     strength: float | None = None
-    """How much of ``image`` may change, over 0 to 1; also the share of the steps that run."""
+    """Share of ``image`` that may change, over 0 to 1; also the share of steps that run."""
     priority: Priority = "interactive"
 
     @property
@@ -108,12 +108,12 @@ class GenerationParams:
 
     @property
     def steps_to_run(self) -> int:
-        """Denoising steps of a resolved request: of those that start from an image, a share."""
+        """Denoising steps that run: a share of all if the request starts from an image."""
         assert self.num_inference_steps is not None
         return int(self.num_inference_steps * (1.0 if self.strength is None else self.strength))
 
     def resolved(self, model: ModelInfo) -> "GenerationParams":
-        """The same with sizes and steps filled in.
+        """Fill in sizes and steps, after all checks.
 
         Raises:
             InvalidRequest: naming the field and what is allowed.
@@ -205,7 +205,7 @@ class GenerationParams:
         )
 
     def with_previews(self, count: int) -> "GenerationParams":
-        """The same, resolved, with so many previews spread over its steps; fewer, if those are."""
+        """Spread ``count`` previews, or fewer with few steps, over those of a resolved request."""
         steps = self.steps_to_run
         after = {round(steps * share / (count + 1)) for share in range(1, count + 1)}
         return replace(self, preview_steps=tuple(sorted(after - {0, steps})))
@@ -235,7 +235,7 @@ class GenerationParams:
                 )
 
     def _checked_strength(self, model: ModelInfo, steps: int) -> float | None:
-        """The strength with the default filled in, after a look at the images."""
+        """Check the images, and return the strength with the default filled in."""
         if self.image is None:
             for name in ("mask_image", "strength"):
                 if getattr(self, name) is not None:
@@ -269,35 +269,36 @@ class GenerationParams:
 
 @dataclass(frozen=True)
 class RequestContext:
-    """How a request comes, beside what it asks for."""
+    """Circumstances of a request, beside its parameters."""
 
     order: str = ""
-    """Requests of one order are taken in together: they do not count as each other's backlog."""
+    """Id of the HTTP request. Sibling requests are admitted together: they do not count as each
+    other's backlog."""
     sent_at: float | None = None
-    """In Unix time, if it was not sent just now: its deadline counts from then. By the clock of
-    another machine, perhaps, so that where the time went is measured without it."""
+    """Unix time of the sending, from which the deadline counts; ``None`` means now. It may come
+    from another machine's clock, so timings do not use it."""
     is_retry: bool = False
-    """It was refused, and comes again as it was told to, or was held until it could."""
+    """The request was rejected before, and redeems a reservation or waited for a replica."""
     reserved_s: float = 0.0
-    """Seconds of work of others who were told to come before it must be done."""
+    """Seconds of work of others' reserved retries that are due before its deadline."""
     trace: str = ""
-    """By which the traces of others that share its batches name it; empty if it is not traced. The
-    engine only hands it on."""
+    """Name of its trace for those of its batch peers; empty if it is not traced. The engine only
+    passes it on."""
 
 
 INITIAL = RequestContext()
-"""Of who comes for the first time, alone."""
+"""Context of a first attempt without siblings."""
 
 
 def probe(size: tuple[int, int]) -> GenerationParams:
-    """A request of two steps, for (width, height), to find out with what a pipeline does."""
+    """Make a request of two steps, for (width, height), to test a pipeline with."""
     return GenerationParams(
         "a cat sees a dog", 1, width=size[0], height=size[1], num_inference_steps=2
     )
 
 
 def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
-    """In that mode and of that size, ``(width, height)``: scaled, and cropped around its middle."""
+    """Convert to a mode and a size, ``(width, height)``: scaled, and cropped around the middle."""
     if image.mode != mode:
         image = image.convert(mode)
     return image if image.size == size else ImageOps.fit(image, size)
@@ -306,7 +307,7 @@ def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
 def _near(
     size: tuple[int, int], native: tuple[int, int], multiple: int, limits: LimitsConfig
 ) -> tuple[int, int]:
-    """``size`` in multiples of that, made smaller where it has more pixels than ``native``.
+    """Round ``size`` to multiples, and shrink it where it has more pixels than ``native``.
 
     The longer side of extreme shapes is cut, so that the shorter one is still a multiple.
     """
@@ -323,12 +324,12 @@ def _near(
 def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image:
     try:
         return fitted(image, mode, size)
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow says of broken files
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
         raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
 
 
 def _is_unicode(text: str) -> bool:
-    """Half a surrogate pair is none: tokenizers break on it."""
+    """Return whether a text is Unicode. Half a surrogate pair is not, and breaks tokenizers."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -40,7 +40,7 @@ from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.request import EventCallback
 from serve_app.gateway.exposition import exposition
-from serve_app.gateway.requests_log import Record, Recorder, record_of
+from serve_app.gateway.requests_log import RequestLog, RequestRecord, record_of
 from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
 from serve_app.metrics import Report, report
@@ -115,7 +115,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
     def traced(
         params: GenerationParams, on_event: EventCallback, context: RequestContext = INITIAL
     ) -> int:
-        record = Record("an-id", pictures=(params.resolved(engine.info),))
+        record = RequestRecord("an-id", pictures=(params.resolved(engine.info),))
         trace = tracing.begin(SCOPE, record)
 
         def hear(event: Event) -> None:
@@ -296,15 +296,14 @@ def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
         if record.sampled:
-            record.pictures = (picture,)
+            record.images = (picture,)
             record.timelines[picture.seed] = Timeline((0.0, 0.0, 0.2, 0.0), steps)
-        record.completed(
-            Timings(queue_s=0, encode_s=0, denoise_s=1, decode_s=0, response_s=0, total_s=1)
-        )
+        record.timings = Timings.of((0.0, 0.0, 1.0, 0.0, 0.0))
+        record.complete()
 
     async def all_of_them() -> float:
         watched = app if tracing is None else tracing.middleware(app)
-        recorder: Any = Recorder(watched, "observed", ["/v1/images/generations"])
+        recorder: Any = RequestLog(watched, "observed", ["/v1/images/generations"])
         waited: Any = None
         started_at = time.perf_counter()
         for _ in range(times):

@@ -13,7 +13,7 @@ from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.deployments import gateway as deployment
-from serve_app.deployments import replicas
+from serve_app.deployments import ray_compat, replicas
 from serve_app.deployments.gateway import REPLICA_ATTEMPTS, ServeBackend
 from serve_app.deployments.replicas import Replicas
 from serve_app.errors import (
@@ -82,7 +82,7 @@ def backend_of(
     max_hold_s: float = 120.0,
     max_deadline_s: float = 60.0,
 ) -> tuple[ServeBackend, list[Response]]:
-    """A painter whose handle answers so, one or several answers a call; ``None`` never comes, and
+    """A backend whose handle answers so, one or several answers a call; ``None`` never comes, and
     a number takes so many seconds."""
     responses = [Response(*(call if isinstance(call, list) else [call])) for call in calls]
     pending = iter(responses)
@@ -105,19 +105,19 @@ def raised_by_replica(error: Exception) -> Exception:
 
 
 async def events_of(backend: ServeBackend, params: GenerationParams = PARAMS) -> list[Any]:
-    return [event async for event in backend.paint(params, Encoding())]
+    return [event async for event in backend.generate(params, Encoding())]
 
 
-async def paint(backend: ServeBackend, params: GenerationParams = PARAMS) -> Any:
+async def generate(backend: ServeBackend, params: GenerationParams = PARAMS) -> Any:
     return (await events_of(backend, params))[-1]
 
 
 async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
     backend, _ = backend_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "picture")
-    assert await paint(backend) == "picture"
+    assert await generate(backend) == "picture"
     closing = raised_by_replica(Unavailable("closing"))
     backend, _ = backend_of(closing, "picture")
-    assert await paint(backend) == "picture"
+    assert await generate(backend) == "picture"
 
 
 async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
@@ -139,7 +139,7 @@ async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
 
 async def test_who_stops_listening_cancels_the_work() -> None:
     backend, [response] = backend_of(["queued", None])
-    events = backend.paint(PARAMS, Encoding())
+    events = backend.generate(PARAMS, Encoding())
     assert await anext(events) == "queued"
     assert not response.cancelled
     await events.aclose()
@@ -157,10 +157,10 @@ async def test_who_stops_listening_cancels_the_work() -> None:
 async def test_what_stays_unavailable_says_so(answer: Exception, message: str) -> None:
     backend, _ = backend_of(*[answer] * REPLICA_ATTEMPTS)
     with pytest.raises(Unavailable, match=message):
-        await paint(backend)
+        await generate(backend)
 
 
-@pytest.mark.parametrize("work", [paint, ServeBackend.describe])
+@pytest.mark.parametrize("work", [generate, ServeBackend.describe])
 async def test_a_full_queue_is_told_at_once(
     work: Callable[[ServeBackend], Awaitable[Any]],
 ) -> None:
@@ -180,11 +180,11 @@ async def test_a_full_queue_is_told_at_once(
 async def test_what_the_replica_raised_is_raised_as_it_was_and_once(error: Exception) -> None:
     backend, _ = backend_of(raised_by_replica(error), "not asked for")
     with pytest.raises(type(error)) as caught:
-        await paint(backend)
+        await generate(backend)
     assert type(caught.value) is type(error)
 
 
-@pytest.mark.parametrize("work", [paint, ServeBackend.describe, ServeBackend.check_ready])
+@pytest.mark.parametrize("work", [generate, ServeBackend.describe, ServeBackend.check_ready])
 async def test_cancelling_cancels_the_work_behind_it(
     work: Callable[[ServeBackend], Awaitable[Any]],
 ) -> None:
@@ -234,8 +234,8 @@ def test_addresses_beyond_this_machine_are_told_apart(
     monkeypatch: pytest.MonkeyPatch, host: str | None, open_to: str | None
 ) -> None:
     client = SimpleNamespace(http_config=SimpleNamespace(host=host))
-    monkeypatch.setattr(deployment, "_get_global_client", lambda: client)
-    assert deployment._listens_beyond_loopback() == open_to
+    monkeypatch.setattr(ray_compat, "_get_global_client", lambda: client)
+    assert ray_compat.address_beyond_loopback() == open_to
 
 
 class Growing:
@@ -258,8 +258,8 @@ class Growing:
 
 @pytest.fixture
 def growing(monkeypatch: pytest.MonkeyPatch) -> Growing:
-    monkeypatch.setattr(deployment, "LOOK_EVERY_S", 0.001)
-    monkeypatch.setattr(replicas, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(deployment, "REFRESH_EVERY_S", 0.001)
+    monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.0)
     return Growing()
 
 
@@ -268,7 +268,7 @@ OVERLOADED = raised_by_replica(Overloaded("full.", None, 40.0, 8.0))
 
 async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing: Growing) -> None:
     backend, responses = backend_of(OVERLOADED, "picture", status=growing)
-    task = asyncio.ensure_future(paint(backend))
+    task = asyncio.ensure_future(generate(backend))
     while growing.asked < 5:
         await asyncio.sleep(0)
     assert not task.done()
@@ -282,7 +282,7 @@ async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing:
 async def test_or_for_room_in_the_one_that_refused_it(growing: Growing) -> None:
     full = raised_by_replica(Overloaded("full.", None, 0.02, 8.0))
     backend, responses = backend_of(full, full, "picture", status=growing)
-    assert await paint(backend) == "picture"
+    assert await generate(backend) == "picture"
     assert [one.context.is_retry for one in responses] == [False, True, True]
 
 
@@ -296,7 +296,7 @@ async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
             backend, _ = backend_of(full, status=growing, max_hold_s=max_hold_s)
             backend._replicas._cold_start_s = 0.1
             with pytest.raises(Overloaded, match="full") as caught:
-                await paint(backend, replace(PARAMS, deadline_s=deadline_s))
+                await generate(backend, replace(PARAMS, deadline_s=deadline_s))
             assert growing.asked > 2
             assert caught.value.retry_after_s is not None
             # The start is overdue by then, by as long as it should have taken.
@@ -308,7 +308,7 @@ async def test_it_does_not_wait_when_nothing_is_starting(growing: Growing) -> No
     growing.target = 1
     backend, _ = backend_of(OVERLOADED, status=growing)
     with pytest.raises(Overloaded) as caught:
-        await paint(backend)
+        await generate(backend)
     assert (caught.value.retry_after_s, caught.value.work_s) == (pytest.approx(40.0, abs=0.1), 8.0)
     assert growing.asked < 10  # looks within a second are one
 
@@ -319,9 +319,9 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
     """Where it may not wait for it; and three replicas do the work in a third of the time."""
     status = Replicas(growing)
     growing.start_time_s = time.time() - 9.0
-    await status.look()
+    await status.refresh()
     growing.grown = True
-    grown = await status.look()
+    grown = await status.refresh()
     assert (grown.running, grown.coming, grown.ready_s, grown.target) == (2, 0, (), 2)
     assert grown.states["running"] == 2
     assert grown.states["stopping"] == 0
@@ -331,14 +331,14 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
         both = [replica("a"), replica("b"), started]
         return SimpleNamespace(replicas=both, target_num_replicas=4)
 
-    status._ask = three
-    seen = await status.look()
+    status._fetch = three
+    seen = await status.refresh()
     assert (seen.running, seen.coming) == (2, 2)
     assert seen.ready_in_s == pytest.approx(8.0, abs=0.5)
     backend, _ = backend_of(OVERLOADED, max_hold_s=5.0)
     backend._replicas = status
     with pytest.raises(Overloaded) as caught:
-        await paint(backend)
+        await generate(backend)
     assert caught.value.retry_after_s == pytest.approx(8.0, abs=0.5)
     assert caught.value.work_s == pytest.approx(8.0 / 3)
     # Before the third is there, it does nothing of what is promised.
@@ -346,7 +346,7 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
     backend, _ = backend_of(soon, max_hold_s=5.0)
     backend._replicas = status
     with pytest.raises(Overloaded) as caught:
-        await paint(backend)
+        await generate(backend)
     assert (caught.value.retry_after_s, caught.value.work_s) == (pytest.approx(2.0, abs=0.1), 4.0)
 
 
@@ -358,24 +358,24 @@ async def test_a_controller_that_does_not_answer_holds_nobody(
 
     backend, _ = backend_of(OVERLOADED, status=lost)
     with pytest.raises(Overloaded):
-        await paint(backend)
-    assert "does not say what is starting" in caplog.text
+        await generate(backend)
+    assert "does not report its replicas" in caplog.text
 
 
 async def test_a_deadline_that_is_too_short_is_for_the_engine_to_judge() -> None:
     """The description promises no 5xx for a deadline of next to nothing."""
     backend, _ = backend_of(InvalidRequest("deadline_s is too short.", "deadline_s"))
     with pytest.raises(InvalidRequest, match="too short"):
-        await paint(backend, replace(PARAMS, deadline_s=5e-324))
+        await generate(backend, replace(PARAMS, deadline_s=5e-324))
 
 
 async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
     """For as long as the request may take, on a gateway that has just started too; and then it is
     told when that replica should be there."""
     works: list[Callable[[ServeBackend], Awaitable[Any]]] = [
-        paint,
+        generate,
         ServeBackend.describe,
-        lambda backend: paint(backend, replace(PARAMS, deadline_s=0.02)),
+        lambda backend: generate(backend, replace(PARAMS, deadline_s=0.02)),
         lambda backend: backend.describe(0.02),
     ]
     for work, max_hold_s in zip(works, (0.02, 0.02, 60.0, 60.0), strict=True):
@@ -393,21 +393,21 @@ async def test_waiting_for_a_replica_is_no_part_of_painting() -> None:
     """So a start may take longer than a picture may, and so may the next one, if that is lost."""
     answers = [0.2, "queued"]
     backend, _ = backend_of([*answers, "picture"], max_deadline_s=0.1)
-    assert await paint(backend) == "picture"
+    assert await generate(backend) == "picture"
     backend, _ = backend_of([*answers, ActorDiedError()], [*answers, "picture"], max_deadline_s=0.1)
-    assert await paint(backend) == "picture"
+    assert await generate(backend) == "picture"
 
 
 async def test_who_takes_too_long_to_be_painted_is_given_up() -> None:
     """On several replicas together as on one."""
     backend, [response] = backend_of(["queued", None], max_deadline_s=0.05)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
-        await paint(backend)
+        await generate(backend)
     assert response.cancelled
     lost = ["queued", 0.15, ActorDiedError()]
     backend, _ = backend_of(lost, [*lost[:2], "picture"], max_deadline_s=0.2)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
-        await paint(backend)
+        await generate(backend)
 
 
 async def test_a_start_is_learnt_from_who_looks_while_it_ends(growing: Growing) -> None:
@@ -415,14 +415,14 @@ async def test_a_start_is_learnt_from_who_looks_while_it_ends(growing: Growing) 
     now = 1e9
     status = Replicas(growing)
     growing.start_time_s = now - 9.0
-    status._seen(await growing(), now)
+    status._updated(await growing(), now)
     growing.grown = True
-    status._seen(await growing(), now + 3_600)
+    status._updated(await growing(), now + 3_600)
     assert status._cold_start_s is None
     growing.grown = False
-    status._seen(await growing(), now + 79.0)
+    status._updated(await growing(), now + 79.0)
     growing.grown = True
-    status._seen(await growing(), now + 81.0)
+    status._updated(await growing(), now + 81.0)
     assert status._cold_start_s == 90.0
 
 
@@ -431,10 +431,10 @@ async def test_the_longer_a_start_is_overdue_the_longer_it_is_said_to_take(
 ) -> None:
     now = growing.start_time_s
     status = Replicas(growing)
-    assert status._seen(await growing(), now + 20.0).ready_in_s == 40.0  # none was seen yet
+    assert status._updated(await growing(), now + 20.0).ready_in_s == 40.0  # none was seen yet
     status._cold_start_s = 90.0
     said_s = [
-        status._seen(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
+        status._updated(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
     ]
     assert said_s == [60.0, 9.0, 18.0, 48.0, 228.0]
 
@@ -443,16 +443,16 @@ async def test_who_waits_for_the_first_replica_sees_it_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """So that the gateway knows the next time how long that takes."""
-    monkeypatch.setattr(replicas, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.01)
     started_at, running = time.time(), False
 
     async def first() -> Any:
         state = "RUNNING" if running else "STARTING"
         return SimpleNamespace(replicas=[replica("a", state, started_at)], target_num_replicas=1)
 
-    for work in (paint, ServeBackend.describe):
+    for work in (generate, ServeBackend.describe):
         running = False
-        backend, _ = backend_of([0.2, "picture"] if work is paint else [0.2], status=first)
+        backend, _ = backend_of([0.2, "picture"] if work is generate else [0.2], status=first)
         task = asyncio.ensure_future(work(backend))
         await asyncio.sleep(0.1)
         running = True

@@ -54,7 +54,7 @@ class Replica:
         self._generator: Any = object.__new__(Generator.func_or_class)
         self._generator._replica, self._generator._engine = "r1", engine
 
-    async def paint(self, *asked: Any) -> AsyncGenerator[GenerationEvent, None]:
+    async def generate(self, *asked: Any) -> AsyncGenerator[GenerationEvent, None]:
         async for event in self._generator.generate(*asked):
             yield event
 

@@ -152,7 +152,7 @@ def server(report: Callable[[str], None]) -> Iterator[Server]:
     started_at = monotonic()
     running = start_serve(demo_config(port))
 
-    def first_picture() -> bool:
+    def first_image() -> bool:
         assert running.process.poll() is None, running.log.read_text()
         try:
             body = {"prompt": "a red circle on a blue background", "seed": 1}
@@ -163,7 +163,7 @@ def server(report: Callable[[str], None]) -> Iterator[Server]:
 
     try:
         try:
-            wait_until(first_picture, deadline_s=150, every_s=0.2, what="the first picture")
+            wait_until(first_image, deadline_s=150, every_s=0.2, what="the first picture")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{running.log.read_text()[-5000:]}") from None
         took_s = monotonic() - started_at

@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from serve_app.deployments.replicas import ask_controller
+from serve_app.deployments.ray_compat import deployment_details
 from serve_app.deployments.scrape import ANSWER_WITHIN_S
 from serve_app.gateway.schemas import PARTS
 from tests.e2e.conftest import (
@@ -75,7 +75,7 @@ def scrape(url: str) -> Scraped:
     return Scraped(list(text_string_to_metric_families(response.text)), took_s)
 
 
-def paint(url: str, **body: Any) -> tuple[httpx.Response, float]:
+def generate(url: str, **body: Any) -> tuple[httpx.Response, float]:
     """The answer, and what the client waited for it."""
     with httpx.Client(base_url=url, timeout=120) as client:
         client.get("/health")  # the connection is not the server's time
@@ -86,7 +86,7 @@ def paint(url: str, **body: Any) -> tuple[httpx.Response, float]:
 
 def test_a_picture_is_seen_in_the_figures(server: Server) -> None:
     before = scrape(server.url)
-    response, _ = paint(server.url, size="96x64", num_inference_steps=7)
+    response, _ = generate(server.url, size="96x64", num_inference_steps=7)
     assert response.status_code == 200
     after = scrape(server.url)
 
@@ -148,8 +148,8 @@ def test_the_parts_of_every_request_are_what_its_client_waits(
         for index in range(24)
     ]
     with concurrent.futures.ThreadPoolExecutor(4) as clients:
-        list(clients.map(lambda seed: paint(server.url, seed=seed), range(4)))  # connections
-        answers = list(clients.map(lambda body: paint(server.url, **body), bodies))
+        list(clients.map(lambda seed: generate(server.url, seed=seed), range(4)))  # connections
+        answers = list(clients.map(lambda body: generate(server.url, **body), bodies))
     off = []
     for response, waited_s in answers:
         assert response.status_code == 200, response.text
@@ -175,7 +175,7 @@ def test_whoever_scrapes_while_pictures_are_painted_is_answered(
 
     def load() -> None:
         while not stop.is_set():
-            paint(server.url, num_inference_steps=20)
+            generate(server.url, num_inference_steps=20)
 
     with concurrent.futures.ThreadPoolExecutor(8) as clients:
         working = [clients.submit(load) for _ in range(8)]
@@ -245,7 +245,7 @@ def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
 
     def load() -> None:
         while not stop.is_set():
-            done.append(paint(url, num_inference_steps=20)[0].status_code)
+            done.append(generate(url, num_inference_steps=20)[0].status_code)
 
     with concurrent.futures.ThreadPoolExecutor(6) as clients:
         working = [clients.submit(load) for _ in range(6)]
@@ -333,5 +333,5 @@ def test_one_setting_makes_the_log_json_ours_and_serves(status: tuple[ServeProce
 
 def _processes_of_generators(running: ServeProcess) -> list[int]:
     with connected(running.ray_address):
-        details = asyncio.run(ask_controller("diffusion-serve", "Generator"))
+        details = asyncio.run(deployment_details("diffusion-serve", "Generator"))
         return [replica.pid for replica in details.replicas if replica.pid is not None]

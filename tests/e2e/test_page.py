@@ -22,10 +22,10 @@ from tools.demo_model.scenes import Scene, SceneObject, render
 
 pytestmark = pytest.mark.serve
 
-# A busy machine takes its time to paint; what never happens still fails.
+# A busy machine generates slowly; an event that never comes still fails.
 expect.set_options(timeout=30_000)
 
-PREVIEW = ".card.painting .canvas.seen img"
+PREVIEW = ".card.generating .canvas.seen img"
 DONE = ".card.done"
 
 ELSEWHERE = "gpu-box.example"
@@ -112,14 +112,14 @@ def ready(page: Page) -> Page:
     return page
 
 
-def paint(page: Page, prompt: str, steps: int | None = None, seed: int | None = None) -> None:
+def generate(page: Page, prompt: str, steps: int | None = None, seed: int | None = None) -> None:
     page.fill("#prompt", prompt)
     page.fill("#num_inference_steps", "" if steps is None else str(steps))
     page.fill("#seed", "" if seed is None else str(seed))
-    page.click("#paint")
+    page.click("#generate")
 
 
-def picture_of(page: Page, card: str = DONE) -> np.ndarray:
+def image_of(page: Page, card: str = DONE) -> np.ndarray:
     source = page.locator(f"{card} .canvas img").first.get_attribute("src")
     assert source is not None
     assert source.startswith("data:image/png;base64,")
@@ -128,7 +128,7 @@ def picture_of(page: Page, card: str = DONE) -> np.ndarray:
 
 
 def running_on(generator: Any) -> int:
-    """How many the engine paints. Asked in a thread: Playwright has a loop in this one."""
+    """Requests in the engine, read in a thread because Playwright has a loop in this one."""
     with ThreadPoolExecutor(1) as pool:
         stats = pool.submit(lambda: generator.stats.remote().result(timeout_s=20)).result()
     running: int = stats.running
@@ -143,21 +143,21 @@ def test_a_prompt_becomes_a_picture_before_ones_eyes(open_page: Open, shots: Pat
     page.keyboard.type("a red circle on a blue background")
     page.keyboard.press("Control+Enter")
     expect(page.locator(DONE)).to_have_count(1)
-    paint(page, "a small cyan cross at the top left, orange background", steps=150, seed=11)
+    generate(page, "a small cyan cross at the top left, orange background", steps=150, seed=11)
     page.wait_for_selector(PREVIEW)
-    expect(page.locator(".card.painting .state")).to_contain_text("of 150")
-    page.screenshot(path=shots / "painting.png")
-    preview = picture_of(page, ".card.painting")
+    expect(page.locator(".card.generating .state")).to_contain_text("of 150")
+    page.screenshot(path=shots / "generating.png")
+    preview = image_of(page, ".card.generating")
     expect(page.locator(DONE)).to_have_count(2)
-    picture = picture_of(page)
+    picture = image_of(page)
     assert preview.shape == picture.shape == (64, 64, 3)
     assert 1 < np.abs(preview - picture).mean() < 40
     facts = page.locator(".facts").first
     expect(facts).to_contain_text("64 × 64 · 150 steps · seed 11")  # noqa: RUF001
-    paint(page, "a large pink star on black")
+    generate(page, "a large pink star on black")
     expect(page.locator(DONE)).to_have_count(3)
     page.screenshot(path=shots / "gallery.png")
-    # What was painted can be had again.
+    # A generated image can be repeated.
     page.locator(".card", has_text="cyan cross").get_by_role("button", name="Use these").click()
     assert page.input_value("#seed") == "11"
     assert page.input_value("#num_inference_steps") == "150"
@@ -171,28 +171,28 @@ def test_cancelling_frees_the_place_and_a_reload_begins_anew(
     open_page: Open, generator: Any
 ) -> None:
     page = ready(open_page())
-    paint(page, "a blue star on pink", steps=200)
+    generate(page, "a blue star on pink", steps=200)
     page.wait_for_selector(PREVIEW)
     assert running_on(generator) == 1
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".card.cancelled .state")).to_have_text("Cancelled.")
     wait_until(lambda: running_on(generator) == 0, what="the place to be free")
-    paint(page, "a blue star on pink", steps=200)
-    page.wait_for_selector(".card.painting")
+    generate(page, "a blue star on pink", steps=200)
+    page.wait_for_selector(".card.generating")
     page.keyboard.press("Escape")
     expect(page.locator(".card.cancelled")).to_have_count(2)
-    paint(page, "a blue star on pink", steps=200)
+    generate(page, "a blue star on pink", steps=200)
     page.wait_for_selector(PREVIEW)
     ready(page).reload()
     wait_until(lambda: running_on(generator) == 0, what="the place to be free")
     ready(page)
     expect(page.locator(".card")).to_have_count(0)
-    paint(page, "a blue star on pink", steps=4)
+    generate(page, "a blue star on pink", steps=4)
     expect(page.locator(DONE)).to_have_count(1)
 
 
 def star_on_blue() -> tuple[np.ndarray, Any]:
-    """A picture with a star on the right, and its file as one chooses it."""
+    """An image with a star on the right, and its file as the browser chooses it."""
     star = SceneObject("star", "red", 0.78, 0.5, 0.2)
     picture = render(Scene("blue", (star,)), 320, 320)
     buffer = io.BytesIO()
@@ -201,7 +201,7 @@ def star_on_blue() -> tuple[np.ndarray, Any]:
 
 
 def brushed(page: Page) -> np.ndarray:
-    """Where the mask is painted: 255, rows by columns."""
+    """Brushed part of the mask: 255, rows by columns."""
     data = page.evaluate("document.getElementById('mask').toDataURL()")
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))))[..., 3]
 
@@ -220,29 +220,29 @@ def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: P
     page.mouse.up()
     page.screenshot(path=shots / "mask.png")
     page.fill("#strength", "1")
-    paint(page, "a yellow square on white", seed=3)
+    generate(page, "a yellow square on white", seed=3)
     expect(page.locator(DONE)).to_have_count(1)
-    picture = picture_of(page)
+    picture = image_of(page)
     before = np.asarray(Image.fromarray(source).resize((64, 64))).astype(float)
     assert np.abs(picture - before)[:, 36:].mean() < 15  # kept
-    assert np.abs(picture - before)[:, 4:20].mean() > 40  # painted anew
+    assert np.abs(picture - before)[:, 4:20].mean() > 40  # generated anew
     mask = brushed(page)
     # Without the mask all of it changes, by as much as one says.
     page.get_by_role("button", name="Clear mask").click()
-    paint(page, "a yellow square on white", seed=3)
+    generate(page, "a yellow square on white", seed=3)
     expect(page.locator(DONE)).to_have_count(2)
-    assert np.abs(picture_of(page) - before)[:, 36:].mean() > 40
-    page.get_by_role("button", name="Remove picture").click()
-    paint(page, "a yellow square on white", seed=3)
+    assert np.abs(image_of(page) - before)[:, 36:].mean() > 40
+    page.get_by_role("button", name="Remove image").click()
+    generate(page, "a yellow square on white", seed=3)
     expect(page.locator(DONE)).to_have_count(3)
-    # The settings of an edit are its picture, its mask and its strength, too.
+    # The settings of an edit include its image, its mask and its strength.
     page.locator(DONE).nth(2).get_by_role("button", name="Use these").click()
     expect(page.locator("#editor")).to_be_visible()
     expect(page.locator("#strength-shown")).to_have_text("1")
     wait_until(lambda: np.array_equal(brushed(page) > 0, mask > 0), what="the mask")
-    page.click("#paint")
+    page.click("#generate")
     expect(page.locator(DONE)).to_have_count(4)
-    assert np.abs(picture_of(page) - picture).max() <= 1
+    assert np.abs(image_of(page) - picture).max() <= 1
     page.locator(DONE).nth(1).get_by_role("button", name="Use these").click()
     expect(page.locator("#editor")).to_be_hidden()
     expect(page.locator("#strength-shown")).to_have_text("the model's own")
@@ -252,7 +252,7 @@ def test_a_mask_can_be_brushed_by_keyboard(open_page: Open, shots: Path) -> None
     page = ready(open_page())
     _, file = star_on_blue()
     page.set_input_files("#file", file)
-    wait_until(lambda: brushed(page).shape == (320, 320), what="the picture")
+    wait_until(lambda: brushed(page).shape == (320, 320), what="the image")
     page.focus("#file")
     page.keyboard.press("Tab")
     expect(page.locator("#mask")).to_be_focused()
@@ -285,7 +285,7 @@ def test_the_copied_command_paints_the_same_picture(
         path = tmp_path / 'it\'s "mine"; a, b\\c.png'
         Image.new("RGB", (64, 64), "red").save(path)
         page.set_input_files("#file", path)
-    paint(page, "a 'red' circle; $HOME on \"blue\"", steps=5)
+    generate(page, "a 'red' circle; $HOME on \"blue\"", steps=5)
     expect(page.locator(DONE)).to_have_count(1)
     page.get_by_role("button", name="Copy as curl").click()
     expect(page.locator(".card .state")).to_have_text("Copied.")
@@ -295,7 +295,7 @@ def test_the_copied_command_paints_the_same_picture(
     )
     [data] = json.loads(done.stdout)["data"]
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).convert("RGB"))
-    assert np.abs(again - picture_of(page)).max() <= 1
+    assert np.abs(again - image_of(page)).max() <= 1
 
 
 def test_over_plain_http_from_another_machine_it_copies_as_well(open_page: Open) -> None:
@@ -304,7 +304,7 @@ def test_over_plain_http_from_another_machine_it_copies_as_well(open_page: Open)
         False,
         "undefined",
     ]
-    paint(page, "a red circle", steps=2, seed=5)
+    generate(page, "a red circle", steps=2, seed=5)
     expect(page.locator(DONE)).to_have_count(1)
     page.get_by_role("button", name="Copy as curl").click()
     expect(page.locator(".card .state")).to_have_text("Copied.")
@@ -318,16 +318,16 @@ def test_over_plain_http_from_another_machine_it_copies_as_well(open_page: Open)
 
 def test_seeds_that_javascript_cannot_hold_are_refused(open_page: Open) -> None:
     page = ready(open_page())
-    paint(page, "a red circle", steps=2, seed=2**53 + 1)
+    generate(page, "a red circle", steps=2, seed=2**53 + 1)
     expect(page.locator("#seed-wrong")).to_be_visible()
     expect(page.locator(".card")).to_have_count(0)
-    paint(page, "a red circle", steps=2, seed=2**53 - 1)
+    generate(page, "a red circle", steps=2, seed=2**53 - 1)
     expect(page.locator(".card .facts")).to_contain_text(f"seed {2**53 - 1}")
 
 
 def test_it_fits_a_phone_and_the_dark(open_page: Open, shots: Path) -> None:
     phone = ready(open_page(viewport={"width": 390, "height": 844}, is_mobile=True, has_touch=True))
-    paint(phone, "a green ring on white", steps=8)
+    generate(phone, "a green ring on white", steps=8)
     expect(phone.locator(DONE)).to_have_count(1)
     assert phone.evaluate("document.documentElement.scrollWidth") == 390
     low = phone.evaluate(
@@ -345,7 +345,7 @@ def test_it_fits_a_phone_and_the_dark(open_page: Open, shots: Path) -> None:
                 "['backgroundColor', 'color'].map((name) => getComputedStyle(document.body)[name])"
             )
         )
-        paint(page, "a green ring on white", steps=8)
+        generate(page, "a green ring on white", steps=8)
         expect(page.locator(DONE)).to_have_count(1)
         page.screenshot(path=shots / f"{scheme}.png")
     assert colors[0][0] != colors[1][0]
@@ -379,19 +379,19 @@ def test_what_goes_wrong_is_said(open_page: Open) -> None:
             complains="Failed to load resource",
         )
     )
-    page.click("#paint")
-    expect(page.locator("#prompt-wrong")).to_have_text("Say what the picture shows.")
-    paint(page, "a red circle", steps=4)
+    page.click("#generate")
+    expect(page.locator("#prompt-wrong")).to_have_text("Describe the image.")
+    generate(page, "a red circle", steps=4)
     expect(page.locator(".card.failed .state").first).to_have_text("Call 42 has it.")
-    paint(page, "a red circle", steps=4)
+    generate(page, "a red circle", steps=4)
     expect(page.locator("#seed-wrong")).to_have_text("seed must be prime.")
     expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
     page.evaluate("blame('seed', 'twice.')")
     expect(page.locator("#seed-wrong")).to_have_text("twice.")
-    paint(page, "a red circle", steps=4)
+    generate(page, "a red circle", steps=4)
     expect(page.locator("#lora-wrong")).to_have_count(1)
-    paint(page, "a red circle", steps=4)
-    expect(page.locator(".card.painting .state")).to_contain_text("Trying again in 1 s")
+    generate(page, "a red circle", steps=4)
+    expect(page.locator(".card.generating .state")).to_contain_text("Trying again in 1 s")
     expect(page.locator(DONE)).to_have_count(1)
     expect(page.locator("#seed-wrong")).to_have_count(0)
 
@@ -439,7 +439,7 @@ def test_it_asks_for_the_key_that_the_server_wants(open_page: Open, shots: Path)
     ready(page)
     expect(page.locator("#key-dialog")).to_be_hidden()
     expect(page.locator("#enter-key")).to_be_hidden()
-    paint(page, "a red circle", steps=4)
+    generate(page, "a red circle", steps=4)
     expect(page.locator(DONE)).to_have_count(1)
     page.get_by_role("button", name="Copy as curl").click()
     expect(page.locator(".card .state")).to_have_text("Copied.")

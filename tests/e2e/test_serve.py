@@ -243,12 +243,12 @@ def test_errors_come_back_in_openais_shape(server: Server) -> None:
 def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> None:
     params = GenerationParams("x", 1, width=60, height=64)
 
-    async def paint() -> None:
-        async for _ in ServeBackend(generator, 60.0, 60.0).paint(params, Encoding()):
+    async def generate() -> None:
+        async for _ in ServeBackend(generator, 60.0, 60.0).generate(params, Encoding()):
             pass
 
     with pytest.raises(InvalidRequest, match="multiples of 8") as caught:
-        asyncio.run(paint())
+        asyncio.run(generate())
     assert type(caught.value) is InvalidRequest
     assert caught.value.param == "size"
 

@@ -71,7 +71,7 @@ def run() -> Iterator[Run]:
     with collecting() as collector:
         variables = {
             "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
-            "OTEL_SERVICE_NAME": "pictures",
+            "OTEL_SERVICE_NAME": "images",
             "OTEL_BSP_SCHEDULE_DELAY": "3600000",
         }
         running = start_serve(config, variables)
@@ -145,7 +145,7 @@ def test_a_trace_goes_on_from_the_client_through_every_part(
     assert run.short.json()["timings"]["total_s"] <= seconds(server) <= run.short_s
     off = 1 - seconds(server) / run.short_s
     report(f"a traced request of {run.short_s:.2f} s: {off:.1%} of it are in no part of its trace")
-    assert {one["service.name"] for one in run.collector.resources} == {"pictures"}
+    assert {one["service.name"] for one in run.collector.resources} == {"images"}
 
 
 def test_steps_are_events_in_the_span_of_the_steps(run: Run) -> None:
@@ -178,14 +178,14 @@ def test_who_went_away_left_while_it_was_painted(run: Run) -> None:
     assert 1.5 < seconds(trace.server) < 10
 
 
-def test_several_pictures_are_several_children(run: Run) -> None:
+def test_each_of_several_images_is_a_child_span(run: Run) -> None:
     trace = run.trace(SEVERAL)
-    *pictures, response = trace.below(trace.server)
-    assert [one.name for one in (*pictures, response)] == ["picture", "picture", "response"]
-    for picture in pictures:
-        parts = trace.below(picture)
+    *images, response = trace.below(trace.server)
+    assert [one.name for one in (*images, response)] == ["image", "image", "response"]
+    for image in images:
+        parts = trace.below(image)
         assert [part.name for part in parts] == list(PARTS[:-1])
-        assert_fills(parts, picture)
+        assert_fills(parts, image)
         [denoise] = [part for part in parts if part.name == "denoise"]
         assert not denoise.links  # to itself
 

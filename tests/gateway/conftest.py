@@ -1,4 +1,4 @@
-"""A painter that paints at once, and the API in front of it."""
+"""A backend that paints at once, and the API in front of it."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ from PIL import Image
 from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
-from serve_app.gateway.requests_log import Record
+from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.routes import create_api
 from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Progress, Queued
@@ -74,7 +74,7 @@ class FakeBackend:
         self.accepting = asyncio.Event()
         self.accepting.set()
 
-    async def paint(
+    async def generate(
         self,
         params: GenerationParams,
         encoding: Encoding,
@@ -128,9 +128,9 @@ class FakeBackend:
 
 @pytest.fixture
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that are as old as the painter says."""
+    """Requests that are as old as the backend says."""
     aged = property(lambda record: time.perf_counter() - record.received_at + 2.0)
-    monkeypatch.setattr(Record, "age_s", aged)
+    monkeypatch.setattr(RequestRecord, "age_s", aged)
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(auth, "REREAD_EVERY_S", 0.0)
     path = tmp_path / "keys.yaml"
 
     def write(text: str) -> None:
@@ -174,7 +174,7 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
 async def test_a_reading_that_failed_is_tried_again(
     backend: FakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(auth, "LOOK_EVERY_S", 0.0)
+    monkeypatch.setattr(auth, "REREAD_EVERY_S", 0.0)
     path = tmp_path / "keys.yaml"
     path.write_text("[]")
     keys = KeyRing(path, None)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from serve_app.config import LimitsConfig
-from serve_app.gateway.uploads import read_image
+from serve_app.gateway.parsing import read_image
 from tests.gateway.conftest import LIMITS, FakeBackend, decoded, error_of
 
 pytestmark = pytest.mark.anyio
@@ -72,7 +72,7 @@ async def test_what_is_sent_counts_as_it_is_painted_from(client: httpx.AsyncClie
     assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
     schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
     described = schemas["InputTokensDetails"]["properties"]["image_tokens"]["description"]
-    assert "size that is painted; once for each picture" in described
+    assert "size that is generated; once for each generated image" in described
 
 
 async def test_what_is_transparent_in_the_mask_is_painted_anew(
@@ -234,7 +234,7 @@ READ = """
 import re, sys
 from pathlib import Path
 from serve_app.config import LimitsConfig
-from serve_app.gateway.uploads import read_image
+from serve_app.gateway.parsing import read_image
 
 def peak_bytes():  # of this process alone; getrusage remembers who started it
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

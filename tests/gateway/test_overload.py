@@ -82,7 +82,7 @@ class Server:
 
     def send(self, sent: Sent) -> float | None:
         """``None``, or the seconds after which to come again."""
-        sent.is_retry = self._reservations.claim(sent.name)
+        sent.is_retry = self._reservations.redeem(sent.name)
         within_s = min(LIMIT_S, sent.deadline_s or LIMIT_S)
         reserved_s = 0.0 if sent.is_retry else self._reservations.due_within_s(within_s)
         solo_s = self.solo_s(sent.size)
@@ -112,7 +112,7 @@ class Server:
             del self._inside[task.request]
             work_s = solo_s / self.demand.throughput()
             error = Overloaded("full.", None, max(1.0, refusal.excess_s), work_s)
-            return self._reservations.promise(sent.name, error, sent.is_retry).retry_after_s
+            return self._reservations.reserve(sent.name, error, sent.is_retry).retry_after_s
         self.demand.accepted(self.now, solo_s, False)
         self._predicted[task.request] = (self.now, finish_s[index])
         task.step_s = self.cost.predict_call(sent.size)

@@ -16,10 +16,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from serve_app.config import ModelConfig
 from serve_app.errors import Overloaded
 from serve_app.gateway.auth import KeyRing
-from serve_app.gateway.requests_log import NOBODY
+from serve_app.gateway.requests_log import NOBODY, parts_since_arrival
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
-from serve_app.gateway.service import parts_by
 from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
 from serve_app.protocol.params import Priority
 from tests.gateway.conftest import CONFIG, FakeBackend
@@ -186,7 +185,7 @@ async def test_parts_add_up_to_the_whole(backend: FakeBackend) -> None:
         assert timings[f"{part}_s"] == seconds
         assert sample("request_part_seconds_sum", "parts", part=part) == 2 * seconds
         assert sample("request_part_seconds_count", "parts", part=part) == 2
-    assert timings["queue_s"] >= 0.25  # the painter's, and the way to it
+    assert timings["queue_s"] >= 0.25  # the backend's, and the way to it
     assert timings["response_s"] >= 0.5
     assert sum(timings[f"{part}_s"] for part in PARTS) == pytest.approx(timings["total_s"])
     sums = [sample("request_part_seconds_sum", "parts", part=part) for part in PARTS]
@@ -206,8 +205,8 @@ async def test_parts_add_up_to_the_whole(backend: FakeBackend) -> None:
 def test_what_a_replica_does_not_account_for_was_waiting(
     now_s: float, age_s: float, parts: tuple[float, ...]
 ) -> None:
-    assert parts_by(now_s, age_s, (0.5, 1.0, 3.0, 1.0)) == pytest.approx(parts)
-    assert parts_by(now_s, age_s, ()) == ()
+    assert parts_since_arrival(now_s, age_s, (0.5, 1.0, 3.0, 1.0)) == pytest.approx(parts)
+    assert parts_since_arrival(now_s, age_s, ()) == ()
 
 
 @pytest.mark.usefixtures("old")
@@ -222,7 +221,7 @@ async def test_every_request_is_one_line(
         await client.get("/health")
     first, second = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]
     assert re.fullmatch(
-        r"request call-1 of anonymous: 48x24, 4 steps, 3 pictures, seed 5: completed after "
+        r"request call-1 of anonymous: 48x24, 4 steps, 3 images, seed 5: completed after "
         r"\d\.\d{3} s \(queue \d\.\d{3}, encode 0\.062, denoise 1\.000, decode 0\.125, "
         r"response \d\.\d{3}\)",
         first.getMessage(),

@@ -45,37 +45,37 @@ def wait_s(error: Overloaded) -> float:
 def test_who_is_told_a_time_is_known_then_and_not_before() -> None:
     clock = Clock()
     reservations = RetryReservations(clock)
-    told = reservations.promise(b"a", refusal(room_in_s=6.2), is_retry=False)
+    told = reservations.reserve(b"a", refusal(room_in_s=6.2), is_retry=False)
     assert (told.retry_after_s, told.param) == (7.0, "deadline_s")
     assert str(told) == "full. There will be room in 7 s."
     clock.now += 6.9
-    assert not reservations.claim(b"a")
+    assert not reservations.redeem(b"a")
     clock.now += 0.1
-    assert not reservations.claim(b"b")
-    assert reservations.claim(b"a")
-    assert not reservations.claim(b"a")
+    assert not reservations.redeem(b"b")
+    assert reservations.redeem(b"a")
+    assert not reservations.redeem(b"a")
 
 
 def test_whoever_is_told_later_comes_after_those_before() -> None:
     reservations = RetryReservations(Clock())
-    waits = [wait_s(reservations.promise(b"%d" % n, refusal(5.0, 7.0), False)) for n in range(4)]
+    waits = [wait_s(reservations.reserve(b"%d" % n, refusal(5.0, 7.0), False)) for n in range(4)]
     assert waits == [5, 15, 25, 35]  # seven tenths of the time are promised
     assert PACE == 0.7
 
 
 def test_it_never_says_at_once() -> None:
-    assert wait_s(RetryReservations(Clock()).promise(b"a", refusal(0.0, 0.0), False)) == 1
+    assert wait_s(RetryReservations(Clock()).reserve(b"a", refusal(0.0, 0.0), False)) == 1
 
 
 def test_what_was_promised_within_a_time() -> None:
     clock = Clock()
     reservations = RetryReservations(clock)
     for n in range(3):
-        reservations.promise(b"%d" % n, refusal(2.0, 7.0), False)
+        reservations.reserve(b"%d" % n, refusal(2.0, 7.0), False)
     assert [reservations.due_within_s(s) for s in (1.0, 2.0, 12.0, 100.0)] == [0, 7, 14, 21]
     clock.now += 2.0
     assert reservations.due_within_s(0.0) == 7
-    assert reservations.claim(b"0")
+    assert reservations.redeem(b"0")
     assert reservations.due_within_s(0.0) == 0
 
 
@@ -83,40 +83,40 @@ def test_who_does_not_come_loses_the_place_and_counts_less() -> None:
     clock = Clock()
     reservations = RetryReservations(clock)
     for n in range(200):
-        reservations.promise(b"%d" % n, refusal(0.0, 0.0), False)
+        reservations.reserve(b"%d" % n, refusal(0.0, 0.0), False)
         clock.now += 10.0
     assert reservations.due_within_s(1e9) == 0
-    first, second = (reservations.promise(name, refusal(1.0, 90.0), False) for name in (b"x", b"y"))
+    first, second = (reservations.reserve(name, refusal(1.0, 90.0), False) for name in (b"x", b"y"))
     assert wait_s(second) < wait_s(first) + 15  # of 100: hardly anybody comes
     clock.now += 1.0
-    assert reservations.claim(b"x")
+    assert reservations.redeem(b"x")
 
 
 def test_who_came_as_told_and_found_no_room_need_not_stand_in_line_again() -> None:
     reservations = RetryReservations(Clock())
     for n in range(4):
-        reservations.promise(b"%d" % n, refusal(0.0, 7.0), False)
-    assert wait_s(reservations.promise(b"a", refusal(3.0, 7.0), is_retry=True)) == 3
-    assert wait_s(reservations.promise(b"b", refusal(0.0, 7.0), is_retry=False)) == 50
+        reservations.reserve(b"%d" % n, refusal(0.0, 7.0), False)
+    assert wait_s(reservations.reserve(b"a", refusal(3.0, 7.0), is_retry=True)) == 3
+    assert wait_s(reservations.reserve(b"b", refusal(0.0, 7.0), is_retry=False)) == 50
 
 
 def test_the_same_wish_twice_has_two_places() -> None:
     clock = Clock()
     reservations = RetryReservations(clock)
     for _ in range(2):
-        reservations.promise(b"a", refusal(), False)
+        reservations.reserve(b"a", refusal(), False)
     clock.now += 3.0
-    assert [reservations.claim(b"a") for _ in range(3)] == [True, True, False]
+    assert [reservations.redeem(b"a") for _ in range(3)] == [True, True, False]
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST", 3)
+    monkeypatch.setattr(module, "MAX_RESERVATIONS", 3)
     clock = Clock()
     reservations = RetryReservations(clock)
-    waits = [wait_s(reservations.promise(b"%d" % n, refusal(), False)) for n in range(5)]
+    waits = [wait_s(reservations.reserve(b"%d" % n, refusal(), False)) for n in range(5)]
     assert waits == sorted(waits)  # told all the same
     clock.now += waits[4]
-    assert [reservations.claim(b"%d" % n) for n in range(5)] == [True, True, True, False, False]
+    assert [reservations.redeem(b"%d" % n) for n in range(5)] == [True, True, True, False, False]
 
 
 @given(
@@ -131,7 +131,7 @@ def test_nobody_is_forgotten_and_all_is_forgotten_in_the_end(
     reservations = RetryReservations(clock)
     due = []
     for n, (room_in_s, work_s, pause_s, comes) in enumerate(told):
-        wait = wait_s(reservations.promise(b"%d" % n, refusal(room_in_s, work_s), False))
+        wait = wait_s(reservations.reserve(b"%d" % n, refusal(room_in_s, work_s), False))
         assert wait >= max(1, room_in_s)
         if comes:
             due.append((clock.now + wait, b"%d" % n))
@@ -139,7 +139,7 @@ def test_nobody_is_forgotten_and_all_is_forgotten_in_the_end(
     for due_at, name in sorted(due):
         clock.now = max(clock.now, due_at)
         if clock.now < due_at + 5:
-            assert reservations.claim(name)
+            assert reservations.redeem(name)
     clock.now += 1e4
     assert reservations.due_within_s(1e9) == 0
     assert not reservations._by_fingerprint

@@ -1,4 +1,4 @@
-"""The HTTP API in front of a painter that paints at once: what goes in, what comes out."""
+"""The HTTP API in front of a backend that paints at once: what goes in, what comes out."""
 
 import asyncio
 import base64
@@ -122,7 +122,7 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
         ({"partial_images": 1}, "partial_images", "needs stream"),
         ({"progress": True}, "progress", "needs stream"),
         ({"stream": True, "partial_images": 4}, "partial_images", "3"),
-        ({"stream": True, "n": 2}, "n", "one picture"),
+        ({"stream": True, "n": 2}, "n", "one image"),
         ({"strength": 0.5}, "strength", "unknown field"),
     ],
 )

@@ -65,14 +65,14 @@ class TracedBackend(FakeBackend):
         self.told: Timeline | None = None
         """On the way, once it is queued."""
 
-    async def paint(
+    async def generate(
         self,
         params: GenerationParams,
         encoding: Encoding,
         progress: bool = False,
         context: RequestContext = INITIAL,
     ) -> AsyncGenerator[GenerationEvent, None]:
-        painting = super().paint(params, encoding, progress, context)
+        painting = super().generate(params, encoding, progress, context)
         async with aclosing(painting) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
@@ -159,7 +159,7 @@ def assert_fills(parts: list[ReadableSpan], start: int | None, end: int | None) 
     assert (parts[0].start_time, parts[-1].end_time) == (start, end)
 
 
-async def test_the_parts_of_a_picture_fill_its_request(backend: TracedBackend) -> None:
+async def test_the_parts_of_an_image_fill_its_request(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
     response = await gateway.post(
         {"x-request-id": "call-1"}, size="48x24", seed=5, num_inference_steps=3
@@ -219,19 +219,19 @@ async def test_steps_are_events_and_batch_mates_are_linked(backend: TracedBacken
     assert linked == [(1, 1), (2, 2)]
 
 
-async def test_several_pictures_are_a_child_each(backend: TracedBackend) -> None:
+async def test_each_of_several_images_is_a_child_span(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
     await gateway.post(n=3, seed=7)
     server = gateway.server
-    *pictures, response = gateway.below(server)
-    assert names(pictures) == ["picture"] * 3
-    assert sorted(attributes(one)["gen_ai.request.seed"] for one in pictures) == [7, 8, 9]
-    for picture in pictures:
-        parts = gateway.below(picture)
+    *images, response = gateway.below(server)
+    assert names(images) == ["image"] * 3
+    assert sorted(attributes(one)["gen_ai.request.seed"] for one in images) == [7, 8, 9]
+    for image in images:
+        parts = gateway.below(image)
         assert names(parts) == list(PARTS[:-1])
-        assert_fills(parts, server.start_time, picture.end_time)
+        assert_fills(parts, server.start_time, image.end_time)
     assert response.name == "response"
-    assert response.start_time == max(picture.end_time or 0 for picture in pictures)
+    assert response.start_time == max(image.end_time or 0 for image in images)
     assert response.end_time == server.end_time
 
 
@@ -383,7 +383,7 @@ async def test_who_goes_away_is_traced_up_to_there(backend: TracedBackend) -> No
     asking = asyncio.create_task(gateway.post(n=2, seed=1))
     while not (len(backend.asked) == 2 and backend.accepting.is_set()):
         await asyncio.sleep(0)
-    for _ in range(200):  # the picture of seed 1 gets done, as far as that is up to the loop
+    for _ in range(200):  # the image of seed 1 gets done, as far as the loop decides
         await asyncio.sleep(0)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -406,7 +406,9 @@ async def test_what_a_lost_replica_did_is_waiting(backend: TracedBackend) -> Non
     """Another one began anew, and counts from when the request was sent."""
 
     class Relay(TracedBackend):
-        async def paint(self, *args: Any, **options: Any) -> AsyncGenerator[GenerationEvent, None]:
+        async def generate(
+            self, *args: Any, **options: Any
+        ) -> AsyncGenerator[GenerationEvent, None]:
             yield Queued(0, 1.0)
             yield Timeline((1e-5, 2e-5), STEPS, MATES)
             yield Queued(0, 1.0)
@@ -509,7 +511,7 @@ async def test_a_collector_that_is_away_is_said_once(
             wait_until(lambda batches=batches: len(collector.batches) >= batches)
         collector.status = 200
         await request(tracing)
-        wait_until(lambda: "taken again" in caplog.text)
+        wait_until(lambda: "accepts traces again" in caplog.text)
         tracing.close()
     said = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
     assert [one.levelname for one in said] == ["WARNING", "INFO"]
@@ -557,8 +559,8 @@ async def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch
     found = resource()
     assert found["service.name"] == "diffusion-serve"
     assert found["service.instance.id"] == "gateway-1"
-    found = resource(OTEL_SERVICE_NAME="pictures", OTEL_RESOURCE_ATTRIBUTES="deployment=blue")
-    assert (found["service.name"], found["deployment"]) == ("pictures", "blue")
+    found = resource(OTEL_SERVICE_NAME="images", OTEL_RESOURCE_ATTRIBUTES="deployment=blue")
+    assert (found["service.name"], found["deployment"]) == ("images", "blue")
     tracing = tracing_to("http://127.0.0.1:9", monkeypatch, OTEL_SDK_DISABLED="true")
     await request(tracing)
     tracing.close()

@@ -1,4 +1,4 @@
-"""The page to try the model on: one document, made of the three files beside this."""
+"""The demo page: one document, made of three files in this folder."""
 
 import base64
 import hashlib
@@ -8,7 +8,7 @@ _FOLDER = Path(__file__).parent
 
 
 def render() -> tuple[str, str]:
-    """The document, and the content security policy that lets in nothing else."""
+    """Return the document, and a content security policy that allows nothing else."""
     html, style, script = (
         (_FOLDER / name).read_text(encoding="utf-8")
         for name in ("index.html", "style.css", "script.js")

@@ -11,7 +11,7 @@ class ServerError extends Error {
   }
 }
 
-// The question for a key was turned down: nothing is asked again by itself.
+// The key dialog was dismissed: it does not open again by itself.
 class KeyRefused extends ServerError {}
 
 const pause = (seconds, signal) =>
@@ -32,7 +32,7 @@ async function errorOf(response) {
   }
 }
 
-// Asks for a key on 401, and comes back as the server says on 429 and 503.
+// Opens the key dialog on 401, and retries after Retry-After on 429 and 503.
 async function call(path, options = {}, onWait = () => {}) {
   for (let attempt = 0; ; attempt += 1) {
     const key = sessionStorage.getItem("key");
@@ -205,7 +205,7 @@ function sizesOf(model) {
   return [...new Map(sizes.filter(fits).map((size) => [size.join("x"), size])).values()];
 }
 
-// ---- the picture to start from ------------------------------------------------------------------
+// ---- the image to start from --------------------------------------------------------------------
 
 let source = null; // {file, brushed, shown}
 
@@ -217,7 +217,7 @@ function startFrom(file, mask = null) {
   started.shown = showSource(started, mask).catch(() => {
     if (source !== started) return; // another one came meanwhile
     removeSource();
-    announce("This file is no picture that the browser can read.");
+    announce("The browser cannot read this file as an image.");
   });
   byId("drop").hidden = true;
   byId("editor").hidden = false;
@@ -319,7 +319,7 @@ function brushByKey(event) {
   showCursor();
 }
 
-// Opaque, and transparent where it was brushed: what shall be painted anew.
+// Opaque, and transparent where it was brushed: the part to generate anew.
 function maskFile() {
   const mask = new OffscreenCanvas(maskCanvas.width, maskCanvas.height);
   const pen = mask.getContext("2d");
@@ -357,11 +357,11 @@ document.addEventListener("drop", (event) => {
   startFrom(event.dataTransfer.files[0]);
 });
 
-// ---- what to paint ------------------------------------------------------------------------------
+// ---- what to generate ---------------------------------------------------------------------------
 
 const NUMBERS = ["num_inference_steps", "guidance_scale", "seed", "strength"];
 
-// {fields, image, mask}: everything that paints the same picture again, but a drawn seed.
+// {fields, image, mask}: everything that generates the same image again, except a random seed.
 async function wanted() {
   await source?.shown;
   const fields = {};
@@ -431,7 +431,7 @@ function curl({ fields, image, mask }) {
   return lines.join(" \\\n  ");
 }
 
-// ---- one picture on its way ---------------------------------------------------------------------
+// ---- one image during generation ----------------------------------------------------------------
 
 const running = []; // cards, oldest first
 
@@ -449,7 +449,7 @@ class Card {
     };
     this.part(".again").onclick = () => {
       const { seed, ...fields } = this.request.fields;
-      paint({ ...this.request, fields });
+      generate({ ...this.request, fields });
     };
     this.part(".curl").onclick = async () => {
       const copied = await copy(curl(this.request));
@@ -480,8 +480,8 @@ class Card {
     bar.value = step;
     const left = eta_s >= 1 ? ` · ${Math.ceil(eta_s)} s left` : "";
     const before = queue_position ? `${queue_position} before you` : "next";
-    const painting = `step ${step} of ${total_steps}`;
-    this.say(`${queue_position === null ? painting : `waiting, ${before}`}${left}`);
+    const denoising = `step ${step} of ${total_steps}`;
+    this.say(`${queue_position === null ? denoising : `waiting, ${before}`}${left}`);
   }
 
   completed(event) {
@@ -512,7 +512,7 @@ class Card {
   }
 
   end(how, text) {
-    this.root.classList.remove("painting");
+    this.root.classList.remove("generating");
     this.root.classList.add(how);
     this.say(text);
     this.part("progress").hidden = true;
@@ -523,7 +523,7 @@ class Card {
 
   async run() {
     running.push(this);
-    this.root.classList.add("painting");
+    this.root.classList.add("generating");
     this.say("sent");
     try {
       const response = await send(this.request, this.abort.signal, (text) => this.say(text));
@@ -533,7 +533,7 @@ class Card {
         else if (event.type.endsWith(".partial_image")) this.show(event);
         else this.completed(event);
       }
-      if (this.root.classList.contains("painting")) throw new ServerError("The connection was lost.", null);
+      if (this.root.classList.contains("generating")) throw new ServerError("The connection was lost.", null);
     } catch (error) {
       if (this.abort.signal.aborted) {
         this.end("cancelled", "Cancelled.");
@@ -547,7 +547,7 @@ class Card {
   }
 }
 
-function paint(request) {
+function generate(request) {
   new Card(request).run();
 }
 
@@ -579,13 +579,13 @@ form.addEventListener("submit", async (event) => {
   forgive();
   const wrong = [...form.elements].find((field) => !field.validity.valid);
   if (!form.elements.prompt.value.trim()) {
-    blame("prompt", "Say what the picture shows.");
+    blame("prompt", "Describe the image.");
     form.elements.prompt.focus();
   } else if (wrong) {
     blame(wrong.name, wrong.validationMessage);
     wrong.focus();
   } else {
-    paint(await wanted());
+    generate(await wanted());
   }
 });
 

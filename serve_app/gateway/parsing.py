@@ -1,0 +1,203 @@
+"""Bodies of the image endpoints: JSON, multipart forms, and the images in them.
+
+FastAPI does not parse them, because its errors are not OpenAI's. Images are checked before they are
+decoded, and decoded in threads of their own.
+"""
+
+import asyncio
+import io
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fastapi import Request
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from pydantic import ValidationError
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import UploadFile
+
+from serve_app.config import LimitsConfig
+from serve_app.errors import InvalidRequest
+from serve_app.gateway.errors import MOST_SHOWN, from_validation
+from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest
+
+MAX_FIELDS = 64
+_FILES = ("image", "mask")
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_THREADS = ThreadPoolExecutor(2, "images")
+"""A decoded image may be a hundred times as large as its file, so only two are decoded at once."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""Transpositions by EXIF orientation. Pillow's exif_transpose also rewrites the rest of EXIF, and
+fails where that is malformed."""
+
+Result = TypeVar("Result")
+
+
+async def read_generation(request: Request) -> ImageGenerationRequest:
+    """Parse the JSON body. The content type is ignored: `curl -d` sends that of a form.
+
+    Raises:
+        InvalidRequest: naming the field and what is allowed.
+    """
+    try:
+        return ImageGenerationRequest.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise from_validation(error, ImageGenerationRequest) from None
+
+
+@dataclass(frozen=True)
+class EditForm:
+    """A multipart body. Its images are not yet decoded."""
+
+    fields: ImageEditRequest
+    image: bytes
+    mask: bytes | None
+
+
+async def read_edit(request: Request) -> EditForm:
+    """Parse the multipart body.
+
+    Lists and objects may come in brackets, as OpenAI's clients send them.
+
+    Raises:
+        InvalidRequest: naming the field and what is allowed.
+    """
+    given, options = parse_options_header(request.headers.get("content-type"))
+    kind = given.decode("latin-1").lower()
+    if kind != "multipart/form-data":
+        raise InvalidRequest(
+            f"the body must be multipart/form-data, not {kind[:100] or 'without a content type'}."
+        )
+    # Starlette would decode by any codec of Python's, some of which raise on every input.
+    charset = options.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise InvalidRequest(f"the body must be in UTF-8, not {charset[:100]!r}.")
+    texts: dict[str, object] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=len(_FILES) + 1, max_fields=MAX_FIELDS) as form:
+        for name, value in form.multi_items():
+            field = name.removesuffix("[]")
+            shown = field[:MOST_SHOWN]
+            if isinstance(value, UploadFile) != (field in _FILES):
+                wanted = "a file" if field in _FILES else "text"
+                raise InvalidRequest(f"{shown} must be {wanted}.", shown)
+            if field in files or field in texts:
+                raise InvalidRequest(f"{shown} is given twice; one is taken.", shown)
+            if isinstance(value, UploadFile):
+                files[field] = await value.read()
+            else:
+                _add(texts, field, value)
+    if "image" not in files:
+        raise InvalidRequest("the file 'image' is required.", "image")
+    try:
+        fields = ImageEditRequest.model_validate_strings(texts, strict=False)
+    except ValidationError as error:
+        raise from_validation(error, ImageEditRequest) from None
+    return EditForm(fields, files["image"], files.get("mask"))
+
+
+def _add(texts: dict[str, object], field: str, value: str) -> None:
+    """Add a field: ``lora[ink]=0.5``, or JSON, becomes an entry of the object ``lora``."""
+    name, bracket, key = field.partition("[")
+    if bracket and key.endswith("]"):
+        within = texts.setdefault(name, {})
+        if not isinstance(within, dict) or key[:-1] in within:
+            raise InvalidRequest(f"{name[:MOST_SHOWN]} is given twice.", name[:MOST_SHOWN])
+        within[key[:-1]] = value
+    elif field == "lora" and value.startswith("{"):
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{field} is not JSON: {error}", field) from None
+        texts[field] = {key: str(scale) for key, scale in parsed.items()}
+    else:
+        texts[field] = value
+
+
+async def in_image_thread(work: Callable[[], Result]) -> Result:
+    """Run work on large images in a thread, two at a time."""
+    return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
+
+
+def read_image(data: bytes, limits: LimitsConfig) -> Image.Image:
+    """Decode an image as viewers show it: turned as its EXIF says, transparent parts on white.
+
+    Raises:
+        InvalidRequest: if it is no such image, or a huge one.
+    """
+    image = _decode(data, "image", limits)
+    if image.mode == "RGB":
+        return image
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image)
+    return white
+
+
+def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image.Image:
+    """Decode a mask: white where the file is transparent, which is the part to generate anew.
+
+    Raises:
+        InvalidRequest: if it is no such image, not of this size, or without transparency.
+    """
+    image = _decode(data, "mask", limits)
+    if image.size != size:
+        raise InvalidRequest(
+            f"mask has {image.width}x{image.height} pixels and image {size[0]}x{size[1]}: both "
+            "must have the same size.",
+            "mask",
+        )
+    if image.mode == "RGB":
+        raise InvalidRequest(
+            "mask has no transparency: make the part to generate anew transparent.", "mask"
+        )
+    opaque = image.getchannel("A")
+    if opaque.getextrema()[0] == 255:
+        raise InvalidRequest(
+            "mask is opaque everywhere: make the part to generate anew transparent.", "mask"
+        )
+    return ImageOps.invert(opaque)
+
+
+def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
+    """Decode to RGBA if any part is transparent, else to RGB. At most two copies exist at once."""
+    most = limits.max_image_pixels
+    try:
+        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > most:
+            raise InvalidRequest(
+                f"{param} has {image.width}x{image.height} pixels; at most {most} are allowed.",
+                param,
+            )
+        image.load()
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        if turn is not None:
+            image = image.transpose(turn)
+        if image.mode == "I;16":  # Pillow would clip values over 255 to white
+            image = image.point(lambda value: value * (1 / 256)).convert("L")
+            image.info.pop("transparency", None)  # a grey of 16 bits
+        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+    except InvalidRequest:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise InvalidRequest(
+            f"{param} has too many pixels; at most {most} are allowed.", param
+        ) from None
+    except Exception as error:  # noqa: BLE001  what Pillow raises of broken files is listed nowhere
+        # For data that is no image at all, Pillow's message is only a memory address.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise InvalidRequest(
+            f"{param} cannot be read as one of {', '.join(FORMATS)}{reason}.", param
+        ) from None
