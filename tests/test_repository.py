@@ -80,6 +80,6 @@ def test_the_readme_names_every_module() -> None:
     text = (ROOT / "README.md").read_text()
     for module in (ROOT / "serve_app").glob("[!_]*.py"):
         assert module.name in text
-    for folder in ("autoscaling", "doctor", "engine", "gateway"):
+    for folder in ("autoscaling", "deployments", "doctor", "engine", "gateway"):
         for module in (ROOT / "serve_app" / folder).glob("[!_]*.py"):
             assert module.name in text, module
