@@ -195,13 +195,13 @@ UTILIZATION = Gauge(
     registry=ENGINE,
 )
 
-REFUSALS = Counter(
+REJECTIONS = Counter(
     "diffusion_serve_refusals_total",
     "Pictures that were not taken in, by the limit that they would have broken.",
     ["model", "reason"],
     registry=ENGINE,
 )
-GATEWAY.register(REFUSALS)  # which says of those that came to no engine
+GATEWAY.register(REJECTIONS)  # which says of those that came to no engine
 
 FORECAST_ERROR = Histogram(
     "diffusion_serve_forecast_error_ratio",

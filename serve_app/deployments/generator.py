@@ -220,7 +220,7 @@ class Generator:
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Return the fields of `ReplicaLoad` by name. Serve calls it for the autoscaling policy."""
-        return asdict(self._engine.demand())
+        return asdict(self._engine.replica_load())
 
     def check_health(self) -> None:
         """Raise if the engine has stopped. Serve calls it, and then replaces the replica."""

@@ -18,7 +18,7 @@ RESERVE = 2.0
 
 Reason = Literal["deadline", "backlog"]
 
-Cause = Literal["backlog", "late", "promised", "company", "delay"]
+Cause = Literal["backlog", "late", "reserved", "siblings", "delay"]
 """More is not taken in; or it would itself miss its deadline: for what is here, only with what was
 promised to others, or for those that came with it; or it would make another miss its own."""
 
@@ -38,7 +38,7 @@ class DeadlineEstimate:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class Rejection:
     """Why a request is not taken in."""
 
     cause: Cause
@@ -69,14 +69,14 @@ def infeasible(solo_s: float, left_s: float) -> bool:
     return solo_s > 2 * left_s
 
 
-def judge(
+def decide_admission(
     queued_work_s: float,
     limit_s: float,
     context: RequestContext,
     own: Deadline | None = None,
     delayed: Sequence[DeadlineEstimate] = (),
-    in_company: bool = False,
-) -> Refusal | None:
+    has_siblings: bool = False,
+) -> Rejection | None:
     """Whether to take a request in: ``None``, or why not.
 
     Args:
@@ -92,8 +92,8 @@ def judge(
     """
     idle = not queued_work_s
     if idle and own is not None and infeasible(own.solo_s, own.estimate.left_s):
-        return Refusal("late", 0.0)
-    if idle and not (in_company and own is not None):
+        return Rejection("late", 0.0)
+    if idle and not (has_siblings and own is not None):
         return None
     width = RESERVE if context.is_retry else 1.0
     reserved_s = 0.0 if idle else context.reserved_s
@@ -104,11 +104,11 @@ def judge(
         excess_s = max(excess_s, own.estimate.finish_s - own.deadline_s, delay_s)
         missed_s = max(own.estimate.late_s, delay_s) if idle else own.estimate.late_s
         if missed_s > 0:
-            cause = "company" if in_company and missed_s > queued_work_s else "late"
+            cause = "siblings" if has_siblings and missed_s > queued_work_s else "late"
         elif own.estimate.late_s + reserved_s > 0:
-            cause = "promised"
+            cause = "reserved"
         elif delay_s > 0:
             cause = "delay"
     if queued_work_s + reserved_s > width * limit_s:
         cause = "backlog"
-    return None if cause is None else Refusal(cause, excess_s)
+    return None if cause is None else Rejection(cause, excess_s)

@@ -27,9 +27,9 @@ from serve_app.engine.admission import (
     Deadline,
     DeadlineEstimate,
     Reason,
-    Refusal,
+    Rejection,
+    decide_admission,
     infeasible,
-    judge,
 )
 from serve_app.engine.batching.batch import MergeableCall, NotMergeable
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
@@ -42,7 +42,7 @@ from serve_app.engine.request import EventCallback, Request, link_batch_peers
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.forecast import Forecast, Work
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import POLICIES, RankedPolicy, Task, Yielding
+from serve_app.engine.scheduling.policies import POLICIES, QueueEntry, RankedPolicy, Yielding
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.engine.startup.warmup import warm_up
@@ -83,11 +83,11 @@ logger = logging.getLogger(__name__)
 class LogEntry:
     """One line of the engine's own diary, for tests and for people who look into a replica."""
 
-    tick: int
+    denoiser_call: int
     """Denoiser calls made before it."""
     request: int
     what: Literal[
-        "queued", "refused", "started", "cancel_requested", "completed", "failed", "cancelled"
+        "queued", "rejected", "started", "cancel_requested", "completed", "failed", "cancelled"
     ]
 
 
@@ -97,10 +97,10 @@ class EngineStats:
 
     waiting: int
     running: int
-    ticks: int
+    denoiser_calls: int
     """Denoiser calls."""
     steps: int
-    """Requests served by those that succeeded; over ``ticks`` it is the mean batch size."""
+    """Requests in those that succeeded."""
     forecast_error: float | None
     """Median share by which the predictions of when a request would be done were lately off."""
     log: tuple[LogEntry, ...]
@@ -108,7 +108,7 @@ class EngineStats:
 
     @property
     def mean_batch_size(self) -> float:
-        return self.steps / self.ticks if self.ticks else 0.0
+        return self.steps / self.denoiser_calls if self.denoiser_calls else 0.0
 
 
 def _infeasible(solo_s: float, deadline_s: float) -> InvalidRequest:
@@ -159,9 +159,8 @@ def _check_device(error: BaseException) -> None:
 class Engine:
     """Paints many requests together, step by step, with one stock pipeline.
 
-    Thread-safe: `submit`, `cancel`, `locate`, `stats`, `demand`, `generate`, `stream` and `close`
-    may be called from anywhere. A context manager: leaving it drains, or drops all if an exception
-    is on its way.
+    Thread-safe: any thread may call its public methods. A context manager: leaving it
+    drains, or drops all if an exception is on its way.
     """
 
     info: ModelInfo
@@ -175,12 +174,12 @@ class Engine:
         config: EngineConfig | None = None,
         policy: RankedPolicy | None = None,
         start: ColdStart | None = None,
-        meter: EngineMetrics | None = None,
+        metrics: EngineMetrics | None = None,
     ) -> None:
         """Start the engine's thread and wait until the pipeline is certified.
 
         ``start`` is a stopwatch that runs already, if the model was loaded for this engine;
-        ``meter`` is told what it does.
+        ``metrics`` is told what it does.
 
         Raises:
             ModelLoadError: if the pipeline cannot paint.
@@ -199,7 +198,7 @@ class Engine:
         self._previews: PreviewMap | None
         self._prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
         self._start = start or ColdStart()
-        self._metrics = meter or EngineMetrics(model.id)
+        self._metrics = metrics or EngineMetrics(model.id)
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._gate = threading.Lock()  # orders submissions against closing
@@ -217,7 +216,7 @@ class Engine:
         self._called_at = math.inf  # when the last call of a network was done, or the first came
         self._in_call = 0  # requests in the last denoiser call
         self._by_number: dict[int, Request] = {}
-        self._ticks = 0
+        self._denoiser_calls = 0
         self._steps = 0
         self._log: deque[LogEntry] = deque(maxlen=512)
         self._crash: BaseException | None = None
@@ -269,7 +268,7 @@ class Engine:
         on_gpu = pipeline.device.type == "cuda"
         self._metrics.runs_on(self.info.device, _uuid(pipeline.device) if on_gpu else "")
         memory = functools.partial(_memory, pipeline.device) if on_gpu else None
-        self._metrics.watch(self.demand, self._count, memory)
+        self._metrics.watch(self.replica_load, self._count, memory)
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
@@ -306,9 +305,9 @@ class Engine:
                 raise Unavailable("the engine is closing; send the request to another replica.")
             number = next(self._numbers)
             now = time.perf_counter()
-            task = Task(number, now, 0.0, background=params.priority == "batch")
+            entry = QueueEntry(number, now, 0.0, low_priority=params.priority == "batch")
             waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)
-            request = Request(number, resolved, context, on_event, now, task, waited_s)
+            request = Request(number, resolved, context, on_event, now, entry, waited_s)
             self._commands.put(lambda: self._accept(request))
         return request.number
 
@@ -359,13 +358,13 @@ class Engine:
         return EngineStats(
             waiting=len(self._waiting),
             running=len(self._running),
-            ticks=self._ticks,
+            denoiser_calls=self._denoiser_calls,
             steps=self._steps,
             forecast_error=self._forecast.error,
             log=tuple(self._log),
         )
 
-    def demand(self) -> ReplicaLoad:
+    def replica_load(self) -> ReplicaLoad:
         """What is asked of this engine, for whoever decides how many there are; quick."""
         return self._load_tracker.load(time.perf_counter())
 
@@ -477,54 +476,56 @@ class Engine:
             command()
 
     def _accept(self, request: Request) -> None:
-        task, deadline_s = request.task, request.params.deadline_s
-        solo_s = task.remaining_s = self._predict_remaining(request)
+        entry, deadline_s = request.entry, request.params.deadline_s
+        solo_s = entry.remaining_s = self._predict_remaining(request)
         if deadline_s is not None and infeasible(solo_s, deadline_s):
-            self._refuse(request, "deadline", _infeasible(solo_s, deadline_s))
+            self._reject(request, "deadline", _infeasible(solo_s, deadline_s))
             return  # and is no demand: it would be late on any number of replicas
-        if not (task.background or request.context.is_retry):
+        if not (entry.low_priority or request.context.is_retry):
             self._load_tracker.offered(time.perf_counter(), solo_s)
         wanted_s = deadline_s or self._config.slo_scale * solo_s
-        task.deadline_at = request.submitted_at - request.waited_s + wanted_s
-        can_be_late = {other for other in self._by_number.values() if other.task.late}
+        entry.deadline_at = request.submitted_at - request.waited_s + wanted_s
+        can_be_late = {other for other in self._by_number.values() if other.entry.late}
         self._by_number[request.number] = request
-        self._policy.add(task)
+        self._policy.add(entry)
         now = request.accepted_at = time.perf_counter()
         order = self._in_order(now, request)
         finish_s = self._forecast.predict_all_s([self._work_left(other) for other in order])
         index = order.index(request)
         estimates = [
-            DeadlineEstimate(finish, other.task.deadline_at - now)
+            DeadlineEstimate(finish, other.entry.deadline_at - now)
             for other, finish in zip(order[index:], finish_s[index:], strict=True)
             if other.params.deadline_s is not None and other not in can_be_late
         ]
-        company = {other for other in self._by_number.values() if self._came_with(request, other)}
-        queued_work_s = self._queued_work_s(request, company)
-        if refusal := self._judge(request, queued_work_s, solo_s, estimates, bool(company)):
-            self._policy.drop(task)
+        batch_fill = {
+            other for other in self._by_number.values() if self._are_siblings(request, other)
+        }
+        queued_work_s = self._queued_work_s(request, batch_fill)
+        if rejection := self._judge(request, queued_work_s, solo_s, estimates, bool(batch_fill)):
+            self._policy.drop(entry)
             del self._by_number[request.number]
-            error = self._overloaded(request, refusal, queued_work_s, solo_s)
-            self._refuse(request, refusal.reason, error)
+            error = self._overloaded(request, rejection, queued_work_s, solo_s)
+            self._reject(request, rejection.reason, error)
             return
         self._note(request.number, "queued")
         self._waiting.append(request)
-        self._load_tracker.accepted(now, solo_s, task.background)
+        self._load_tracker.accepted(now, solo_s, entry.low_priority)
         request.predicted_s = finish_s[index]
         before = sum(other.job is None for other in order[:index])
         self._emit(request, Queued(before, request.predicted_s))
 
-    def _came_with(self, request: Request, other: Request) -> bool:
+    def _are_siblings(self, request: Request, other: Request) -> bool:
         order = request.context.order
         return other is not request and bool(order) and other.context.order == order
 
-    def _queued_work_s(self, request: Request, company: set[Request]) -> float:
+    def _queued_work_s(self, request: Request, batch_fill: set[Request]) -> float:
         """Seconds of the work that it finds, without what came with it."""
         queued_work_s = sum(
-            other.task.remaining_s
+            other.entry.remaining_s
             for other in self._by_number.values()
-            if other.task.background <= request.task.background
+            if other.entry.low_priority <= request.entry.low_priority
             and other is not request
-            and other not in company
+            and other not in batch_fill
         )
         return queued_work_s / self._load_tracker.throughput()
 
@@ -534,32 +535,34 @@ class Engine:
         queued_work_s: float,
         solo_s: float,
         estimates: list[DeadlineEstimate],
-        in_company: bool,
-    ) -> Refusal | None:
+        has_siblings: bool,
+    ) -> Rejection | None:
         """``estimates`` of requests that name a deadline: its own first, then those it delays."""
         context, deadline_s = request.context, request.params.deadline_s
-        if request.task.background:
+        if request.entry.low_priority:
             # It has time until it is given up; half of that, for those who come again.
             limit_s = self._config.limits.max_deadline_s / RESERVE
-            return judge(queued_work_s, limit_s, context)
+            return decide_admission(queued_work_s, limit_s, context)
         own = None if deadline_s is None else Deadline(deadline_s, solo_s, estimates.pop(0))
-        return judge(queued_work_s, self._config.max_backlog_s, context, own, estimates, in_company)
+        return decide_admission(
+            queued_work_s, self._config.max_backlog_s, context, own, estimates, has_siblings
+        )
 
     def _overloaded(
-        self, request: Request, refusal: Refusal, queued_work_s: float, solo_s: float
+        self, request: Request, rejection: Rejection, queued_work_s: float, solo_s: float
     ) -> Overloaded:
         deadline_s, reserved_s = request.params.deadline_s, request.context.reserved_s
         waiting = f"about {queued_work_s:.1f} s of work are waiting"
-        if reserved_s and refusal.cause in ("backlog", "promised"):
+        if reserved_s and rejection.cause in ("backlog", "reserved"):
             waiting += f", {reserved_s:.1f} s are promised to others who were told to come again"
-        match refusal.cause:
+        match rejection.cause:
             case "backlog":
                 why = f"{waiting}, and more is not taken in."
-            case "late" | "promised":
+            case "late" | "reserved":
                 why = (
                     f"{waiting}, and it cannot be done within {deadline_s:g} s, as deadline_s says."
                 )
-            case "company":
+            case "siblings":
                 why = (
                     f"its pictures cannot all be done within {deadline_s:g} s, as deadline_s says; "
                     "ask for fewer at a time, or allow more."
@@ -568,14 +571,14 @@ class Engine:
                 why = f"{waiting}, and it would make another request miss its deadline."
         return Overloaded(
             why,
-            "deadline_s" if refusal.reason == "deadline" else None,
-            retry_after_s=max(1.0, refusal.excess_s),
+            "deadline_s" if rejection.reason == "deadline" else None,
+            retry_after_s=max(1.0, rejection.excess_s),
             work_s=solo_s / self._load_tracker.throughput(),
         )
 
-    def _refuse(self, request: Request, reason: Reason, error: DiffusionServeError) -> None:
-        self._note(request.number, "refused")
-        self._metrics.refused(reason)
+    def _reject(self, request: Request, reason: Reason, error: DiffusionServeError) -> None:
+        self._note(request.number, "rejected")
+        self._metrics.rejected(reason)
         self._emit(request, Failed(error))
 
     def _locate(self, number: int) -> None:
@@ -600,9 +603,9 @@ class Engine:
     def _in_order(self, now: float, request: Request) -> list[Request]:
         """Who goes before whom, of those that this one can see: the background sees all."""
         return [
-            self._by_number[task.request]
-            for task in self._policy.order(now)
-            if task.background <= request.task.background
+            self._by_number[entry.request]
+            for entry in self._policy.order(now)
+            if entry.low_priority <= request.entry.low_priority
         ]
 
     def _work_left(self, request: Request) -> Work:
@@ -639,28 +642,30 @@ class Engine:
         most = 1 if self._certificate.sharing == "alone" else self._config.max_running
         while self._waiting and len(self._running) < most:
             now = time.perf_counter()
-            by_task = {request.task: request for request in self._waiting}
-            background = sum(request.task.background for request in self._running)
-            if background >= max(1, most // 2):
+            by_entry = {request.entry: request for request in self._waiting}
+            low_priority = sum(request.entry.low_priority for request in self._running)
+            if low_priority >= max(1, most // 2):
                 # Those of the background keep their places for as long as others leave no time.
-                by_task = {task: one for task, one in by_task.items() if not task.background}
+                by_entry = {entry: one for entry, one in by_entry.items() if not entry.low_priority}
             if len(self._running) >= most - most // 8:
                 # The last places are for those that can be on time: the late may stay for long.
-                by_task = {
-                    task: one for task, one in by_task.items() if not (task.late or task.background)
+                by_entry = {
+                    entry: one
+                    for entry, one in by_entry.items()
+                    if not (entry.late or entry.low_priority)
                 }
-            if not by_task:
+            if not by_entry:
                 return
-            request = by_task[self._policy.first(list(by_task), now)]
+            request = by_entry[self._policy.first(list(by_entry), now)]
             self._waiting.remove(request)
             self._running.append(request)
             self._note(request.number, "started")
             request.started_at = now
             self._trace(request)
-            request.job = Job(functools.partial(self._paint, request))
+            request.job = Job(functools.partial(self._generate, request))
             self._resume(request, request.job.start)
 
-    def _paint(self, request: Request) -> Tensor:
+    def _generate(self, request: Request) -> Tensor:
         previews_due = set(request.params.preview_steps)
 
         def on_step(done: int, total: int) -> None:
@@ -682,7 +687,7 @@ class Engine:
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
         watch = on_latents if previews_due else None
-        return self._pipeline.paint(
+        return self._pipeline.generate(
             request.params, on_step, on_latents=watch, prompt_cache=self._prompts
         )[0]
 
@@ -694,7 +699,7 @@ class Engine:
             return
         chosen = self._policy.choose(now, self._cap)
         self._stage_s = 0.0
-        batch = [self._by_number[task.request] for task in chosen]
+        batch = [self._by_number[entry.request] for entry in chosen]
         for request, outcome in zip(batch, self._denoise(batch), strict=True):
             assert request.job is not None
             if isinstance(outcome, Exception):
@@ -716,15 +721,15 @@ class Engine:
         for half a decoding holds much memory. The background waits until nobody else can go on.
         """
         parked = [request for request in self._running if request not in self._waiting_for_memory]
-        if any(not request.task.background for request in parked):
-            parked = [request for request in parked if not request.task.background]
+        if any(not request.entry.low_priority for request in parked):
+            parked = [request for request in parked if not request.entry.low_priority]
         at_stage = [request for request in self._at_stage if request in parked]
-        by_task = {request.task: request for request in at_stage if request.steps_left}
-        if by_task:
-            return by_task[self._policy.first(list(by_task), now)]
+        by_entry = {request.entry: request for request in at_stage if request.steps_left}
+        if by_entry:
+            return by_entry[self._policy.first(list(by_entry), now)]
         if not at_stage:
             return None
-        request = min(at_stage, key=lambda request: request.task.turn)
+        request = min(at_stage, key=lambda request: request.entry.turn)
         stage_s = self._predict_stage(request)
         fits = not self._stage_s or self._stage_s + stage_s <= self._call_s
         return request if fits or len(parked) == len(at_stage) else None
@@ -783,8 +788,8 @@ class Engine:
         finally:
             self._called_at = time.perf_counter()
 
-    def _cap(self, task: Task, within_s: float) -> int:
-        request = self._by_number[task.request]
+    def _cap(self, entry: QueueEntry, within_s: float) -> int:
+        request = self._by_number[entry.request]
         cap = self._cost.cap(request.size, request.rows, within_s)
         return largest_bucket(cap) if self._speed.compile else cap
 
@@ -816,7 +821,7 @@ class Engine:
 
     def _forward(self, batch: Sequence[Request]) -> list[Any]:
         """One denoiser call and each request's share of what it returns."""
-        self._ticks += 1
+        self._denoiser_calls += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
         self._call_s = self._cost.predict_call(size, rows)
         solo_s = sum(self._cost.predict_call(size, request.rows) for request in batch)
@@ -881,9 +886,9 @@ class Engine:
                 decode_s=now - request.denoised_at,
                 ended_at=now,
             )
-            self._metrics.painted(request.size)
-            if not request.task.background:
-                in_time = now <= request.task.deadline_at
+            self._metrics.generated(request.size)
+            if not request.entry.low_priority:
+                in_time = now <= request.entry.deadline_at
                 self._metrics.due(in_time, request.params.deadline_s is not None)
             self._end(request, "completed", Completed(result))
 
@@ -896,14 +901,14 @@ class Engine:
             request.encode_s,
             request.non_denoiser_s,
         )
-        if request.task.background:
+        if request.entry.low_priority:
             return  # its end was up to the others
         error = self._forecast.observe(request.predicted_s, took_s)
         if error is not None:
             self._metrics.forecast_off(error)
 
     def _park(self, request: Request, call: Call) -> None:
-        task = request.task
+        entry = request.entry
         if call.site not in self._pipeline.denoisers:
             request.mergeable = None
             self._update_remaining(request)
@@ -919,17 +924,17 @@ class Engine:
         if request.mergeable is not None:
             request.rows = float(request.mergeable.length)
         key = request.mergeable.key if request.mergeable else None
-        task.key = None if key is None else (key, request.params.lora)
-        task.step_s = self._cost.predict_call(request.size, request.rows)
+        entry.key = None if key is None else (key, request.params.lora)
+        entry.step_s = self._cost.predict_call(request.size, request.rows)
         self._update_remaining(request)
-        self._policy.park(task)
+        self._policy.park(entry)
 
     def _update_remaining(self, request: Request) -> None:
         """Less of it is left than there was."""
-        task = request.task
-        before_s, task.remaining_s = task.remaining_s, self._predict_remaining(request)
+        entry = request.entry
+        before_s, entry.remaining_s = entry.remaining_s, self._predict_remaining(request)
         now = time.perf_counter()
-        self._load_tracker.update_remaining(now, before_s, task.remaining_s, task.background)
+        self._load_tracker.update_remaining(now, before_s, entry.remaining_s, entry.low_priority)
 
     def _predict_remaining(self, request: Request) -> float:
         """Seconds from here to its end, alone on the device."""
@@ -971,10 +976,10 @@ class Engine:
         # Whoever submitted it may keep its callback for long, and with it all that hangs here.
         request.job = None
         request.mergeable = None
-        self._policy.drop(request.task)
+        self._policy.drop(request.entry)
         del self._by_number[request.number]
         self._load_tracker.ended(
-            time.perf_counter(), request.task.remaining_s, request.task.background
+            time.perf_counter(), request.entry.remaining_s, request.entry.low_priority
         )
         self._trace(request)
         self._emit(request, event)
@@ -986,7 +991,7 @@ class Engine:
             self._park(request, request.call)
 
     def _note(self, number: int, what: Any) -> None:
-        self._log.append(LogEntry(self._ticks, number, what))
+        self._log.append(LogEntry(self._denoiser_calls, number, what))
 
     def _trace(self, request: Request) -> None:
         if request.context.trace:

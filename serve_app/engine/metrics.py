@@ -29,7 +29,7 @@ from serve_app.metrics import (
     OUT_OF_MEMORY,
     PIXELS,
     PREVIEWS,
-    REFUSALS,
+    REJECTIONS,
     SHARING,
     SHARING_DIFFERENCE,
     STALL,
@@ -74,7 +74,7 @@ class EngineMetrics:
         self._previews = PREVIEWS.labels(model)
         self._lora_switches = LORA_SWITCHES.labels(model)
         self._out_of_memory = OUT_OF_MEMORY.labels(model)
-        self._refusals = {reason: REFUSALS.labels(model, reason) for reason in get_args(Reason)}
+        self._rejections = {reason: REJECTIONS.labels(model, reason) for reason in get_args(Reason)}
         self._deadlines = {
             (kept, named): DEADLINES.labels(
                 model, "met" if kept else "missed", "client" if named else "server"
@@ -146,10 +146,10 @@ class EngineMetrics:
         if seconds > STALL_S:
             self._stall.observe(seconds)
 
-    def refused(self, reason: Reason) -> None:
-        self._refusals[reason].inc()
+    def rejected(self, reason: Reason) -> None:
+        self._rejections[reason].inc()
 
-    def painted(self, size: tuple[int, int]) -> None:
+    def generated(self, size: tuple[int, int]) -> None:
         self._images(size_label(*size)).inc()
         self._pixels.inc(size[0] * size[1])
 

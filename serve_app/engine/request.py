@@ -9,7 +9,7 @@ from torch import Tensor
 from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.scheduling.cost import Size
-from serve_app.engine.scheduling.policies import Task
+from serve_app.engine.scheduling.policies import QueueEntry
 from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
 
@@ -27,7 +27,7 @@ class Request:
     on_event: EventCallback
     submitted_at: float
     """When it came here."""
-    task: Task
+    entry: QueueEntry
     waited_s: float = 0.0
     """On its way here, by the clocks of two machines: for its deadline, and nothing else."""
     accepted_at: float = 0.0

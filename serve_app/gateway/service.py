@@ -25,7 +25,7 @@ from serve_app.gateway.schemas import (
     Kind,
     Usage,
 )
-from serve_app.metrics import REFUSALS
+from serve_app.metrics import REJECTIONS
 from serve_app.protocol.backend import GenerationBackend, GenerationEvent
 from serve_app.protocol.images import EncodedImage
 from serve_app.protocol.params import (
@@ -84,7 +84,7 @@ class ImageService:
         self._config = config
         self._limits = config.engine.limits
         self._backend = backend
-        self._queue_full = REFUSALS.labels(config.model.id, "queue")
+        self._queue_full = REJECTIONS.labels(config.model.id, "queue")
         self._reservations: dict[Priority, RetryReservations] = {
             "interactive": RetryReservations(),
             "batch": RetryReservations(),

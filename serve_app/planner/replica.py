@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import Throughput
-from serve_app.engine.scheduling.policies import RankedPolicy, Task
+from serve_app.engine.scheduling.policies import QueueEntry, RankedPolicy
 from serve_app.planner.trace import Kind
 
 
@@ -38,7 +38,7 @@ def costs(model: CostModel, kinds: Sequence[Kind]) -> dict[Kind, Cost]:
 
 
 class SimulatedRequest:
-    __slots__ = ("at_s", "cost", "deadline_at", "kind", "steps_left", "task")
+    __slots__ = ("at_s", "cost", "deadline_at", "entry", "kind", "steps_left")
 
     def __init__(self, at_s: float, kind: Kind, cost: Cost, slo_scale: float, number: int) -> None:
         self.at_s = at_s
@@ -46,12 +46,14 @@ class SimulatedRequest:
         self.cost = cost
         self.deadline_at = at_s + slo_scale * cost.solo_s
         self.steps_left = kind.steps
-        self.task = Task(number, self.deadline_at, cost.solo_s, key=kind.size)
+        self.entry = QueueEntry(number, self.deadline_at, cost.solo_s, key=kind.size)
 
     def restart(self) -> None:
         """Start from the beginning after the loss of a replica, with the same deadline."""
         self.steps_left = self.kind.steps
-        self.task = Task(self.task.request, self.deadline_at, self.cost.solo_s, key=self.kind.size)
+        self.entry = QueueEntry(
+            self.entry.request, self.deadline_at, self.cost.solo_s, key=self.kind.size
+        )
 
 
 class SimulatedReplica:
@@ -74,7 +76,7 @@ class SimulatedReplica:
         self.work_s = 0.0
         """Solo seconds of the accepted requests, updated at the end of the running steps."""
         self.throughput = Throughput()
-        self.batch: list[Task] = []
+        self.batch: list[QueueEntry] = []
         self.begins_at = 0.0
         self.steps = 0
         self.step_s = 0.0

@@ -18,7 +18,7 @@ from itertools import count
 from random import Random
 
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.policies import RankedPolicy, Task
+from serve_app.engine.scheduling.policies import QueueEntry, RankedPolicy
 from serve_app.planner.cluster import ClusterParams, Outcome, Sample
 from serve_app.planner.replica import SimulatedReplica, SimulatedRequest, costs
 from serve_app.planner.scalers import ClusterView, Scaler
@@ -149,10 +149,10 @@ class Simulator:
         return min(drawn, key=lambda replica: replica.backlog_s(now))
 
     def _accept(self, replica: SimulatedReplica, request: SimulatedRequest, now: float) -> None:
-        task = request.task
-        replica.by_number[task.request] = request
+        entry = request.entry
+        replica.by_number[entry.request] = request
         replica.work_s += request.cost.solo_s
-        replica.policy.add(task)
+        replica.policy.add(entry)
         if replica.running < self._params.max_running:
             replica.running += 1
             self._park(replica, request)
@@ -168,9 +168,9 @@ class Simulator:
                 self._schedule_end(replica)
 
     def _park(self, replica: SimulatedReplica, request: SimulatedRequest) -> None:
-        task, step_s = request.task, request.cost.step_s[0]
-        task.step_s = step_s * min(request.steps_left, max(1, int(LEAP_S / step_s)))
-        replica.policy.park(task)
+        entry, step_s = request.entry, request.cost.step_s[0]
+        entry.step_s = step_s * min(request.steps_left, max(1, int(LEAP_S / step_s)))
+        replica.policy.park(entry)
 
     def _begin_steps(self, replica: SimulatedReplica, now: float) -> None:
         chosen = replica.policy.choose(now, self._cap_of(replica))
@@ -179,8 +179,8 @@ class Simulator:
         cost = leader.cost
         steps = max(1, int(LEAP_S / cost.step_s[0]))
         extra_s = 0.0
-        for task in chosen:
-            request = by_number[task.request]
+        for entry in chosen:
+            request = by_number[entry.request]
             if request.steps_left < steps:
                 steps = request.steps_left
             if request.steps_left == request.kind.steps:
@@ -198,14 +198,14 @@ class Simulator:
         steps = replica.steps
         end_at = replica.begins_at + replica.extra_s + steps * replica.step_s
         by_number = replica.by_number
-        for task in replica.batch:
-            request = by_number[task.request]
+        for entry in replica.batch:
+            request = by_number[entry.request]
             if request.steps_left == steps:
                 end_at += request.cost.after_s
         heapq.heappush(self._events, (end_at, next(self._order), replica.turn, replica))
 
-    def _cap_of(self, replica: SimulatedReplica) -> Callable[[Task, float], int]:
-        def cap(leader: Task, within_s: float) -> int:
+    def _cap_of(self, replica: SimulatedReplica) -> Callable[[QueueEntry, float], int]:
+        def cap(leader: QueueEntry, within_s: float) -> int:
             request = replica.by_number[leader.request]
             cost = request.cost
             most = cost.cap
@@ -225,29 +225,29 @@ class Simulator:
         step_s = steps * replica.step_s
         replica.throughput.called(step_s + steps * replica.saved_s, step_s)
         replica.throughput.busy(now - replica.begins_at)
-        for task in batch:
-            request = by_number[task.request]
+        for entry in batch:
+            request = by_number[entry.request]
             cost = request.cost
             done_s = steps * cost.step_s[0]
             if request.steps_left == request.kind.steps:
                 done_s += cost.before_s
             request.steps_left -= steps
             if request.steps_left:
-                task.remaining_s -= done_s
+                entry.remaining_s -= done_s
                 replica.work_s -= done_s
                 self._park(replica, request)
                 continue
-            replica.work_s -= task.remaining_s
-            replica.policy.drop(task)
-            del by_number[task.request]
+            replica.work_s -= entry.remaining_s
+            replica.policy.drop(entry)
+            del by_number[entry.request]
             self._outstanding -= 1
             outcome = self._outcome
             outcome.waits_s.append(now - request.at_s)
             if now <= request.deadline_at:
                 outcome.on_time += 1
             if replica.waiting:
-                tasks = {one.task: one for one in replica.waiting}
-                chosen = tasks[replica.policy.first(list(tasks), now)]
+                entries = {one.entry: one for one in replica.waiting}
+                chosen = entries[replica.policy.first(list(entries), now)]
                 replica.waiting.remove(chosen)
                 self._park(replica, chosen)
             else:

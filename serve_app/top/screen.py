@@ -23,7 +23,7 @@ from serve_app.metrics import (
     IMAGES,
     OPEN_REQUESTS,
     OUT_OF_MEMORY,
-    REFUSALS,
+    REJECTIONS,
     REPLICAS,
     REQUEST,
     REQUEST_PART,
@@ -266,7 +266,7 @@ def frame(
         ("Generated", _generated(snapshot)),
         ("Wait", _waits(snapshot)),
         ("SLO", _slo(snapshot)),
-        ("Rejected", _rates(snapshot, "reason", REFUSALS)),
+        ("Rejected", _rates(snapshot, "reason", REJECTIONS)),
         ("Cancelled", _cancelled(snapshot)),
     ):
         parts.add_row(name, text)

@@ -186,7 +186,7 @@ def simulated(
 
 def agreement(one: Curve, other: Curve, until_s: float) -> dict[str, Any]:
     """How far two curves are apart: mean absolute differences, and when what happened in each."""
-    grid = [tick / 2 for tick in range(int(2 * until_s))]
+    grid = [denoiser_call / 2 for denoiser_call in range(int(2 * until_s))]
     apart = {
         f"{name}_mean_absolute_difference": statistics.mean(
             abs(one.value(name, at) - other.value(name, at)) for at in grid

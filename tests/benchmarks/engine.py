@@ -99,7 +99,7 @@ def seconds_alone(pipeline: LoadedPipeline, kind: Kind) -> float:
     taken = []
     for seed in range(repeats + 1):
         started_at = time.perf_counter()
-        pipeline.paint(kind.params(seed)).cpu()
+        pipeline.generate(kind.params(seed)).cpu()
         taken.append(time.perf_counter() - started_at)
     return statistics.median(taken[1:])
 
@@ -233,7 +233,7 @@ def main(
             f"{solo_s[one]:.2f} s alone"
         )
 
-    def engine_with(scheduling: str, kinds: list[Kind], keep_pictures: bool = False) -> Way:
+    def engine_with(scheduling: str, kinds: list[Kind], keep_images: bool = False) -> Way:
         config = EngineConfig.model_validate(
             {
                 "scheduling": scheduling,
@@ -244,7 +244,7 @@ def main(
                 "profile_path": str(Path(folder) / "profile.json"),
             }
         )
-        return with_engine(pipeline, model_config, config, keep_pictures)
+        return with_engine(pipeline, model_config, config, keep_images)
 
     rows: list[Row] = []
     reports: list[dict[str, Any]] = []
@@ -252,7 +252,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for scale, steps in AT_ONCE if waiting else ():
             one = scaled_kind(pipeline, scale, steps)
-            serve = engine_with("fifo", [one], keep_pictures=True)
+            serve = engine_with("fifo", [one], keep_images=True)
             saturated.append(saturate(pipeline, serve, one, waiting))
         ways = {
             "one at a time": with_stock_pipeline(pipeline, 1),

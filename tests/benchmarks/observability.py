@@ -198,7 +198,7 @@ def median_between(values: Sequence[float]) -> tuple[float, float]:
     return ordered[max(0, low - 1)], ordered[min(count - 1, high)]
 
 
-def _paint(engine: Engine, load: Load, way: Way) -> tuple[float, float]:
+def _generate(engine: Engine, load: Load, way: Way) -> tuple[float, float]:
     """Wall and processor seconds of one block."""
     requests = [
         GenerationParams("a red circle", seed, num_inference_steps=load.steps)
@@ -219,10 +219,10 @@ def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> li
     """Every way once in each round, after a block that does not count."""
     draw = random.Random(0)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    _paint(engine, load, ways[next(iter(ways))])
+    _generate(engine, load, ways[next(iter(ways))])
     for _ in range(rounds * load.blocks):
         for name in draw.sample(list(ways), len(ways)):
-            taken[name].append(_paint(engine, load, ways[name]))
+            taken[name].append(_generate(engine, load, ways[name]))
     plain = taken[next(iter(ways))]
     rows = []
     for name, blocks in taken.items():
@@ -290,14 +290,14 @@ def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
 
     With the trace of one picture in twenty steps, if it is traced.
     """
-    picture = GenerationParams("a red circle", 1, width=64, height=64, num_inference_steps=20)
+    image = GenerationParams("a red circle", 1, width=64, height=64, num_inference_steps=20)
     steps = tuple(Step(0.01 * number, 16) for number in range(20))
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         record = record_of(scope)
         if record.sampled:
-            record.images = (picture,)
-            record.timelines[picture.seed] = Timeline((0.0, 0.0, 0.2, 0.0), steps)
+            record.images = (image,)
+            record.timelines[image.seed] = Timeline((0.0, 0.0, 0.2, 0.0), steps)
         record.timings = Timings.of((0.0, 0.0, 1.0, 0.0, 0.0))
         record.complete()
 

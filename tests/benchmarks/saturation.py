@@ -44,13 +44,13 @@ def psnr(one: Tensor, two: Tensor) -> float:
 def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> Saturated:
     """``serve`` must keep the pictures. The first round, of a few steps, warms up."""
     short = replace(kind, steps=WARM_UP_STEPS)
-    pipeline.paint(short.params(0)).cpu()
+    pipeline.generate(short.params(0)).cpu()
     started_at = time.perf_counter()
-    alone = [pipeline.paint(kind.params(seed))[0].cpu() for seed in range(waiting)]
+    alone = [pipeline.generate(kind.params(seed))[0].cpu() for seed in range(waiting)]
     solo_s = time.perf_counter() - started_at
     serve([Arrival(0.0, short, seed) for seed in range(waiting)])
     served = serve([Arrival(0.0, kind, seed) for seed in range(waiting)])
-    together = [served.pictures[seed] for seed in range(waiting)]
+    together = [served.images[seed] for seed in range(waiting)]
     latencies = [outcome.latency_s for outcome in served.outcomes if outcome.latency_s is not None]
     assert served.report is not None
     return Saturated(

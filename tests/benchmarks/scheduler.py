@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from serve_app.engine.scheduling.cost import CostModel, Measurement
-from serve_app.engine.scheduling.policies import POLICIES, Task
+from serve_app.engine.scheduling.policies import POLICIES, QueueEntry
 
 SIZES = [(512, 512), (768, 768), (1024, 1024), (1536, 1536)]
 
@@ -27,14 +27,14 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
         cost.measured(size, Measurement(call_s, encode_s=0.01, decode_s=0.05))
     now = 0.0
 
-    def new(number: int) -> Task:
+    def new(number: int) -> QueueEntry:
         size = rng.choice(SIZES)
         solo_s = 20 * cost.predict_call(size)
         deadline_at = now + rng.uniform(0, 2 * requests) * solo_s
-        task = Task(number, deadline_at, solo_s, size, solo_s / 20)
-        policy.add(task)
-        policy.park(task)
-        return task
+        entry = QueueEntry(number, deadline_at, solo_s, size, solo_s / 20)
+        policy.add(entry)
+        policy.park(entry)
+        return entry
 
     for number in range(requests):
         new(number)
@@ -42,19 +42,19 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
     number, changed = requests, True
     for _ in range(count):
         started_at = time.perf_counter()
-        chosen = policy.choose(now, lambda task, within_s: cost.cap(task.key, 1.0, within_s))
+        chosen = policy.choose(now, lambda entry, within_s: cost.cap(entry.key, 1.0, within_s))
         (after_changes if changed else others).append(time.perf_counter() - started_at)
         now += chosen[0].step_s
         changed = False
-        for task in chosen:
+        for entry in chosen:
             if rng.random() < 0.05:
-                policy.drop(task)
+                policy.drop(entry)
                 new(number)
                 number += 1
                 changed = True
             else:
-                task.remaining_s = max(task.step_s, task.remaining_s - task.step_s)
-                policy.park(task)
+                entry.remaining_s = max(entry.step_s, entry.remaining_s - entry.step_s)
+                policy.park(entry)
     return after_changes, others
 
 

@@ -157,7 +157,7 @@ def soak(minutes: float, callers: int, seed: int) -> Report:
         adapter = str(Path(folder) / ADAPTER_FILE)
         model = ModelConfig(id="demo", device="cpu", loras={"ink": adapter})
         pipeline = LoadedPipeline.load(model)
-    known = [(params, pipeline.paint(params)) for params in requests()]
+    known = [(params, pipeline.generate(params)) for params in requests()]
     report = Report()
     with Engine(pipeline, model, EngineConfig(max_running=callers)) as engine:
         break_now_and_then(pipeline, Random(seed))
@@ -185,9 +185,9 @@ def soak(minutes: float, callers: int, seed: int) -> Report:
     typer.echo(
         f"{minutes:g} minutes, {callers} callers: {report.ends.total()} requests, "
         f"{report.ends['completed']} completed, {report.ends['cancelled']} cancelled, "
-        f"{report.ends['failed']} failed by injected errors; {stats.steps} steps in {stats.ticks} "
-        f"denoiser calls; largest difference from alone {report.worst_difference:.1e}; resident "
-        f"memory {early_mib:.0f} MiB after a fifth, {late_mib:.0f} MiB at the end"
+        f"{report.ends['failed']} failed by injected errors; {stats.steps} steps in "
+        f"{stats.denoiser_calls} denoiser calls; largest difference from alone "
+        f"{report.worst_difference:.1e}; resident memory {early_mib:.0f} MiB after a fifth, {late_mib:.0f} MiB at the end"
     )
     return report
 

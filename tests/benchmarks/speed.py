@@ -102,7 +102,7 @@ def record_calls(pipeline: LoadedPipeline, params: GenerationParams) -> dict[int
             calls.setdefault(batch, arguments)
 
         handle = _denoiser(pipeline).register_forward_pre_hook(keep, with_kwargs=True)
-        pipeline.paint(params, images=batch)
+        pipeline.generate(params, images=batch)
         handle.remove()
     return calls
 
@@ -122,7 +122,7 @@ class Subject:
 
     pipeline: LoadedPipeline
     calls: dict[int, Arguments]
-    picture: Tensor
+    image: Tensor
     denoiser_mib: float
     device_mib: float
 
@@ -130,12 +130,12 @@ class Subject:
     def load(cls, config: ModelConfig, params: GenerationParams) -> "Subject":
         pipeline = LoadedPipeline.load(config)
         calls = record_calls(pipeline, replace(params, num_inference_steps=2))
-        picture = pipeline.paint(params).cpu()
+        image = pipeline.generate(params).cpu()
         parts = pipeline._pipeline.components.values()
         networks = [part for part in parts if isinstance(part, nn.Module)]
         denoiser_mib = weight_bytes([_denoiser(pipeline)]) / 2**20
         device_mib = weight_bytes(networks, pipeline.device) / 2**20
-        return cls(pipeline, calls, picture, denoiser_mib, device_mib)
+        return cls(pipeline, calls, image, denoiser_mib, device_mib)
 
 
 def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> Row:
@@ -156,8 +156,8 @@ def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> R
         call_s={batch: statistics.median(values[1:]) for batch, values in call_s.items()},
         without_s={batch: statistics.median(values[1:]) for batch, values in without_s.items()},
         ratio={batch: statistics.median(values) for batch, values in ratios.items()},
-        largest_difference=float((subject.picture - baseline.picture).abs().max()),
-        psnr_db=psnr(subject.picture, baseline.picture),
+        largest_difference=float((subject.image - baseline.image).abs().max()),
+        psnr_db=psnr(subject.image, baseline.image),
         denoiser_mib=subject.denoiser_mib,
         device_mib=subject.device_mib,
     )

@@ -66,13 +66,13 @@ def test_the_calls_that_are_timed_are_those_that_ran(demo_pipeline: LoadedPipeli
 
 
 def test_a_trace_is_served_and_reported(demo_pipeline: LoadedPipeline) -> None:
-    serve = with_engine(demo_pipeline, DEMO, FIFO, keep_pictures=True)
+    serve = with_engine(demo_pipeline, DEMO, FIFO, keep_images=True)
     served = serve([Arrival(0.0, KIND, seed) for seed in range(3)])
     assert served.report is not None
     assert served.report.efficiency > 0
-    assert sorted(served.pictures) == [0, 1, 2]
-    for seed, picture in served.pictures.items():
-        assert psnr(demo_pipeline.paint(KIND.params(seed))[0], picture) > 60
+    assert sorted(served.images) == [0, 1, 2]
+    for seed, image in served.images.items():
+        assert psnr(demo_pipeline.generate(KIND.params(seed))[0], image) > 60
 
 
 def test_psnr() -> None:

@@ -150,16 +150,16 @@ def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
                 kind = waiting[0][1].kind
                 batch = [item for item in waiting if item[1].kind == kind][:max_batch]
                 waiting = [item for item in waiting if item not in batch]
-                paint(batch)
+                generate(batch)
 
-        def paint(batch: list[tuple[int, Arrival]]) -> None:
+        def generate(batch: list[tuple[int, Arrival]]) -> None:
             """What does not fit into memory is tried by halves; one that fails alone has failed."""
             try:
-                paint_whole(pipeline, [arrival for _, arrival in batch])
+                generate_whole(pipeline, [arrival for _, arrival in batch])
             except RuntimeError:
                 half = len(batch) // 2
                 for part in (batch[:half], batch[half:]) if half else ():
-                    paint(part)
+                    generate(part)
                 return
             for number, _ in batch:
                 ended_at[number] = time.perf_counter()
@@ -174,7 +174,7 @@ def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
     return serve
 
 
-def paint_whole(pipeline: LoadedPipeline, batch: list[Arrival]) -> None:
+def generate_whole(pipeline: LoadedPipeline, batch: list[Arrival]) -> None:
     """The stock call, on a list of prompts."""
     params = [arrival.kind.params(arrival.seed) for arrival in batch]
     pipeline._pipeline.set_progress_bar_config(disable=True)
@@ -193,7 +193,7 @@ def with_engine(
     pipeline: LoadedPipeline,
     model: ModelConfig,
     config: EngineConfig,
-    keep_pictures: bool = False,
+    keep_images: bool = False,
 ) -> Way:
     """A new engine for each trace, which refuses nobody: no other way here does."""
     config = config.model_copy(update={"max_backlog_s": math.inf})
@@ -211,7 +211,7 @@ def with_engine(
                 if isinstance(event, Completed):
                     pixels = event.result.pixels.cpu()  # in hand, not only asked for
                     ended_at[number] = time.perf_counter()
-                    if keep_pictures:
+                    if keep_images:
                         pictures[arrivals[number].seed] = pixels
                 spans.append((sent_at[number], time.perf_counter()))
 

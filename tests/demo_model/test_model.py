@@ -28,19 +28,19 @@ def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
     ]
 
 
-def test_it_paints_what_held_out_prompts_say(report: Callable[[str], None]) -> None:
-    painted = generate_held_out(
+def test_it_generates_what_held_out_prompts_say(report: Callable[[str], None]) -> None:
+    generated = generate_held_out(
         DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR), pairs=128, steps=20
     )
-    share = accuracy(painted)
+    share = accuracy(generated)
     shares = ", ".join(f"{part} {value:.1%}" for part, value in share.items())
-    report(f"demo model, {len(painted)} held-out prompts at 20 steps: {shares}")
+    report(f"demo model, {len(generated)} held-out prompts at 20 steps: {shares}")
     assert share["color"] >= 0.95
     assert share["background"] >= 0.95
     assert share["shape"] >= 0.90
 
 
-def _paint(pipeline: LoadedPipeline, **options: object) -> NDArray[np.uint8]:
+def _generate(pipeline: LoadedPipeline, **options: object) -> NDArray[np.uint8]:
     defaults: dict[str, object] = {
         "prompt": "a red circle on a blue background",
         "seed": 1,
@@ -48,7 +48,7 @@ def _paint(pipeline: LoadedPipeline, **options: object) -> NDArray[np.uint8]:
         "height": 64,
         "num_inference_steps": 12,
     }
-    pixels = pipeline.paint(GenerationParams(**(defaults | options)))[0]  # type: ignore[arg-type]
+    pixels = pipeline.generate(GenerationParams(**(defaults | options)))[0]  # type: ignore[arg-type]
     return (pixels.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
 
 
@@ -57,20 +57,20 @@ def _difference(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> float:
 
 
 def test_every_knob_has_a_visible_effect(demo_pipeline: LoadedPipeline) -> None:
-    plain = _paint(demo_pipeline)
-    assert _difference(plain, _paint(demo_pipeline)) == 0
-    assert _difference(plain, _paint(demo_pipeline, seed=2)) > 2
-    assert _difference(plain, _paint(demo_pipeline, guidance_scale=1.0)) > 0.5
-    assert _difference(plain, _paint(demo_pipeline, num_inference_steps=3)) > 0.5
-    assert _difference(plain, _paint(demo_pipeline, negative_prompt="a blue background")) > 2
+    plain = _generate(demo_pipeline)
+    assert _difference(plain, _generate(demo_pipeline)) == 0
+    assert _difference(plain, _generate(demo_pipeline, seed=2)) > 2
+    assert _difference(plain, _generate(demo_pipeline, guidance_scale=1.0)) > 0.5
+    assert _difference(plain, _generate(demo_pipeline, num_inference_steps=3)) > 0.5
+    assert _difference(plain, _generate(demo_pipeline, negative_prompt="a blue background")) > 2
 
 
 def test_all_sizes_from_32_to_128_run(demo_pipeline: LoadedPipeline) -> None:
     sides = list(range(32, 129, 8))
     for width, height in zip(sides, reversed(sides), strict=True):
-        image = _paint(demo_pipeline, width=width, height=height, num_inference_steps=2)
+        image = _generate(demo_pipeline, width=width, height=height, num_inference_steps=2)
         assert image.shape == (height, width, 3)
     for side in (48, 96):
-        seen = read(_paint(demo_pipeline, width=side, height=side, num_inference_steps=20))
+        seen = read(_generate(demo_pipeline, width=side, height=side, num_inference_steps=20))
         assert seen.background == "blue"
         assert [item.color for item in seen.objects] == ["red"]

@@ -26,10 +26,10 @@ QUICK = Recipe(
 CPU = torch.device("cpu")
 
 
-def _paint(folder: Path) -> torch.Tensor:
+def _generate(folder: Path) -> torch.Tensor:
     pipeline = LoadedPipeline.load(ModelConfig(id="quick", path=str(folder), device="cpu"))
     params = GenerationParams("a red circle", 1, width=64, height=64, num_inference_steps=2)
-    return pipeline.paint(params)
+    return pipeline.generate(params)
 
 
 def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
@@ -37,7 +37,7 @@ def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
 ) -> None:
     Trainer(QUICK, tmp_path / "unbroken", CPU, checkpoint_every=2).run(tmp_path / "model")
     assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
-    whole = _paint(tmp_path / "model")
+    whole = _generate(tmp_path / "model")
 
     save = Trainer._save
     for stage in ("vae.pt", "text_encoder.pt", "denoiser.pt"):
@@ -54,6 +54,6 @@ def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
             Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
     monkeypatch.setattr(Trainer, "_save", save)
     Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
-    assert torch.equal(_paint(tmp_path / "again"), whole)
+    assert torch.equal(_generate(tmp_path / "again"), whole)
     with pytest.raises(ConfigError, match="differs in seed"):
         Trainer(replace(QUICK, seed=1), tmp_path / "broken", CPU)

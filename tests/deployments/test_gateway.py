@@ -389,7 +389,7 @@ async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
         assert response.cancelled
 
 
-async def test_waiting_for_a_replica_is_no_part_of_painting() -> None:
+async def test_waiting_for_a_replica_is_no_part_of_generation() -> None:
     """So a start may take longer than a picture may, and so may the next one, if that is lost."""
     answers = [0.2, "queued"]
     backend, _ = backend_of([*answers, "picture"], max_deadline_s=0.1)
@@ -398,7 +398,7 @@ async def test_waiting_for_a_replica_is_no_part_of_painting() -> None:
     assert await generate(backend) == "picture"
 
 
-async def test_who_takes_too_long_to_be_painted_is_given_up() -> None:
+async def test_who_takes_too_long_to_be_generated_is_given_up() -> None:
     """On several replicas together as on one."""
     backend, [response] = backend_of(["queued", None], max_deadline_s=0.05)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):

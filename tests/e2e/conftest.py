@@ -43,7 +43,7 @@ class Server:
     url: str
     ray_address: str
     log: Path
-    first_picture_s: float
+    first_image_s: float
     """From the start of the process to the first finished picture."""
 
 

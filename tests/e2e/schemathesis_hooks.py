@@ -17,7 +17,7 @@ def _file_of(width: int, height: int, mode: str, color: int, kind: str) -> bytes
 
 
 _SIDES = st.sampled_from([1, 7, 64, 100])
-_PICTURES = st.builds(
+_IMAGES = st.builds(
     _file_of,
     _SIDES,
     _SIDES,
@@ -25,6 +25,6 @@ _PICTURES = st.builds(
     st.integers(0, 255),
     st.sampled_from(["png", "webp"]),
 )
-_BROKEN = st.builds(lambda data, end: data[:end], _PICTURES, st.integers(0, 200))
+_BROKEN = st.builds(lambda data, end: data[:end], _IMAGES, st.integers(0, 200))
 
-schemathesis.openapi.format("binary", st.one_of(_PICTURES, _PICTURES, _BROKEN, st.binary()))
+schemathesis.openapi.format("binary", st.one_of(_IMAGES, _IMAGES, _BROKEN, st.binary()))

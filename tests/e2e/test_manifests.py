@@ -18,7 +18,7 @@ pytestmark = pytest.mark.serve
 LOCAL = Path(__file__).parents[2] / "cluster/overlays/local"
 
 
-def test_the_embedded_config_paints() -> None:
+def test_the_embedded_config_generates() -> None:
     config = render(LOCAL).serve
     port = config["http_options"]["port"] = free_port()
     url = f"http://127.0.0.1:{port}"

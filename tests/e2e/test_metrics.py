@@ -84,7 +84,7 @@ def generate(url: str, **body: Any) -> tuple[httpx.Response, float]:
         return response, perf_counter() - started_at
 
 
-def test_a_picture_is_seen_in_the_figures(server: Server) -> None:
+def test_a_image_is_seen_in_the_figures(server: Server) -> None:
     before = scrape(server.url)
     response, _ = generate(server.url, size="96x64", num_inference_steps=7)
     assert response.status_code == 200
@@ -167,7 +167,7 @@ def test_the_parts_of_every_request_are_what_its_client_waits(
     assert statistics.median(off) <= SHARE
 
 
-def test_whoever_scrapes_while_pictures_are_painted_is_answered(
+def test_whoever_scrapes_while_images_are_generated_is_answered(
     server: Server, report: Callable[[str], None]
 ) -> None:
     idle = statistics.median(scrape(server.url).took_s for _ in range(10))

@@ -135,7 +135,7 @@ def running_on(generator: Any) -> int:
     return running
 
 
-def test_a_prompt_becomes_a_picture_before_ones_eyes(open_page: Open, shots: Path) -> None:
+def test_a_prompt_becomes_a_image_before_ones_eyes(open_page: Open, shots: Path) -> None:
     page = ready(open_page())
     page.screenshot(path=shots / "idle.png")
     expect(page.locator("#prompt")).to_be_focused()
@@ -149,9 +149,9 @@ def test_a_prompt_becomes_a_picture_before_ones_eyes(open_page: Open, shots: Pat
     page.screenshot(path=shots / "generating.png")
     preview = image_of(page, ".card.generating")
     expect(page.locator(DONE)).to_have_count(2)
-    picture = image_of(page)
-    assert preview.shape == picture.shape == (64, 64, 3)
-    assert 1 < np.abs(preview - picture).mean() < 40
+    image = image_of(page)
+    assert preview.shape == image.shape == (64, 64, 3)
+    assert 1 < np.abs(preview - image).mean() < 40
     facts = page.locator(".facts").first
     expect(facts).to_contain_text("64 × 64 · 150 steps · seed 11")  # noqa: RUF001
     generate(page, "a large pink star on black")
@@ -194,10 +194,10 @@ def test_cancelling_frees_the_place_and_a_reload_begins_anew(
 def star_on_blue() -> tuple[np.ndarray, Any]:
     """An image with a star on the right, and its file as the browser chooses it."""
     star = SceneObject("star", "red", 0.78, 0.5, 0.2)
-    picture = render(Scene("blue", (star,)), 320, 320)
+    image = render(Scene("blue", (star,)), 320, 320)
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
-    return picture, {"name": "star.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
+    Image.fromarray(image).save(buffer, "png")
+    return image, {"name": "star.png", "mimeType": "image/png", "buffer": buffer.getvalue()}
 
 
 def brushed(page: Page) -> np.ndarray:
@@ -206,7 +206,7 @@ def brushed(page: Page) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data.split(",")[1]))))[..., 3]
 
 
-def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: Path) -> None:
+def test_a_image_is_generated_anew_where_it_is_brushed(open_page: Open, shots: Path) -> None:
     page = ready(open_page())
     source, file = star_on_blue()
     page.set_input_files("#file", file)
@@ -222,10 +222,10 @@ def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: P
     page.fill("#strength", "1")
     generate(page, "a yellow square on white", seed=3)
     expect(page.locator(DONE)).to_have_count(1)
-    picture = image_of(page)
+    image = image_of(page)
     before = np.asarray(Image.fromarray(source).resize((64, 64))).astype(float)
-    assert np.abs(picture - before)[:, 36:].mean() < 15  # kept
-    assert np.abs(picture - before)[:, 4:20].mean() > 40  # generated anew
+    assert np.abs(image - before)[:, 36:].mean() < 15  # kept
+    assert np.abs(image - before)[:, 4:20].mean() > 40  # generated anew
     mask = brushed(page)
     # Without the mask all of it changes, by as much as one says.
     page.get_by_role("button", name="Clear mask").click()
@@ -242,7 +242,7 @@ def test_a_picture_is_painted_anew_where_it_is_brushed(open_page: Open, shots: P
     wait_until(lambda: np.array_equal(brushed(page) > 0, mask > 0), what="the mask")
     page.click("#generate")
     expect(page.locator(DONE)).to_have_count(4)
-    assert np.abs(image_of(page) - picture).max() <= 1
+    assert np.abs(image_of(page) - image).max() <= 1
     page.locator(DONE).nth(1).get_by_role("button", name="Use these").click()
     expect(page.locator("#editor")).to_be_hidden()
     expect(page.locator("#strength-shown")).to_have_text("the model's own")
@@ -277,7 +277,7 @@ def test_a_mask_can_be_brushed_by_keyboard(open_page: Open, shots: Path) -> None
 
 
 @pytest.mark.parametrize("edit", [False, True])
-def test_the_copied_command_paints_the_same_picture(
+def test_the_copied_command_generates_the_same_image(
     open_page: Open, tmp_path: Path, edit: bool
 ) -> None:
     page = ready(open_page(permissions=["clipboard-read", "clipboard-write"]))

@@ -58,7 +58,7 @@ def _stats(generator: Any) -> EngineStats:
     return stats
 
 
-def test_a_picture_shows_what_the_prompt_said(server: Server) -> None:
+def test_a_image_shows_what_the_prompt_said(server: Server) -> None:
     response = _post(server, prompt="a red circle on a blue background", seed=1)
     assert response.status_code == 200, response.text
     image = _decode(response.json()["data"][0]["b64_json"])
@@ -158,19 +158,19 @@ def test_the_openai_client_edits_with_a_mask(server: Server) -> None:
             )
 
         answer = edit(mask=("mask.png", files[1]))
-        painted = np.asarray(_decode(answer.data[0].b64_json).convert("RGB")).astype(float)
+        generated = np.asarray(_decode(answer.data[0].b64_json).convert("RGB")).astype(float)
         streamed = list(edit(mask=("mask.png", files[1]), stream=True, partial_images=1))
         anew = np.asarray(_decode(edit().data[0].b64_json).convert("RGB")).astype(float)
     before = np.asarray(source.resize((64, 64))).astype(float)
-    assert np.abs(painted - before)[:, 40:].mean() < 15  # kept
-    assert np.abs(painted - before)[:, :28].mean() > 40  # painted anew
+    assert np.abs(generated - before)[:, 40:].mean() < 15  # kept
+    assert np.abs(generated - before)[:, :28].mean() > 40  # painted anew
     assert np.abs(anew - before)[:, 40:].mean() > 40
     assert [event.type for event in streamed] == [
         "image_edit.partial_image",
         "image_edit.completed",
     ]
     again = np.asarray(_decode(streamed[-1].b64_json).convert("RGB")).astype(float)
-    assert np.abs(again - painted).max() <= 1
+    assert np.abs(again - generated).max() <= 1
 
 
 def test_the_openai_client_gives_up_and_the_place_is_free(server: Server, generator: Any) -> None:
@@ -214,7 +214,7 @@ def test_no_header_takes_the_servers_time_limit(server: Server) -> None:
     assert response.status_code == 200, response.text
 
 
-def test_a_seed_paints_the_same_picture_whoever_else_paints(server: Server) -> None:
+def test_a_seed_generates_the_same_image_whoever_else_generates(server: Server) -> None:
     body = {"prompt": "a green ring on white", "seed": 7, "num_inference_steps": 6}
     alone = _decode(_post(server, **body).json()["data"][0]["b64_json"])
     with ThreadPoolExecutor(8) as pool:
@@ -262,8 +262,8 @@ def test_hanging_up_frees_the_place_within_one_step(
 ) -> None:
     """Also for clients that tell Serve not to tell of it."""
     before = {entry.request for entry in _stats(generator).log}
-    painted = {"prompt": "a blue star on pink", "seed": 5, "size": "128x128", "stream": stream}
-    body = json.dumps(painted | {"num_inference_steps": 200})
+    generated = {"prompt": "a blue star on pink", "seed": 5, "size": "128x128", "stream": stream}
+    body = json.dumps(generated | {"num_inference_steps": 200})
     address = urlsplit(server.url)
     assert address.hostname is not None
     assert address.port is not None
@@ -285,21 +285,25 @@ def test_hanging_up_frees_the_place_within_one_step(
             ),
             what="the request to start",
         )
-        wait_until(lambda: _stats(generator).ticks >= start.tick + 3, what="some steps")
+        wait_until(
+            lambda: _stats(generator).denoiser_calls >= start.denoiser_call + 3, what="some steps"
+        )
         assert _stats(generator).running == 1
     # Left the block: the connection is closed.
     wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
-    ticks = {
-        entry.what: entry.tick for entry in _stats(generator).log if entry.request == start.request
+    denoiser_calls = {
+        entry.what: entry.denoiser_call
+        for entry in _stats(generator).log
+        if entry.request == start.request
     }
     report(
         f"hung up ({header}, stream {stream}): cancel asked for at denoiser call "
-        f"{ticks['cancel_requested'] - start.tick}, place free at "
-        f"{ticks['cancelled'] - start.tick}, of 200 it would have taken"
+        f"{denoiser_calls['cancel_requested'] - start.denoiser_call}, place free at "
+        f"{denoiser_calls['cancelled'] - start.denoiser_call}, of 200 it would have taken"
     )
-    assert ticks["cancelled"] - ticks["cancel_requested"] <= 1
-    assert ticks["cancelled"] < start.tick + 150
-    assert "completed" not in ticks
+    assert denoiser_calls["cancelled"] - denoiser_calls["cancel_requested"] <= 1
+    assert denoiser_calls["cancelled"] < start.denoiser_call + 150
+    assert "completed" not in denoiser_calls
 
 
 def test_one_hang_up_leaves_the_others_alone(server: Server, generator: Any) -> None:

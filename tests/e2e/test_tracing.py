@@ -168,7 +168,7 @@ def test_those_who_ran_together_are_linked(run: Run) -> None:
     assert run.long["traceparent"] == f"00-{LONG}-{long.server.span_id.hex()}-01"
 
 
-def test_who_went_away_left_while_it_was_painted(run: Run) -> None:
+def test_who_went_away_left_while_it_was_generated(run: Run) -> None:
     trace = run.trace(DROPPED)
     found = values(trace.server.attributes)
     assert found["diffusion_serve.outcome"] == "cancelled"

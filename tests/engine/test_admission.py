@@ -5,7 +5,7 @@ from dataclasses import replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.admission import Deadline, DeadlineEstimate, judge
+from serve_app.engine.admission import Deadline, DeadlineEstimate, decide_admission
 from serve_app.protocol.params import INITIAL, RequestContext
 
 RETRY = RequestContext(is_retry=True)
@@ -16,82 +16,93 @@ def own(finish_s: float, deadline_s: float, solo_s: float = 1.0, waited_s: float
 
 
 def test_nobody_joins_a_backlog_over_the_limit() -> None:
-    assert judge(30.0, 30.0, INITIAL) is None
-    refusal = judge(42.0, 30.0, INITIAL)
-    assert refusal is not None
-    assert (refusal.reason, refusal.excess_s) == ("backlog", 12.0)
+    assert decide_admission(30.0, 30.0, INITIAL) is None
+    rejection = decide_admission(42.0, 30.0, INITIAL)
+    assert rejection is not None
+    assert (rejection.reason, rejection.excess_s) == ("backlog", 12.0)
 
 
 def test_who_comes_again_finds_a_reserve() -> None:
-    assert judge(59.0, 30.0, RETRY) is None
-    assert judge(61.0, 30.0, RETRY) is not None
+    assert decide_admission(59.0, 30.0, RETRY) is None
+    assert decide_admission(61.0, 30.0, RETRY) is not None
 
 
 def test_work_that_was_promised_counts_as_if_it_were_here() -> None:
-    refusal = judge(20.0, 30.0, RequestContext(reserved_s=11.0))
-    assert refusal is not None
-    assert refusal.excess_s == 0  # of what is here nothing is too much
-    assert judge(20.0, 30.0, RequestContext(reserved_s=10.0)) is None
-    assert judge(5.0, 30.0, RequestContext(reserved_s=3.0), own(8.0, 10.0)) is not None
+    rejection = decide_admission(20.0, 30.0, RequestContext(reserved_s=11.0))
+    assert rejection is not None
+    assert rejection.excess_s == 0  # of what is here nothing is too much
+    assert decide_admission(20.0, 30.0, RequestContext(reserved_s=10.0)) is None
+    assert decide_admission(5.0, 30.0, RequestContext(reserved_s=3.0), own(8.0, 10.0)) is not None
 
 
-def test_who_would_miss_its_deadline_is_refused() -> None:
-    assert judge(5.0, 30.0, INITIAL, own(6.0, 6.0)) is None
-    refusal = judge(5.0, 30.0, INITIAL, own(6.0, 4.0))
-    assert refusal is not None
-    assert (refusal.reason, refusal.excess_s) == ("deadline", 2.0)
+def test_who_would_miss_its_deadline_is_rejected() -> None:
+    assert decide_admission(5.0, 30.0, INITIAL, own(6.0, 6.0)) is None
+    rejection = decide_admission(5.0, 30.0, INITIAL, own(6.0, 4.0))
+    assert rejection is not None
+    assert (rejection.reason, rejection.excess_s) == ("deadline", 2.0)
     # What it waited on its way is gone, and comes back when it is sent again.
-    refusal = judge(5.0, 30.0, INITIAL, own(3.5, 4.0, waited_s=1.0))
-    assert refusal is not None
-    assert refusal.excess_s == 0
+    rejection = decide_admission(5.0, 30.0, INITIAL, own(3.5, 4.0, waited_s=1.0))
+    assert rejection is not None
+    assert rejection.excess_s == 0
 
 
-def test_who_would_make_another_miss_its_own_is_refused() -> None:
+def test_who_would_make_another_miss_its_own_is_rejected() -> None:
     delayed = [DeadlineEstimate(5.0, 9.0), DeadlineEstimate(8.0, 7.0)]
-    refusal = judge(5.0, 30.0, INITIAL, own(2.0, 3.0), delayed)
-    assert refusal is not None
-    assert refusal.excess_s == 1.0
-    assert judge(5.0, 30.0, RETRY, own(2.0, 3.0), delayed) is None  # it has our word
-    assert judge(5.0, 30.0, RETRY, own(6.0, 3.0)) is None
-    assert judge(61.0, 30.0, RETRY, own(6.0, 3.0)) is not None
+    rejection = decide_admission(5.0, 30.0, INITIAL, own(2.0, 3.0), delayed)
+    assert rejection is not None
+    assert rejection.excess_s == 1.0
+    assert decide_admission(5.0, 30.0, RETRY, own(2.0, 3.0), delayed) is None  # it has our word
+    assert decide_admission(5.0, 30.0, RETRY, own(6.0, 3.0)) is None
+    assert decide_admission(61.0, 30.0, RETRY, own(6.0, 3.0)) is not None
 
 
-def test_why_somebody_is_refused_is_told_apart() -> None:
+def test_why_somebody_is_rejected_is_told_apart() -> None:
     def cause(
         queued_work_s: float, reserved_s: float, own: Deadline, *delayed: DeadlineEstimate
     ) -> str:
-        refusal = judge(queued_work_s, 30.0, RequestContext(reserved_s=reserved_s), own, delayed)
-        assert refusal is not None
-        return refusal.cause
+        rejection = decide_admission(
+            queued_work_s, 30.0, RequestContext(reserved_s=reserved_s), own, delayed
+        )
+        assert rejection is not None
+        return rejection.cause
 
     assert cause(5.0, 0.0, own(6.0, 4.0)) == "late"
-    assert cause(5.0, 3.0, own(8.0, 10.0)) == "promised"
+    assert cause(5.0, 3.0, own(8.0, 10.0)) == "reserved"
     assert cause(5.0, 0.0, own(2.0, 3.0), DeadlineEstimate(8.0, 7.0)) == "delay"
     assert cause(31.0, 0.0, own(60.0, 10.0)) == "backlog"
 
 
-def test_who_cannot_be_in_time_together_is_refused_though_nobody_else_is_here() -> None:
-    refusal = judge(0.0, 30.0, INITIAL, own(3.0, 2.0), in_company=True)
-    assert refusal is not None
-    assert (refusal.reason, refusal.cause, refusal.excess_s) == ("deadline", "company", 1.0)
-    refusal = judge(0.5, 30.0, INITIAL, own(3.5, 2.0), in_company=True)
-    assert refusal is not None
-    assert refusal.cause == "company"  # too late without what else is here as well
-    refusal = judge(1.5, 30.0, INITIAL, own(3.0, 2.0), in_company=True)
-    assert refusal is not None
-    assert refusal.cause == "late"
+def test_who_cannot_be_in_time_together_is_rejected_though_nobody_else_is_here() -> None:
+    rejection = decide_admission(0.0, 30.0, INITIAL, own(3.0, 2.0), has_siblings=True)
+    assert rejection is not None
+    assert (rejection.reason, rejection.cause, rejection.excess_s) == ("deadline", "siblings", 1.0)
+    rejection = decide_admission(0.5, 30.0, INITIAL, own(3.5, 2.0), has_siblings=True)
+    assert rejection is not None
+    assert rejection.cause == "siblings"  # too late without what else is here as well
+    rejection = decide_admission(1.5, 30.0, INITIAL, own(3.0, 2.0), has_siblings=True)
+    assert rejection is not None
+    assert rejection.cause == "late"
     # Nor if it is the others of them that would be late.
     assert (
-        judge(0.0, 30.0, INITIAL, own(1.0, 2.0), [DeadlineEstimate(3.0, 2.0)], in_company=True)
+        decide_admission(
+            0.0, 30.0, INITIAL, own(1.0, 2.0), [DeadlineEstimate(3.0, 2.0)], has_siblings=True
+        )
         is not None
     )
     assert (
-        judge(0.0, 30.0, INITIAL, own(2.0, 2.0), [DeadlineEstimate(2.0, 2.0)], in_company=True)
+        decide_admission(
+            0.0, 30.0, INITIAL, own(2.0, 2.0), [DeadlineEstimate(2.0, 2.0)], has_siblings=True
+        )
         is None
     )
-    assert judge(0.0, 30.0, RequestContext(reserved_s=9.0), own(2.0, 2.0), in_company=True) is None
-    assert judge(0.0, 30.0, INITIAL, in_company=True) is None  # it names no deadline
-    assert judge(0.0, 30.0, RETRY, own(3.0, 2.0), in_company=True) is None
+    assert (
+        decide_admission(
+            0.0, 30.0, RequestContext(reserved_s=9.0), own(2.0, 2.0), has_siblings=True
+        )
+        is None
+    )
+    assert decide_admission(0.0, 30.0, INITIAL, has_siblings=True) is None  # it names no deadline
+    assert decide_admission(0.0, 30.0, RETRY, own(3.0, 2.0), has_siblings=True) is None
 
 
 @given(
@@ -105,12 +116,12 @@ def test_an_idle_engine_refuses_nobody(
 ) -> None:
     context = RequestContext(is_retry=is_retry, reserved_s=reserved_s)
     wanted = Deadline(solo_s, solo_s, DeadlineEstimate(finish_s, solo_s))
-    assert judge(0.0, 30.0, context) is None
-    assert judge(0.0, 30.0, context, wanted) is None
+    assert decide_admission(0.0, 30.0, context) is None
+    assert decide_admission(0.0, 30.0, context, wanted) is None
     late = replace(
         wanted, estimate=DeadlineEstimate(finish_s, solo_s / 3)
     )  # it waited too long for it
-    assert judge(0.0, 30.0, context, late) is not None
+    assert decide_admission(0.0, 30.0, context, late) is not None
 
 
 @given(
@@ -127,9 +138,9 @@ def test_who_waits_as_long_as_told_would_be_let_in(
     def wanted(passed_s: float) -> Deadline | None:
         return None if deadline_s is None else own(max(1.0, finish_s - passed_s), deadline_s)
 
-    refusal = judge(queued_work_s, limit_s, INITIAL, wanted(0.0))
-    if refusal is None:
+    rejection = decide_admission(queued_work_s, limit_s, INITIAL, wanted(0.0))
+    if rejection is None:
         return
-    passed_s = refusal.excess_s + 1e-6
+    passed_s = rejection.excess_s + 1e-6
     left_s = max(0.0, queued_work_s - passed_s)
-    assert judge(left_s, limit_s, RETRY, wanted(passed_s)) is None
+    assert decide_admission(left_s, limit_s, RETRY, wanted(passed_s)) is None

@@ -51,9 +51,9 @@ def result_of(events: list[Event]) -> GenerationResult:
 
 
 def largest_difference(results: list[GenerationResult], alone: list[torch.Tensor]) -> float:
-    """Over all pixels of all pictures, in [0, 1]; ``alone`` as `LoadedPipeline.paint` gives it."""
-    pictures = [picture[0] for picture in alone]
-    return certification.largest_difference([result.pixels for result in results], pictures)
+    """Over all pixels, in [0, 1]; ``alone`` holds results of `LoadedPipeline.generate`."""
+    images = [picture[0] for picture in alone]
+    return certification.largest_difference([result.pixels for result in results], images)
 
 
 def sixteen() -> list[GenerationParams]:
@@ -78,7 +78,7 @@ def test_sixteen_requests_together_are_what_each_is_alone(
     demo_pipeline: LoadedPipeline, report: Callable[[str], None]
 ) -> None:
     requests = sixteen()
-    alone = [demo_pipeline.paint(request) for request in requests]
+    alone = [demo_pipeline.generate(request) for request in requests]
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
         streams = [engine.stream(request) for request in requests]
         results = [result_of(list(stream)) for stream in streams]
@@ -86,7 +86,7 @@ def test_sixteen_requests_together_are_what_each_is_alone(
     worst = largest_difference(results, alone)
     report(
         f"16 requests: mean batch size {stats.mean_batch_size:.2f}, {stats.steps} steps in "
-        f"{stats.ticks} denoiser calls, largest difference from alone {worst:.1e}"
+        f"{stats.denoiser_calls} denoiser calls, largest difference from alone {worst:.1e}"
     )
     assert worst <= TOLERANCE
     assert stats.mean_batch_size > 4
@@ -158,7 +158,7 @@ def test_a_request_joins_and_leaves_at_any_step(demo_pipeline: LoadedPipeline) -
         params(num_inference_steps=25),
         params("a blue star on pink", 5, num_inference_steps=5),
     )
-    alone = [demo_pipeline.paint(request) for request in (long, short)]
+    alone = [demo_pipeline.generate(request) for request in (long, short)]
     joined: list[GenerationResult] = []
     steps_of_long_when_short_ended: list[int] = []
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
@@ -186,7 +186,7 @@ def test_a_request_joins_and_leaves_at_any_step(demo_pipeline: LoadedPipeline) -
 
 
 @pytest.mark.parametrize("name", NOISE_SCHEDULERS)
-def test_every_noise_scheduler_paints_with_as_few_steps_as_it_says(
+def test_every_noise_scheduler_generates_with_as_few_steps_as_it_says(
     demo_engine: Engine, name: str
 ) -> None:
     fewest = demo_engine.info.fewest_steps[name]
@@ -202,7 +202,7 @@ def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline)
         params(num_inference_steps=8, noise_scheduler=name)
         for name in (None, *demo_pipeline.noise_schedulers)
     ]
-    alone = [demo_pipeline.paint(request) for request in requests]
+    alone = [demo_pipeline.generate(request) for request in requests]
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
         streams = [engine.stream(request) for request in requests]
         results = [result_of(list(stream)) for stream in streams]
@@ -228,15 +228,19 @@ def hold(engine: Engine, request: GenerationParams) -> tuple[int, list[Event], t
 
 def test_a_cancelled_request_is_gone_within_one_step(demo_pipeline: LoadedPipeline) -> None:
     mate = params("a yellow ring on black", 9, num_inference_steps=40)
-    alone = demo_pipeline.paint(mate)
+    alone = demo_pipeline.generate(mate)
     with Engine(demo_pipeline, DEMO, EngineConfig()) as engine:
         stream = engine.stream(mate)
         number, events, moving = hold(engine, params(num_inference_steps=90))
         assert moving.wait(30)
         engine.cancel(number)
         wait_until(lambda: isinstance(events[-1], Failed))
-        ticks = {entry.what: entry.tick for entry in engine.stats().log if entry.request == number}
-        assert ticks["cancelled"] - ticks["cancel_requested"] <= 1
+        denoiser_calls = {
+            entry.what: entry.denoiser_call
+            for entry in engine.stats().log
+            if entry.request == number
+        }
+        assert denoiser_calls["cancelled"] - denoiser_calls["cancel_requested"] <= 1
         assert isinstance(events[-1], Failed)
         assert isinstance(events[-1].error, Cancelled)
         result = result_of(list(stream))
@@ -281,7 +285,7 @@ def break_rows_of(
 
 def test_an_error_in_one_request_hurts_no_other(demo_pipeline: LoadedPipeline) -> None:
     good = [params("a red star on white", seed, num_inference_steps=8) for seed in range(4)]
-    alone = [demo_pipeline.paint(request) for request in good]
+    alone = [demo_pipeline.generate(request) for request in good]
     bad = params("a blue ring on white", 666, num_inference_steps=8)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(666))
     with Engine(demo_pipeline, DEMO) as engine:
@@ -344,7 +348,7 @@ def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline
 
 def test_out_of_memory_halves_the_batch_and_fails_nobody(demo_pipeline: LoadedPipeline) -> None:
     requests = [params(seed=seed, num_inference_steps=6) for seed in range(9)]
-    alone = [demo_pipeline.paint(request) for request in requests]
+    alone = [demo_pipeline.generate(request) for request in requests]
     sizes: list[int] = []
 
     def only_three_fit(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -402,7 +406,7 @@ def test_batches_keep_to_the_cap(demo_pipeline: LoadedPipeline) -> None:
     assert max(sizes) == 2 * 3  # rows: with guidance, two a request
 
 
-def test_wrong_requests_are_refused_before_they_queue(demo_engine: Engine) -> None:
+def test_wrong_requests_are_rejected_before_they_queue(demo_engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="multiples of 8"):
         demo_engine.submit(params(width=60), lambda event: None)
     assert demo_engine.stats().log == ()
@@ -511,18 +515,18 @@ def submitted(
     return number, inbox.get(timeout=30), inbox
 
 
-def refused(event: Event) -> Overloaded:
+def rejected(event: Event) -> Overloaded:
     assert isinstance(event, Failed), event
     assert isinstance(event.error, Overloaded), event.error
     return event.error
 
 
-def test_a_deadline_that_cannot_be_met_is_refused(demo_pipeline: LoadedPipeline) -> None:
+def test_a_deadline_that_cannot_be_met_is_rejected(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
         numbers = [submitted(engine, params(num_inference_steps=100))[0] for _ in range(2)]
         short = params(num_inference_steps=50)
-        error = refused(submitted(engine, replace(short, deadline_s=0.6 * long_s))[1])
+        error = rejected(submitted(engine, replace(short, deadline_s=0.6 * long_s))[1])
         assert error.param == "deadline_s"
         assert error.retry_after_s is not None
         assert 1 <= error.retry_after_s < 3 * long_s + 1
@@ -537,20 +541,20 @@ def test_a_deadline_that_cannot_be_met_is_refused(demo_pipeline: LoadedPipeline)
         engine.close(drain=False)
 
 
-def test_a_deadline_far_shorter_than_its_picture_is_a_mistake(
+def test_a_deadline_far_shorter_than_its_image_is_a_mistake(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
-        before = engine.demand()
+        before = engine.replica_load()
         _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=long_s / 4))
         assert isinstance(event, Failed)
         assert isinstance(event.error, InvalidRequest)
         assert event.error.param == "deadline_s"
         assert "when nobody else is here" in str(event.error)
         # More replicas would not help it, so none are asked for.
-        assert engine.demand().arrival_rate <= before.arrival_rate
-        assert engine.demand().mean_work_s == before.mean_work_s
+        assert engine.replica_load().arrival_rate <= before.arrival_rate
+        assert engine.replica_load().mean_work_s == before.mean_work_s
 
 
 def test_nobody_misses_a_deadline_for_who_comes_later(demo_pipeline: LoadedPipeline) -> None:
@@ -560,7 +564,7 @@ def test_nobody_misses_a_deadline_for_who_comes_later(demo_pipeline: LoadedPipel
         assert isinstance(event, Queued)
         # Another shape, more urgent: it would go first, and take too long for the other.
         urgent = params(num_inference_steps=60, width=96, deadline_s=1.4 * long_s)
-        error = refused(submitted(engine, urgent)[1])
+        error = rejected(submitted(engine, urgent)[1])
         assert "would make another request miss its deadline" in str(error)
         engine.close(drain=False)
 
@@ -583,18 +587,18 @@ def test_a_backlog_has_a_limit_and_who_was_told_to_come_finds_a_reserve(
             return events
 
         first = filled(INITIAL)
-        error = refused(first[-1])
+        error = rejected(first[-1])
         assert "more is not taken in" in str(error)
         assert error.retry_after_s is not None
         assert error.retry_after_s >= 1
-        load = engine.demand()
+        load = engine.replica_load()
         assert 0.8 * limit_s < load.backlog_s < 2 * limit_s
         second = filled(RequestContext(is_retry=True))
-        refused(second[-1])
-        assert 1.6 * limit_s < engine.demand().backlog_s < 4 * limit_s
+        rejected(second[-1])
+        assert 1.6 * limit_s < engine.replica_load().backlog_s < 4 * limit_s
         # What was offered counts once: what was refused too, what came again not.
         assert 30 * load.arrival_rate > load.backlog_s
-        assert engine.demand().arrival_rate <= load.arrival_rate
+        assert engine.replica_load().arrival_rate <= load.arrival_rate
         engine.close(drain=False)
 
 
@@ -607,13 +611,13 @@ def test_an_idle_engine_takes_in_what_is_longer_than_its_limit(
         order = RequestContext(order="ten pictures")
         ten = [submitted(engine, params(seed=seed), order) for seed in range(10)]
         assert all(isinstance(event, Queued) for _, event, _ in ten)
-        refused(submitted(engine, params())[1])
-        refused(submitted(engine, params(), RequestContext(order="others"))[1])
-        wait_until(lambda: not engine.demand().backlog_s)
+        rejected(submitted(engine, params())[1])
+        rejected(submitted(engine, params(), RequestContext(order="others"))[1])
+        wait_until(lambda: not engine.replica_load().backlog_s)
         assert isinstance(submitted(engine, params())[1], Queued)
 
 
-def test_pictures_that_cannot_be_done_in_time_together_are_refused(
+def test_images_that_cannot_be_done_in_time_together_are_rejected(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     """On an idle engine too, which takes in each of them alone, even if it may be a little late."""
@@ -630,7 +634,7 @@ def test_pictures_that_cannot_be_done_in_time_together_are_refused(
         ten = [submitted(engine, replace(long, seed=seed), order)[1] for seed in range(10)]
         assert isinstance(ten[0], Queued)
         for event in ten[3:]:
-            error = refused(event)
+            error = rejected(event)
             assert error.param == "deadline_s"
             assert "its pictures cannot all be done within" in str(error)
         engine.close(drain=False)
@@ -643,10 +647,10 @@ def test_what_was_promised_and_what_waits_for_idle_time_is_said(
         long_s = measured(engine)
         long = params(num_inference_steps=100)
         submitted(engine, long)
-        error = refused(submitted(engine, long, RequestContext(reserved_s=30.0))[1])
+        error = rejected(submitted(engine, long, RequestContext(reserved_s=30.0))[1])
         assert "30.0 s are promised to others" in str(error)
         soon = replace(long, deadline_s=5 * long_s)
-        error = refused(submitted(engine, soon, RequestContext(reserved_s=15.0))[1])
+        error = rejected(submitted(engine, soon, RequestContext(reserved_s=15.0))[1])
         assert "15.0 s are promised to others" in str(error)
         assert "cannot be done within" in str(error)
         engine.close(drain=False)
@@ -655,7 +659,7 @@ def test_what_was_promised_and_what_waits_for_idle_time_is_said(
         measured(engine)
         batch = params(num_inference_steps=100, priority="batch")
         submitted(engine, batch)
-        error = refused(submitted(engine, batch)[1])
+        error = rejected(submitted(engine, batch)[1])
         assert "about 0.0 s of work are waiting" not in str(error)
         engine.close(drain=False)
 
@@ -664,7 +668,7 @@ def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100, deadline_s=2 * long_s)
-        refused(submitted(engine, long, RequestContext(sent_at=time.time() - 1.8 * long_s))[1])
+        rejected(submitted(engine, long, RequestContext(sent_at=time.time() - 1.8 * long_s))[1])
         _, event, inbox = submitted(
             engine, params(num_inference_steps=1), RequestContext(sent_at=time.time() - 3.0)
         )
@@ -692,8 +696,8 @@ def test_batch_work_gives_way_at_the_next_step_and_fills_idle_time(
         # At most the call that was running, for each of them, and one after.
         assert sum(step_of(number) for number in range(3)) <= before + 6
         wait_until(lambda: sum(step_of(number) for number in range(3)) > before + 6)
-        assert engine.demand().batch_backlog_s > 0
-        assert engine.demand().backlog_s == 0
+        assert engine.replica_load().batch_backlog_s > 0
+        assert engine.replica_load().backlog_s == 0
         engine.close(drain=False)
 
 

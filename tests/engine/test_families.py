@@ -94,7 +94,7 @@ def test_together_as_alone(
         with Engine(pipeline, config) as engine, pytest.raises(InvalidRequest, match="negative"):
             engine.generate(REQUESTS[1])
         requests = tuple(replace(params, negative_prompt=None) for params in REQUESTS)
-    alone = [pipeline.paint(params)[0] for params in requests]
+    alone = [pipeline.generate(params)[0] for params in requests]
     together = []
     with Engine(pipeline, config, FIFO) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
@@ -145,7 +145,7 @@ def test_images_to_start_from_share_the_batch(
             assert isinstance(last, Completed), last
             together.append(last.result.pixels)
         mean = engine.stats().mean_batch_size
-    alone = [pipeline.paint(params)[0] for params in requests]
+    alone = [pipeline.generate(params)[0] for params in requests]
     differences = [_difference(a, b) for a, b in zip(alone, together, strict=True)]
     report(
         f"{pipeline.class_name} with image-to-image and inpainting: largest difference from alone "
@@ -184,7 +184,7 @@ def test_long_prompts_are_cut_with_a_warning(config: ModelConfig, pipeline: Load
     tokens, [warning] = pipeline.read_prompt(long)
     assert f"reads {tokens} of them" in warning
     assert "the model reads" in warning
-    assert torch.isfinite(pipeline.paint(replace(long, num_inference_steps=1))).all()
+    assert torch.isfinite(pipeline.generate(replace(long, num_inference_steps=1))).all()
 
 
 CHANGES: dict[str, str | int | float] = {
@@ -196,15 +196,15 @@ CHANGES: dict[str, str | int | float] = {
 }
 
 
-def test_all_that_a_request_asks_for_shows_in_the_picture(
+def test_all_that_a_request_asks_for_shows_in_the_image(
     config: ModelConfig, pipeline: LoadedPipeline
 ) -> None:
     params = replace(REQUESTS[1], num_inference_steps=3)
-    picture = pipeline.paint(params)[0]
+    picture = pipeline.generate(params)[0]
     ignored = {"negative_prompt"} if config.id in GUIDANCE_DISTILLED else set()
     shows = {
         name
         for name, value in CHANGES.items()
-        if _difference(picture, pipeline.paint(replace(params, **{name: value}))[0]) > VISIBLE
+        if _difference(picture, pipeline.generate(replace(params, **{name: value}))[0]) > VISIBLE
     }
     assert shows == CHANGES.keys() - ignored

@@ -24,7 +24,7 @@ def sample(name: str, model: str, **labels: str) -> float | None:
 
 def metered(pipeline: LoadedPipeline, model: str, **config: Any) -> Engine:
     """An engine whose series no other test counts in."""
-    return Engine(pipeline, DEMO, EngineConfig(**config), meter=EngineMetrics(model))
+    return Engine(pipeline, DEMO, EngineConfig(**config), metrics=EngineMetrics(model))
 
 
 def params(**options: Any) -> GenerationParams:
@@ -32,17 +32,17 @@ def params(**options: Any) -> GenerationParams:
     return GenerationParams("a red circle on blue", **asked)
 
 
-def test_pictures_steps_and_calls_are_counted(demo_pipeline: LoadedPipeline) -> None:
+def test_images_steps_and_calls_are_counted(demo_pipeline: LoadedPipeline) -> None:
     with metered(demo_pipeline, "counted") as engine:
         engine.generate(params())
         engine.generate(params(width=96, height=64))
-        ticks = engine.stats().ticks
+        denoiser_calls = engine.stats().denoiser_calls
     assert sample("images_total", "counted", size="64") == 1
     assert sample("images_total", "counted", size="128") == 1
     assert sample("pixels_total", "counted") == 64 * 64 + 96 * 64
     assert sample("steps_total", "counted", size="64") == 4
     assert sample("step_seconds_count", "counted", size="128") == 4
-    assert sample("batch_size_count", "counted") == ticks == 8
+    assert sample("batch_size_count", "counted") == denoiser_calls == 8
     assert sample("batch_size_sum", "counted") == engine.stats().steps
     spent = {
         activity: sample("device_seconds_total", "counted", activity=activity)
@@ -134,14 +134,14 @@ def test_running_out_of_memory_is_counted(demo_pipeline: LoadedPipeline) -> None
 
 def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
     class Engineered:
-        def demand(self) -> ReplicaLoad:
+        def replica_load(self) -> ReplicaLoad:
             return ReplicaLoad(backlog_s=1.5)
 
         def count(self, state: str) -> int:
             return 1
 
-    meter, engine = EngineMetrics("gone"), Engineered()
-    meter.watch(engine.demand, engine.count, None)
+    metrics, engine = EngineMetrics("gone"), Engineered()
+    metrics.watch(engine.replica_load, engine.count, None)
     assert sample("backlog_seconds", "gone", priority="interactive") == 1.5
     del engine
     gc.collect()
@@ -150,14 +150,14 @@ def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
 
 
 def test_pauses_count_when_they_are_long() -> None:
-    meter = EngineMetrics("paused")
-    meter.paused(0.01)
-    meter.paused(0.4)
+    metrics = EngineMetrics("paused")
+    metrics.paused(0.01)
+    metrics.paused(0.4)
     assert sample("engine_stall_seconds_count", "paused") == 1
 
 
 def test_odd_sizes_make_no_series() -> None:
-    meter, draw = EngineMetrics("fuzzed"), random.Random(1)
+    metrics, draw = EngineMetrics("fuzzed"), random.Random(1)
 
     def series() -> int:
         samples = [one for family in report("engine", "a").families for one in family.samples]
@@ -168,11 +168,11 @@ def test_odd_sizes_make_no_series() -> None:
     for most in (40, 400, 4_000):
         for _ in range(500):
             size = draw.randrange(1, most), draw.randrange(1, most)
-            meter.called(size, draw.randrange(1, 64), draw.random())
-            meter.painted(size)
+            metrics.called(size, draw.randrange(1, 64), draw.random())
+            metrics.generated(size)
     few = series()
     for _ in range(3_000):
         size = draw.randrange(1, 5_000), draw.randrange(1, 5_000)
-        meter.called(size, draw.randrange(1, 64), draw.random())
-        meter.painted(size)
+        metrics.called(size, draw.randrange(1, 64), draw.random())
+        metrics.generated(size)
     assert series() == few < 300

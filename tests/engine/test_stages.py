@@ -47,7 +47,7 @@ def test_steps_run_in_the_middle_of_anothers_decoding(
         replace(params(1, 90), width=32, height=32),
         replace(params(2, 2), width=192, height=128, guidance_scale=1.0),
     ]
-    alone = [demo_pipeline.paint(request)[0] for request in requests]
+    alone = [demo_pipeline.generate(request)[0] for request in requests]
     with Engine(demo_pipeline, DEMO) as engine:
         calls.clear()
         long = engine.stream(requests[0])
@@ -110,7 +110,7 @@ def test_a_decoding_without_memory_waits_for_another_request_to_end(
     demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     requests = [params(seed, 4 + seed) for seed in range(3)]
-    alone = [demo_pipeline.paint(request)[0] for request in requests]
+    alone = [demo_pipeline.generate(request)[0] for request in requests]
     tries = 0
 
     def fail_at_first(*_: object) -> None:
@@ -166,7 +166,7 @@ def test_a_vae_that_is_widened_for_decoding_keeps_each_request_its_own() -> None
         )
         for seed in range(6)
     ]
-    alone = [pipeline.paint(request)[0] for request in requests]
+    alone = [pipeline.generate(request)[0] for request in requests]
     with Engine(pipeline, model) as engine:
         streams = [engine.stream(request) for request in requests]
         ends = [list(stream)[-1] for stream in streams]

@@ -93,18 +93,18 @@ class FakeBackend:
             if self.error is not None:
                 raise self.error
             yield Queued(0, 1.5)
-            picture = Image.new("RGB", (params.width, params.height), "red")
+            image = Image.new("RGB", (params.width, params.height), "red")
             for index, step in enumerate(params.preview_steps):
                 if progress:
                     yield Progress(step, params.steps_to_run, 0.5)
-                yield PartialImage(index, encoding.encode(picture))
+                yield PartialImage(index, encoding.encode(image))
             if self.error_in_the_middle is not None:
                 raise self.error_in_the_middle
-            data = encoding.encode(picture)
+            data = encoding.encode(image)
             yield EncodedImage(
                 data,
                 params.seed,
-                *picture.size,
+                *image.size,
                 ("a warning",),
                 7,
                 *self.parts_s,

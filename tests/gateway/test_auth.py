@@ -64,9 +64,9 @@ async def test_only_known_keys_are_let_in(backend: FakeBackend) -> None:
 async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
     """As Serve has it with ``route_prefix: /sd``: the path still has the prefix."""
     body = {"prompt": "x"}
-    picture = io.BytesIO()
-    Image.effect_noise((100, 100), 90).save(picture, "png")
-    assert len(picture.getvalue()) > LIMITS.max_body_bytes
+    image = io.BytesIO()
+    Image.effect_noise((100, 100), 90).save(image, "png")
+    assert len(image.getvalue()) > LIMITS.max_body_bytes
     async with client_of(backend, KeyRing(None, PLAIN), "/sd") as client:
         for path in ("/v1/models", "/sd/v1/models", "/nothing"):
             error_of(await client.get(path), 401)
@@ -76,7 +76,7 @@ async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
         assert (await post(client, body)).status_code == 200
         error_of(await post(client, {"prompt": "x" * LIMITS.max_body_bytes}), 413)
         response = await client.post(
-            "/v1/images/edits", data=body, files={"image": ("a.png", picture.getvalue())}
+            "/v1/images/edits", data=body, files={"image": ("a.png", image.getvalue())}
         )
         assert response.status_code == 200, response.text
         client.headers = httpx.Headers()

@@ -51,7 +51,7 @@ async def edit(
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-async def test_a_picture_without_a_mask_is_painted_over(
+async def test_a_image_without_a_mask_is_generated_over(
     client: httpx.AsyncClient, backend: FakeBackend, image_format: str
 ) -> None:
     response = await edit(client, file_of(halves(), image_format), strength="0.5", seed="3")
@@ -65,7 +65,7 @@ async def test_a_picture_without_a_mask_is_painted_over(
     assert response.json()["usage"]["input_tokens_details"]["image_tokens"] == 16
 
 
-async def test_what_is_sent_counts_as_it_is_painted_from(client: httpx.AsyncClient) -> None:
+async def test_what_is_sent_counts_as_it_is_generated_from(client: httpx.AsyncClient) -> None:
     """At the size that is painted, once for each picture, as its description says."""
     answer = (await edit(client, file_of(halves((640, 480))), n="2", size="48x32")).json()
     details = answer["usage"]["input_tokens_details"]
@@ -75,7 +75,7 @@ async def test_what_is_sent_counts_as_it_is_painted_from(client: httpx.AsyncClie
     assert "size that is generated; once for each generated image" in described
 
 
-async def test_what_is_transparent_in_the_mask_is_painted_anew(
+async def test_what_is_transparent_in_the_mask_is_generated_anew(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await edit(client, file_of(halves()), file_of(mask_of()))
@@ -164,7 +164,7 @@ async def test_the_rest_of_exif_may_be_malformed(
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-async def test_pictures_are_turned_as_pillow_turns_them(orientation: int) -> None:
+async def test_images_are_turned_as_pillow_turns_them(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     image = Image.effect_noise((5, 3), 90).convert("RGB")
@@ -184,12 +184,12 @@ async def test_pictures_are_turned_as_pillow_turns_them(orientation: int) -> Non
         ((640, 480), "auto", "72x56"),
     ],
 )
-async def test_a_picture_is_fitted_to_what_the_model_takes(
-    client: httpx.AsyncClient, given: tuple[int, int], size: str | None, painted: str
+async def test_a_image_is_fitted_to_what_the_model_takes(
+    client: httpx.AsyncClient, given: tuple[int, int], size: str | None, generated: str
 ) -> None:
     fields = {} if size is None else {"size": size}
     response = await edit(client, file_of(halves(given)), **fields)
-    assert response.json()["size"] == painted
+    assert response.json()["size"] == generated
 
 
 async def test_another_shape_is_cropped_rather_than_squeezed(
@@ -327,7 +327,7 @@ async def test_what_cannot_be_used_is_refused_by_name(
     assert backend.asked == []
 
 
-async def test_one_picture_is_taken(client: httpx.AsyncClient) -> None:
+async def test_one_image_is_taken(client: httpx.AsyncClient) -> None:
     image = file_of(halves())
     for names in (("image", "image"), ("image[]", "image[]"), ("image", "image[]")):
         response = await client.post(

@@ -12,7 +12,7 @@ from serve_app.engine.admission import Deadline, DeadlineEstimate, judge
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import OnTime, Task, Yielding
+from serve_app.engine.scheduling.policies import OnTime, QueueEntry, Yielding
 from serve_app.errors import Overloaded
 from serve_app.gateway.retry_reservations import RetryReservations
 from serve_app.protocol.params import RequestContext
@@ -41,7 +41,7 @@ class Sent:
     refusals: int = 0
     done_at: float | None = None
     calls: int = 0
-    task: Task = field(default_factory=lambda: Task(0, 0.0, 0.0))
+    entry: QueueEntry = field(default_factory=lambda: QueueEntry(0, 0.0, 0.0))
 
     @property
     def in_time(self) -> bool:
@@ -87,18 +87,18 @@ class Server:
         reserved_s = 0.0 if sent.is_retry else self._reservations.due_within_s(within_s)
         solo_s = self.solo_s(sent.size)
         wanted_s = sent.deadline_s or 3 * solo_s
-        sent.task = task = Task(next(self._numbers), self.now + wanted_s, solo_s, sent.size)
-        can_be_late = {other for other in self._inside.values() if other.task.late}
-        queued_work_s = sum(other.task.remaining_s for other in self._inside.values())
+        sent.entry = entry = QueueEntry(next(self._numbers), self.now + wanted_s, solo_s, sent.size)
+        can_be_late = {other for other in self._inside.values() if other.entry.late}
+        queued_work_s = sum(other.entry.remaining_s for other in self._inside.values())
         queued_work_s /= self.demand.throughput()
         sent.calls = KINDS[sent.size][0]
-        self._inside[task.request] = sent
-        self._policy.add(task)
+        self._inside[entry.request] = sent
+        self._policy.add(entry)
         order = [self._inside[other.request] for other in self._policy.order(self.now)]
         finish_s = self._forecast.predict_all_s([self._work(other) for other in order])
         index = order.index(sent)
         estimates = [
-            DeadlineEstimate(finish, other.task.deadline_at - self.now)
+            DeadlineEstimate(finish, other.entry.deadline_at - self.now)
             for other, finish in zip(order[index:], finish_s[index:], strict=True)
             if other.deadline_s is not None and other not in can_be_late
         ]
@@ -108,15 +108,15 @@ class Server:
         context = RequestContext(is_retry=sent.is_retry, reserved_s=reserved_s)
         refusal = judge(queued_work_s, LIMIT_S, context, own, estimates)
         if refusal is not None:
-            self._policy.drop(task)
-            del self._inside[task.request]
+            self._policy.drop(entry)
+            del self._inside[entry.request]
             work_s = solo_s / self.demand.throughput()
             error = Overloaded("full.", None, max(1.0, refusal.excess_s), work_s)
             return self._reservations.reserve(sent.name, error, sent.is_retry).retry_after_s
         self.demand.accepted(self.now, solo_s, False)
-        self._predicted[task.request] = (self.now, finish_s[index])
-        task.step_s = self.cost.predict_call(sent.size)
-        self._policy.park(task)
+        self._predicted[entry.request] = (self.now, finish_s[index])
+        entry.step_s = self.cost.predict_call(sent.size)
+        self._policy.park(entry)
         return None
 
     def _work(self, sent: Sent) -> Work:
@@ -128,7 +128,7 @@ class Server:
     def step(self, until: float) -> None:
         """One call, or nothing until then."""
         chosen = self._policy.choose(
-            self.now, lambda task, within_s: self.cost.cap(task.key, 1.0, within_s)
+            self.now, lambda entry, within_s: self.cost.cap(entry.key, 1.0, within_s)
         )
         if not chosen:
             self.now = until
@@ -138,24 +138,24 @@ class Server:
         call_s = self.cost.predict_call(size, len(chosen)) * noise
         self.demand.called(len(chosen) * self.cost.predict_call(size), call_s)
         self.now += call_s
-        for task in chosen:
-            sent = self._inside[task.request]
+        for entry in chosen:
+            sent = self._inside[entry.request]
             if sent.calls == KINDS[size][0]:
                 self.now += self.cost.predict_encode(size)
             sent.calls -= 1
-            before_s = task.remaining_s
+            before_s = entry.remaining_s
             if sent.calls:
                 steps_s = self.cost.predict_steps(size, sent.calls)
-                task.remaining_s = steps_s + self.cost.predict_decode(size)
-                self.demand.update_remaining(self.now, before_s, task.remaining_s, False)
-                self._policy.park(task)
+                entry.remaining_s = steps_s + self.cost.predict_decode(size)
+                self.demand.update_remaining(self.now, before_s, entry.remaining_s, False)
+                self._policy.park(entry)
                 continue
             self.now += self.cost.predict_decode(size)
             self.demand.ended(self.now, before_s, False)
-            self._policy.drop(task)
-            del self._inside[task.request]
+            self._policy.drop(entry)
+            del self._inside[entry.request]
             sent.done_at = self.now
-            at, predicted_s = self._predicted.pop(task.request)
+            at, predicted_s = self._predicted.pop(entry.request)
             self._forecast.observe(predicted_s, self.now - at)
 
     @property

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-async def test_a_picture_comes_back_in_the_wanted_format(
+async def test_a_image_comes_back_in_the_wanted_format(
     client: httpx.AsyncClient, backend: FakeBackend, image_format: str
 ) -> None:
     response = await post(
@@ -65,7 +65,7 @@ async def test_defaults_are_the_models_and_the_seed_is_drawn(
     assert backend.asked[0].num_inference_steps == 20
 
 
-async def test_n_pictures_have_seeds_of_their_own(
+async def test_n_images_have_seeds_of_their_own(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await post(client, {"prompt": "x", "n": 4, "seed": MAX_SEED - 1})
@@ -402,7 +402,7 @@ async def test_who_takes_too_long_is_given_up(
     assert response.headers["x-should-retry"] == "false"
 
 
-async def test_who_asks_before_the_model_is_known_waits_for_that_as_long_as_for_the_picture(
+async def test_who_asks_before_the_model_is_known_waits_for_that_as_long_as_for_the_image(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     assert (await post(client, {"prompt": "x", "deadline_s": 10})).status_code == 200

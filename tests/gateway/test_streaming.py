@@ -30,7 +30,7 @@ def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
 
 
 @pytest.mark.usefixtures("old")
-async def test_partial_images_and_the_picture(client: httpx.AsyncClient) -> None:
+async def test_partial_images_and_the_image(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "seed": 4, "size": "48x32", "output_format": "webp", "stream": True}
     events = events_of(await post(client, body | {"partial_images": 2}))
     assert [name for name, _ in events] == [
@@ -83,10 +83,14 @@ async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
         "partial_image",
         "completed",
     ]
-    waiting, painting = events[0][1], events[1][1]
+    waiting, generating = events[0][1], events[1][1]
     assert (waiting["step"], waiting["queue_position"], waiting["eta_s"]) == (0, 0, 1.5)
-    assert (painting["step"], painting["queue_position"], painting["eta_s"]) == (10, None, 0.5)
-    assert painting["total_steps"] == waiting["total_steps"] == 20
+    assert (generating["step"], generating["queue_position"], generating["eta_s"]) == (
+        10,
+        None,
+        0.5,
+    )
+    assert generating["total_steps"] == waiting["total_steps"] == 20
 
 
 async def test_what_is_refused_at_once_has_a_status_of_its_own(

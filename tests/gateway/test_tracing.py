@@ -72,8 +72,8 @@ class TracedBackend(FakeBackend):
         progress: bool = False,
         context: RequestContext = INITIAL,
     ) -> AsyncGenerator[GenerationEvent, None]:
-        painting = super().generate(params, encoding, progress, context)
-        async with aclosing(painting) as events:
+        generating = super().generate(params, encoding, progress, context)
+        async with aclosing(generating) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
                     queue_s, encode_s, denoise_s, decode_s = PARTS_S

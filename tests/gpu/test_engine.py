@@ -74,26 +74,26 @@ def four_requests(side: int) -> list[GenerationParams]:
     ]
 
 
-def paint(engine: Engine, requests: Sequence[GenerationParams]) -> list[Tensor]:
+def generate(engine: Engine, requests: Sequence[GenerationParams]) -> list[Tensor]:
     """All at once; raises unless each is completed."""
-    pictures = []
+    images = []
     for events in [engine.stream(params) for params in requests]:
         *_, last = events
         assert isinstance(last, Completed), last
-        pictures.append(last.result.pixels.cpu())
-    return pictures
+        images.append(last.result.pixels.cpu())
+    return images
 
 
 @pytest.mark.parametrize("side", [512, 1024])
-def test_four_requests_together_are_painted_as_alone(
+def test_four_requests_together_are_generated_as_alone(
     full: Full, side: int, report: Callable[[str], None]
 ) -> None:
     pipeline, model = load(full, side)
     requests = four_requests(side)
-    alone = [pipeline.paint(params)[0].cpu() for params in requests]
+    alone = [pipeline.generate(params)[0].cpu() for params in requests]
     with Engine(pipeline, model, FIFO) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
-        together = paint(engine, requests)
+        together = generate(engine, requests)
         batch = engine.stats().mean_batch_size
     difference = largest_difference(alone, together)
     worst = min(psnr(*pair) for pair in zip(alone, together, strict=True))
@@ -106,14 +106,14 @@ def test_four_requests_together_are_painted_as_alone(
 
 
 @only_sd15
-def test_a_seed_paints_the_same_picture_in_any_company(full: Full) -> None:
+def test_a_seed_generates_the_same_image_in_any_batch(full: Full) -> None:
     pipeline, model = load(full, 512)
     first, *others = four_requests(512)
     with Engine(pipeline, model, FIFO) as engine:
-        [once] = paint(engine, [first])
-        [again] = paint(engine, [first])
-        in_company, *_ = paint(engine, [first, *others])
-        [other] = paint(engine, [replace(first, seed=99)])
+        [once] = generate(engine, [first])
+        [again] = generate(engine, [first])
+        in_company, *_ = generate(engine, [first, *others])
+        [other] = generate(engine, [replace(first, seed=99)])
     assert largest_difference([once, once], [again, in_company]) <= DIFFERENCE
     assert largest_difference([once], [other]) > DIFFERENCE
 
@@ -138,7 +138,7 @@ def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], Non
 
         number.append(engine.submit(params, on_event))
 
-    def paint_eight(engine: Engine) -> None:
+    def generate_eight(engine: Engine) -> None:
         expected = ends.total() + 8
         for index, params in enumerate(requests * 2):
             submit(engine, params, gives_up=index % 3 == 0)
@@ -146,7 +146,7 @@ def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], Non
 
     def held_after(engine: Engine, rounds: int) -> int:
         for _ in range(rounds):
-            paint_eight(engine)
+            generate_eight(engine)
         gc.collect()
         return torch.cuda.memory_allocated()
 
@@ -163,7 +163,7 @@ def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], Non
 
 
 @only_sd15
-def test_without_memory_for_all_fewer_are_painted_at_a_time(
+def test_without_memory_for_all_fewer_are_generated_at_a_time(
     full: Full, caplog: pytest.LogCaptureFixture
 ) -> None:
     side = 1024
@@ -177,7 +177,7 @@ def test_without_memory_for_all_fewer_are_painted_at_a_time(
     def peak_bytes(engine: Engine, requests: Sequence[GenerationParams]) -> int:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        paint(engine, requests)
+        generate(engine, requests)
         return torch.cuda.max_memory_allocated() - before
 
     with Engine(pipeline, model, config) as engine:
@@ -187,12 +187,12 @@ def test_without_memory_for_all_fewer_are_painted_at_a_time(
         free, _ = torch.cuda.mem_get_info()
         rest = torch.empty(free - (one + all_of_them) // 2, dtype=torch.uint8, device=DEVICE)
         with caplog.at_level(logging.WARNING):
-            pictures = paint(engine, requests)
+            images = generate(engine, requests)
         del rest
         torch.cuda.empty_cache()
     assert "OutOfMemoryError" in caplog.text
-    alone = [pipeline.paint(params)[0].cpu() for params in requests[:4]]
-    assert largest_difference(alone, pictures[:4]) <= DIFFERENCE
+    alone = [pipeline.generate(params)[0].cpu() for params in requests[:4]]
+    assert largest_difference(alone, images[:4]) <= DIFFERENCE
 
 
 def test_weights_that_were_read_to_the_gpu_are_those_that_were_moved_there(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_weights_that_were_read_to_the_gpu_are_those_that_were_moved_there(tmp_p
     read = LoadedPipeline.load(model)
     moved = LoadedPipeline(FAMILIES["sdxl"]().to(DEVICE), model)
     params = GenerationParams("a cat", 1, width=64, height=32, num_inference_steps=2)
-    assert torch.equal(read.paint(params), moved.paint(params))
+    assert torch.equal(read.generate(params), moved.generate(params))
     for name, network in read._pipeline.components.items():
         if isinstance(network, torch.nn.Module):
             other = moved._pipeline.components[name].state_dict()

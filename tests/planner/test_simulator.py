@@ -121,7 +121,7 @@ def test_every_request_ends_once(
         assert outcome.gpu_s >= outcome.work_s - 1e-6
 
 
-def test_what_a_lost_replica_painted_is_painted_again() -> None:
+def test_what_a_lost_replica_generated_is_generated_again() -> None:
     at_s = poisson(0.5, 600, seed=1)
     outcome = run(
         at_s,

@@ -106,13 +106,13 @@ def test_who_is_dropped_is_told_how_far_it_came(demo_pipeline: LoadedPipeline) -
         engine.cancel(waiting.number)
         engine.cancel(running.number)
         waited, of_the_waiting = waiting.to_the_end()
-        painted, of_the_running = running.to_the_end()
+        generated, of_the_running = running.to_the_end()
     for last in (of_the_waiting, of_the_running):
         assert isinstance(last, Failed)
         assert isinstance(last.error, Cancelled)
     assert waited == [Timeline()]
-    assert len(painted[-1].parts_s) == 2
-    assert painted[-1].steps
+    assert len(generated[-1].parts_s) == 2
+    assert generated[-1].steps
 
 
 def test_who_fails_is_told_where(

@@ -62,13 +62,13 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
     ],
 )
 def test_the_size_of_an_image_is_the_default(
-    sent: tuple[int, int], painted: tuple[int, int]
+    sent: tuple[int, int], generated: tuple[int, int]
 ) -> None:
     image = Image.new("RGB", sent)
     resolved = GenerationParams("a cat", 1, image=image).resolved(MODEL)
-    assert (resolved.width, resolved.height) == painted
+    assert (resolved.width, resolved.height) == generated
     resolved = GenerationParams("a cat", 1, image=image, width=32).resolved(MODEL)
-    assert (resolved.width, resolved.height) == (32, painted[1])
+    assert (resolved.width, resolved.height) == (32, generated[1])
 
 
 @given(st.integers(1, 30_000), st.integers(1, 30_000))

@@ -20,7 +20,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Painted:
+class GeneratedImage:
     """A held-out scene, its caption, what the model made of it, and what the judge says."""
 
     scene: Scene
@@ -36,7 +36,7 @@ def generate_held_out(
     guidance_scale: float = 7.5,
     size_px: int = 64,
     seed: int = 0,
-) -> list[Painted]:
+) -> list[GeneratedImage]:
     """Paint ``pairs`` pairs of a prompt and a seed; a quarter of the prompts name two objects.
 
     Every combination of shape, colour and background in them was kept out of training.
@@ -45,7 +45,7 @@ def generate_held_out(
     scenes = [sample_scene(rng, held_out=True, pairs=0.25) for _ in range(pairs)]
     prompts = [caption(scene, rng, name_background=True) for scene in scenes]
     pipeline.set_progress_bar_config(disable=True)
-    painted = []
+    generated = []
     for start in range(0, pairs, BATCH):
         end = min(start + BATCH, pairs)
         images = pipeline(
@@ -61,14 +61,14 @@ def generate_held_out(
             scenes[start:end], prompts[start:end], images, strict=True
         ):
             image = (pixels * 255).round().astype(np.uint8)
-            painted.append(Painted(scene, prompt, image, judge(image, scene)))
-    return painted
+            generated.append(GeneratedImage(scene, prompt, image, judge(image, scene)))
+    return generated
 
 
-def accuracy(painted: list[Painted]) -> dict[str, float]:
+def accuracy(generated: list[GeneratedImage]) -> dict[str, float]:
     """Share of the pictures with every object's colour, the background, and every shape right."""
     return {
-        part: sum(getattr(item.verdict, part) for item in painted) / len(painted)
+        part: sum(getattr(item.verdict, part) for item in generated) / len(generated)
         for part in ("color", "background", "shape")
     }
 
@@ -98,14 +98,14 @@ def main(
 ) -> None:
     """Print how often colours, backgrounds and shapes come out as the prompt says."""
     pipeline = DiffusionPipeline.from_pretrained(model)
-    painted = generate_held_out(pipeline, pairs, steps, guidance_scale, size_px, seed)
-    for part, share in accuracy(painted).items():
+    generated = generate_held_out(pipeline, pairs, steps, guidance_scale, size_px, seed)
+    for part, share in accuracy(generated).items():
         typer.echo(f"{part:<10} {share:.1%} of {pairs}")
-    for item in painted:
+    for item in generated:
         if not (item.verdict.color and item.verdict.background and item.verdict.shape):
             typer.echo(f"  wrong: {item.prompt}")
     if sheet is not None:
-        contact_sheet([item.image for item in painted[:32]]).save(sheet)
+        contact_sheet([item.image for item in generated[:32]]).save(sheet)
 
 
 if __name__ == "__main__":

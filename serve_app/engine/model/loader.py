@@ -446,7 +446,7 @@ class LoadedPipeline:
         )
         return min(counts["prompt"], limit), warnings
 
-    def paint(
+    def generate(
         self,
         params: GenerationParams,
         on_step: StepCallback | None = None,

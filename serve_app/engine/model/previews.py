@@ -39,7 +39,7 @@ class PreviewMap:
                 prompt, seed, width=width, height=height, num_inference_steps=_STEPS
             )
             seen: list[Tensor] = []
-            pixels = pipeline.paint(params, on_latents=seen.append)
+            pixels = pipeline.generate(params, on_latents=seen.append)
             grid = _grid(seen[-1], width, height) if seen else None
             if grid is None:
                 return None

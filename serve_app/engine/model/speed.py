@@ -234,7 +234,7 @@ def padded(calls: Sequence[MergeableCall]) -> list[MergeableCall]:
 
 
 def compile_batches(
-    paint: Callable[[GenerationParams], object],
+    generate: Callable[[GenerationParams], object],
     rendezvous: Rendezvous,
     specs: Mapping[str, BatchSpec],
     size: Size,
@@ -246,7 +246,7 @@ def compile_batches(
     """
     for guidance_scale in (5.0, 1.0):
         params = replace(probe(size), guidance_scale=guidance_scale)
-        job = Job(functools.partial(paint, params))
+        job = Job(functools.partial(generate, params))
         warm: set[str] = set()
         try:
             job.start()

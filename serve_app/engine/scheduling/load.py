@@ -89,12 +89,12 @@ class LoadTracker:
             weight = _MEAN_WEIGHT if self._mean_s else 1.0
             self._mean_s += weight * (solo_s - self._mean_s)
 
-    def accepted(self, now: float, solo_s: float, background: bool) -> None:
+    def accepted(self, now: float, solo_s: float, low_priority: bool) -> None:
         """A request was taken in."""
         with self._lock:
             self._pass_to(now)
-            self._remaining_s[background] += solo_s
-            self._requests[background] += 1
+            self._remaining_s[low_priority] += solo_s
+            self._requests[low_priority] += 1
 
     def called(self, solo_s: float, seconds: float) -> None:
         """A denoiser call took so long, and those in it one after the other so long."""
@@ -102,31 +102,31 @@ class LoadTracker:
             self._throughput.called(solo_s, seconds)
 
     def update_remaining(
-        self, now: float, before_s: float, left_s: float, background: bool
+        self, now: float, before_s: float, left_s: float, low_priority: bool
     ) -> None:
         """Of a request that was taken in so much was left, and is now: more, if it turns out to
         take longer."""
         with self._lock:
             self._pass_to(now)
-            self._remaining_s[background] += left_s - before_s
+            self._remaining_s[low_priority] += left_s - before_s
 
-    def ended(self, now: float, left_s: float, background: bool) -> None:
+    def ended(self, now: float, left_s: float, low_priority: bool) -> None:
         """A request has ended, with so much of it not done."""
         with self._lock:
             self._pass_to(now)
-            self._remaining_s[background] -= left_s
-            self._requests[background] -= 1
-            if not self._requests[background]:
-                self._remaining_s[background] = 0.0  # what rounding left
+            self._remaining_s[low_priority] -= left_s
+            self._requests[low_priority] -= 1
+            if not self._requests[low_priority]:
+                self._remaining_s[low_priority] = 0.0  # what rounding left
 
     def throughput(self) -> float:
         with self._lock:
             return self._throughput.value()
 
-    def backlog_s(self, background: bool = False) -> float:
+    def backlog_s(self, low_priority: bool = False) -> float:
         """Seconds to finish what was accepted, at the measured throughput."""
         with self._lock:
-            return self._backlog_s(background)
+            return self._backlog_s(low_priority)
 
     def load(self, now: float) -> ReplicaLoad:
         """All figures."""
@@ -141,8 +141,8 @@ class LoadTracker:
                 utilization=min(1.0, self._busy.total(now) / WINDOW_S),
             )
 
-    def _backlog_s(self, background: bool) -> float:
-        return max(0.0, self._remaining_s[background]) / self._throughput.value()
+    def _backlog_s(self, low_priority: bool) -> float:
+        return max(0.0, self._remaining_s[low_priority]) / self._throughput.value()
 
     def _pass_to(self, now: float) -> None:
         """Count the time until now, in which as many requests were there as are."""

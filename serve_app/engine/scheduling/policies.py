@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 
 @dataclass(eq=False, slots=True)
-class Task:
+class QueueEntry:
     """A request as a policy sees it. Times are in seconds, on any one clock."""
 
     request: int
@@ -32,43 +32,43 @@ class Task:
     """It cannot be done in time any more, or only at the cost of more than one other."""
     total_work_s: float = 0.0
     """The work when it came; a policy sets it."""
-    background: bool = False
+    low_priority: bool = False
     """It runs when no other can."""
-    _entry: tuple[Any, int] | None = field(default=None, repr=False)
+    _position: tuple[Any, int] | None = field(default=None, repr=False)
     """Where it stands in its group; none while it is not parked."""
 
 
 ROUNDING_S = 1e-6
 """Sums of times differ by less than this in the order of their terms."""
 
-Cap = Callable[[Task, float], int]
+Cap = Callable[[QueueEntry, float], int]
 """How many calls may run together with, and including, that of a task, in so many seconds."""
 
 
 class Policy(Protocol):
     """Orders the requests and chooses what runs in the next denoiser call."""
 
-    def add(self, task: Task) -> None:
+    def add(self, entry: QueueEntry) -> None:
         """A request was accepted, its deadline is set for good. It is not parked yet."""
         ...
 
-    def park(self, task: Task) -> None:
+    def park(self, entry: QueueEntry) -> None:
         """Its call waits; ``key``, ``remaining_s`` and ``step_s`` are set."""
         ...
 
-    def drop(self, task: Task) -> None:
+    def drop(self, entry: QueueEntry) -> None:
         """The request has ended, wherever it was."""
         ...
 
-    def first(self, tasks: list[Task], now: float) -> Task:
+    def first(self, entries: list[QueueEntry], now: float) -> QueueEntry:
         """Which of these, none of them parked, goes first."""
         ...
 
-    def order(self, now: float) -> list[Task]:
+    def order(self, now: float) -> list[QueueEntry]:
         """All requests, parked or not: who goes before whom, as it looks now."""
         ...
 
-    def choose(self, now: float, cap: Cap) -> list[Task]:
+    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
         """Calls that may run together, the leader first; they count as parked no more.
 
         At least one, if any is parked, and at most the ``cap`` of the leader.
@@ -81,41 +81,41 @@ class RankedPolicy(ABC):
 
     def __init__(self) -> None:
         self._groups: dict[Hashable, list[tuple[Any, int]]] = {}
-        self._tasks: dict[int, Task] = {}
+        self._entries: dict[int, QueueEntry] = {}
         self._turns = 0
 
     @abstractmethod
-    def rank(self, task: Task) -> Any:
+    def rank(self, entry: QueueEntry) -> Any:
         """Lower goes first; ties go to the request that came first."""
 
-    def call_s(self, leader: Task, now: float) -> float:
+    def call_s(self, leader: QueueEntry, now: float) -> float:
         """How many seconds company may make the leader's call take."""
         return math.inf
 
-    def add(self, task: Task) -> None:
-        self._tasks[task.request] = task
+    def add(self, entry: QueueEntry) -> None:
+        self._entries[entry.request] = entry
 
-    def park(self, task: Task) -> None:
+    def park(self, entry: QueueEntry) -> None:
         self._turns += 1
-        task.turn = self._turns
-        self._enter(task)
+        entry.turn = self._turns
+        self._enter(entry)
 
-    def drop(self, task: Task) -> None:
-        self._leave(task)
-        del self._tasks[task.request]
+    def drop(self, entry: QueueEntry) -> None:
+        self._leave(entry)
+        del self._entries[entry.request]
 
-    def first(self, tasks: list[Task], now: float) -> Task:
-        return min(tasks, key=lambda task: (self.rank(task), task.request))
+    def first(self, entries: list[QueueEntry], now: float) -> QueueEntry:
+        return min(entries, key=lambda entry: (self.rank(entry), entry.request))
 
-    def order(self, now: float) -> list[Task]:
-        return sorted(self._tasks.values(), key=lambda task: (self.rank(task), task.request))
+    def order(self, now: float) -> list[QueueEntry]:
+        return sorted(self._entries.values(), key=lambda entry: (self.rank(entry), entry.request))
 
-    def choose(self, now: float, cap: Cap) -> list[Task]:
+    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
         if not self._groups:
             return []
         return self._take(self._leader()[0], now, cap)
 
-    def company(self, key: Hashable, most: int) -> list[Task]:
+    def batch_fill(self, key: Hashable, most: int) -> list[QueueEntry]:
         """At most so many of the parked calls with this key; they count as parked no more."""
         if key is None or most <= 0 or key not in self._groups:
             return []
@@ -124,63 +124,63 @@ class RankedPolicy(ABC):
     @property
     def count(self) -> int:
         """Requests, parked or not."""
-        return len(self._tasks)
+        return len(self._entries)
 
-    def _leader(self) -> tuple[Hashable, Task]:
+    def _leader(self) -> tuple[Hashable, QueueEntry]:
         """The first of all, and its group."""
         group = min(self._groups, key=lambda group: self._groups[group][0])
-        return group, self._tasks[self._groups[group][0][1]]
+        return group, self._entries[self._groups[group][0][1]]
 
-    def _take(self, group: Hashable, now: float, cap: Cap) -> list[Task]:
-        entries = self._groups[group]
-        leader = self._tasks[entries[0][1]]
+    def _take(self, group: Hashable, now: float, cap: Cap) -> list[QueueEntry]:
+        members = self._groups[group]
+        leader = self._entries[members[0][1]]
         count = 1 if leader.key is None else cap(leader, self.call_s(leader, now))
-        chosen = [self._tasks[number] for _, number in entries[:count]]
-        if count < len(entries):
-            del entries[:count]
+        chosen = [self._entries[number] for _, number in members[:count]]
+        if count < len(members):
+            del members[:count]
         else:
             del self._groups[group]
-        for task in chosen:
-            task._entry = None
+        for entry in chosen:
+            entry._position = None
         return chosen
 
-    def _group(self, task: Task) -> Hashable:
-        return ("alone", task.request) if task.key is None else task.key
+    def _group(self, entry: QueueEntry) -> Hashable:
+        return ("alone", entry.request) if entry.key is None else entry.key
 
-    def _enter(self, task: Task) -> None:
-        task._entry = (self.rank(task), task.request)
-        insort(self._groups.setdefault(self._group(task), []), task._entry)
+    def _enter(self, entry: QueueEntry) -> None:
+        entry._position = (self.rank(entry), entry.request)
+        insort(self._groups.setdefault(self._group(entry), []), entry._position)
 
-    def _leave(self, task: Task) -> None:
-        if task._entry is None:
+    def _leave(self, entry: QueueEntry) -> None:
+        if entry._position is None:
             return
-        group = self._group(task)
-        entries = self._groups[group]
-        del entries[bisect_left(entries, task._entry)]
-        if not entries:
+        group = self._group(entry)
+        members = self._groups[group]
+        del members[bisect_left(members, entry._position)]
+        if not members:
             del self._groups[group]
-        task._entry = None
+        entry._position = None
 
 
 class Fifo(RankedPolicy):
     """The call that has waited longest leads: every shape gets its turn, whatever it costs."""
 
-    def rank(self, task: Task) -> int:
-        return task.turn
+    def rank(self, entry: QueueEntry) -> int:
+        return entry.turn
 
 
 class ShortestFirst(RankedPolicy):
     """The least remaining work leads. Best for the mean, and long requests may starve."""
 
-    def rank(self, task: Task) -> float:
-        return task.remaining_s
+    def rank(self, entry: QueueEntry) -> float:
+        return entry.remaining_s
 
 
 class LeastSlack(RankedPolicy):
     """The least time to spare leads, also when there is none left: collapses under load."""
 
-    def rank(self, task: Task) -> float:
-        return task.deadline_at - task.remaining_s
+    def rank(self, entry: QueueEntry) -> float:
+        return entry.deadline_at - entry.remaining_s
 
 
 class OnTime(RankedPolicy):
@@ -220,50 +220,50 @@ class OnTime(RankedPolicy):
         self._grace = grace
         self._owed_s = 0.0
         self._stale = False
-        self._by_deadline: list[tuple[float, int, Task]] = []
+        self._by_deadline: list[tuple[float, int, QueueEntry]] = []
         self._late: set[int] = set()
 
-    def rank(self, task: Task) -> tuple[bool, float]:
-        return (task.late, self._due_at(task, self.PATIENCE))
+    def rank(self, entry: QueueEntry) -> tuple[bool, float]:
+        return (entry.late, self._due_at(entry, self.PATIENCE))
 
-    def _due_at(self, task: Task, patience: float) -> float:
+    def _due_at(self, entry: QueueEntry, patience: float) -> float:
         """Its deadline, or, when that is lost, the time until which others go before it."""
-        return task.deadline_at + (patience * task.remaining_s if task.late else 0.0)
+        return entry.deadline_at + (patience * entry.remaining_s if entry.late else 0.0)
 
-    def _lost_at(self, task: Task) -> float:
+    def _lost_at(self, entry: QueueEntry) -> float:
         """Whoever would end after this is late."""
-        return task.deadline_at + self._grace * task.total_work_s
+        return entry.deadline_at + self._grace * entry.total_work_s
 
-    def call_s(self, leader: Task, now: float) -> float:
+    def call_s(self, leader: QueueEntry, now: float) -> float:
         # Company may use half of the time to spare; the rest is for what is not foreseen.
         if leader.late or not leader.remaining_s:
             return math.inf
         spare = (leader.deadline_at - now) / leader.remaining_s - 1
         return leader.step_s * (1 + max(0.0, spare) / 2)
 
-    def add(self, task: Task) -> None:
-        super().add(task)
-        task.total_work_s = task.remaining_s
-        insort(self._by_deadline, (task.deadline_at, task.request, task))
+    def add(self, entry: QueueEntry) -> None:
+        super().add(entry)
+        entry.total_work_s = entry.remaining_s
+        insort(self._by_deadline, (entry.deadline_at, entry.request, entry))
         self._stale = True
 
-    def drop(self, task: Task) -> None:
-        super().drop(task)
-        del self._by_deadline[bisect_left(self._by_deadline, (task.deadline_at, task.request))]
-        self._late.discard(task.request)
+    def drop(self, entry: QueueEntry) -> None:
+        super().drop(entry)
+        del self._by_deadline[bisect_left(self._by_deadline, (entry.deadline_at, entry.request))]
+        self._late.discard(entry.request)
         self._stale = True
 
-    def first(self, tasks: list[Task], now: float) -> Task:
+    def first(self, entries: list[QueueEntry], now: float) -> QueueEntry:
         self._plan(now)
         return min(
-            tasks, key=lambda task: (self._due_at(task, self.PATIENCE_TO_START), task.request)
+            entries, key=lambda entry: (self._due_at(entry, self.PATIENCE_TO_START), entry.request)
         )
 
-    def order(self, now: float) -> list[Task]:
+    def order(self, now: float) -> list[QueueEntry]:
         self._plan(now)
         return super().order(now)
 
-    def choose(self, now: float, cap: Cap) -> list[Task]:
+    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
         if not self._groups:
             return []
         self._plan(now)
@@ -277,11 +277,11 @@ class OnTime(RankedPolicy):
             return self._take(group, now, cap)
         if leader.late or self._owed_s < late.step_s:
             chosen = self._take(group, now, cap)
-            done_s = sum(task.step_s for task in chosen if not task.late)
+            done_s = sum(entry.step_s for entry in chosen if not entry.late)
             self._owed_s += self._late_share * done_s
         else:
             chosen = self._take_late(late, now, cap)
-            self._owed_s -= sum(task.step_s for task in chosen if task.late)
+            self._owed_s -= sum(entry.step_s for entry in chosen if entry.late)
         return chosen
 
     def _plan(self, now: float) -> None:
@@ -291,37 +291,37 @@ class OnTime(RankedPolicy):
         longest: list[tuple[float, int, float]] = []
         finished_at = now
         late: set[int] = set()
-        for deadline_at, number, task in self._by_deadline:
-            soonest_at = now + task.remaining_s
-            if soonest_at > self._lost_at(task):
+        for deadline_at, number, entry in self._by_deadline:
+            soonest_at = now + entry.remaining_s
+            if soonest_at > self._lost_at(entry):
                 late.add(number)
                 continue
-            finished_at += task.remaining_s
+            finished_at += entry.remaining_s
             due_at = max(deadline_at, soonest_at)
-            heappush(longest, (-task.total_work_s, number, task.remaining_s))
+            heappush(longest, (-entry.total_work_s, number, entry.remaining_s))
             while finished_at > due_at + ROUNDING_S:
                 _, dropped, remaining_s = heappop(longest)
                 finished_at -= remaining_s
                 late.add(dropped)
         for number in late ^ self._late:
-            task = self._tasks[number]
-            parked = task._entry is not None
-            self._leave(task)
-            task.late = number in late
+            entry = self._entries[number]
+            parked = entry._position is not None
+            self._leave(entry)
+            entry.late = number in late
             if parked:
-                self._enter(task)
+                self._enter(entry)
         self._late = late
 
-    def _first_late(self) -> Task | None:
+    def _first_late(self) -> QueueEntry | None:
         """The late call whose turn it is."""
         first: tuple[Any, int] | None = None
         for entries in self._groups.values():
             index = bisect_left(entries, ((True,),))
             if index < len(entries) and (first is None or entries[index] < first):
                 first = entries[index]
-        return None if first is None else self._tasks[first[1]]
+        return None if first is None else self._entries[first[1]]
 
-    def _take_late(self, leader: Task, now: float, cap: Cap) -> list[Task]:
+    def _take_late(self, leader: QueueEntry, now: float, cap: Cap) -> list[QueueEntry]:
         """The late leader, and with it the most urgent of its key."""
         self._leave(leader)
         group = self._group(leader)
@@ -334,8 +334,8 @@ class OnTime(RankedPolicy):
 class FirstCome(RankedPolicy):
     """Whoever came first leads until it is done."""
 
-    def rank(self, task: Task) -> int:
-        return task.request
+    def rank(self, entry: QueueEntry) -> int:
+        return entry.request
 
 
 class Yielding:
@@ -347,39 +347,39 @@ class Yielding:
     foreground plans knows nothing of it. It has what time is left, which may be none.
     """
 
-    def __init__(self, foreground: RankedPolicy) -> None:
-        self._foreground = foreground
-        self._background = FirstCome()
+    def __init__(self, interactive: RankedPolicy) -> None:
+        self._interactive = interactive
+        self._low_priority = FirstCome()
 
-    def _of(self, task: Task) -> RankedPolicy:
-        return self._background if task.background else self._foreground
+    def _of(self, entry: QueueEntry) -> RankedPolicy:
+        return self._low_priority if entry.low_priority else self._interactive
 
-    def add(self, task: Task) -> None:
-        self._of(task).add(task)
+    def add(self, entry: QueueEntry) -> None:
+        self._of(entry).add(entry)
 
-    def park(self, task: Task) -> None:
-        self._of(task).park(task)
+    def park(self, entry: QueueEntry) -> None:
+        self._of(entry).park(entry)
 
-    def drop(self, task: Task) -> None:
-        self._of(task).drop(task)
+    def drop(self, entry: QueueEntry) -> None:
+        self._of(entry).drop(entry)
 
-    def first(self, tasks: list[Task], now: float) -> Task:
-        foreground = [task for task in tasks if not task.background]
-        if foreground:
-            return self._foreground.first(foreground, now)
-        return self._background.first(tasks, now)
+    def first(self, entries: list[QueueEntry], now: float) -> QueueEntry:
+        interactive = [entry for entry in entries if not entry.low_priority]
+        if interactive:
+            return self._interactive.first(interactive, now)
+        return self._low_priority.first(entries, now)
 
-    def order(self, now: float) -> list[Task]:
-        return self._foreground.order(now) + self._background.order(now)
+    def order(self, now: float) -> list[QueueEntry]:
+        return self._interactive.order(now) + self._low_priority.order(now)
 
-    def choose(self, now: float, cap: Cap) -> list[Task]:
-        chosen = self._foreground.choose(now, cap)
+    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
+        chosen = self._interactive.choose(now, cap)
         if not chosen:
-            return self._background.choose(now, cap)
-        if len(chosen) == self._foreground.count and self._background.count:
+            return self._low_priority.choose(now, cap)
+        if len(chosen) == self._interactive.count and self._low_priority.count:
             leader = chosen[0]
-            places = cap(leader, self._foreground.call_s(leader, now)) - len(chosen)
-            chosen += self._background.company(leader.key, places)
+            places = cap(leader, self._interactive.call_s(leader, now)) - len(chosen)
+            chosen += self._low_priority.batch_fill(leader.key, places)
         return chosen
 
 

@@ -135,7 +135,7 @@ def contradiction(
     that differ is not seen here; that follows from the fingerprint.
     """
     tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
-    job = Job(functools.partial(pipeline.paint, probe(pipeline.default_size_px)))
+    job = Job(functools.partial(pipeline.generate, probe(pipeline.default_size_px)))
     unseen = dict(specs)
     try:
         job.start()
@@ -250,7 +250,7 @@ def _record(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, params: GenerationParams, images: int
 ) -> tuple[_Recorded, Tensor]:
     """Paint alone, merging nothing; the first picture is ``[3, height, width]``."""
-    job = Job(lambda: pipeline.paint(params, images=images))
+    job = Job(lambda: pipeline.generate(params, images=images))
     recorded: _Recorded = {}
     try:
         job.start()
@@ -287,7 +287,7 @@ def _together(
     Raises:
         NotMergeable: if no two calls fit where some must.
     """
-    jobs = [Job(functools.partial(pipeline.paint, params)) for params in requests]
+    jobs = [Job(functools.partial(pipeline.generate, params)) for params in requests]
     merged = 0
     try:
         for job in jobs:

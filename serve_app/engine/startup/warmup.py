@@ -91,7 +91,7 @@ def warm_up(
         # What was not measured: calls without guidance, and sizes of an earlier start.
         for size in config.warmup_sizes_px or (pipeline.default_size_px,):
             most = cost.cap(size)
-            compile_batches(pipeline.paint, rendezvous, certificate.specs, size, most)
+            compile_batches(pipeline.generate, rendezvous, certificate.specs, size, most)
         start.ended("compile")
     return certificate, previews
 
@@ -211,7 +211,7 @@ def _at_denoiser(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, size: Size
 ) -> Iterator[Job[Tensor]]:
     """A request of two steps, parked at its first denoiser call; ends with the block."""
-    job = Job(functools.partial(pipeline.paint, probe(size)))
+    job = Job(functools.partial(pipeline.generate, probe(size)))
     try:
         job.start()
         while job.call is not None and job.call.site not in pipeline.denoisers:

@@ -53,11 +53,11 @@ def params(**options: object) -> GenerationParams:
 SETS = ((), (("pixel", 0.5),), (("ink", 0.4),), (("ink", 0.3), ("pixel", 0.2)), (("pixel", 0.3),))
 
 
-def test_each_request_is_painted_with_its_own_adapters(
+def test_each_request_is_generated_with_its_own_adapters(
     pipeline: LoadedPipeline, model: ModelConfig
 ) -> None:
     requests = [params(lora=adapters, seed=seed) for seed in (1, 2) for adapters in SETS]
-    alone = [pipeline.paint(request)[0] for request in requests]
+    alone = [pipeline.generate(request)[0] for request in requests]
     for index in range(1, len(SETS)):
         assert float((alone[0] - alone[index]).abs().max()) > 1e-2
     with Engine(pipeline, model, FIFO) as engine:
@@ -74,8 +74,11 @@ def test_each_request_is_painted_with_its_own_adapters(
 def test_without_adapters_it_is_the_model_itself(
     pipeline: LoadedPipeline, demo_pipeline: LoadedPipeline
 ) -> None:
-    pipeline.paint(params(lora=SETS[3]))
-    assert largest_difference([demo_pipeline.paint(params())], [pipeline.paint(params())]) <= 1e-6
+    pipeline.generate(params(lora=SETS[3]))
+    assert (
+        largest_difference([demo_pipeline.generate(params())], [pipeline.generate(params())])
+        <= 1e-6
+    )
 
 
 def test_an_adapter_acts_as_stock_diffusers_has_it(
@@ -95,7 +98,7 @@ def test_an_adapter_acts_as_stock_diffusers_has_it(
         generator=torch.Generator().manual_seed(1),
         output_type="pt",
     ).images
-    assert largest_difference([image], [pipeline.paint(params(lora=SETS[3]))]) <= 1e-5
+    assert largest_difference([image], [pipeline.generate(params(lora=SETS[3]))]) <= 1e-5
 
 
 def test_a_prompt_is_remembered_for_its_adapters_only(
@@ -103,7 +106,7 @@ def test_a_prompt_is_remembered_for_its_adapters_only(
 ) -> None:
     """One of them changes the text encoder."""
     requests = [params(lora=adapters) for adapters in SETS[:3]]
-    alone = [pipeline.paint(request)[0] for request in requests]
+    alone = [pipeline.generate(request)[0] for request in requests]
     with Engine(pipeline, model) as engine:
         after = [engine.generate(request).pixels for request in [*requests, *requests][3:]]
     assert largest_difference(alone, after) <= 1e-5
@@ -126,7 +129,7 @@ def test_switching_costs_less_than_a_step(
         pipeline.adapters.switch(SETS[1 + index % 2])
     switch_s = (time.perf_counter() - started_at) / 200
     started_at = time.perf_counter()
-    pipeline.paint(params(lora=SETS[1]))
+    pipeline.generate(params(lora=SETS[1]))
     step_s = (time.perf_counter() - started_at) / 5
     layers = len(pipeline.adapters._layers)
     report(
@@ -135,7 +138,7 @@ def test_switching_costs_less_than_a_step(
     )
 
 
-def test_what_cannot_be_loaded_is_refused_by_name(tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_is_rejected_by_name(tmp_path: Path) -> None:
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"nothing")
 

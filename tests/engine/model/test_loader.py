@@ -30,7 +30,7 @@ def _load(folder: Path) -> LoadedPipeline:
     return LoadedPipeline.load(ModelConfig(id="m", path=str(folder), device="cpu"))
 
 
-def test_the_sdxl_config_loads_and_paints_an_sdxl(tmp_path: Path) -> None:
+def test_the_sdxl_config_loads_and_generates_an_sdxl(tmp_path: Path) -> None:
     """As configs/sdxl.yaml says, half-precision variant included; only the weights are small."""
     FAMILIES["sdxl"]().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert list((tmp_path / "unet").glob("*.fp16.safetensors"))
@@ -48,16 +48,16 @@ def test_the_sdxl_config_loads_and_paints_an_sdxl(tmp_path: Path) -> None:
     assert torch.isfinite(result.pixels).all()
 
 
-def test_a_seed_paints_the_same_picture_after_loading_again(folder: Path) -> None:
+def test_a_seed_generates_the_same_image_after_loading_again(folder: Path) -> None:
     params = GenerationParams("a cat", 5, width=32, height=32, num_inference_steps=2)
-    assert torch.equal(_load(folder).paint(params), _load(folder).paint(params))
+    assert torch.equal(_load(folder).generate(params), _load(folder).generate(params))
 
 
 def test_requests_do_not_share_the_noise_scheduler(folder: Path) -> None:
     pipeline = _load(folder)
     before = dict(vars(pipeline._pipeline.scheduler))
     config = dict(pipeline._pipeline.config)
-    pipeline.paint(GenerationParams("a", 1, width=32, height=32, num_inference_steps=3))
+    pipeline.generate(GenerationParams("a", 1, width=32, height=32, num_inference_steps=3))
     after = vars(pipeline._pipeline.scheduler)
     assert after["num_inference_steps"] == before["num_inference_steps"]
     assert dict(pipeline._pipeline.config) == config
@@ -81,7 +81,7 @@ def test_a_call_that_is_cut_short_leaves_the_networks_as_they_were(
     with monkeypatch.context() as patch:
         patch.setattr(stock.vae, "decode", fail)
         with pytest.raises(RuntimeError, match="no memory"):
-            pipeline.paint(params)
+            pipeline.generate(params)
     assert widths == [torch.float32]
     assert stock.vae.dtype == torch.float16
 
@@ -91,7 +91,7 @@ def test_a_missing_folder_is_named() -> None:
         _load(Path("/no/such/folder"))
 
 
-def test_a_folder_without_an_index_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_an_index_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ModelLoadError, match="no model_index"):
         _load(tmp_path)
 
@@ -120,7 +120,7 @@ def test_a_missing_component_is_named(folder: Path) -> None:
         ("[]", "no stock"),
     ],
 )
-def test_a_wrong_index_is_refused(folder: Path, content: str, reason: str) -> None:
+def test_a_wrong_index_is_rejected(folder: Path, content: str, reason: str) -> None:
     (folder / "model_index.json").write_text(content)
     with pytest.raises(ModelLoadError, match=reason):
         _load(folder)
@@ -137,7 +137,7 @@ def test_an_unknown_pipeline_and_broken_weights_are_reported(folder: Path) -> No
         _load(folder)
 
 
-def test_unknown_call_arguments_are_refused_at_start(folder: Path) -> None:
+def test_unknown_call_arguments_are_rejected_at_start(folder: Path) -> None:
     model = ModelConfig(id="m", path=str(folder), device="cpu", call_kwargs={"clip_skp": 1})
     with pytest.raises(ModelLoadError, match=r"clip_skp.*clip_skip"):
         LoadedPipeline.load(model)

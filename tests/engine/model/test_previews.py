@@ -14,7 +14,7 @@ from serve_app.protocol.events import Preview, Progress
 from serve_app.protocol.params import GenerationParams
 
 
-def test_previews_come_closer_to_the_picture(demo_engine: Engine) -> None:
+def test_previews_come_closer_to_the_image(demo_engine: Engine) -> None:
     params = GenerationParams(
         "a red circle on a blue background", 1, width=96, height=64, num_inference_steps=20,
         preview_steps=(2, 8, 20),
@@ -56,7 +56,7 @@ def test_a_preview_costs_little_next_to_a_step(
         taken.append(time.perf_counter() - started_at)
     params = GenerationParams("a", 1, width=64, height=64, num_inference_steps=10)
     started_at = time.perf_counter()
-    demo_pipeline.paint(params)
+    demo_pipeline.generate(params)
     step_s = (time.perf_counter() - started_at) / 10
     report(
         f"a preview takes {median(taken) * 1e6:.0f} us, {median(taken) / step_s:.2%} of a step of "

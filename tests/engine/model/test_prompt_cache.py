@@ -73,7 +73,7 @@ def test_a_repeated_prompt_skips_the_encoder(family: str) -> None:
     request = GenerationParams(
         "a red circle", 3, width=WIDTH_PX, height=HEIGHT_PX, num_inference_steps=3
     )
-    alone = pipeline.paint(request)[0]
+    alone = pipeline.generate(request)[0]
     encoded: list[str] = []
     with Engine(pipeline, model) as engine:
         handle = pipeline._pipeline.text_encoder.register_forward_pre_hook(

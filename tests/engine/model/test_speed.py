@@ -47,7 +47,7 @@ ROUNDING = 1e-4
 """Largest difference of a pixel in [0, 1] that another order of additions explains."""
 
 DEMO = ModelConfig(id="demo", device="cpu")
-PICTURE = GenerationParams(
+PARAMS = GenerationParams(
     "a red circle on a blue background", 1, width=64, height=64, num_inference_steps=10
 )
 
@@ -67,17 +67,17 @@ def _tiny(family: str) -> tuple[DiffusionPipeline, dict[str, nn.Module]]:
 @pytest.fixture(scope="module")
 def alone() -> Tensor:
     """What the demo model paints without any option."""
-    return LoadedPipeline.load(DEMO).paint(PICTURE)
+    return LoadedPipeline.load(DEMO).generate(PARAMS)
 
 
-def test_channels_last_paints_the_same(alone: Tensor) -> None:
+def test_channels_last_generates_the_same(alone: Tensor) -> None:
     pipeline = _demo(SpeedConfig(channels_last=True))
     for network in (pipeline.denoisers["unet"], pipeline._pipeline.vae):
         convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
         assert convolutions
         for convolution in convolutions:
             assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
-    assert (pipeline.paint(PICTURE) - alone).abs().max() < ROUNDING
+    assert (pipeline.generate(PARAMS) - alone).abs().max() < ROUNDING
 
 
 def test_channels_last_leaves_the_convolutions_of_videos_alone() -> None:
@@ -86,7 +86,7 @@ def test_channels_last_leaves_the_convolutions_of_videos_alone() -> None:
 
 
 @pytest.mark.parametrize(("kind", "least_db"), [("int8", 50.0), ("fp8", 35.0)])
-def test_eight_bits_paint_nearly_the_same_with_smaller_weights(
+def test_eight_bits_generate_nearly_the_same_with_smaller_weights(
     kind: str, least_db: float, alone: Tensor, report: Callable[[str], None]
 ) -> None:
     before = weight_bytes([LoadedPipeline.load(DEMO).denoisers["unet"]])
@@ -96,12 +96,12 @@ def test_eight_bits_paint_nearly_the_same_with_smaller_weights(
     linear = sum(layer.in_features * layer.out_features * 4 for layer in _linears(unet))
     assert after < before - 0.7 * linear  # four bytes have become one, and a scale for each row
     assert pipeline.dtype == torch.float32
-    picture = pipeline.paint(PICTURE)
+    image = pipeline.generate(PARAMS)
     report(
         f"{kind}: denoiser {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, largest difference "
-        f"{float((picture - alone).abs().max()):.2g}, PSNR {psnr(picture, alone):.1f} dB"
+        f"{float((image - alone).abs().max()):.2g}, PSNR {psnr(image, alone):.1f} dB"
     )
-    assert psnr(picture, alone) > least_db
+    assert psnr(image, alone) > least_db
 
 
 def _linears(network: nn.Module) -> list[nn.Linear]:
@@ -119,7 +119,7 @@ def test_eight_bits_keep_the_dtype_of_a_transformer(kind: str) -> None:
     kinds = {type(layer.weight) for layer in _linears(denoisers["transformer"])}
     loaded.restore_networks()
     assert {type(layer.weight) for layer in _linears(denoisers["transformer"])} == kinds
-    assert loaded.paint(TINY).isfinite().all()
+    assert loaded.generate(TINY).isfinite().all()
 
 
 def test_quantizing_without_torchao_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,12 +128,12 @@ def test_quantizing_without_torchao_says_what_to_install(monkeypatch: pytest.Mon
         speed_up(*_tiny("flux"), SpeedConfig(quantize="int8"), CPU)
 
 
-def test_another_attention_kernel_paints_the_same() -> None:
+def test_another_attention_kernel_generates_the_same() -> None:
     pipeline, denoisers = _tiny("flux")
     loaded = LoadedPipeline(
         pipeline, ModelConfig(id="flux", call_kwargs={"max_sequence_length": 16})
     )
-    alone = loaded.paint(TINY)
+    alone = loaded.generate(TINY)
     speed_up(pipeline, denoisers, SpeedConfig(attention_backend="native"), CPU)
     backends = {
         part.processor._attention_backend
@@ -141,15 +141,15 @@ def test_another_attention_kernel_paints_the_same() -> None:
         if hasattr(part, "processor")
     }
     assert backends == {"native"}
-    assert (loaded.paint(TINY) - alone).abs().max() < ROUNDING
+    assert (loaded.generate(TINY) - alone).abs().max() < ROUNDING
 
 
-def test_an_unknown_attention_kernel_is_refused_with_those_that_are_known() -> None:
+def test_an_unknown_attention_kernel_is_rejected_with_those_that_are_known() -> None:
     with pytest.raises(ConfigError, match=r"attention_backend.*'quick'.*native"):
         speed_up(*_tiny("flux"), SpeedConfig(attention_backend="quick"), CPU)
 
 
-def test_an_attention_kernel_that_is_not_installed_is_refused() -> None:
+def test_an_attention_kernel_that_is_not_installed_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"attention_backend.*sageattention"):
         speed_up(*_tiny("flux"), SpeedConfig(attention_backend="sage"), CPU)
 
@@ -311,7 +311,7 @@ def test_an_engine_compiles_nothing_while_requests_wait(
     # A size that is not warm is painted as well, and makes nobody wait for a compiler.
     requests.append(replace(TINY, width=HEIGHT_PX))
     plain = LoadedPipeline.load(model.model_copy(update={"speed": SpeedConfig()}))
-    alone = [plain.paint(request)[0] for request in requests]
+    alone = [plain.generate(request)[0] for request in requests]
     started_at, before = time.perf_counter(), _graphs()
     with Engine.load(model, config) as engine:
         warm = _graphs()

@@ -8,7 +8,7 @@ import pytest
 
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
-from serve_app.engine.scheduling.policies import OnTime, Task
+from serve_app.engine.scheduling.policies import OnTime, QueueEntry
 
 SMALL, LARGE = (512, 512), (1024, 1024)
 
@@ -32,7 +32,7 @@ def test_alone_it_is_the_sum_of_its_parts() -> None:
     assert Forecast(model()).predict_s([one], one) == pytest.approx(1 + 10 * 2 + 2)
 
 
-def test_company_that_shares_its_calls_costs_little() -> None:
+def test_batch_that_shares_its_calls_costs_little() -> None:
     one, others = work(), [work(calls=20, encode_s=0.0) for _ in range(2)]
     assert Forecast(model()).predict_s([one, *others], one) == pytest.approx(1 + 10 * 4 + 2)
 
@@ -68,7 +68,7 @@ def test_it_learns_what_it_cannot_foresee() -> None:
 class Request:
     """One inside the simulated engine."""
 
-    task: Task
+    entry: QueueEntry
     size: Size
     at: float
     calls: int
@@ -95,7 +95,7 @@ def simulate(load: float, count: int = 600) -> Forecast:
     now, number = 0.0, 0
 
     def predict(target: Request) -> float:
-        order = [inside[task.request] for task in policy.order(now)]
+        order = [inside[entry.request] for entry in policy.order(now)]
         works = [work(one.size, one.calls, encode_s=0, decode_s=cost.predict_decode(one.size))
                  for one in order]  # fmt: skip
         return forecast.predict_s(works, works[order.index(target)])
@@ -106,28 +106,28 @@ def simulate(load: float, count: int = 600) -> Forecast:
         while arrivals and arrivals[0][0] <= now:
             at, size = arrivals.pop(0)
             number += 1
-            task = Task(number, at + 3 * solo_s[size], solo_s[size], size)
-            inside[number] = Request(task, size, now, calls[size])
-            policy.add(task)
+            entry = QueueEntry(number, at + 3 * solo_s[size], solo_s[size], size)
+            inside[number] = Request(entry, size, now, calls[size])
+            policy.add(entry)
             inside[number].predicted_s = cost.predict_encode(size) + predict(inside[number])
             now += cost.predict_encode(size)
-            task.step_s = cost.predict_call(size)
-            policy.park(task)
-        batch = policy.choose(now, lambda task, within_s: cost.cap(task.key, 1.0, within_s))
+            entry.step_s = cost.predict_call(size)
+            policy.park(entry)
+        batch = policy.choose(now, lambda entry, within_s: cost.cap(entry.key, 1.0, within_s))
         size = inside[batch[0].request].size
         now += cost.predict_call(size, len(batch)) * rng.uniform(0.9, 1.1)
-        for task in batch:
-            request = inside[task.request]
+        for entry in batch:
+            request = inside[entry.request]
             request.calls -= 1
             if request.calls:
                 steps_s = cost.predict_steps(size, request.calls)
-                task.remaining_s = steps_s + cost.predict_decode(size)
-                policy.park(task)
+                entry.remaining_s = steps_s + cost.predict_decode(size)
+                policy.park(entry)
             else:
                 now += cost.predict_decode(size)
                 forecast.observe(request.predicted_s, now - request.at)
-                policy.drop(task)
-                del inside[task.request]
+                policy.drop(entry)
+                del inside[entry.request]
     return forecast
 
 

@@ -14,8 +14,8 @@ from serve_app.engine.scheduling.policies import (
     LeastSlack,
     OnTime,
     Policy,
+    QueueEntry,
     ShortestFirst,
-    Task,
     Yielding,
 )
 
@@ -61,33 +61,33 @@ def run(policy: Policy, jobs: list[Job], cap: int = 4) -> tuple[list[list[int]],
     """
     now = 0.0
     coming = sorted(range(len(jobs)), key=lambda number: jobs[number].at)
-    tasks: dict[int, Task] = {}
+    entries: dict[int, QueueEntry] = {}
     left = [job.steps for job in jobs]
     ended = [0.0] * len(jobs)
     batches = []
-    while coming or tasks:
-        if not tasks:
+    while coming or entries:
+        if not entries:
             now = max(now, jobs[coming[0]].at)
         while coming and jobs[coming[0]].at <= now:
             number = coming.pop(0)
             job = jobs[number]
-            task = Task(number, job.deadline_at, job.solo_s, job.key, job.step_s)
-            tasks[number] = task
-            policy.add(task)
-            policy.park(task)
+            entry = QueueEntry(number, job.deadline_at, job.solo_s, job.key, job.step_s)
+            entries[number] = entry
+            policy.add(entry)
+            policy.park(entry)
         chosen = policy.choose(now, lambda *_: cap)
-        batches.append([task.request for task in chosen])
-        for task in chosen:
-            now += task.step_s
-        for task in chosen:
-            left[task.request] -= 1
-            if left[task.request]:
-                task.remaining_s = left[task.request] * task.step_s
-                policy.park(task)
+        batches.append([entry.request for entry in chosen])
+        for entry in chosen:
+            now += entry.step_s
+        for entry in chosen:
+            left[entry.request] -= 1
+            if left[entry.request]:
+                entry.remaining_s = left[entry.request] * entry.step_s
+                policy.park(entry)
             else:
-                policy.drop(task)
-                del tasks[task.request]
-                ended[task.request] = now
+                policy.drop(entry)
+                del entries[entry.request]
+                ended[entry.request] = now
     return batches, ended
 
 
@@ -116,17 +116,17 @@ def test_every_step_is_run_once_in_batches_that_fit(name: str, jobs: list[Job], 
 @given(jobs=jobs, dropped=st.integers(0, 24))
 def test_a_request_that_is_dropped_is_gone(name: str, jobs: list[Job], dropped: int) -> None:
     policy = new(name)
-    tasks = [Task(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
-    for task in tasks:
-        policy.add(task)
-        policy.park(task)
-    gone = tasks[dropped % len(tasks)]
+    entries = [QueueEntry(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
+    for entry in entries:
+        policy.add(entry)
+        policy.park(entry)
+    gone = entries[dropped % len(entries)]
     policy.drop(gone)
-    seen: list[Task] = []
+    seen: list[QueueEntry] = []
     while chosen := policy.choose(0.0, lambda *_: 3):
         seen += chosen
-    assert sorted(task.request for task in seen) == [
-        task.request for task in tasks if task is not gone
+    assert sorted(entry.request for entry in seen) == [
+        entry.request for entry in entries if entry is not gone
     ]
 
 
@@ -135,9 +135,9 @@ def test_a_request_that_is_dropped_is_gone(name: str, jobs: list[Job], dropped: 
 def test_the_batch_of_the_leader_is_filled(name: str, jobs: list[Job]) -> None:
     policy = new(name)
     for number, job in enumerate(jobs):
-        task = Task(number, job.deadline_at, job.solo_s, job.key)
-        policy.add(task)
-        policy.park(task)
+        entry = QueueEntry(number, job.deadline_at, job.solo_s, job.key)
+        policy.add(entry)
+        policy.park(entry)
     chosen = policy.choose(0.0, lambda *_: 4)
     key = chosen[0].key
     assert len(chosen) == (1 if key is None else min(4, sum(job.key == key for job in jobs)))
@@ -160,31 +160,31 @@ def test_a_short_urgent_request_overtakes_a_long_one_in_its_middle() -> None:
 @given(jobs)
 def test_in_the_on_time_set_deadlines_are_in_order(jobs: list[Job]) -> None:
     policy = OnTime(grace=0.0)
-    tasks = [Task(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
-    for task in tasks:
-        policy.add(task)
-        policy.park(task)
+    entries = [QueueEntry(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
+    for entry in entries:
+        policy.add(entry)
+        policy.park(entry)
     leaders = []
     while chosen := policy.choose(0.0, lambda *_: 1):
         leaders += chosen
-    deadlines = [task.deadline_at for task in leaders if not task.late]
+    deadlines = [entry.deadline_at for entry in leaders if not entry.late]
     assert deadlines == sorted(deadlines)
     # The set can be done in time: the whole point of it.
     finished_at = 0.0
-    for task in sorted(leaders, key=lambda task: task.deadline_at):
-        if not task.late:
-            finished_at += task.remaining_s
-            assert finished_at <= task.deadline_at + 1e-9
+    for entry in sorted(leaders, key=lambda entry: entry.deadline_at):
+        if not entry.late:
+            finished_at += entry.remaining_s
+            assert finished_at <= entry.deadline_at + 1e-9
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 30)), min_size=1, max_size=9))
 def test_no_larger_set_can_be_on_time(work: list[tuple[int, int]]) -> None:
     """Against trying them all."""
     policy = OnTime(grace=0.0)
-    tasks = [Task(n, deadline, alone, "k") for n, (alone, deadline) in enumerate(work)]
-    for task in tasks:
-        policy.add(task)
-        policy.park(task)
+    entries = [QueueEntry(n, deadline, alone, "k") for n, (alone, deadline) in enumerate(work)]
+    for entry in entries:
+        policy.add(entry)
+        policy.park(entry)
     policy.choose(0.0, lambda *_: 1)
 
     def feasible(members: list[tuple[int, int]]) -> bool:
@@ -200,26 +200,26 @@ def test_no_larger_set_can_be_on_time(work: list[tuple[int, int]]) -> None:
         for bits in range(2 ** len(work))
         if feasible([member for n, member in enumerate(work) if bits >> n & 1])
     )
-    assert sum(not task.late for task in tasks) == best
+    assert sum(not entry.late for entry in entries) == best
 
 
-def test_a_leader_gets_as_much_company_as_lets_it_be_on_time() -> None:
+def test_a_leader_gets_as_much_batch_as_lets_it_be_on_time() -> None:
     asked: list[float] = []
 
-    def cap(leader: Task, within_s: float) -> int:
+    def cap(leader: QueueEntry, within_s: float) -> int:
         asked.append(within_s)
         return 1
 
     policy = OnTime()
-    for task in (
-        Task(1, deadline_at=30.0, remaining_s=10.0, key="k", step_s=0.5),
-        Task(2, deadline_at=5.0, remaining_s=10.0, key="k", step_s=0.5),
+    for entry in (
+        QueueEntry(1, deadline_at=30.0, remaining_s=10.0, key="k", step_s=0.5),
+        QueueEntry(2, deadline_at=5.0, remaining_s=10.0, key="k", step_s=0.5),
     ):
-        policy.add(task)
-        policy.park(task)
-    assert [task.request for task in policy.choose(10.0, cap)] == [1]
+        policy.add(entry)
+        policy.park(entry)
+    assert [entry.request for entry in policy.choose(10.0, cap)] == [1]
     assert asked.pop() == 0.75  # 10 s to spare in 10 s of work: half as long again
-    assert [task.request for task in policy.choose(10.0, cap)] == [2]
+    assert [entry.request for entry in policy.choose(10.0, cap)] == [2]
     assert asked.pop() == float("inf")  # late anyway
 
 
@@ -228,14 +228,14 @@ def test_who_is_late_by_a_little_keeps_its_place() -> None:
 
     def ran(deadline_at: float) -> list[int]:
         policy = OnTime(late_share=0.0, grace=0.5)
-        for task in (
-            Task(1, deadline_at=deadline_at, remaining_s=10.0, key="a", step_s=1.0),
-            Task(2, deadline_at=30.0, remaining_s=12.0, key="b", step_s=1.0),
+        for entry in (
+            QueueEntry(1, deadline_at=deadline_at, remaining_s=10.0, key="a", step_s=1.0),
+            QueueEntry(2, deadline_at=30.0, remaining_s=12.0, key="b", step_s=1.0),
         ):
-            policy.add(task)
-            policy.park(task)
+            policy.add(entry)
+            policy.park(entry)
         chosen = [policy.choose(0.0, lambda *_: 1), policy.choose(0.0, lambda *_: 1)]
-        return [task.request for batch in chosen for task in batch]
+        return [entry.request for batch in chosen for entry in batch]
 
     assert ran(deadline_at=6.0) == [1, 2]
     assert ran(deadline_at=4.0) == [2, 1]
@@ -246,16 +246,16 @@ def test_with_a_grace_no_other_loses_its_deadline_unplanned(jobs: list[Job]) -> 
     """All that counts as on time ends in time, or by its grace at the latest."""
     policy = OnTime(grace=0.5)
     for number, job in enumerate(jobs):
-        task = Task(number, job.deadline_at, job.solo_s, job.key)
-        policy.add(task)
-        policy.park(task)
+        entry = QueueEntry(number, job.deadline_at, job.solo_s, job.key)
+        policy.add(entry)
+        policy.park(entry)
     now = 0.0
     while chosen := policy.choose(now, lambda *_: 1):
-        (task,) = chosen
-        now += task.remaining_s
-        if not task.late:
-            assert now <= task.deadline_at + 0.5 * task.total_work_s + 1e-4
-        policy.drop(task)
+        (entry,) = chosen
+        now += entry.remaining_s
+        if not entry.late:
+            assert now <= entry.deadline_at + 0.5 * entry.total_work_s + 1e-4
+        policy.drop(entry)
 
 
 def test_the_late_do_not_starve() -> None:
@@ -279,11 +279,11 @@ def test_a_long_late_request_does_not_starve_among_short_ones() -> None:
 
 def test_a_late_request_is_started_among_ever_new_ones() -> None:
     policy = OnTime()
-    late = Task(0, deadline_at=0.0, remaining_s=5.0)
+    late = QueueEntry(0, deadline_at=0.0, remaining_s=5.0)
     policy.add(late)
     started_at = None
     for second in range(1, 200):  # another comes whenever there is a place, and can be on time
-        new = Task(second, deadline_at=second + 1.0, remaining_s=0.5)
+        new = QueueEntry(second, deadline_at=second + 1.0, remaining_s=0.5)
         policy.add(new)
         if policy.first([late, new], float(second)) is late:
             started_at = second
@@ -327,26 +327,26 @@ def test_the_on_time_set_meets_more_deadlines(load: float, report: Callable[[str
     assert share["on_time"] >= share["least_slack"]
 
 
-def yielding(name: str, foreground: int, background: int, keys: str = "k") -> Yielding:
+def yielding(name: str, interactive: int, low_priority: int, keys: str = "k") -> Yielding:
     """All of them parked; those of the background have the higher numbers."""
     policy = Yielding(POLICIES[name]())
-    for number in range(foreground + background):
-        task = Task(number, 100.0, 10.0, keys[number % len(keys)], 1.0)
-        task.background = number >= foreground
-        policy.add(task)
-        policy.park(task)
+    for number in range(interactive + low_priority):
+        entry = QueueEntry(number, 100.0, 10.0, keys[number % len(keys)], 1.0)
+        entry.low_priority = number >= interactive
+        policy.add(entry)
+        policy.park(entry)
     return policy
 
 
-def numbers(tasks: list[Task]) -> list[int]:
-    return [task.request for task in tasks]
+def numbers(entries: list[QueueEntry]) -> list[int]:
+    return [entry.request for entry in entries]
 
 
 @policies
 def test_the_background_runs_when_nobody_else_can(name: str) -> None:
     policy = yielding(name, 0, 3)
     assert numbers(policy.choose(0.0, lambda *_: 2)) == [0, 1]  # whoever came first
-    late = Task(9, -5.0, 10.0, "other", 1.0)
+    late = QueueEntry(9, -5.0, 10.0, "other", 1.0)
     policy.add(late)
     policy.park(late)
     assert numbers(policy.choose(0.0, lambda *_: 2)) == [9]  # at the next step, however late
@@ -366,10 +366,10 @@ def test_the_background_fills_a_call_that_everybody_else_is_in(name: str) -> Non
     assert numbers(policy.choose(0.0, lambda *_: 5)) == [0, 2]  # of the same shape
 
 
-def test_company_from_the_background_keeps_to_what_the_leader_may_have() -> None:
+def test_batch_from_the_background_keeps_to_what_the_leader_may_have() -> None:
     asked: list[float] = []
 
-    def cap(leader: Task, within_s: float) -> int:
+    def cap(leader: QueueEntry, within_s: float) -> int:
         asked.append(within_s)
         return 2
 
@@ -381,9 +381,9 @@ def test_company_from_the_background_keeps_to_what_the_leader_may_have() -> None
 @given(jobs=jobs, share=st.sampled_from([2, 3, 5]))
 def test_none_of_the_background_is_lost(name: str, jobs: list[Job], share: int) -> None:
     class Mixed(Yielding):
-        def add(self, task: Task) -> None:
-            task.background = task.request % share == 0
-            super().add(task)
+        def add(self, entry: QueueEntry) -> None:
+            entry.low_priority = entry.request % share == 0
+            super().add(entry)
 
     batches, _ = run(Mixed(POLICIES[name]()), jobs)
     for number, job in enumerate(jobs):
@@ -393,11 +393,15 @@ def test_none_of_the_background_is_lost(name: str, jobs: list[Job], share: int) 
 @policies
 def test_who_waits_for_a_place_goes_before_the_background(name: str) -> None:
     policy = Yielding(POLICIES[name]())
-    tasks = [Task(0, 1.0, 1.0, background=True), Task(1, 99.0, 9.0), Task(2, 1.0, 1.0)]
-    tasks[2].background = True
-    for task in tasks:
-        policy.add(task)
-    assert policy.first(tasks, 0.0) is tasks[1]
+    entries = [
+        QueueEntry(0, 1.0, 1.0, low_priority=True),
+        QueueEntry(1, 99.0, 9.0),
+        QueueEntry(2, 1.0, 1.0),
+    ]
+    entries[2].low_priority = True
+    for entry in entries:
+        policy.add(entry)
+    assert policy.first(entries, 0.0) is entries[1]
     assert numbers(policy.order(0.0)) == [1, 0, 2]
-    policy.drop(tasks[1])
-    assert policy.first([tasks[2], tasks[0]], 0.0) is tasks[0]
+    policy.drop(entries[1])
+    assert policy.first([entries[2], entries[0]], 0.0) is entries[0]

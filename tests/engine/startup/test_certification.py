@@ -66,7 +66,7 @@ def test_a_sound_pipeline_is_certified(pipeline: LoadedPipeline) -> None:
 def test_a_pipeline_that_mixes_rows_is_served_alone_and_right(
     mixing: LoadedPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alone = [mixing.paint(request)[0] for request in _requests()]
+    alone = [mixing.generate(request)[0] for request in _requests()]
     with caplog.at_level(logging.WARNING):
         engine, together = _together(mixing, DEMO)
     assert engine.info.sharing == "interleaved"
@@ -83,7 +83,7 @@ def test_perturbed_attention_runs_one_request_after_another() -> None:
     """PAG splits the batch in three, and swaps the shared network's attention during a call."""
     pipeline = LoadedPipeline(pag(), DEMO.model_copy(update={"default_size_px": (32, 32)}))
     attention = dict(pipeline.denoisers["unet"].attn_processors)
-    alone = [pipeline.paint(request)[0] for request in _requests()]
+    alone = [pipeline.generate(request)[0] for request in _requests()]
     with Engine(pipeline, DEMO) as engine:
         assert engine.info.sharing == "alone"
         assert "batched pictures differ" in engine.info.sharing_note
@@ -98,11 +98,11 @@ def test_perturbed_attention_runs_one_request_after_another() -> None:
     assert largest_difference(alone, together) <= 1e-5
 
 
-def test_frames_in_the_batch_are_told_from_pictures() -> None:
+def test_frames_in_the_batch_are_told_from_images() -> None:
     """AnimateDiff repeats the prompt for each frame: its arguments differ in rows per picture."""
     model = DEMO.model_copy(update={"default_size_px": (32, 32), "call_kwargs": {"num_frames": 3}})
     pipeline = LoadedPipeline(animatediff(), model)
-    alone = [pipeline.paint(request)[0] for request in _requests()]
+    alone = [pipeline.generate(request)[0] for request in _requests()]
     engine, together = _together(pipeline, model)
     assert largest_difference(alone, together) <= 1e-5
     assert engine.info.sharing == "batched"
@@ -126,7 +126,7 @@ def test_a_task_that_cannot_be_shared_is_not_offered(
     monkeypatch.setattr(vae, "encode", forgetful)
     with Engine(pipeline, DEMO) as engine:
         assert engine.info.sharing == "batched"
-        assert engine.info.tasks == ("text-to-image",)
+        assert engine.info.entries == ("text-to-image",)
     assert "image-to-image is not offered: its pictures differ" in caplog.text
 
 
@@ -147,7 +147,7 @@ def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPip
     assert "one prompt at a time" in engine.info.sharing_note
 
 
-def test_a_picture_that_is_not_a_number_is_no_match(
+def test_a_image_that_is_not_a_number_is_no_match(
     pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second picture alone goes wrong: a maximum over pictures must not lose it."""
@@ -167,12 +167,12 @@ def test_a_picture_that_is_not_a_number_is_no_match(
     assert "nan" in engine.info.sharing_note
 
 
-def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
-    def one_picture_only(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+def test_two_images_at_once_may_fail(pipeline: LoadedPipeline) -> None:
+    def one_image_only(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0].shape[0] > 2:
             raise RuntimeError("one picture at a time")
 
-    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(one_picture_only)
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(one_image_only)
     try:
         engine, _ = _together(pipeline, DEMO)
     finally:
@@ -180,12 +180,12 @@ def test_two_pictures_at_once_may_fail(pipeline: LoadedPipeline) -> None:
     assert "a call for two pictures failed: RuntimeError: one picture" in engine.info.sharing_note
 
 
-def test_without_company_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
+def test_without_batch_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
     engine = Engine(
-        pipeline, DEMO, EngineConfig(max_running=1), meter=EngineMetrics("nothing shared")
+        pipeline, DEMO, EngineConfig(max_running=1), metrics=EngineMetrics("nothing shared")
     )
     with engine:
-        assert engine.stats().ticks == 0
+        assert engine.stats().denoiser_calls == 0
         engine.generate(_requests()[0])
     assert engine.info.sharing == "alone"
     assert engine.info.sharing_note == "max_running is 1"
@@ -195,7 +195,7 @@ def test_without_company_there_is_nothing_to_certify(pipeline: LoadedPipeline) -
     assert not {name for name in ours if "sharing" in name}  # it would look like a loss
 
 
-def test_a_pipeline_that_cannot_paint_is_refused_at_start(pipeline: LoadedPipeline) -> None:
+def test_a_pipeline_that_cannot_generate_is_rejected_at_start(pipeline: LoadedPipeline) -> None:
     def broken(_: nn.Module, args: object) -> None:
         raise RuntimeError("no such kernel")
 

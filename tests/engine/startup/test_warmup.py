@@ -125,17 +125,17 @@ def test_only_the_sizes_of_the_config_are_warmed_up() -> None:
     assert {tuple(shape[2:]) for shape in shapes} == {(16, 16), (16, 32)}
 
 
-def test_what_was_taken_over_paints_the_same_in_the_same_batches(profile: Path) -> None:
-    def paint(pipeline: LoadedPipeline, file: Path) -> tuple[Engine, list[Any]]:
+def test_what_was_taken_over_generates_the_same_in_the_same_batches(profile: Path) -> None:
+    def generate(pipeline: LoadedPipeline, file: Path) -> tuple[Engine, list[Any]]:
         with Engine(pipeline, TINY, config(file)) as engine:
             streams = [engine.stream(request) for request in requests()]
             ends = [list(stream)[-1] for stream in streams]
         return engine, [end.result.pixels for end in ends if isinstance(end, Completed)]
 
     pipeline = tiny()
-    alone = [pipeline.paint(request)[0] for request in requests()]
-    new, newly = paint(pipeline, profile.with_name("none"))
-    reused, again = paint(pipeline, profile)
+    alone = [pipeline.generate(request)[0] for request in requests()]
+    new, newly = generate(pipeline, profile.with_name("none"))
+    reused, again = generate(pipeline, profile)
     assert reuse_of(new) == ANEW
     assert reuse_of(reused) == REUSED
     assert reused._certificate.specs == new._certificate.specs
@@ -452,7 +452,7 @@ def test_a_damaged_file_is_named(content: str, profile: Path) -> None:
         lambda found: found["sizes"].append({"size": 3}),
         lambda found: found.update(certificate=[]),
         lambda found: found["certificate"].update(sharing="often"),
-        lambda found: found["certificate"].update(tasks=["painting"]),
+        lambda found: found["certificate"].update(entries=["painting"]),
         lambda found: found["certificate"]["specs"].update(nothing={}),
         lambda found: found["certificate"]["specs"]["unet"].update(output={"shared": "os.system"}),
         lambda found: found["certificate"]["specs"]["unet"].update(output={"rows": 0}),
@@ -489,7 +489,7 @@ def test_a_pipeline_that_takes_turns_is_taken_over_as_such(tmp_path: Path) -> No
     with Engine(pipeline, TINY, config(path)) as engine:
         assert reuse_of(engine) == "certification reused, and caps of 0 of 2 sizes"
         assert engine._certificate == certificate
-        assert engine.info.tasks == ("text-to-image",)
+        assert engine.info.entries == ("text-to-image",)
         for request in requests():
             engine.generate(request)
         assert engine.stats().mean_batch_size == 1
