@@ -187,7 +187,8 @@ def soak(minutes: float, callers: int, seed: int) -> Report:
         f"{report.ends['completed']} completed, {report.ends['cancelled']} cancelled, "
         f"{report.ends['failed']} failed by injected errors; {stats.steps} steps in "
         f"{stats.denoiser_calls} denoiser calls; largest difference from alone "
-        f"{report.worst_difference:.1e}; resident memory {early_mib:.0f} MiB after a fifth, {late_mib:.0f} MiB at the end"
+        f"{report.worst_difference:.1e}; resident memory "
+        f"{early_mib:.0f} MiB after a fifth, {late_mib:.0f} MiB at the end"
     )
     return report
 
