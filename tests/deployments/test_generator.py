@@ -12,6 +12,7 @@ import torch
 from serve_app.config import AppConfig
 from serve_app.deployments import generator
 from serve_app.deployments.generator import Generator, check_assigned_gpus
+from serve_app.engine import admission, runner
 from serve_app.engine import engine as engine_module
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
@@ -90,7 +91,7 @@ async def test_a_clock_that_is_off_moves_no_part_of_a_request(
         time=lambda: time.time() + off_s, perf_counter=lambda: time.perf_counter() + 1_000
     )
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
-    for module in (engine_module, generator):
+    for module in (engine_module, admission, runner, generator):
         monkeypatch.setattr(module, "time", there)
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
         response, waited_s = await ask(engine, num_inference_steps=5, n=2)

@@ -542,7 +542,7 @@ def test_a_deadline_that_cannot_be_met_is_rejected(demo_pipeline: LoadedPipeline
         assert str(error).startswith("about ")
         assert "cannot be done within" in str(error)
         assert [entry.what for entry in engine.stats().log if entry.request > numbers[-1]] == [
-            "refused"
+            "rejected"
         ]
         assert isinstance(submitted(engine, replace(short, deadline_s=100.0))[1], Queued)
         assert isinstance(submitted(engine, short)[1], Queued)  # it has no deadline
