@@ -143,40 +143,55 @@ class AdmissionControl:
         self._load_tracker = load_tracker
         self._metrics = metrics
 
-    def admit(self, request: "Request") -> Queued | InvalidRequest | Overloaded:
-        """Add the request to the waiting ones, and return its position; or return the error."""
+    def admit(self, request: "Request") -> Queued:
+        """Add the request to the waiting ones, and return its position.
+
+        Raises:
+            InvalidRequest: if it would be far too late even on an idle engine.
+            Overloaded: if it is rejected, with the time after which to retry.
+        """
         entry, deadline_s = request.entry, request.params.deadline_s
         solo_s = entry.remaining_s = self._predictor.remaining_s(request)
         if deadline_s is not None and infeasible(solo_s, deadline_s):
             # Not counted as offered load: it would be late on any number of replicas.
             self._metrics.rejected("deadline")
-            return _infeasible(solo_s, deadline_s)
+            raise _infeasible(solo_s, deadline_s)
         if not (entry.low_priority or request.context.is_retry):
             self._load_tracker.offered(time.perf_counter(), solo_s)
         due_s = deadline_s or self._config.slo_scale * solo_s
         entry.deadline_at = request.submitted_at - request.waited_s + due_s
         already_late = {other for other in self._scheduler.requests if other.entry.late}
         self._scheduler.add(request)
+        try:
+            position = self._position(request, solo_s, already_late)
+        except BaseException:
+            self._scheduler.withdraw(request)
+            raise
+        self._scheduler.enqueue(request)
+        self._load_tracker.accepted(request.accepted_at, solo_s, entry.low_priority)
+        return position
+
+    def _position(
+        self, request: "Request", solo_s: float, already_late: Collection["Request"]
+    ) -> Queued:
+        """Return the position of a request among the others, or raise `Overloaded`."""
         now = request.accepted_at = time.perf_counter()
         order = self._scheduler.order(request, now)
         completion_s = self._predictor.completion_s(order)
         index = order.index(request)
-        # Its own first, then those of the requests that it delays.
-        estimates = [
+        own, *later = (
             DeadlineEstimate(finish_s, other.entry.deadline_at - now)
             for other, finish_s in zip(order[index:], completion_s[index:], strict=True)
-            if other.params.deadline_s is not None and other not in already_late
-        ]
+            if other is request
+            or (other.params.deadline_s is not None and other not in already_late)
+        )
         siblings = {one for one in self._scheduler.requests if _are_siblings(request, one)}
         queued_work_s = self._queued_work_s(request, siblings)
-        rejection = self._decide(request, queued_work_s, solo_s, estimates, bool(siblings))
+        rejection = self._decide(request, queued_work_s, solo_s, own, later, bool(siblings))
         if rejection is not None:
-            self._scheduler.withdraw(request)
             self._metrics.rejected(rejection.reason)
             work_s = solo_s / self._load_tracker.throughput()
-            return _overloaded(request, rejection, queued_work_s, work_s)
-        self._scheduler.enqueue(request)
-        self._load_tracker.accepted(now, solo_s, entry.low_priority)
+            raise _overloaded(request, rejection, queued_work_s, work_s)
         request.predicted_s = completion_s[index]
         return Queued(_waiting_before(order, index), request.predicted_s)
 
@@ -204,7 +219,8 @@ class AdmissionControl:
         request: "Request",
         queued_work_s: float,
         solo_s: float,
-        estimates: list[DeadlineEstimate],
+        own: DeadlineEstimate,
+        delayed: Sequence[DeadlineEstimate],
         has_siblings: bool,
     ) -> Rejection | None:
         context, deadline_s = request.context, request.params.deadline_s
@@ -213,11 +229,9 @@ class AdmissionControl:
             # attempts half.
             limit_s = self._config.limits.max_deadline_s / RESERVE
             return decide_admission(queued_work_s, limit_s, context)
+        deadline = None if deadline_s is None else Deadline(deadline_s, solo_s, own)
         limit_s = self._config.max_backlog_s
-        if deadline_s is None:
-            return decide_admission(queued_work_s, limit_s, context, None, estimates, has_siblings)
-        own = Deadline(deadline_s, solo_s, estimates[0])
-        return decide_admission(queued_work_s, limit_s, context, own, estimates[1:], has_siblings)
+        return decide_admission(queued_work_s, limit_s, context, deadline, delayed, has_siblings)
 
 
 def _are_siblings(request: "Request", other: "Request") -> bool:

@@ -1,8 +1,8 @@
 """The engine: one thread that owns the pipeline, its greenlets and the device.
 
-Other threads send it commands through a queue, and receive events. The loop is short: process the
-commands, start waiting requests, run one call, and repeat. `Scheduler` chooses what runs,
-`Executor` runs it, and `Runner` advances the jobs of the requests.
+Other threads send it commands through a queue, and receive events. `Scheduler` chooses what runs,
+`Executor` runs it, and `Runner` advances the jobs of the requests. An error in any of them, or in a
+command, is a bug: it ends the engine, all requests fail, and Serve replaces the replica.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 
 import torch
@@ -30,14 +30,15 @@ from serve_app.engine.runner import Runner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import POLICIES, QueueEntry, RankedPolicy
+from serve_app.engine.scheduling.policies import POLICIES, RankedPolicy
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
-from serve_app.engine.startup.info import describe_model, log_sharing
+from serve_app.engine.startup.report import describe_model, report_start, start_error
 from serve_app.engine.startup.warmup import warm_up
-from serve_app.engine.stats import EngineStats, RequestLog
-from serve_app.errors import Cancelled, ConfigError, ModelLoadError, Unavailable
-from serve_app.protocol.events import Completed, Event, Failed, GenerationResult, Queued
+from serve_app.engine.stats import EngineStats, EventLog
+from serve_app.engine.stream import EventStream
+from serve_app.errors import Cancelled, GenerationFailed, InvalidRequest, Overloaded, Unavailable
+from serve_app.protocol.events import Completed, Event, Failed, GenerationResult
 from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
@@ -47,8 +48,12 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Serves many requests together, step by step, with one stock pipeline.
 
-    Thread-safe: any thread may call its public methods. A context manager: leaving it drains the
-    engine, or drops all requests if an exception is on its way.
+    Any thread may call the public methods, but `close` and `generate` wait for the engine's thread,
+    so event callbacks must not call them. Other threads read counters of the engine's thread
+    without a lock: each is one attribute, so it is current or one step old.
+
+    A context manager: leaving it drains the engine, or drops all requests if an exception is on its
+    way.
     """
 
     info: ModelInfo
@@ -70,36 +75,37 @@ class Engine:
         model: ModelConfig,
         config: EngineConfig | None = None,
         policy: RankedPolicy | None = None,
-        start: ColdStart | None = None,
+        cold_start: ColdStart | None = None,
         metrics: EngineMetrics | None = None,
     ) -> None:
         """Start the engine's thread, and wait until the pipeline is certified.
 
-        ``policy`` replaces the configured one. ``start`` is a stopwatch that is already running,
-        if the model was loaded for this engine. ``metrics`` are by default those of the model's id.
+        ``policy`` replaces the configured one. ``cold_start`` is a stopwatch that is already
+        running, if the model was loaded for this engine. ``metrics`` have the model's id as their
+        label by default.
 
         Raises:
             ModelLoadError: if the pipeline cannot generate an image.
             ConfigError: if the model's defaults break the configured limits, or the profile file
                 is not one.
         """
+        self._model = model
         self._config = config or EngineConfig()
-        self._speed = model.speed
         self._pipeline = pipeline
         self.metrics = metrics or EngineMetrics(model.id)
         self._load_tracker = LoadTracker()
-        self._log = RequestLog()
-        self.cold_start = start or ColdStart()
+        self._log = EventLog()
+        self.cold_start = cold_start or ColdStart()
         self.cost = CostModel(self._config.max_batch_size)
         self.prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
         self._predictor = Predictor(self.cost, self.metrics)
         self._scheduler = Scheduler(
             policy or POLICIES[self._config.scheduling](),
             self.cost,
-            largest_bucket if self._speed.compile else None,
+            largest_bucket if self._model.speed.compile else None,
         )
         self._executor = Executor(
-            pipeline, self._speed, self.cost, self._load_tracker, self.metrics
+            pipeline, self._model.speed, self.cost, self._load_tracker, self.metrics
         )
         self._runner = Runner(
             pipeline,
@@ -119,14 +125,17 @@ class Engine:
         self._gate = threading.Lock()  # orders submissions against closing
         self._closing = False
         self._numbers = itertools.count(1)
-        self._max_running = self._config.max_running
         self._crash: BaseException | None = None
         self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, args=[model], name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
         self._ready.wait()
-        self._check_start(model)
-        self._report_start()
+        if self._crash is not None:
+            self._thread.join()
+            raise start_error(self._crash, model, pipeline.class_name)
+        report_start(self.info, self.cold_start, self.metrics, self._config.max_running > 1)
+        self.metrics.runs_on(self.info.device, gpu_uuid(pipeline.device))
+        self.metrics.watch(self.replica_load, self._count, memory_reader(pipeline.device))
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
@@ -135,32 +144,128 @@ class Engine:
         Raises:
             ConfigError: if the model or the device cannot be used.
         """
-        start = ColdStart()
+        cold_start = ColdStart()
         pipeline = LoadedPipeline.load(model)
-        start.ended("load")
-        return cls(pipeline, model, config, start=start)
+        cold_start.ended("load")
+        return cls(pipeline, model, config, cold_start=cold_start)
 
-    def _check_start(self, model: ModelConfig) -> None:
-        """Raise the error with which the start failed, if it did."""
-        if self._crash is None:
+    # ---- the engine's thread ---------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """Warm up, then loop until the engine closes or the device fails."""
+        try:
+            # Grad mode belongs to the thread, and the pipelines' own no_grad contexts interleave.
+            # Without one around them all, the last request to finish would turn gradients on.
+            with torch.no_grad():
+                with compiling(self._model.speed):
+                    self._warm_up()
+                with compiled(self._model.speed):
+                    self._ready.set()
+                    self._loop()
+        except BaseException as error:
+            self._crash = error
+            if self._ready.is_set():
+                logger.exception("the engine has stopped")
+        finally:
+            with self._gate:
+                self._closing = True
+            try:
+                # No request may wait for a thread that has ended.
+                while not self._commands.empty():
+                    with contextlib.suppress(Exception):
+                        self._commands.get()()
+                self._drop_all()
+            finally:
+                self._executor.close()
+                self._ready.set()
+
+    def _warm_up(self) -> None:
+        """Find out how requests may share the pipeline, and set up the parts that depend on it."""
+        self.certificate, self._runner.previews = warm_up(
+            self._pipeline,
+            self._executor.rendezvous,
+            self._config,
+            self._model.speed,
+            self.cost,
+            self.cold_start,
+        )
+        self.info = describe_model(self._model, self._config, self._pipeline, self.certificate)
+        self._executor.specs = self.certificate.specs
+        self._predictor.batched = self.certificate.sharing == "batched"
+        self._scheduler.max_running = (
+            1 if self.certificate.sharing == "alone" else self._config.max_running
+        )
+
+    def _loop(self) -> None:
+        while self._wait_for_work():
+            self._process_commands()
+            while request := self._scheduler.start_next(time.perf_counter()):
+                self._runner.start(request)
+            if self._scheduler.running:
+                self._run_next_call()
+
+    def _run_next_call(self) -> None:
+        """Run one denoiser call, for as many requests as fit together, or the call of one stage."""
+        now = time.perf_counter()
+        if (request := self._scheduler.next_stage(now)) is not None:
+            try:
+                output = self._executor.run_stage(request)
+            except Exception as error:
+                self._runner.fail(request, error)
+            else:
+                self._runner.resume(request, output)
             return
-        self._thread.join()
-        if isinstance(self._crash, ConfigError):
-            raise self._crash
-        raise ModelLoadError(
-            f"model {model.id!r}: {self._pipeline.class_name} cannot generate an image: "
-            f"{type(self._crash).__name__}: {self._crash}"
-        ) from self._crash
+        batch = self._scheduler.next_batch(now)
+        for request, outcome in zip(batch, self._executor.denoise(batch), strict=True):
+            self._runner.finish_denoiser_call(request, outcome)
 
-    def _report_start(self) -> None:
-        batching_wanted = self._config.max_running > 1  # without it nothing was compared
-        if batching_wanted:
-            self.metrics.certified(self.certificate.sharing, self.certificate.difference)
-        log_sharing(self.info, batching_wanted)
-        self.cold_start.report(self.info.id)
-        device = self._pipeline.device
-        self.metrics.runs_on(self.info.device, gpu_uuid(device))
-        self.metrics.watch(self.replica_load, self._count, memory_reader(device))
+    # ---- commands --------------------------------------------------------------------------------
+
+    def _wait_for_work(self) -> bool:
+        """Return at once if requests are here, else wait for a command; ``False`` to end."""
+        while not self._scheduler.waiting and not self._scheduler.running:
+            self._executor.wait_idle()
+            if self._closing and self._commands.empty():
+                return False
+            command = self._commands.get()
+            self._executor.work_arrived()
+            command()
+        return True
+
+    def _process_commands(self) -> None:
+        """Run the commands that have arrived."""
+        while not self._commands.empty():  # only this thread takes from it
+            self._commands.get()()
+
+    def _accept(self, request: Request) -> None:
+        try:
+            position = self._admission.admit(request)
+        except (InvalidRequest, Overloaded) as error:
+            self._runner.report(request, "rejected", Failed(error.with_traceback(None)))
+        except Exception as error:
+            failure = GenerationFailed(f"the engine could not admit the request: {error!r}")
+            self._runner.report(request, "failed", Failed(failure))
+            raise
+        else:
+            self._runner.report(request, "queued", position)
+
+    def _locate(self, number: int) -> None:
+        if request := self._scheduler.get(number):
+            self._runner.emit(request, self._admission.locate(request))
+
+    def _cancel(self, number: int, requested_at: float) -> None:
+        if request := self._scheduler.get(number):
+            self._runner.drop(request, "cancelled", Cancelled("the request was cancelled."))
+            self.metrics.cancelled(time.perf_counter() - requested_at)
+
+    def _drop_all(self) -> None:
+        """Fail all requests. `Unavailable`, not `Cancelled`: the client did not cancel them."""
+        for request in list(self._scheduler.requests):
+            error = Unavailable("the engine has stopped; send the request to another replica.")
+            try:
+                self._runner.drop(request, "failed", error)
+            except Exception:
+                logger.exception("request %d could not be dropped", request.number)
 
     # ---- for all threads -------------------------------------------------------------------------
 
@@ -185,9 +290,8 @@ class Engine:
                 raise Unavailable("the engine is closing; send the request to another replica.")
             number = next(self._numbers)
             now = time.perf_counter()
-            entry = QueueEntry(number, now, 0.0, low_priority=params.priority == "batch")
             waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)
-            request = Request(number, resolved, context, on_event, now, entry, waited_s)
+            request = Request(number, resolved, context, on_event, now, waited_s)
             self._commands.put(lambda: self._accept(request))
         return number
 
@@ -219,23 +323,11 @@ class Engine:
                     raise error
         raise AssertionError("a request ended without a last event")
 
-    def stream(self, params: GenerationParams) -> Iterator[Event]:
-        """Submit now, and return the events. Closing the iterator cancels the request."""
+    def stream(self, params: GenerationParams) -> EventStream:
+        """Submit now, and return the events. Closing the stream cancels the request."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         number = self.submit(params, events.put)
-
-        def iterate() -> Iterator[Event]:
-            ended = False
-            try:
-                while not ended:
-                    event = events.get()
-                    ended = isinstance(event, Completed | Failed)
-                    yield event
-            finally:
-                if not ended:
-                    self.cancel(number)
-
-        return iterate()
+        return EventStream(events, lambda: self.cancel(number))
 
     def stats(self) -> EngineStats:
         """Return a snapshot. Its counts may be one step apart from each other."""
@@ -284,108 +376,3 @@ class Engine:
         traceback: TracebackType | None,
     ) -> None:
         self.close(drain=error is None)
-
-    # ---- the engine's thread ---------------------------------------------------------------------
-
-    def _run(self, model: ModelConfig) -> None:
-        """Warm up, then loop until the engine closes or the device fails."""
-        # Grad mode belongs to the thread, and the pipelines' own no_grad contexts interleave.
-        # Without one around them all, the last request to finish would turn gradients on.
-        try:
-            with torch.no_grad():
-                with compiling(self._speed):
-                    self._warm_up(model)
-                with compiled(self._speed):
-                    self._ready.set()
-                    self._loop()
-        except BaseException as error:
-            self._crash = error
-            if self._ready.is_set():
-                logger.exception("the engine has stopped")
-        finally:
-            with self._gate:
-                self._closing = True
-            # No request may wait for a thread that has ended.
-            while not self._commands.empty():
-                with contextlib.suppress(Exception):
-                    self._commands.get()()
-            self._drop_all()
-            self._executor.close()
-            self._ready.set()
-
-    def _warm_up(self, model: ModelConfig) -> None:
-        self.certificate, self._runner.previews = warm_up(
-            self._pipeline,
-            self._executor.rendezvous,
-            self._config,
-            self._speed,
-            self.cost,
-            self.cold_start,
-        )
-        self.info = describe_model(model, self._config, self._pipeline, self.certificate)
-        self._executor.specs = self.certificate.specs
-        self._predictor.batched = self.certificate.sharing == "batched"
-        if self.certificate.sharing == "alone":
-            self._max_running = 1
-
-    def _loop(self) -> None:
-        while self._process_commands():
-            while request := self._scheduler.start_next(time.perf_counter(), self._max_running):
-                self._runner.start(request)
-            if self._scheduler.running:
-                self._step()
-
-    def _step(self) -> None:
-        """Run one denoiser call, for as many requests as fit together, or the call of one stage."""
-        now = time.perf_counter()
-        if (request := self._scheduler.next_stage(now)) is not None:
-            try:
-                output = self._executor.run_stage(request)
-            except Exception as error:
-                self._runner.fail(request, error)
-            else:
-                self._runner.resume(request, output)
-            return
-        batch = self._scheduler.next_batch(now)
-        for request, outcome in zip(batch, self._executor.denoise(batch), strict=True):
-            self._runner.finish_step(request, outcome)
-
-    # ---- commands --------------------------------------------------------------------------------
-
-    def _process_commands(self) -> bool:
-        """Run the commands that have arrived; wait for one if idle. ``False`` when all is done."""
-        while True:
-            idle = not self._scheduler.waiting and not self._scheduler.running
-            if idle:
-                self._executor.wait_idle()
-            if idle and self._closing and self._commands.empty():
-                return False
-            try:
-                command = self._commands.get(block=idle)
-            except queue.Empty:
-                return True
-            if idle:
-                self._executor.work_arrived()
-            command()
-
-    def _accept(self, request: Request) -> None:
-        position = self._admission.admit(request)
-        if isinstance(position, Queued):
-            self._runner.report(request, "queued", position)
-        else:
-            self._runner.report(request, "rejected", Failed(position))
-
-    def _locate(self, number: int) -> None:
-        if request := self._scheduler.get(number):
-            self._runner.emit(request, self._admission.locate(request))
-
-    def _cancel(self, number: int, requested_at: float) -> None:
-        if request := self._scheduler.get(number):
-            self._runner.drop(request, "cancelled", Cancelled("the request was cancelled."))
-            self.metrics.cancelled(time.perf_counter() - requested_at)
-
-    def _drop_all(self) -> None:
-        """Fail all requests. `Unavailable`, not `Cancelled`: the client did not cancel them."""
-        for request in list(self._scheduler.requests):
-            error = Unavailable("the engine has stopped; send the request to another replica.")
-            self._runner.drop(request, "failed", error)

@@ -27,9 +27,10 @@ class Request:
     on_event: EventCallback
     submitted_at: float
     """Arrival at this engine, by `time.perf_counter`, as all times here."""
-    entry: QueueEntry
     waited_s: float = 0.0
     """Seconds on its way here, by the clocks of two machines. Only its deadline uses them."""
+    entry: QueueEntry = field(init=False)
+    """The request as the scheduling policies see it. Admission sets its deadline and its work."""
     accepted_at: float = 0.0
     predicted_s: float = 0.0
     """Seconds from its admission to its completion, as predicted then."""
@@ -56,6 +57,10 @@ class Request:
     """Steps that are done, of a traced request."""
     peers: dict[str, None] = field(default_factory=dict)
     """Traces of its batch peers and its own; an ordered set."""
+
+    def __post_init__(self) -> None:
+        low_priority = self.params.priority == "batch"
+        self.entry = QueueEntry(self.number, self.submitted_at, 0.0, low_priority=low_priority)
 
     @property
     def call(self) -> Call:

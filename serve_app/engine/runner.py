@@ -24,7 +24,7 @@ from serve_app.engine.predictor import Predictor
 from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.stats import RequestEvent, RequestLog
+from serve_app.engine.stats import EventLog, RequestEvent
 from serve_app.errors import DiffusionServeError, GenerationFailed
 from serve_app.protocol.events import (
     Completed,
@@ -54,7 +54,7 @@ class Runner:
         predictor: Predictor,
         load_tracker: LoadTracker,
         metrics: EngineMetrics,
-        log: RequestLog,
+        log: EventLog,
     ) -> None:
         self._pipeline = pipeline
         self._prompts = prompts
@@ -75,7 +75,7 @@ class Runner:
         request.job = Job(functools.partial(self._generate, request))
         self._switch(request, request.job.start)
 
-    def finish_step(self, request: Request, outcome: Any) -> None:
+    def finish_denoiser_call(self, request: Request, outcome: Any) -> None:
         """Resume a request with its share of a denoiser call, or with the exception that it got."""
         assert request.job is not None
         if isinstance(outcome, Exception):
@@ -175,19 +175,24 @@ class Runner:
             self._job_completed(request, job.result)
 
     def _park(self, request: Request, call: Call) -> None:
-        """Queue the call at which the job has parked."""
-        entry = request.entry
+        """Note the time outside the denoiser, and queue the call at which the job has parked."""
+        if call.site in self._pipeline.denoisers:
+            if request.calls:
+                self._predictor.observe_between(request.size, request.non_denoiser_s)
+                request.non_denoiser_s = 0.0
+            elif not request.encoded_at:
+                request.encoded_at = time.perf_counter()
+                self._trace(request)
+        self._queue(request, call)
+
+    def _queue(self, request: Request, call: Call) -> None:
+        """Queue a parked call, for the first time or again after a lack of memory."""
         if call.site not in self._pipeline.denoisers:
             request.mergeable = None
             self._update_remaining(request)
             self._scheduler.park_at_stage(request)
             return
-        if request.calls:
-            self._predictor.observe_between(request.size, request.non_denoiser_s)
-            request.non_denoiser_s = 0.0
-        elif not request.encoded_at:
-            request.encoded_at = time.perf_counter()
-            self._trace(request)
+        entry = request.entry
         request.mergeable = self._executor.prepare(call)
         if request.mergeable is not None:
             request.rows = float(request.mergeable.length)
@@ -251,7 +256,7 @@ class Runner:
         self._trace(request)
         self.emit(request, event)
         for waiting in self._scheduler.take_waiting_for_memory():
-            self._park(waiting, waiting.call)
+            self._queue(waiting, waiting.call)
 
     # ---- reports ---------------------------------------------------------------------------------
 

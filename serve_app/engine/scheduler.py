@@ -23,6 +23,8 @@ class Scheduler:
     """Admitted requests that have not started."""
     running: "list[Request]"
     """Started requests, each parked at one call between two steps of the engine."""
+    max_running: int = 1
+    """Most requests that run at a time. The engine sets it after the certification."""
 
     def __init__(
         self, policy: RankedPolicy, cost: CostModel, round_cap: Callable[[int], int] | None = None
@@ -84,8 +86,9 @@ class Scheduler:
 
     # ---- what starts and runs next ---------------------------------------------------------------
 
-    def start_next(self, now: float, max_running: int) -> "Request | None":
+    def start_next(self, now: float) -> "Request | None":
         """Move the next request from waiting to running; ``None`` if none may start."""
+        max_running = self.max_running
         if not self.waiting or len(self.running) >= max_running:
             return None
         by_entry = {request.entry: request for request in self.waiting}

@@ -19,7 +19,7 @@ class LogEntry:
     what: RequestEvent
 
 
-class RequestLog:
+class EventLog:
     """The last few hundred events. Any thread may append."""
 
     def __init__(self) -> None:

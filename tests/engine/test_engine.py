@@ -273,7 +273,7 @@ def test_closing_the_iterator_cancels(demo_engine: Engine) -> None:
     for event in stream:
         if isinstance(event, Progress):
             break
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     wait_until(lambda: demo_engine.stats().running == 0)
     assert demo_engine.stats().log[-1].what == "cancelled"
 
@@ -386,7 +386,7 @@ def test_a_short_urgent_request_overtakes_a_long_one(demo_pipeline: LoadedPipeli
         engine.generate(params(num_inference_steps=5))
         done = [entry.request for entry in engine.stats().log if entry.what == "completed"]
         assert done == [1, 3]  # the long one still runs
-        long.close()  # type: ignore[attr-defined]
+        long.close()
 
 
 def test_a_receiver_that_raises_fails_no_request(
@@ -478,7 +478,7 @@ def test_the_last_slots_are_for_requests_that_can_be_on_time(demo_pipeline: Load
         result_of(list(urgent))
         assert engine.stats().waiting >= 3  # it waited for none of them
         for stream in late:
-            stream.close()  # type: ignore[attr-defined]
+            stream.close()
 
 
 def test_a_tokenizer_error_fails_only_its_own_request(
@@ -719,3 +719,46 @@ def test_low_priority_work_takes_half_of_the_slots(demo_pipeline: LoadedPipeline
         engine.generate(params(num_inference_steps=5))
         assert engine.stats().waiting == 4
         engine.close(drain=False)
+
+
+def test_an_error_while_admitting_ends_the_engine_and_every_request(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    """Such an error is a bug of the engine: no request may hang because of it."""
+
+    class Broken(Fifo):
+        def order(self, now: float) -> Any:
+            raise KeyError("policy")
+
+    engine = Engine(demo_pipeline, DEMO, policy=Broken())
+    [event] = engine.stream(params())
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, GenerationFailed)
+    wait_until(lambda: has_stopped(engine))
+    with pytest.raises(Unavailable):
+        engine.submit(params(), lambda _: None)
+    # The pipeline has its own modules back.
+    assert torch.isfinite(demo_pipeline.generate(params(num_inference_steps=1))).all()
+
+
+def test_waiting_for_memory_teaches_no_costs(demo_pipeline: LoadedPipeline) -> None:
+    """A call that is queued again is no time between two denoiser calls."""
+    failed = 0
+
+    def scarce(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal failed
+        if failed < 4 and engine.stats().running == 2:
+            failed += 1
+            raise torch.OutOfMemoryError("too little memory")
+
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        engine.generate(params(num_inference_steps=8))
+        known_s = engine.cost.predict_between((64, 64))
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(scarce)
+        try:
+            streams = [engine.stream(params(num_inference_steps=8)) for _ in range(2)]
+            assert all(isinstance(list(stream)[-1], Completed) for stream in streams)
+        finally:
+            handle.remove()
+        assert failed
+        assert engine.cost.predict_between((64, 64)) > known_s / 4

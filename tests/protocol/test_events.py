@@ -11,7 +11,6 @@ from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.request import Request, link_batch_peers
-from serve_app.engine.scheduling.policies import QueueEntry
 from serve_app.errors import Cancelled, GenerationFailed
 from serve_app.protocol.events import (
     MAX_PEERS,
@@ -142,7 +141,7 @@ def test_no_more_mates_are_kept_than_are_told() -> None:
 
     def one(trace: str) -> Request:
         context = replace(INITIAL, trace=trace)
-        return Request(1, params, context, lambda _: None, 1.0, QueueEntry(1, 0.0, 0.0))
+        return Request(1, params, context, lambda _: None, 1.0)
 
     mine = one("mine")
     for start in range(0, 1_000, 15):

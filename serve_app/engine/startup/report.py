@@ -1,11 +1,13 @@
-"""The description of a loaded model, from its pipeline, its certificate and the limits."""
+"""The outcome of a start: the description of the model, or the error, for clients and the log."""
 
 import logging
 
 from serve_app.config import EngineConfig, ModelConfig
+from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.startup.certification import Certificate
-from serve_app.errors import ConfigError, InvalidRequest
+from serve_app.engine.startup.cold_start import ColdStart
+from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest, ModelLoadError
 from serve_app.protocol.params import GenerationParams, ModelInfo
 
 logger = logging.getLogger(__name__)
@@ -50,8 +52,31 @@ def describe_model(
     return info
 
 
-def log_sharing(info: ModelInfo, batching_wanted: bool) -> None:
-    """Log how requests share the pipeline: a warning if they cannot, though the config wants it."""
+def start_error(crash: BaseException, model: ModelConfig, pipeline: str) -> DiffusionServeError:
+    """Return the error to raise when the engine's thread ended during the start."""
+    if isinstance(crash, ConfigError):
+        return crash
+    error = ModelLoadError(
+        f"model {model.id!r}: {pipeline} cannot generate an image: {type(crash).__name__}: {crash}"
+    )
+    error.__cause__ = crash
+    return error
+
+
+def report_start(
+    info: ModelInfo, cold_start: ColdStart, metrics: EngineMetrics, batching_wanted: bool
+) -> None:
+    """Report how requests share the pipeline, and how long the start took.
+
+    Requests that cannot share it are a warning, unless ``batching_wanted`` is false.
+    """
+    if batching_wanted:  # without it nothing was compared
+        metrics.certified(info.sharing, info.sharing_difference)
+    _log_sharing(info, batching_wanted)
+    cold_start.report(info.id)
+
+
+def _log_sharing(info: ModelInfo, batching_wanted: bool) -> None:
     name = f"{info.id} ({info.pipeline})"
     if info.sharing == "batched":
         logger.info("model %s: batching=on, largest difference %.2g", name, info.sharing_difference)

@@ -1,0 +1,31 @@
+"""The events of one request, as an iterator."""
+
+import queue
+from collections.abc import Callable, Iterator
+
+from serve_app.protocol.events import Completed, Event, Failed
+
+
+class EventStream(Iterator[Event]):
+    """Waits for each event. Closing it, or dropping it, cancels the request."""
+
+    def __init__(self, events: "queue.SimpleQueue[Event]", cancel: Callable[[], None]) -> None:
+        self._events = events
+        self._cancel = cancel
+        self._ended = False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Completed | Failed)
+        return event
+
+    def close(self) -> None:
+        """Cancel the request if it has not ended. Its remaining events are not returned."""
+        if not self._ended:
+            self._ended = True
+            self._cancel()
+
+    def __del__(self) -> None:
+        self.close()
