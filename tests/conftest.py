@@ -107,9 +107,15 @@ def demo_pipeline() -> LoadedPipeline:
     return LoadedPipeline.load(DEMO)
 
 
+@pytest.fixture(scope="session")
+def start_profile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file in which the first engine of this run keeps its certification for the next ones."""
+    return str(tmp_path_factory.mktemp("profile") / "demo.json")
+
+
 @pytest.fixture
-def demo_engine(demo_pipeline: LoadedPipeline) -> Iterator[Engine]:
-    """A fresh engine on the shipped model; ends with the test."""
-    engine = Engine(demo_pipeline, DEMO, EngineConfig())
+def demo_engine(demo_pipeline: LoadedPipeline, start_profile: str) -> Iterator[Engine]:
+    """A new engine on the shipped model, closed at the end of the test."""
+    engine = Engine(demo_pipeline, DEMO, EngineConfig(profile_path=start_profile))
     yield engine
     engine.close(drain=False)
