@@ -38,7 +38,7 @@ from serve_app.planner.simulator import Simulator
 from serve_app.planner.trace import Kind, Trace, poisson
 from tests.benchmarks.engine import hardware
 from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start_cluster
-from tests.e2e.conftest import free_port
+from tests.serve_process import free_port
 
 SIZE = (64, 64)
 STEPS = 100

@@ -17,10 +17,10 @@ from monitoring.dashboards import DASHBOARDS
 from monitoring.draw import Window, curves, draw
 from monitoring.rules import alerts
 from tests.benchmarks.engine import hardware
-from tests.e2e.conftest import free_port, start_serve
 from tests.monitoring.load import MixedLoad, demo_of_two
 from tests.monitoring.prometheus import start_prometheus
 from tests.monitoring.series import FOREIGN, series_of
+from tests.serve_process import free_port, start_serve
 
 RATE_S = 15.0
 

@@ -28,7 +28,7 @@ import torch
 import typer
 
 from tests.benchmarks.engine import MIX, hardware
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, start_serve
 
 PATH = "/v1/images/generations"
 NATIVE_PX = 64

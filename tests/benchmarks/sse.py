@@ -18,7 +18,7 @@ import torch
 import typer
 
 from tests.benchmarks.engine import hardware
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, start_serve
 
 WAYS: dict[str, dict[str, Any]] = {
     "json": {},

@@ -6,13 +6,6 @@ that it has a GPU, and a raylet without a replica is ended again. What is real i
 
 import contextlib
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,27 +16,13 @@ from typing import Any
 import httpx
 from ray.util import get_node_ip_address
 
-from tests.e2e.conftest import ROOT, scaled_demo
+from tests.serve_process import BIN, RayProcess, free_ports, new_folder, scaled_demo
 from tests.waiting import wait_until
-
-RAY = Path(sys.executable).with_name("ray")
 
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 """Ray's FakeMultiNodeProvider counts its nodes from here."""
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-
-
-def free_ports(number: int) -> list[int]:
-    """All different: they are held until the last is found."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def autoscaling_config(
@@ -109,14 +88,13 @@ class Seen:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A head with room for the gateway, and no GPU until somebody needs one."""
+    """A head node with room for the gateway, and no GPU node until a replica needs one."""
 
-    process: subprocess.Popen[bytes]
-    folder: Path
+    head: RayProcess
     dashboard: str
-    """Ray's REST API, with which Serve is told what to run."""
+    """URL of Ray's REST API, through which applications are deployed."""
     metrics_port: int
-    """Of the head."""
+    """Port of the head's metrics."""
 
     def deploy(self, config: dict[str, Any]) -> None:
         """As ``serve deploy`` does, and as KubeRay does."""
@@ -151,23 +129,8 @@ class Cluster:
 
     def logs(self, pattern: str) -> str:
         """What Ray's processes wrote into their files."""
-        folder = self.folder / "ray" / "session_latest" / "logs"
+        folder = self.head.folder / "ray" / "session_latest" / "logs"
         return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob(pattern)))
-
-    def stop(self) -> None:
-        """End it, and make sure that nothing of it is left: nodes outlive the head otherwise."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        # Whoever belongs to its session was started by it, at whatever remove.
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(int(entry.name)) == self.process.pid:
-                    os.kill(int(entry.name), signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -176,22 +139,19 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Itera
 
     ``cpus``: of the head.
     """
-    folder = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # short: for Ray's sockets
+    folder = new_folder()
     gcs, dashboard, agent, agent_grpc, client, metrics, runtime_env = free_ports(7)
     address = f"{get_node_ip_address()}:{gcs}"
     config = folder / "autoscaling.json"
     config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes, cpus)))
-    environment = os.environ | {
+    variables = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
-    environment.pop("RAY_ADDRESS", None)
     arguments = {
         "autoscaling-config": config,
         "temp-dir": folder / "ray",
@@ -206,22 +166,13 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Itera
         "num-gpus": 0,
         "object-store-memory": 100 * 2**20,
     }
-    log = folder / "ray.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(RAY), "start", "--head", "--block", "--include-dashboard=true"]
-            + [f"--{name}={value}" for name, value in arguments.items()],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    cluster = Cluster(process, folder, f"http://127.0.0.1:{dashboard}", metrics)
+    command: list[str | Path] = [BIN / "ray", "start", "--head", "--block"]
+    options = [f"--{name}={value}" for name, value in arguments.items()]
+    head = RayProcess.start([*command, "--include-dashboard=true", *options], folder, variables)
+    cluster = Cluster(head, f"http://127.0.0.1:{dashboard}", metrics)
 
     def answers() -> bool:
-        assert process.poll() is None, log.read_text()
+        head.check_running()
         try:
             cluster.look()
         except httpx.TransportError:
@@ -232,7 +183,7 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Itera
         wait_until(answers, deadline_s=90, every_s=0.2, what="Ray's dashboard")
         yield cluster
     finally:
-        cluster.stop()
+        head.stop()
 
 
 def scaling_config(port: int, knobs: dict[str, float]) -> dict[str, Any]:

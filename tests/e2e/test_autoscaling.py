@@ -8,7 +8,7 @@ from time import monotonic
 import pytest
 
 from tests.e2e.cluster import Watch, ask, scaling_config, start_cluster
-from tests.e2e.conftest import free_port
+from tests.serve_process import free_port
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
 

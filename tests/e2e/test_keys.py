@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import httpx
 import openai
@@ -10,7 +9,7 @@ import pytest
 
 from serve_app.config import KEYS_VARIABLE
 from serve_app.gateway.auth import digest
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
@@ -23,16 +22,10 @@ KEYS = f"""
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    port = free_port()
-    config: Any = demo_config(port)
+    config = demo_config(free_port())
     config["applications"][0]["route_prefix"] = "/sd"
-    running = start_serve(config, {KEYS_VARIABLE: KEYS})
-    url = f"http://127.0.0.1:{port}/sd"
-    try:
-        running.wait_until_ready(url)
+    with serving_config(config, {KEYS_VARIABLE: KEYS}) as url:
         yield url
-    finally:
-        running.stop()
 
 
 def client_of(url: str, key: str, retries: int = 0) -> openai.OpenAI:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.cluster.manifests import render
 from tests.e2e.cluster import start_cluster
-from tests.e2e.conftest import free_port
+from tests.serve_process import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve

@@ -23,14 +23,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_app.deployments.ray_compat import deployment_details
 from serve_app.deployments.scrape import ANSWER_WITHIN_S
 from serve_app.gateway.schemas import PARTS
-from tests.e2e.conftest import (
-    ServeProcess,
-    Server,
-    connected,
-    demo_config,
-    free_port,
-    start_serve,
-)
+from tests.e2e.conftest import Server
+from tests.serve_process import ServeProcess, connected, demo_config, free_port, start_serve
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]

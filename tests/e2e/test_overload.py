@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, serving_config
 
 pytestmark = pytest.mark.serve
 
@@ -18,17 +18,11 @@ LIMIT_S = 1.0
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    port = free_port()
-    config: Any = demo_config(port)
+    config = demo_config(free_port())
     engine = config["applications"][0]["args"]["engine"]
     engine["max_backlog_s"] = LIMIT_S
-    running = start_serve(config)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        running.wait_until_ready(url)
+    with serving_config(config) as url:
         yield url
-    finally:
-        running.stop()
 
 
 def client_of(url: str, retries: int) -> openai.OpenAI:

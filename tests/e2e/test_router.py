@@ -10,7 +10,8 @@ import ray
 from ray import serve
 
 from serve_app.deployments.router import ShortestOfSeveral
-from tests.e2e.conftest import Server, connected
+from tests.e2e.conftest import Server
+from tests.serve_process import connected
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve

@@ -23,7 +23,8 @@ from serve_app.engine.engine import EngineStats
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import GenerationParams
-from tests.e2e.conftest import Server, demo_config, free_port, start_serve
+from tests.e2e.conftest import Server
+from tests.serve_process import demo_config, free_port, start_serve
 from tests.waiting import wait_until
 from tools.demo_model.judge import read
 from tools.demo_model.scenes import Scene, SceneObject, render

@@ -14,7 +14,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from serve_app.gateway.schemas import PARTS
 from tests.collector import Collector, collecting, values
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, start_serve
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
