@@ -37,7 +37,7 @@ from serve_app.planner.scalers import ByWork
 from serve_app.planner.simulator import Simulator
 from serve_app.planner.trace import Kind, Trace, poisson
 from tests.benchmarks.engine import hardware
-from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start_cluster
+from tests.e2e.cluster import Answer, Cluster, Watch, generate, scaling_config, start_cluster
 from tests.serve_process import free_port
 
 SIZE = (64, 64)
@@ -119,19 +119,19 @@ def real(at_s: Sequence[float], profile: Path) -> tuple[Curve, list[Answer], lis
         requests = []
         for seed, due_s in enumerate(at_s):
             Event().wait(max(0.0, begun_at + due_s - time.monotonic()))
-            requests.append(pool.submit(ask, f"http://127.0.0.1:{port}", seed, STEPS))
+            requests.append(pool.submit(generate, f"http://127.0.0.1:{port}", seed, STEPS))
         answers = [request.result() for request in requests]
         watch.wait(lambda seen: seen.nodes == 0, 180, "the nodes to go")
         lines = decisions(cluster)
-    since = [(at - begun_at, seen) for at, seen in watch.seen]
+    since = [(at - begun_at, seen) for at, seen in watch.snapshots]
     curve = Curve(
         [round(at, 2) for at, _ in since],
         [seen.running for _, seen in since],
         [seen.target for _, seen in since],
         [seen.nodes for _, seen in since],
         [
-            sum(one.asked_at <= at < one.ended_at for one in answers)
-            for at in (at for at, _ in watch.seen)
+            sum(one.sent_at <= at < one.ended_at for one in answers)
+            for at in (at for at, _ in watch.snapshots)
         ],
     )
     return curve, answers, lines
@@ -230,11 +230,11 @@ def main(
     kind = Kind(SIZE, STEPS)
     solo_s = costs(model, [kind])[kind].solo_s
     agreed = agreement(measured, predicted, until_s)
-    took_s = [answer.ended_at - answer.asked_at for answer in answers]
+    took_s = [answer.ended_at - answer.sent_at for answer in answers]
     typer.echo(
         f"{len(at_s)} requests of {kind}, {solo_s:.2f} s alone; a node {node_s:.1f} s, a replica "
         f"{replica_s:.1f} s; median answer {statistics.median(took_s):.1f} s, longest "
-        f"{max(took_s):.1f} s, {sum(answer.refusals for answer in answers)} refusals"
+        f"{max(took_s):.1f} s, {sum(answer.rejections for answer in answers)} rejections"
     )
     for name in MEASURED:
         both = agreed[f"{name}_mean"]
@@ -258,7 +258,7 @@ def main(
             "node_start_s": node_s,
             "replica_start_s": replica_s,
             "answer_s": {"median": statistics.median(took_s), "longest": max(took_s)},
-            "refusals": sum(answer.refusals for answer in answers),
+            "refusals": sum(answer.rejections for answer in answers),
             "agreement": agreed,
             "decisions": lines,
             "real": asdict(measured),

@@ -1,5 +1,7 @@
-"""The served demo that all tests of a session share."""
+"""The served demo that all tests of a session share, and the browser."""
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
 from ray import serve
 
+from tests.e2e.page import ELSEWHERE, Open
 from tests.serve_process import connected, demo_config, free_port, start_serve
 from tests.waiting import wait_until
 
@@ -59,3 +63,75 @@ def generator(server: Server) -> Iterator[Any]:
     """A handle to the running generator, for its engine's statistics."""
     with connected(server.ray_address):
         yield serve.get_deployment_handle("Generator", "diffusion-serve")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window; tests that need it are skipped where it is not installed."""
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        reason = "no Chromium is installed (Debian: apt-get install chromium)"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # Chromium has no sandbox as root, and CI often runs as root. It must not call its maker.
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    names = [f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1", "--no-proxy-server"]
+    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet, *names]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Path:
+    """The folder of the screenshots; SCREENSHOTS names one that outlives the test."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: Server) -> Iterator[Open]:
+    """Open the page in a new context; console errors and foreign requests fail the test."""
+    complaints: list[str] = []
+    expected: list[str] = []
+    contexts = []
+
+    def open_(
+        before: Callable[[Page], None] = lambda page: None,
+        complaint: str = "",
+        host: str = "127.0.0.1",
+        **options: Any,
+    ) -> Page:
+        url = server.url.replace("127.0.0.1", host)
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
+        contexts.append(context)
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        expected.extend([complaint] if complaint else [])
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: complaints.append(message.text) if message.type == "error" else None,
+        )
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((url, "data:", "blob:"))
+                else complaints.append(f"request to {request.url}")
+            ),
+        )
+        before(page)
+        page.goto(url)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    unexpected = [text for text in complaints if not any(part in text for part in expected)]
+    assert unexpected == []

@@ -1,4 +1,4 @@
-"""The description keeps its word: schemathesis sends what it allows, and what it does not."""
+"""The OpenAPI description is true: schemathesis sends valid and invalid requests."""
 
 import os
 import re
@@ -14,12 +14,12 @@ from tests.serve_process import demo_config, free_port, serving_config
 pytestmark = pytest.mark.serve
 
 CASES = int(os.environ.get("SCHEMATHESIS_CASES", "500"))
-"""How many to send, at least."""
+"""Least number of requests."""
 
 
 @pytest.fixture
 def small_server() -> Iterator[str]:
-    """One whose limits leave only what is quickly painted."""
+    """A server whose limits allow only requests of a few milliseconds."""
     config = demo_config(free_port())
     arguments = config["applications"][0]["args"]
     arguments["model"]["default_steps"] = 2
