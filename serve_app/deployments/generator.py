@@ -15,7 +15,8 @@ from ray import serve
 
 from serve_app.config import AppConfig
 from serve_app.deployments.router import ShortestOfSeveral
-from serve_app.engine.engine import Engine, EngineStats
+from serve_app.engine.engine import Engine
+from serve_app.engine.stats import EngineStats
 from serve_app.errors import ConfigError
 from serve_app.metrics import Report, report
 from serve_app.protocol.events import (

@@ -1,7 +1,7 @@
-"""What an engine tells its metrics. Pure Python.
+"""The metrics of one engine. Torch-free.
 
-The engine's thread calls it between steps, so that every series is looked up once; figures that
-can be read off the engine are read when somebody asks for them.
+The engine's thread reports between steps, so every series is looked up only once. Values that can
+be read from the engine are read at each scrape.
 """
 
 import functools
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
 from serve_app import __version__
-from serve_app.engine.admission import Reason
 from serve_app.metrics import (
     ARRIVING,
     BACKLOG,
@@ -45,21 +44,24 @@ from serve_app.protocol.params import Sharing
 T = TypeVar("T")
 
 STALL_S = 0.1
-"""Requests are there, and for longer than this no network runs: worth knowing of."""
+"""Shortest pause that counts as a stall: requests are running, but no network is."""
+
+RejectionReason = Literal["deadline", "backlog"]
+"""Label of a rejection: its own or another deadline would be missed, or the queue is full."""
 
 State = Literal["queued", "parked", "running"]
-"""Of a request: waits for a place; has one, and waits for its next call; is in that call."""
+"""State of a request: it waits for a slot, waits for its next call, or is in that call."""
 
 Memory = Literal["used", "reserved", "free", "total"]
-"""By torch, and kept by it for later; of the device, whoever uses it."""
+"""Memory used by torch, reserved by torch for later, and of the device by all processes."""
 
 
 class EngineMetrics:
-    """The metrics of one engine. Its counters start at 0 rather than being absent."""
+    """Counters and gauges of one engine. The counters exist from the start, at 0."""
 
     def __init__(self, model: str) -> None:
         self._model = model
-        # Only of the sizes that are painted: each has many series.
+        # Created per size on its first use, because each size has many series.
         self._steps = functools.cache(functools.partial(STEPS.labels, model))
         self._step = functools.cache(functools.partial(STEP.labels, model))
         self._images = functools.cache(functools.partial(IMAGES.labels, model))
@@ -74,7 +76,9 @@ class EngineMetrics:
         self._previews = PREVIEWS.labels(model)
         self._lora_switches = LORA_SWITCHES.labels(model)
         self._out_of_memory = OUT_OF_MEMORY.labels(model)
-        self._rejections = {reason: REJECTIONS.labels(model, reason) for reason in get_args(Reason)}
+        self._rejections = {
+            reason: REJECTIONS.labels(model, reason) for reason in get_args(RejectionReason)
+        }
         self._deadlines = {
             (kept, named): DEADLINES.labels(
                 model, "met" if kept else "missed", "client" if named else "server"
@@ -86,13 +90,13 @@ class EngineMetrics:
     # ---- once ----------------------------------------------------------------------------------
 
     def certified(self, sharing: Sharing, difference: float | None) -> None:
-        """How requests share the pipeline."""
+        """Report how requests share the pipeline."""
         SHARING.labels(self._model).state(sharing)
         if difference is not None:
             SHARING_DIFFERENCE.labels(self._model).set(difference)
 
     def runs_on(self, device: str, gpu: str) -> None:
-        """``gpu``: its UUID, or nothing."""
+        """Report the device. ``gpu`` is its UUID, or empty."""
         ENGINE_INFO.labels(self._model, __version__, socket.gethostname(), device, gpu).info({})
 
     def watch(
@@ -101,9 +105,9 @@ class EngineMetrics:
         count: Callable[[State], int],
         memory: Callable[[Memory], int] | None,
     ) -> None:
-        """Read these, methods of an engine, whenever figures are asked for.
+        """Read these methods of an engine at each scrape.
 
-        They are not kept alive: what is asked for when the engine is gone is not a number.
+        They do not keep the engine alive. After its end the values are NaN.
         """
         for gauge, read in (
             (ARRIVING, lambda now: now.arrival_rate),
@@ -126,7 +130,7 @@ class EngineMetrics:
     # ---- between steps -------------------------------------------------------------------------
 
     def called(self, size: tuple[int, int], batch_size: int, seconds: float) -> None:
-        """A denoiser call for so many pictures is done."""
+        """Count a denoiser call of ``batch_size`` requests."""
         label = size_label(*size)
         self._step(label).observe(seconds)
         self._steps(label).inc(batch_size)
@@ -134,19 +138,19 @@ class EngineMetrics:
         self._denoising.inc(seconds)
 
     def encoded(self, seconds: float) -> None:
-        """A text encoder's call, or another one before the first step, is done."""
+        """Count a call of a text encoder, or another one before the first step."""
         self._encoding.inc(seconds)
 
     def decoded(self, seconds: float) -> None:
-        """A call on the way from latents to pixels is done."""
+        """Count a call on the way from latents to pixels."""
         self._decoding.inc(seconds)
 
     def paused(self, seconds: float) -> None:
-        """Between two calls of networks, while requests were there."""
+        """Report a pause between two calls of networks while requests were running."""
         if seconds > STALL_S:
             self._stall.observe(seconds)
 
-    def rejected(self, reason: Reason) -> None:
+    def rejected(self, reason: RejectionReason) -> None:
         self._rejections[reason].inc()
 
     def generated(self, size: tuple[int, int]) -> None:
@@ -154,15 +158,15 @@ class EngineMetrics:
         self._pixels.inc(size[0] * size[1])
 
     def due(self, kept: bool, named: bool) -> None:
-        """An interactive picture was painted; ``named``: its deadline was the client's own."""
+        """Count an interactive image by whether it met its deadline, the client's if ``named``."""
         self._deadlines[kept, named].inc()
 
     def forecast_off(self, error: float) -> None:
-        """By such a share of the time that the picture took."""
+        """Report the relative error of a predicted completion time."""
         self._forecast_error.observe(error)
 
     def cancelled(self, seconds: float) -> None:
-        """So long after the word to do so, the place is free."""
+        """Report the seconds from a cancellation until the request's slot is free."""
         self._cancellation.observe(seconds)
 
     def previewed(self) -> None:

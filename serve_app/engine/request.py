@@ -14,7 +14,7 @@ from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
 
 EventCallback = Callable[[Event], None]
-"""Called on the engine's thread: must be quick and must not raise."""
+"""Receives the events on the engine's thread: must be quick and must not raise."""
 
 
 @dataclass(eq=False)
@@ -26,40 +26,40 @@ class Request:
     context: RequestContext
     on_event: EventCallback
     submitted_at: float
-    """When it came here."""
+    """Arrival at this engine, by `time.perf_counter`, as all times here."""
     entry: QueueEntry
     waited_s: float = 0.0
-    """On its way here, by the clocks of two machines: for its deadline, and nothing else."""
+    """Seconds on its way here, by the clocks of two machines. Only its deadline uses them."""
     accepted_at: float = 0.0
     predicted_s: float = 0.0
-    """From then to its end, as it looked then."""
+    """Seconds from its admission to its completion, as predicted then."""
     started_at: float = 0.0
     encoded_at: float = 0.0
-    """When it came to its first denoiser call."""
+    """Time at which it reached its first denoiser call."""
     denoised_at: float = 0.0
-    """When its last denoiser call so far was done."""
+    """End of its last denoiser call so far."""
     steps_done: int = 0
     steps_total: int = 0
     calls: int = 0
     encode_s: float = 0.0
-    """Spent on it before its first denoiser call."""
+    """Seconds spent on it before its first denoiser call."""
     non_denoiser_s: float = 0.0
-    """Spent on it outside the denoiser since its last denoiser call."""
+    """Seconds spent on it outside the denoiser since its last denoiser call."""
     job: Job[Tensor] | None = None
     rows: float = 1.0
-    """Of its denoiser calls, relative to one picture with guidance."""
+    """Batch rows of its denoiser calls, relative to one image with guidance."""
     prompt_tokens: int = 0
     warnings: tuple[str, ...] = ()
     mergeable: MergeableCall | None = None
-    """The parked call, if it may share a forward with others."""
+    """The parked call, if it may share a denoiser call with others."""
     steps: list[Step] = field(default_factory=list)
-    """Those that are done, if it is traced."""
+    """Steps that are done, of a traced request."""
     peers: dict[str, None] = field(default_factory=dict)
-    """Traces of those that shared its calls, its own among them; an ordered set."""
+    """Traces of its batch peers and its own; an ordered set."""
 
     @property
     def call(self) -> Call:
-        """The call at which it is parked, as every request that runs is between two calls."""
+        """The call at which it is parked. Every running request is parked between two steps."""
         assert self.job is not None
         assert self.job.call is not None
         return self.job.call
@@ -72,12 +72,12 @@ class Request:
 
     @property
     def steps_left(self) -> int:
-        # The pipeline says how many it really runs, once it does.
+        # The pipeline reports how many steps it really runs after the first one.
         return max(0, (self.steps_total or self.params.steps_to_run) - self.steps_done)
 
     @property
     def timeline(self) -> Timeline:
-        """Up to now. How long a picture was decoded says its result."""
+        """Progress until now. The decoding time is in the result."""
         marks = [self.submitted_at, self.started_at, self.encoded_at]
         if self.calls and not self.steps_left:
             marks.append(self.denoised_at)
@@ -90,7 +90,7 @@ class Request:
 
 
 def link_batch_peers(batch: Sequence[Request]) -> None:
-    """Those who shared a denoiser call, to each other."""
+    """Note the traces of requests that shared a denoiser call in each other."""
     traces = {one.context.trace: None for one in batch if one.context.trace}
     if not traces:
         return

@@ -54,9 +54,9 @@ def start_here(config: EngineConfig) -> None:
     """In a process made for it: print what one start took."""
     imports_s = time.time() - psutil.Process().create_time()
     with Engine.load(MODEL, config) as engine:
-        start = engine._start
+        start = engine.cold_start
         said = {"imports": imports_s, "reuse": start.reuse, "phases": start.phases_s}
-        print(json.dumps(said | {"total": engine.cold_start_s}))
+        print(json.dumps(said | {"total": engine.cold_start.total_s}))
 
 
 def start(config: EngineConfig) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -59,14 +58,14 @@ Way = Callable[[Engine], AbstractContextManager[None]]
 
 @contextmanager
 def _nothing(engine: Engine) -> Iterator[None]:
-    """A meter that measures nothing in place of the engine's."""
-    names = (name for name in dir(EngineMetrics) if not name.startswith("_"))
-    silent: Any = SimpleNamespace(**dict.fromkeys(names, lambda *_: None))
-    kept, engine._metrics = engine._metrics, silent
+    """Silence the metrics of the engine."""
+    names = [name for name in dir(EngineMetrics) if not name.startswith("_")]
+    vars(engine.metrics).update(dict.fromkeys(names, lambda *_: None))
     try:
         yield
     finally:
-        engine._metrics = kept
+        for name in names:
+            del vars(engine.metrics)[name]
 
 
 @contextmanager
@@ -115,7 +114,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
     def traced(
         params: GenerationParams, on_event: EventCallback, context: RequestContext = INITIAL
     ) -> int:
-        record = RequestRecord("an-id", pictures=(params.resolved(engine.info),))
+        record = RequestRecord("an-id", images=(params.resolved(engine.info),))
         trace = tracing.begin(SCOPE, record)
 
         def hear(event: Event) -> None:
@@ -162,7 +161,7 @@ class Load:
     """Pictures of one block."""
 
     name: str
-    pictures: int
+    images: int
     at_once: bool
     blocks: int
     """In a round, for each way: short ones, for the machine drifts from one to the next."""
@@ -202,7 +201,7 @@ def _generate(engine: Engine, load: Load, way: Way) -> tuple[float, float]:
     """Wall and processor seconds of one block."""
     requests = [
         GenerationParams("a red circle", seed, num_inference_steps=load.steps)
-        for seed in range(load.pictures)
+        for seed in range(load.images)
     ]
     with way(engine):
         started, spent = time.perf_counter(), time.process_time()
@@ -234,7 +233,7 @@ def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> li
             Row(
                 load.name,
                 name,
-                load.pictures / statistics.median(wall_s for wall_s, _ in blocks),
+                load.images / statistics.median(wall_s for wall_s, _ in blocks),
                 statistics.median(ratios),
                 median_between(ratios),
                 statistics.median(processor),
@@ -259,7 +258,7 @@ class Metering:
 def metering_of(engine: Engine) -> Metering:
     """Measured beside the calls, one after each, so that the machine is as busy for both."""
     meter, spent, calls = EngineMetrics("observed"), [], []
-    kept = engine._metrics.called
+    kept = engine.metrics.called
 
     def called(size: tuple[int, int], batch_size: int, seconds: float) -> None:
         calls.append(seconds)
@@ -268,11 +267,11 @@ def metering_of(engine: Engine) -> Metering:
         meter.called(size, batch_size, seconds)
         spent.append(time.perf_counter() - started_at)
 
-    engine._metrics.called = called  # type: ignore[method-assign]
+    engine.metrics.called = called  # type: ignore[method-assign]
     try:
         engine.generate(GenerationParams("a red circle", 1, num_inference_steps=100))
     finally:
-        engine._metrics.called = kept  # type: ignore[method-assign]
+        engine.metrics.called = kept  # type: ignore[method-assign]
     return Metering(statistics.median(spent), statistics.median(calls))
 
 

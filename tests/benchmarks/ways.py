@@ -88,7 +88,7 @@ class Served:
 
     outcomes: list[Outcome]
     """In the order of the arrivals."""
-    pictures: dict[int, Tensor] = field(default_factory=dict)
+    images: dict[int, Tensor] = field(default_factory=dict)
     """By seed, where they are asked for."""
     report: EngineReport | None = None
     """None of the stock ways."""
@@ -202,7 +202,7 @@ def with_engine(
         sent_at = [0.0] * len(arrivals)
         ended_at: list[float | None] = [None] * len(arrivals)
         spans: list[tuple[float, float]] = []
-        pictures: dict[int, Tensor] = {}
+        images: dict[int, Tensor] = {}
         ends: queue.SimpleQueue[tuple[int, Completed | Failed]] = queue.SimpleQueue()
 
         def collect() -> None:
@@ -212,7 +212,7 @@ def with_engine(
                     pixels = event.result.pixels.cpu()  # in hand, not only asked for
                     ended_at[number] = time.perf_counter()
                     if keep_images:
-                        pictures[arrivals[number].seed] = pixels
+                        images[arrivals[number].seed] = pixels
                 spans.append((sent_at[number], time.perf_counter()))
 
         calls = BareCalls(pipeline)
@@ -230,7 +230,7 @@ def with_engine(
             collector.start()
             started_at = _replay(arrivals, send)
             collector.join()
-        caps = {f"{width}x{height}": cap for (width, height), cap in engine._cost.caps.items()}
+        caps = {f"{width}x{height}": cap for (width, height), cap in engine.cost.caps.items()}
         report = EngineReport(
             mean_batch_size=engine.stats().mean_batch_size,
             caps=caps,
@@ -238,6 +238,6 @@ def with_engine(
             busy_s=busy_s(spans),
             bare_s=calls.seconds(),
         )
-        return Served(_outcomes(arrivals, started_at, ended_at), pictures, report)
+        return Served(_outcomes(arrivals, started_at, ended_at), images, report)
 
     return serve

@@ -12,7 +12,9 @@ import torch
 from serve_app.config import AppConfig
 from serve_app.deployments import generator
 from serve_app.deployments.generator import Generator, check_assigned_gpus
+from serve_app.engine import admission, runner
 from serve_app.engine import engine as engine_module
+from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.errors import ConfigError
@@ -89,7 +91,7 @@ async def test_a_clock_that_is_off_moves_no_part_of_a_request(
         time=lambda: time.time() + off_s, perf_counter=lambda: time.perf_counter() + 1_000
     )
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
-    for module in (engine_module, generator):
+    for module in (engine_module, admission, runner, generator):
         monkeypatch.setattr(module, "time", there)
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
         response, waited_s = await ask(engine, num_inference_steps=5, n=2)
@@ -113,14 +115,14 @@ async def test_the_line_of_a_request_leads_to_its_traceback(
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
 
-        def broken(call: Any) -> Any:
+        def broken(rendezvous: Rendezvous, call: Any) -> Any:
             raise RuntimeError("broken")
 
-        monkeypatch.setattr(engine._rendezvous, "forward", broken)
+        monkeypatch.setattr(Rendezvous, "forward", broken)
         response, _ = await ask(engine)
     assert response.status_code == 500
     [line] = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]
-    [cause] = [one for one in caplog.records if one.name == "serve_app.engine.engine"]
+    [cause] = [one for one in caplog.records if one.name == "serve_app.engine.runner"]
     replica, _, number = vars(line)["engine_request"].partition("/")
     assert replica == "r1"
     assert re.search(rf"generation_failed after .* as r1/{number}$", line.getMessage())

@@ -19,7 +19,7 @@ import ray
 from PIL import Image
 
 from serve_app.deployments.gateway import ServeBackend
-from serve_app.engine.engine import EngineStats
+from serve_app.engine.stats import EngineStats
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import GenerationParams

@@ -1,4 +1,4 @@
-"""Who is taken in, from predictions alone."""
+"""The admission decision, from predictions alone."""
 
 from dataclasses import replace
 
@@ -15,48 +15,50 @@ def own(finish_s: float, deadline_s: float, solo_s: float = 1.0, waited_s: float
     return Deadline(deadline_s, solo_s, DeadlineEstimate(finish_s, deadline_s - waited_s))
 
 
-def test_nobody_joins_a_backlog_over_the_limit() -> None:
+def test_a_full_backlog_rejects() -> None:
     assert decide_admission(30.0, 30.0, INITIAL) is None
     rejection = decide_admission(42.0, 30.0, INITIAL)
     assert rejection is not None
     assert (rejection.reason, rejection.excess_s) == ("backlog", 12.0)
 
 
-def test_who_comes_again_finds_a_reserve() -> None:
+def test_a_retry_may_use_the_reserve() -> None:
     assert decide_admission(59.0, 30.0, RETRY) is None
     assert decide_admission(61.0, 30.0, RETRY) is not None
 
 
-def test_work_that_was_promised_counts_as_if_it_were_here() -> None:
+def test_reserved_work_counts_as_queued() -> None:
     rejection = decide_admission(20.0, 30.0, RequestContext(reserved_s=11.0))
     assert rejection is not None
-    assert rejection.excess_s == 0  # of what is here nothing is too much
+    assert rejection.excess_s == 0  # the queued work alone is not too much
     assert decide_admission(20.0, 30.0, RequestContext(reserved_s=10.0)) is None
     assert decide_admission(5.0, 30.0, RequestContext(reserved_s=3.0), own(8.0, 10.0)) is not None
 
 
-def test_who_would_miss_its_deadline_is_rejected() -> None:
+def test_a_request_that_would_miss_its_deadline_is_rejected() -> None:
     assert decide_admission(5.0, 30.0, INITIAL, own(6.0, 6.0)) is None
     rejection = decide_admission(5.0, 30.0, INITIAL, own(6.0, 4.0))
     assert rejection is not None
     assert (rejection.reason, rejection.excess_s) == ("deadline", 2.0)
-    # What it waited on its way is gone, and comes back when it is sent again.
+    # The time on its way does not count as excess: a retry has it again.
     rejection = decide_admission(5.0, 30.0, INITIAL, own(3.5, 4.0, waited_s=1.0))
     assert rejection is not None
     assert rejection.excess_s == 0
 
 
-def test_who_would_make_another_miss_its_own_is_rejected() -> None:
+def test_a_request_that_would_make_another_one_late_is_rejected() -> None:
     delayed = [DeadlineEstimate(5.0, 9.0), DeadlineEstimate(8.0, 7.0)]
     rejection = decide_admission(5.0, 30.0, INITIAL, own(2.0, 3.0), delayed)
     assert rejection is not None
     assert rejection.excess_s == 1.0
-    assert decide_admission(5.0, 30.0, RETRY, own(2.0, 3.0), delayed) is None  # it has our word
+    assert (
+        decide_admission(5.0, 30.0, RETRY, own(2.0, 3.0), delayed) is None
+    )  # a retry that redeems a reservation
     assert decide_admission(5.0, 30.0, RETRY, own(6.0, 3.0)) is None
     assert decide_admission(61.0, 30.0, RETRY, own(6.0, 3.0)) is not None
 
 
-def test_why_somebody_is_rejected_is_told_apart() -> None:
+def test_each_rejection_has_its_cause() -> None:
     def cause(
         queued_work_s: float, reserved_s: float, own: Deadline, *delayed: DeadlineEstimate
     ) -> str:
@@ -72,17 +74,17 @@ def test_why_somebody_is_rejected_is_told_apart() -> None:
     assert cause(31.0, 0.0, own(60.0, 10.0)) == "backlog"
 
 
-def test_who_cannot_be_in_time_together_is_rejected_though_nobody_else_is_here() -> None:
+def test_siblings_that_cannot_be_on_time_together_are_rejected_on_an_idle_engine() -> None:
     rejection = decide_admission(0.0, 30.0, INITIAL, own(3.0, 2.0), has_siblings=True)
     assert rejection is not None
     assert (rejection.reason, rejection.cause, rejection.excess_s) == ("deadline", "siblings", 1.0)
     rejection = decide_admission(0.5, 30.0, INITIAL, own(3.5, 2.0), has_siblings=True)
     assert rejection is not None
-    assert rejection.cause == "siblings"  # too late without what else is here as well
+    assert rejection.cause == "siblings"  # it would be late without the other work too
     rejection = decide_admission(1.5, 30.0, INITIAL, own(3.0, 2.0), has_siblings=True)
     assert rejection is not None
     assert rejection.cause == "late"
-    # Nor if it is the others of them that would be late.
+    # Nor if its siblings would be late.
     assert (
         decide_admission(
             0.0, 30.0, INITIAL, own(1.0, 2.0), [DeadlineEstimate(3.0, 2.0)], has_siblings=True
@@ -111,7 +113,7 @@ def test_who_cannot_be_in_time_together_is_rejected_though_nobody_else_is_here()
     solo_s=st.floats(0.01, 10),
     finish_s=st.floats(0, 100),
 )
-def test_an_idle_engine_refuses_nobody(
+def test_an_idle_engine_rejects_no_feasible_request(
     reserved_s: float, is_retry: bool, solo_s: float, finish_s: float
 ) -> None:
     context = RequestContext(is_retry=is_retry, reserved_s=reserved_s)
@@ -120,7 +122,7 @@ def test_an_idle_engine_refuses_nobody(
     assert decide_admission(0.0, 30.0, context, wanted) is None
     late = replace(
         wanted, estimate=DeadlineEstimate(finish_s, solo_s / 3)
-    )  # it waited too long for it
+    )  # too late already when it came
     assert decide_admission(0.0, 30.0, context, late) is not None
 
 
@@ -130,10 +132,10 @@ def test_an_idle_engine_refuses_nobody(
     finish_s=st.floats(0.1, 100),
     deadline_s=st.none() | st.floats(1, 100),
 )
-def test_who_waits_as_long_as_told_would_be_let_in(
+def test_a_request_would_be_admitted_after_its_excess(
     queued_work_s: float, limit_s: float, finish_s: float, deadline_s: float | None
 ) -> None:
-    """If nobody else comes: the time takes away as much work."""
+    """If no other request comes, each second removes a second of work."""
 
     def wanted(passed_s: float) -> Deadline | None:
         return None if deadline_s is None else own(max(1.0, finish_s - passed_s), deadline_s)

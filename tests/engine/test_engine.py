@@ -1,4 +1,4 @@
-"""The engine on the shipped model: together is alone, nobody hurts anybody, nothing is lost."""
+"""The engine on the shipped model: batched equals alone, failures stay isolated, none is lost."""
 
 import gc
 import queue
@@ -52,12 +52,20 @@ def result_of(events: list[Event]) -> GenerationResult:
 
 def largest_difference(results: list[GenerationResult], alone: list[torch.Tensor]) -> float:
     """Over all pixels, in [0, 1]; ``alone`` holds results of `LoadedPipeline.generate`."""
-    images = [picture[0] for picture in alone]
+    images = [image[0] for image in alone]
     return certification.largest_difference([result.pixels for result in results], images)
 
 
+def has_stopped(engine: Engine) -> bool:
+    try:
+        engine.check()
+    except Unavailable:
+        return True
+    return False
+
+
 def sixteen() -> list[GenerationParams]:
-    """Each its own prompt, seed, steps (5 to 30) and guidance; most are of one size."""
+    """Return requests that differ in prompt, seed, steps (5 to 30) and guidance."""
     colors = ["red", "green", "blue", "yellow", "orange", "purple", "cyan", "pink"]
     sides = [32] * 3 + [48] * 3 + [64] * 10
     return [
@@ -74,7 +82,7 @@ def sixteen() -> list[GenerationParams]:
     ]
 
 
-def test_sixteen_requests_together_are_what_each_is_alone(
+def test_sixteen_requests_together_equal_each_alone(
     demo_pipeline: LoadedPipeline, report: Callable[[str], None]
 ) -> None:
     requests = sixteen()
@@ -93,7 +101,7 @@ def test_sixteen_requests_together_are_what_each_is_alone(
     assert stats.steps == sum(request.num_inference_steps or 0 for request in requests)
 
 
-def test_events_tell_the_whole_way(demo_engine: Engine) -> None:
+def test_events_cover_the_whole_request(demo_engine: Engine) -> None:
     events = list(demo_engine.stream(params(num_inference_steps=4)))
     assert isinstance(events[0], Queued)
     assert events[1:-1] == [Progress(step, 4) for step in (1, 2, 3, 4)]
@@ -107,9 +115,9 @@ def test_events_tell_the_whole_way(demo_engine: Engine) -> None:
     assert result.prompt_tokens > 4
 
 
-def test_whoever_asks_is_told_where_a_request_stands(demo_pipeline: LoadedPipeline) -> None:
+def test_locate_reports_the_position_or_the_progress(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO, EngineConfig(max_running=1)) as engine:
-        engine.generate(params(num_inference_steps=4))  # so that it knows how long they take
+        engine.generate(params(num_inference_steps=4))  # teaches the costs
         events: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in range(3)]
         numbers, places = [], []
         for number, inbox in enumerate(events):
@@ -117,7 +125,7 @@ def test_whoever_asks_is_told_where_a_request_stands(demo_pipeline: LoadedPipeli
             numbers.append(engine.submit(request, inbox.put))
             places.append(inbox.get(timeout=30))
             if inbox is events[0]:
-                assert isinstance(inbox.get(timeout=30), Progress)  # it has its place
+                assert isinstance(inbox.get(timeout=30), Progress)  # it runs
         assert [place.position for place in places if isinstance(place, Queued)] == [0, 0, 1]
         for number in numbers:
             engine.locate(number)
@@ -134,10 +142,10 @@ def test_whoever_asks_is_told_where_a_request_stands(demo_pipeline: LoadedPipeli
         assert 0 < told.eta_s < second.eta_s < third.eta_s
         for number in numbers:
             engine.cancel(number)
-        engine.locate(10_000)  # nobody's
+        engine.locate(10_000)  # unknown
 
 
-def test_a_prompt_that_is_cut_says_so(demo_engine: Engine) -> None:
+def test_a_truncated_prompt_gives_a_warning(demo_engine: Engine) -> None:
     assert demo_engine.generate(params(num_inference_steps=1)).warnings == ()
     long = "a red circle on blue " * 20
     result = demo_engine.generate(params(long, num_inference_steps=1, negative_prompt=long))
@@ -147,7 +155,7 @@ def test_a_prompt_that_is_cut_says_so(demo_engine: Engine) -> None:
     )
 
 
-def test_defaults_are_the_models_own(demo_engine: Engine) -> None:
+def test_defaults_come_from_the_model(demo_engine: Engine) -> None:
     result = demo_engine.generate(GenerationParams("a green ring on white", 7))
     assert (result.params.width, result.params.height) == (64, 64)
     assert result.params.num_inference_steps == 20
@@ -186,7 +194,7 @@ def test_a_request_joins_and_leaves_at_any_step(demo_pipeline: LoadedPipeline) -
 
 
 @pytest.mark.parametrize("name", NOISE_SCHEDULERS)
-def test_every_noise_scheduler_generates_with_as_few_steps_as_it_says(
+def test_every_noise_scheduler_generates_with_its_fewest_steps(
     demo_engine: Engine, name: str
 ) -> None:
     fewest = demo_engine.info.fewest_steps[name]
@@ -196,7 +204,7 @@ def test_every_noise_scheduler_generates_with_as_few_steps_as_it_says(
 
 
 def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline) -> None:
-    """Their timesteps are integers in one and reals in the other; some call twice a step."""
+    """Timesteps are integers in one and reals in another; some call the denoiser twice a step."""
     assert demo_pipeline.noise_schedulers == tuple(NOISE_SCHEDULERS)
     requests = [
         params(num_inference_steps=8, noise_scheduler=name)
@@ -208,13 +216,13 @@ def test_different_noise_schedulers_share_a_batch(demo_pipeline: LoadedPipeline)
         results = [result_of(list(stream)) for stream in streams]
         assert engine.stats().mean_batch_size > 4
     assert largest_difference(results, alone) <= TOLERANCE
-    for name in ("euler", "dpm++", "pndm"):  # they do paint differently, and from the same seed
+    for name in ("euler", "dpm++", "pndm"):  # the same seed gives different images
         index = demo_pipeline.noise_schedulers.index(name) + 1
         assert float((alone[0] - alone[index]).abs().max()) > 1e-3
 
 
 def hold(engine: Engine, request: GenerationParams) -> tuple[int, list[Event], threading.Event]:
-    """Submit; the number, the events so far, and an event that is set after the third step."""
+    """Submit; return the number, the events so far, and an event that is set after three steps."""
     events: list[Event] = []
     moving = threading.Event()
 
@@ -244,7 +252,7 @@ def test_a_cancelled_request_is_gone_within_one_step(demo_pipeline: LoadedPipeli
         assert isinstance(events[-1], Failed)
         assert isinstance(events[-1].error, Cancelled)
         result = result_of(list(stream))
-        engine.cancel(number)  # long gone: nothing happens
+        engine.cancel(number)  # it has ended: nothing happens
     assert largest_difference([result], [alone]) <= TOLERANCE
 
 
@@ -273,7 +281,7 @@ def test_closing_the_iterator_cancels(demo_engine: Engine) -> None:
 def break_rows_of(
     pipeline: LoadedPipeline, is_bad: Callable[[torch.Tensor], bool]
 ) -> Callable[[], None]:
-    """Make the network raise whenever a batch holds a bad row; returns what mends it."""
+    """Make the network raise for batches with a bad row; return a handle that undoes it."""
     first = pipeline.denoisers["unet"].conv_in
 
     def check(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -283,7 +291,7 @@ def break_rows_of(
     return first.register_forward_pre_hook(check).remove
 
 
-def test_an_error_in_one_request_hurts_no_other(demo_pipeline: LoadedPipeline) -> None:
+def test_an_error_in_one_request_fails_no_other(demo_pipeline: LoadedPipeline) -> None:
     good = [params("a red star on white", seed, num_inference_steps=8) for seed in range(4)]
     alone = [demo_pipeline.generate(request) for request in good]
     bad = params("a blue ring on white", 666, num_inference_steps=8)
@@ -304,8 +312,8 @@ def test_an_error_in_one_request_hurts_no_other(demo_pipeline: LoadedPipeline) -
     assert largest_difference([result_of([end]) for end in ends], alone) <= TOLERANCE
 
 
-def test_a_device_that_is_lost_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
-    """Every later call on it would fail as well: another process must take over."""
+def test_a_lost_device_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
+    """Every later call would fail as well: another process must take over."""
 
     def lost(_: torch.nn.Module, args: object) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
@@ -314,7 +322,7 @@ def test_a_device_that_is_lost_stops_the_engine(demo_pipeline: LoadedPipeline) -
     handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(lost)
     try:
         event = list(engine.stream(params()))[-1]
-        wait_until(lambda: not engine._thread.is_alive())
+        wait_until(lambda: has_stopped(engine))
     finally:
         handle.remove()
     assert isinstance(event, Failed)
@@ -324,7 +332,7 @@ def test_a_device_that_is_lost_stops_the_engine(demo_pipeline: LoadedPipeline) -
 
 
 def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline) -> None:
-    """A request that ran out of memory must not keep what made it run out."""
+    """A request that ran out of memory must not keep its tensors."""
     held: list[weakref.ref[torch.Tensor]] = []
 
     def fail(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -333,7 +341,7 @@ def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline
 
     with Engine(demo_pipeline, DEMO) as engine:
         handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(fail)
-        gc.disable()  # it must not take a collection to let go
+        gc.disable()  # memory must be free without a collection
         try:
             streams = [engine.stream(params(seed=seed)) for seed in range(3)]
             events = [list(stream)[-1] for stream in streams]
@@ -346,7 +354,7 @@ def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline
         assert engine.generate(params(num_inference_steps=2)).image.size == (64, 64)
 
 
-def test_out_of_memory_halves_the_batch_and_fails_nobody(demo_pipeline: LoadedPipeline) -> None:
+def test_out_of_memory_halves_the_batch_and_fails_no_request(demo_pipeline: LoadedPipeline) -> None:
     requests = [params(seed=seed, num_inference_steps=6) for seed in range(9)]
     alone = [demo_pipeline.generate(request) for request in requests]
     sizes: list[int] = []
@@ -364,24 +372,24 @@ def test_out_of_memory_halves_the_batch_and_fails_nobody(demo_pipeline: LoadedPi
         finally:
             handle.remove()
     assert largest_difference(results, alone) <= TOLERANCE
-    assert sum(size > 3 for size in sizes) <= 3  # it learns, and does not try again and again
+    assert sum(size > 3 for size in sizes) <= 3  # the cap is learned, not tried again and again
     assert max(sizes[-6:]) <= 3
 
 
 def test_a_short_urgent_request_overtakes_a_long_one(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
-        engine.generate(params(num_inference_steps=4))  # so that it knows what a step costs
+        engine.generate(params(num_inference_steps=4))  # teaches the cost of a step
         long = engine.stream(params(num_inference_steps=90, width=96, height=96))
         for event in long:
             if isinstance(event, Progress) and event.step == 3:
                 break
         engine.generate(params(num_inference_steps=5))
         done = [entry.request for entry in engine.stats().log if entry.what == "completed"]
-        assert done == [1, 3]  # the long one is still at it
+        assert done == [1, 3]  # the long one still runs
         long.close()  # type: ignore[attr-defined]
 
 
-def test_a_receiver_that_raises_hurts_nobody(
+def test_a_receiver_that_raises_fails_no_request(
     demo_engine: Engine, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(event: Event) -> None:
@@ -412,7 +420,7 @@ def test_wrong_requests_are_rejected_before_they_queue(demo_engine: Engine) -> N
     assert demo_engine.stats().log == ()
 
 
-def test_closing_drains_or_drops_and_refuses_the_rest(demo_pipeline: LoadedPipeline) -> None:
+def test_closing_drains_or_drops_and_rejects_new_requests(demo_pipeline: LoadedPipeline) -> None:
     engine = Engine(demo_pipeline, DEMO)
     _, events, _ = hold(engine, params())
     engine.close()
@@ -427,11 +435,11 @@ def test_closing_drains_or_drops_and_refuses_the_rest(demo_pipeline: LoadedPipel
     engine.close(drain=False)
     for events in held:
         assert isinstance(events[-1], Failed)
-        assert isinstance(events[-1].error, Unavailable)  # nobody cancelled them
+        assert isinstance(events[-1].error, Unavailable)  # no client cancelled them
     assert "forward" not in vars(demo_pipeline.denoisers["unet"])
 
 
-def test_when_its_thread_dies_nobody_waits_for_ever(
+def test_no_request_hangs_when_the_engine_thread_dies(
     demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Broken(Fifo):
@@ -442,12 +450,12 @@ def test_when_its_thread_dies_nobody_waits_for_ever(
     event = list(engine.stream(params()))[-1]
     assert isinstance(event, Failed)
     assert isinstance(event.error, Unavailable)
-    wait_until(lambda: not engine._thread.is_alive())
+    wait_until(lambda: has_stopped(engine))
     with pytest.raises(Unavailable, match="policy"):
         engine.check()
 
 
-def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
+def test_limits_come_from_the_config(demo_pipeline: LoadedPipeline) -> None:
     limits = LimitsConfig(max_steps=5, max_pixels=32 * 32)
     with pytest.raises(ConfigError, match=r"from 1 to 5\. Set model\.default_steps"):
         Engine(demo_pipeline, DEMO, EngineConfig(limits=limits))
@@ -461,19 +469,19 @@ def test_limits_are_the_configured_ones(demo_pipeline: LoadedPipeline) -> None:
             engine.generate(params(num_inference_steps=5))
 
 
-def test_the_last_places_are_for_those_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
+def test_the_last_slots_are_for_requests_that_can_be_on_time(demo_pipeline: LoadedPipeline) -> None:
     config = EngineConfig(max_running=8, slo_scale=1e-3, max_backlog_s=1e6)
     with Engine(demo_pipeline, DEMO, config) as engine:
         late = [engine.stream(params(seed=seed, num_inference_steps=40)) for seed in range(10)]
         wait_until(lambda: engine.stats().running == 7)
         urgent = engine.stream(params(seed=11, num_inference_steps=3, deadline_s=600.0))
         result_of(list(urgent))
-        assert engine.stats().waiting >= 3  # it did not wait for any of them
+        assert engine.stats().waiting >= 3  # it waited for none of them
         for stream in late:
             stream.close()  # type: ignore[attr-defined]
 
 
-def test_a_tokenizer_that_fails_hurts_only_its_own_request(
+def test_a_tokenizer_error_fails_only_its_own_request(
     demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_prompt = demo_pipeline.read_prompt
@@ -500,16 +508,16 @@ def test_the_strength_of_the_model_is_checked_too(demo_engine: Engine) -> None:
 
 
 def measured(engine: Engine) -> float:
-    """Let it learn what ten steps take; the seconds that it predicts for 100 of them."""
+    """Teach it the cost of ten steps; return the seconds that it predicts for 100."""
     for _ in range(3):
         engine.generate(params(num_inference_steps=10))
-    return engine._cost.predict_steps((64, 64), 100)
+    return engine.cost.predict_steps((64, 64), 100)
 
 
 def submitted(
     engine: Engine, request: GenerationParams, context: RequestContext = INITIAL
 ) -> tuple[int, Event, queue.SimpleQueue[Event]]:
-    """The number, the first event, and where the others come."""
+    """Submit; return the number, the first event, and a queue of the others."""
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     number = engine.submit(request, inbox.put, context)
     return number, inbox.get(timeout=30), inbox
@@ -534,14 +542,14 @@ def test_a_deadline_that_cannot_be_met_is_rejected(demo_pipeline: LoadedPipeline
         assert str(error).startswith("about ")
         assert "cannot be done within" in str(error)
         assert [entry.what for entry in engine.stats().log if entry.request > numbers[-1]] == [
-            "refused"
+            "rejected"
         ]
         assert isinstance(submitted(engine, replace(short, deadline_s=100.0))[1], Queued)
-        assert isinstance(submitted(engine, short)[1], Queued)  # it names none
+        assert isinstance(submitted(engine, short)[1], Queued)  # it has no deadline
         engine.close(drain=False)
 
 
-def test_a_deadline_far_shorter_than_its_image_is_a_mistake(
+def test_an_infeasible_deadline_is_an_invalid_request(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
@@ -551,25 +559,27 @@ def test_a_deadline_far_shorter_than_its_image_is_a_mistake(
         assert isinstance(event, Failed)
         assert isinstance(event.error, InvalidRequest)
         assert event.error.param == "deadline_s"
-        assert "when nobody else is here" in str(event.error)
-        # More replicas would not help it, so none are asked for.
+        assert "on an idle replica" in str(event.error)
+        # More replicas would not help, so it is no offered load.
         assert engine.replica_load().arrival_rate <= before.arrival_rate
         assert engine.replica_load().mean_work_s == before.mean_work_s
 
 
-def test_nobody_misses_a_deadline_for_who_comes_later(demo_pipeline: LoadedPipeline) -> None:
+def test_no_later_request_makes_an_earlier_one_miss_its_deadline(
+    demo_pipeline: LoadedPipeline,
+) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
         _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=1.5 * long_s))
         assert isinstance(event, Queued)
-        # Another shape, more urgent: it would go first, and take too long for the other.
+        # Another size, and more urgent: it would go first, and make the other late.
         urgent = params(num_inference_steps=60, width=96, deadline_s=1.4 * long_s)
         error = rejected(submitted(engine, urgent)[1])
         assert "would make another request miss its deadline" in str(error)
         engine.close(drain=False)
 
 
-def test_a_backlog_has_a_limit_and_who_was_told_to_come_finds_a_reserve(
+def test_a_backlog_has_a_limit_and_a_reserve_for_retries(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     limit_s = 4.0
@@ -588,7 +598,7 @@ def test_a_backlog_has_a_limit_and_who_was_told_to_come_finds_a_reserve(
 
         first = filled(INITIAL)
         error = rejected(first[-1])
-        assert "more is not taken in" in str(error)
+        assert "the queue is full" in str(error)
         assert error.retry_after_s is not None
         assert error.retry_after_s >= 1
         load = engine.replica_load()
@@ -596,19 +606,19 @@ def test_a_backlog_has_a_limit_and_who_was_told_to_come_finds_a_reserve(
         second = filled(RequestContext(is_retry=True))
         rejected(second[-1])
         assert 1.6 * limit_s < engine.replica_load().backlog_s < 4 * limit_s
-        # What was offered counts once: what was refused too, what came again not.
+        # Offered load counts a rejected request once, and its retry not.
         assert 30 * load.arrival_rate > load.backlog_s
         assert engine.replica_load().arrival_rate <= load.arrival_rate
         engine.close(drain=False)
 
 
-def test_an_idle_engine_takes_in_what_is_longer_than_its_limit(
+def test_an_idle_engine_admits_a_request_longer_than_its_limit(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     config = EngineConfig(max_backlog_s=0.001)
     with Engine(demo_pipeline, DEMO, config) as engine:
         measured(engine)
-        order = RequestContext(order="ten pictures")
+        order = RequestContext(order="ten images")
         ten = [submitted(engine, params(seed=seed), order) for seed in range(10)]
         assert all(isinstance(event, Queued) for _, event, _ in ten)
         rejected(submitted(engine, params())[1])
@@ -617,10 +627,10 @@ def test_an_idle_engine_takes_in_what_is_longer_than_its_limit(
         assert isinstance(submitted(engine, params())[1], Queued)
 
 
-def test_images_that_cannot_be_done_in_time_together_are_rejected(
+def test_siblings_that_cannot_be_done_in_time_are_rejected(
     demo_pipeline: LoadedPipeline,
 ) -> None:
-    """On an idle engine too, which takes in each of them alone, even if it may be a little late."""
+    """Also on an idle engine, which admits each of them alone, even if it may be a little late."""
     config = EngineConfig(max_batch_size=1)
     with Engine(demo_pipeline, DEMO, config) as engine:
         long_s = measured(engine)
@@ -629,18 +639,18 @@ def test_images_that_cannot_be_done_in_time_together_are_rejected(
         assert isinstance(event, Queued)
         engine.cancel(number)
         inbox.get(timeout=30)
-        order = RequestContext(order="ten pictures")
+        order = RequestContext(order="ten images")
         long = replace(long, deadline_s=2.5 * long_s)
         ten = [submitted(engine, replace(long, seed=seed), order)[1] for seed in range(10)]
         assert isinstance(ten[0], Queued)
         for event in ten[3:]:
             error = rejected(event)
             assert error.param == "deadline_s"
-            assert "its pictures cannot all be done within" in str(error)
+            assert "the images of this request cannot all be done within" in str(error)
         engine.close(drain=False)
 
 
-def test_what_was_promised_and_what_waits_for_idle_time_is_said(
+def test_rejections_name_reserved_and_low_priority_work(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     with Engine(demo_pipeline, DEMO, EngineConfig(max_backlog_s=20.0)) as engine:
@@ -648,10 +658,10 @@ def test_what_was_promised_and_what_waits_for_idle_time_is_said(
         long = params(num_inference_steps=100)
         submitted(engine, long)
         error = rejected(submitted(engine, long, RequestContext(reserved_s=30.0))[1])
-        assert "30.0 s are promised to others" in str(error)
+        assert "30.0 s are reserved for retries" in str(error)
         soon = replace(long, deadline_s=5 * long_s)
         error = rejected(submitted(engine, soon, RequestContext(reserved_s=15.0))[1])
-        assert "15.0 s are promised to others" in str(error)
+        assert "15.0 s are reserved for retries" in str(error)
         assert "cannot be done within" in str(error)
         engine.close(drain=False)
     limits = LimitsConfig(max_deadline_s=0.01)
@@ -660,11 +670,11 @@ def test_what_was_promised_and_what_waits_for_idle_time_is_said(
         batch = params(num_inference_steps=100, priority="batch")
         submitted(engine, batch)
         error = rejected(submitted(engine, batch)[1])
-        assert "about 0.0 s of work are waiting" not in str(error)
+        assert "about 0.0 s of work are queued" not in str(error)
         engine.close(drain=False)
 
 
-def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:
+def test_time_on_the_way_counts_for_the_deadline(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100, deadline_s=2 * long_s)
@@ -674,13 +684,13 @@ def test_time_spent_on_the_way_counts(demo_pipeline: LoadedPipeline) -> None:
         )
         while not isinstance(event, Completed):
             event = inbox.get(timeout=30)
-        assert event.result.queue_s < 3  # what the clocks of two machines say is no measurement
+        assert event.result.queue_s < 3  # timings do not use the clocks of two machines
 
 
-def test_batch_work_gives_way_at_the_next_step_and_fills_idle_time(
+def test_low_priority_work_yields_at_the_next_step_and_fills_idle_time(
     demo_pipeline: LoadedPipeline,
 ) -> None:
-    """And does not slow the others."""
+    """It does not slow the others either."""
     with Engine(demo_pipeline, DEMO) as engine:
         measured(engine)
         batch = params(num_inference_steps=100, width=96, height=96, priority="batch")
@@ -693,7 +703,7 @@ def test_batch_work_gives_way_at_the_next_step_and_fills_idle_time(
 
         before = sum(step_of(number) for number in range(3))
         engine.generate(params(num_inference_steps=20))
-        # At most the call that was running, for each of them, and one after.
+        # At most the call that was running for each of them, and the one after it.
         assert sum(step_of(number) for number in range(3)) <= before + 6
         wait_until(lambda: sum(step_of(number) for number in range(3)) > before + 6)
         assert engine.replica_load().batch_backlog_s > 0
@@ -701,7 +711,7 @@ def test_batch_work_gives_way_at_the_next_step_and_fills_idle_time(
         engine.close(drain=False)
 
 
-def test_batch_work_takes_half_of_the_places(demo_pipeline: LoadedPipeline) -> None:
+def test_low_priority_work_takes_half_of_the_slots(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO, EngineConfig(max_running=4)) as engine:
         for seed in range(6):
             submitted(engine, params(num_inference_steps=100, seed=seed, priority="batch"))

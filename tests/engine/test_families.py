@@ -1,4 +1,4 @@
-"""Stock pipelines of seven families paint the same pictures together as alone.
+"""Stock pipelines of seven families generate the same images together as alone.
 
 Unmodified diffusers code on tiny random networks, saved and loaded the way a real model is.
 """
@@ -22,11 +22,11 @@ from tests.conftest import FIFO
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 
 GUIDANCE_DISTILLED = {"flux"}
-"""Families without a second, negative call of the denoiser: a negative prompt is refused."""
+"""Families without a second, negative call of the denoiser: a negative prompt is rejected."""
 
 ROUNDING = 1e-5
 VISIBLE = 5 / 255
-"""Largest difference of a pixel in [0, 1] that rounding explains, and the least that people see."""
+"""Largest pixel difference in [0, 1] that rounding explains, and the least that people see."""
 
 
 def _request(
@@ -61,7 +61,7 @@ REQUESTS = (
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A family's pipeline, saved to a folder."""
+    """The config of a family's pipeline, saved to a folder."""
     family: str = request.param
     folder = tmp_path_factory.mktemp(family)
     FAMILIES[family]().save_pretrained(folder, safe_serialization=True)
@@ -110,11 +110,11 @@ def test_together_as_alone(
     )
     assert differences == pytest.approx([0.0] * len(REQUESTS), abs=ROUNDING)
     assert stats.mean_batch_size > 1.5
-    # A merged call that fails is repeated one by one, with the same pictures and a warning.
+    # A merged call that fails is repeated one by one, with the same images and a warning.
     assert not [record for record in caplog.records if record.name.startswith("serve_app")]
-    for params, picture in zip(requests, together, strict=True):
-        assert picture.shape == (3, params.height, params.width)
-        assert torch.isfinite(picture).all()
+    for params, image in zip(requests, together, strict=True):
+        assert image.shape == (3, params.height, params.width)
+        assert torch.isfinite(image).all()
     for one, two in combinations(together, 2):
         assert _difference(one, two) > VISIBLE
 
@@ -200,11 +200,11 @@ def test_all_that_a_request_asks_for_shows_in_the_image(
     config: ModelConfig, pipeline: LoadedPipeline
 ) -> None:
     params = replace(REQUESTS[1], num_inference_steps=3)
-    picture = pipeline.generate(params)[0]
+    image = pipeline.generate(params)[0]
     ignored = {"negative_prompt"} if config.id in GUIDANCE_DISTILLED else set()
     shows = {
         name
         for name, value in CHANGES.items()
-        if _difference(picture, pipeline.generate(replace(params, **{name: value}))[0]) > VISIBLE
+        if _difference(image, pipeline.generate(replace(params, **{name: value}))[0]) > VISIBLE
     }
     assert shows == CHANGES.keys() - ignored

@@ -57,7 +57,7 @@ def test_images_steps_and_calls_are_counted(demo_pipeline: LoadedPipeline) -> No
     assert sum(kept) == 2
 
 
-def test_calls_that_share_a_batch_count_once_and_their_steps_each(
+def test_a_shared_call_counts_once_and_each_of_its_steps(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     with metered(demo_pipeline, "shared", scheduling="fifo") as engine:
@@ -70,7 +70,9 @@ def test_calls_that_share_a_batch_count_once_and_their_steps_each(
     assert calls < 60
 
 
-def test_deadlines_of_clients_are_told_apart(demo_pipeline: LoadedPipeline) -> None:
+def test_deadlines_of_clients_and_of_the_server_are_counted_apart(
+    demo_pipeline: LoadedPipeline,
+) -> None:
     with metered(demo_pipeline, "deadlines") as engine:
         engine.generate(params(deadline_s=60.0))
         engine.generate(params(priority="batch"))
@@ -79,7 +81,7 @@ def test_deadlines_of_clients_are_told_apart(demo_pipeline: LoadedPipeline) -> N
     assert sample("deadlines_total", "deadlines", outcome="missed", set_by="server") == 0
 
 
-def test_where_requests_stand_is_read_off_the_engine(demo_pipeline: LoadedPipeline) -> None:
+def test_request_states_are_read_from_the_engine(demo_pipeline: LoadedPipeline) -> None:
     def states() -> dict[str, float | None]:
         return {
             state: sample("engine_requests", "standing", state=state)
@@ -87,7 +89,7 @@ def test_where_requests_stand_is_read_off_the_engine(demo_pipeline: LoadedPipeli
         }
 
     with metered(demo_pipeline, "standing", max_running=1, max_backlog_s=1e6) as engine:
-        engine.generate(params())  # so that it knows how long they take
+        engine.generate(params())  # teaches the costs
         wait_until(lambda: states() == {"queued": 0, "parked": 0, "running": 0})
         assert sample("backlog_seconds", "standing", priority="interactive") == 0
         seen: list[Event] = []
@@ -105,7 +107,7 @@ def test_where_requests_stand_is_read_off_the_engine(demo_pipeline: LoadedPipeli
         assert any(isinstance(event, Progress) for event in seen)
 
 
-def test_refusals_are_counted_by_what_they_would_have_broken(
+def test_rejections_are_counted_by_reason(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     with metered(demo_pipeline, "refused") as engine:
@@ -121,18 +123,18 @@ def test_running_out_of_memory_is_counted(demo_pipeline: LoadedPipeline) -> None
         if args[0].shape[0] > 2:  # with guidance, two rows a request
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with metered(demo_pipeline, "cramped", scheduling="fifo") as engine:
-        assert sample("out_of_memory_total", "cramped") == 0
+    with metered(demo_pipeline, "out of memory", scheduling="fifo") as engine:
+        assert sample("out_of_memory_total", "out of memory") == 0
         handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(only_one_fits)
         try:
             for stream in [engine.stream(params(seed=seed)) for seed in range(4)]:
                 assert isinstance(list(stream)[-1], Completed)
         finally:
             handle.remove()
-    assert (sample("out_of_memory_total", "cramped") or 0) > 0
+    assert (sample("out_of_memory_total", "out of memory") or 0) > 0
 
 
-def test_an_engine_that_is_gone_is_not_kept_by_its_figures() -> None:
+def test_metrics_do_not_keep_a_closed_engine_alive() -> None:
     class Engineered:
         def replica_load(self) -> ReplicaLoad:
             return ReplicaLoad(backlog_s=1.5)

@@ -1,4 +1,4 @@
-"""What is not denoising gives way to steps: text encoding before them, decoding in between."""
+"""Stages and steps take turns: text encoding before the steps, decoding between them."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +24,7 @@ def params(seed: int, steps: int, prompt: str = "a red star on white") -> Genera
 
 @pytest.fixture
 def calls(demo_pipeline: LoadedPipeline) -> Iterator[list[str]]:
-    """The sites that ran, in their order."""
+    """Note the sites that ran, in order."""
     ran: list[str] = []
 
     def first_layer(module: nn.Module) -> nn.Module:
@@ -61,13 +61,13 @@ def test_steps_run_in_the_middle_of_anothers_decoding(
     decoding = [index for index, site in enumerate(calls) if site.startswith("vae.decoder")]
     blocks = len(decoding) // 2
     assert calls[decoding[0] : decoding[blocks - 1]].count("unet") > 0
-    assert calls[decoding[blocks] :].count("unet") == 0  # nobody is left to give way to
+    assert calls[decoding[blocks] :].count("unet") == 0  # no other request is left
 
 
 def test_prompts_are_encoded_before_the_next_step(
     demo_pipeline: LoadedPipeline, calls: list[str]
 ) -> None:
-    """Or each would start a step after the one before it, in batches that are too small."""
+    """Otherwise each would start a step after the one before it, in batches that are too small."""
     with Engine(demo_pipeline, DEMO) as engine:
         long = engine.stream(params(1, 60))
         for event in long:
@@ -83,7 +83,7 @@ def test_prompts_are_encoded_before_the_next_step(
     assert calls[encoded[0] : encoded[-1]].count("unet") <= 2
 
 
-def test_a_decoder_that_fails_hurts_only_its_own_request(demo_pipeline: LoadedPipeline) -> None:
+def test_a_decoder_error_fails_only_its_own_request(demo_pipeline: LoadedPipeline) -> None:
     failed = 0
 
     def fail_once(*_: object) -> None:

@@ -175,7 +175,7 @@ async def test_images_are_turned_as_pillow_turns_them(orientation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "size", "painted"),
+    ("given", "size", "generated"),
     [
         ((640, 480), None, "72x56"),  # as many pixels as the model's own size, about
         ((50, 30), None, "48x32"),

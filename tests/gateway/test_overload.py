@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from serve_app.engine.admission import Deadline, DeadlineEstimate, judge
+from serve_app.engine.admission import Deadline, DeadlineEstimate, decide_admission
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
 from serve_app.engine.scheduling.load import LoadTracker
@@ -106,7 +106,7 @@ class Server:
         if sent.deadline_s is not None:
             own = Deadline(sent.deadline_s, solo_s, estimates.pop(0))
         context = RequestContext(is_retry=sent.is_retry, reserved_s=reserved_s)
-        refusal = judge(queued_work_s, LIMIT_S, context, own, estimates)
+        refusal = decide_admission(queued_work_s, LIMIT_S, context, own, estimates)
         if refusal is not None:
             self._policy.drop(entry)
             del self._inside[entry.request]

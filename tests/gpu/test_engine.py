@@ -216,4 +216,4 @@ def test_a_start_on_the_gpu_is_taken_over(tmp_path: Path) -> None:
     config = EngineConfig(profile_path=str(tmp_path / "profile.json"), max_batch_size=4)
     for reuse in ("certification and caps found anew", "certification reused"):
         with Engine.load(model, config) as engine:
-            assert engine._start.reuse.startswith(reuse)
+            assert engine.cold_start.reuse.startswith(reuse)

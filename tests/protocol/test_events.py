@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from serve_app.config import EngineConfig
+from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.request import Request, link_batch_peers
-from serve_app.engine.scheduling.policies import Task
+from serve_app.engine.scheduling.policies import QueueEntry
 from serve_app.errors import Cancelled, GenerationFailed
 from serve_app.protocol.events import (
     MAX_PEERS,
@@ -119,16 +120,16 @@ def test_who_fails_is_told_where(
     demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
-        forward, calls = engine._rendezvous.forward, 0
+        forward, calls = Rendezvous.forward, 0
 
-        def broken(call: Any) -> Any:
+        def broken(rendezvous: Rendezvous, call: Any) -> Any:
             nonlocal calls
             calls += call.site in demo_pipeline.denoisers
             if calls == 3:
                 raise RuntimeError("broken")
-            return forward(call)
+            return forward(rendezvous, call)
 
-        monkeypatch.setattr(engine._rendezvous, "forward", broken)
+        monkeypatch.setattr(Rendezvous, "forward", broken)
         timelines, last = Asked(engine).to_the_end()
     assert isinstance(last, Failed)
     assert isinstance(last.error, GenerationFailed)
@@ -141,7 +142,7 @@ def test_no_more_mates_are_kept_than_are_told() -> None:
 
     def one(trace: str) -> Request:
         context = replace(INITIAL, trace=trace)
-        return Request(1, params, context, lambda _: None, 1.0, Task(1, 0.0, 0.0))
+        return Request(1, params, context, lambda _: None, 1.0, QueueEntry(1, 0.0, 0.0))
 
     mine = one("mine")
     for start in range(0, 1_000, 15):

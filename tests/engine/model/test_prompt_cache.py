@@ -86,7 +86,7 @@ def test_a_repeated_prompt_skips_the_encoder(family: str) -> None:
         finally:
             handle.remove()
         assert len(encoded) == once > 0
-        assert engine._prompts.hits > 0
+        assert engine.prompts.hits > 0
     for pixels in (first, second):
         assert float((pixels - alone).abs().max()) <= 1e-5
 
@@ -96,5 +96,5 @@ def test_it_can_be_turned_off(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO, EngineConfig(prompt_cache_mib=0)) as engine:
         engine.generate(request)
         engine.generate(request)
-        assert engine._prompts.hits == 0
-        assert engine._prompts.held_bytes == 0
+        assert engine.prompts.hits == 0
+        assert engine.prompts.held_bytes == 0

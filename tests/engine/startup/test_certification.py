@@ -126,7 +126,7 @@ def test_a_task_that_cannot_be_shared_is_not_offered(
     monkeypatch.setattr(vae, "encode", forgetful)
     with Engine(pipeline, DEMO) as engine:
         assert engine.info.sharing == "batched"
-        assert engine.info.entries == ("text-to-image",)
+        assert engine.info.tasks == ("text-to-image",)
     assert "image-to-image is not offered: its pictures differ" in caplog.text
 
 

@@ -89,7 +89,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def reuse_of(engine: Engine) -> str:
-    return engine._start.reuse
+    return engine.cold_start.reuse
 
 
 def requests() -> list[GenerationParams]:
@@ -104,13 +104,13 @@ def test_a_start_measures_what_pays_and_the_next_one_knows(tmp_path: Path) -> No
     pipeline = tiny()
     with called(pipeline.denoisers["unet"]) as first, Engine(pipeline, TINY, config(path)) as one:
         assert reuse_of(one) == ANEW
-        assert one._cost.caps.keys() == set(SIZES)
-        assert all(1 <= cap <= 4 for cap in one._cost.caps.values())
+        assert one.cost.caps.keys() == set(SIZES)
+        assert all(1 <= cap <= 4 for cap in one.cost.caps.values())
     again = tiny()
     with called(again.denoisers["unet"]) as second, Engine(again, TINY, config(path)) as two:
         assert reuse_of(two) == REUSED
-        assert two._cost.caps == one._cost.caps
-        assert two._cost.call_s == one._cost.call_s
+        assert two.cost.caps == one.cost.caps
+        assert two.cost.call_s == one.cost.call_s
         assert two.info == one.info
     assert len(second) == 4 < len(first)  # one picture, three calls with its PNDM, and a pair
     assert list(path.parent.iterdir()) == [path]
@@ -138,7 +138,7 @@ def test_what_was_taken_over_generates_the_same_in_the_same_batches(profile: Pat
     reused, again = generate(pipeline, profile)
     assert reuse_of(new) == ANEW
     assert reuse_of(reused) == REUSED
-    assert reused._certificate.specs == new._certificate.specs
+    assert reused.certificate.specs == new.certificate.specs
     assert reused.stats().mean_batch_size == new.stats().mean_batch_size > 1
     assert largest_difference(newly, again) <= 1e-5
     assert largest_difference(alone, again) <= 1e-5
@@ -165,7 +165,7 @@ def test_another_process_takes_over(profile: Path) -> None:
         "from serve_app.engine.engine import Engine\n"
         "model = ModelConfig.model_validate_json(sys.argv[1])\n"
         "with Engine.load(model, EngineConfig.model_validate_json(sys.argv[2])) as engine:\n"
-        "    print(engine._start.reuse)\n"
+        "    print(engine.cold_start.reuse)\n"
     )
     model = TINY.model_copy(update={"path": str(folder)})
     arguments = [model.model_dump_json(), config(profile.with_name("p")).model_dump_json()]
@@ -452,7 +452,7 @@ def test_a_damaged_file_is_named(content: str, profile: Path) -> None:
         lambda found: found["sizes"].append({"size": 3}),
         lambda found: found.update(certificate=[]),
         lambda found: found["certificate"].update(sharing="often"),
-        lambda found: found["certificate"].update(entries=["painting"]),
+        lambda found: found["certificate"].update(tasks=["painting"]),
         lambda found: found["certificate"]["specs"].update(nothing={}),
         lambda found: found["certificate"]["specs"]["unet"].update(output={"shared": "os.system"}),
         lambda found: found["certificate"]["specs"]["unet"].update(output={"rows": 0}),
@@ -488,8 +488,8 @@ def test_a_pipeline_that_takes_turns_is_taken_over_as_such(tmp_path: Path) -> No
     Profile(path, _found_with(pipeline, config(path))).write(content)
     with Engine(pipeline, TINY, config(path)) as engine:
         assert reuse_of(engine) == "certification reused, and caps of 0 of 2 sizes"
-        assert engine._certificate == certificate
-        assert engine.info.entries == ("text-to-image",)
+        assert engine.certificate == certificate
+        assert engine.info.tasks == ("text-to-image",)
         for request in requests():
             engine.generate(request)
         assert engine.stats().mean_batch_size == 1
@@ -549,7 +549,9 @@ def test_a_start_says_how_long_it_took(lines: pytest.LogCaptureFixture) -> None:
     }
     assert seconds.pop("compile") == 0
     assert all(value is not None and value > 0 for value in seconds.values())
-    assert sum(value for value in seconds.values() if value) == pytest.approx(engine.cold_start_s)
+    assert sum(value for value in seconds.values() if value) == pytest.approx(
+        engine.cold_start.total_s
+    )
     [line] = [line for line in lines.messages if "ready after" in line]
-    assert line.startswith(f"model timed: ready after {engine.cold_start_s:.2f} s: load ")
+    assert line.startswith(f"model timed: ready after {engine.cold_start.total_s:.2f} s: load ")
     assert line.endswith("; nothing reused, for want of engine.profile_path")

@@ -1,0 +1,263 @@
+"""The runner: advances a request's job from call to call, and reports how it goes.
+
+A job is the stock pipeline in a greenlet. It runs until the pipeline calls a module that the
+rendezvous watches; there it parks, and the scheduler decides when the call runs.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.batching.rendezvous import Call, Job
+from serve_app.engine.device import check_device, free_memory, release
+from serve_app.engine.executor import Executor
+from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.previews import PreviewMap
+from serve_app.engine.model.prompt_cache import PromptCache
+from serve_app.engine.predictor import Predictor
+from serve_app.engine.request import Request
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.scheduling.load import LoadTracker
+from serve_app.engine.stats import RequestEvent, RequestLog
+from serve_app.errors import DiffusionServeError, GenerationFailed
+from serve_app.protocol.events import (
+    Completed,
+    Event,
+    Failed,
+    GenerationResult,
+    Preview,
+    Progress,
+    Step,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Runner:
+    """Starts, resumes and ends jobs. Used by the engine's thread only."""
+
+    previews: PreviewMap | None = None
+    """How to show latents as small images; ``None`` before the warm-up, or if it found none."""
+
+    def __init__(
+        self,
+        pipeline: LoadedPipeline,
+        prompts: PromptCache,
+        scheduler: Scheduler,
+        executor: Executor,
+        predictor: Predictor,
+        load_tracker: LoadTracker,
+        metrics: EngineMetrics,
+        log: RequestLog,
+    ) -> None:
+        self._pipeline = pipeline
+        self._prompts = prompts
+        self._scheduler = scheduler
+        self._executor = executor
+        self._predictor = predictor
+        self._load_tracker = load_tracker
+        self._metrics = metrics
+        self._log = log
+
+    # ---- what the engine does with a request -----------------------------------------------------
+
+    def start(self, request: Request) -> None:
+        """Run the pipeline up to its first watched call."""
+        self._note(request, "started")
+        request.started_at = time.perf_counter()
+        self._trace(request)
+        request.job = Job(functools.partial(self._generate, request))
+        self._switch(request, request.job.start)
+
+    def finish_step(self, request: Request, outcome: Any) -> None:
+        """Resume a request with its share of a denoiser call, or with the exception that it got."""
+        assert request.job is not None
+        if isinstance(outcome, Exception):
+            self.fail(request, outcome)
+            return
+        request.calls += 1
+        request.denoised_at = time.perf_counter()
+        self.resume(request, outcome)
+        if request.job is not None and not request.steps_left:
+            self._trace(request)  # it is on its way to the decoder
+
+    def resume(self, request: Request, output: Any) -> None:
+        """Answer the parked call, and run the pipeline up to the next one or to its end."""
+        assert request.job is not None
+        self._switch(request, functools.partial(request.job.resume, output))
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Raise ``error`` from the parked call. A lack of memory is retried when a request ends."""
+        check_device(error)
+        assert request.job is not None
+        if isinstance(error, torch.OutOfMemoryError):
+            self._metrics.out_of_memory()
+            if self._scheduler.wait_for_memory(request):
+                logger.warning("request %d waits for memory: %s", request.number, str(error))
+                release(error)
+                free_memory()
+                return
+        self._switch(request, functools.partial(request.job.fail, error))
+
+    def drop(
+        self, request: Request, what: Literal["failed", "cancelled"], error: DiffusionServeError
+    ) -> None:
+        """End a request before its time."""
+        if request.job is not None:
+            request.job.kill()
+        self._end(request, what, Failed(error))
+
+    def report(self, request: Request, what: RequestEvent, event: Event) -> None:
+        """Log what happened to a request, and send the event."""
+        self._note(request, what)
+        self.emit(request, event)
+
+    def emit(self, request: Request, event: Event) -> None:
+        """Send an event to whoever submitted the request."""
+        try:
+            request.on_event(event)
+        except Exception:
+            logger.exception("request %d: the receiver of its events failed", request.number)
+
+    # ---- the job ---------------------------------------------------------------------------------
+
+    def _generate(self, request: Request) -> Tensor:
+        """Run the pipeline for one request, inside its greenlet."""
+        previews_due = set(request.params.preview_steps)
+
+        def on_step(done: int, total: int) -> None:
+            request.steps_done, request.steps_total = done, total
+            if request.context.trace:
+                ended_s = request.denoised_at - request.encoded_at
+                request.steps.append(Step(ended_s, self._executor.in_call))
+            self.emit(request, Progress(done, total))
+
+        def on_latents(latents: Tensor) -> None:
+            step = request.steps_done + 1
+            if step in previews_due and self.previews is not None:
+                previews_due.remove(step)
+                pixels = self.previews(latents, *request.size)
+                if pixels is not None:
+                    self._metrics.previewed()
+                    self.emit(request, Preview(step, pixels))
+
+        tokens, request.warnings = self._pipeline.read_prompt(request.params)
+        request.prompt_tokens = tokens
+        return self._pipeline.generate(
+            request.params,
+            on_step,
+            on_latents=on_latents if previews_due else None,
+            prompt_cache=self._prompts,
+        )[0]
+
+    def _switch(self, request: Request, switch: Callable[[], None]) -> None:
+        """Run the job up to where it parks or ends, then act on that."""
+        started_at = time.perf_counter()
+        switch()
+        took_s = time.perf_counter() - started_at
+        if request.calls:
+            request.non_denoiser_s += took_s
+        else:
+            request.encode_s += took_s
+        job = request.job
+        assert job is not None
+        if job.call is not None:
+            self._park(request, job.call)
+        elif job.error is not None:
+            self._job_failed(request, job.error)
+        else:
+            self._job_completed(request, job.result)
+
+    def _park(self, request: Request, call: Call) -> None:
+        """Queue the call at which the job has parked."""
+        entry = request.entry
+        if call.site not in self._pipeline.denoisers:
+            request.mergeable = None
+            self._update_remaining(request)
+            self._scheduler.park_at_stage(request)
+            return
+        if request.calls:
+            self._predictor.observe_between(request.size, request.non_denoiser_s)
+            request.non_denoiser_s = 0.0
+        elif not request.encoded_at:
+            request.encoded_at = time.perf_counter()
+            self._trace(request)
+        request.mergeable = self._executor.prepare(call)
+        if request.mergeable is not None:
+            request.rows = float(request.mergeable.length)
+        key = request.mergeable.key if request.mergeable else None
+        entry.key = None if key is None else (key, request.params.lora)
+        entry.step_s = self._predictor.step_s(request)
+        self._update_remaining(request)
+        self._scheduler.park_at_denoiser(request)
+
+    def _update_remaining(self, request: Request) -> None:
+        """Predict the remaining work anew, for the policy and for the load."""
+        entry = request.entry
+        before_s, entry.remaining_s = entry.remaining_s, self._predictor.remaining_s(request)
+        now = time.perf_counter()
+        self._load_tracker.update_remaining(now, before_s, entry.remaining_s, entry.low_priority)
+
+    # ---- ends ------------------------------------------------------------------------------------
+
+    def _job_failed(self, request: Request, error: BaseException) -> None:
+        check_device(error)
+        logger.error("request %d failed", request.number, exc_info=error)
+        failure = GenerationFailed(f"the pipeline failed: {type(error).__name__}: {error}")
+        release(error)
+        self._end(request, "failed", Failed(failure))
+
+    def _job_completed(self, request: Request, pixels: Tensor) -> None:
+        now = time.perf_counter()
+        took_s = now - request.accepted_at
+        self._executor.when_timed(functools.partial(self._predictor.learn_from, request, took_s))
+        result = GenerationResult(
+            params=request.params,
+            pixels=pixels,
+            warnings=request.warnings,
+            prompt_tokens=request.prompt_tokens,
+            queue_s=request.started_at - request.submitted_at,
+            encode_s=request.encoded_at - request.started_at,
+            denoise_s=request.denoised_at - request.encoded_at,
+            decode_s=now - request.denoised_at,
+            ended_at=now,
+        )
+        self._metrics.generated(request.size)
+        if not request.entry.low_priority:
+            in_time = now <= request.entry.deadline_at
+            self._metrics.due(in_time, request.params.deadline_s is not None)
+        self._end(request, "completed", Completed(result))
+
+    def _end(
+        self,
+        request: Request,
+        what: Literal["completed", "failed", "cancelled"],
+        event: Completed | Failed,
+    ) -> None:
+        """Remove the request, send its last event, and retry requests that lacked memory."""
+        self._note(request, what)
+        # The submitter may keep its callback for long, and with it all that hangs on the request.
+        request.job = None
+        request.mergeable = None
+        self._scheduler.remove(request)
+        entry = request.entry
+        self._load_tracker.ended(time.perf_counter(), entry.remaining_s, entry.low_priority)
+        self._trace(request)
+        self.emit(request, event)
+        for waiting in self._scheduler.take_waiting_for_memory():
+            self._park(waiting, waiting.call)
+
+    # ---- reports ---------------------------------------------------------------------------------
+
+    def _note(self, request: Request, what: RequestEvent) -> None:
+        self._log.note(self._executor.denoiser_calls, request.number, what)
+
+    def _trace(self, request: Request) -> None:
+        if request.context.trace:
+            self.emit(request, request.timeline)
