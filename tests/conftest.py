@@ -60,7 +60,7 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Return a function that prints a measured result at the end of the run, whatever the outcome."""
+    """Return a function that prints a measured result at the end of the run."""
     return pytestconfig.stash[MEASURED].append
 
 
@@ -85,7 +85,7 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="module")
 def every_batch_pays() -> Iterator[None]:
-    """Let every batch size pay: on a busy machine, a batch of two can take longer than two calls."""
+    """Let every batch size pay: on a busy machine, two in a batch can cost more than two calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "WORTHWHILE_GAIN", 0.0)
         yield
