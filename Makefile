@@ -1,8 +1,8 @@
 # make serve       a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml, HOST=127.0.0.1)
 # make manifests   every overlay of cluster/, rendered into build/manifests/
 # make dashboards  Grafana's dashboards and Prometheus' rules, written into build/
-# make check       what to run while you work: lint, types, import contract and the tests that need
-#                  neither Ray, a browser, a server of their own nor long: under 3 minutes on 2 cores
+# make check       for use while you work: lint, types, import contract and the quick tests, which
+#                  need no Ray cluster, browser or server process; under 3 minutes on 2 cores
 # make test        everything: lint, types, import contract and all tests
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-# Made again when what it was made from has changed.
+# Built again when one of its inputs has changed.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -23,7 +23,7 @@ install: .venv/installed
 	touch $@
 
 # Config files listen on all addresses, as containers must. A server on your own machine listens on
-# that machine only, unless HOST says otherwise.
+# the loopback interface only, unless HOST names another address.
 serve: install
 	$(BIN)/diffusion-serve serve $(CONFIG) --host $(HOST)
 
@@ -39,7 +39,7 @@ dashboards: install
 	$(BIN)/python -m monitoring.dashboards build/dashboards
 	$(BIN)/python -m monitoring.rules > build/rules.yaml
 
-# With what only tests and few configurations need.
+# The environment with the packages that only tests and few configurations need.
 .venv/tested: .venv/installed
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize,tracing]'
 	touch $@
@@ -58,7 +58,7 @@ types: .venv/tested
 imports: install
 	$(BIN)/lint-imports
 
-# Markers are declared in pyproject.toml.
+# pyproject.toml declares the markers.
 quick-tests: .venv/tested
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not serve and not slow and not gpu'
 

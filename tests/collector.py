@@ -1,13 +1,12 @@
-"""A collector of traces: takes them over OTLP/HTTP, and keeps them.
+"""An OTLP/HTTP collector that keeps the traces that it receives.
 
-``python -m tests.collector`` is one that prints its URL and runs until its input ends.
+``python -m tests.collector`` runs one: it prints its URL and runs until its input ends.
 """
 
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
@@ -17,18 +16,20 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import KeyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+from tests.fakes.http_server import QuietHandler, serving
+
 HOLD_S = 30.0
 
 
 class Collector:
-    """What came in, batch by batch, while it runs and after that."""
+    """Received batches of spans; they stay readable after the server has ended."""
 
     def __init__(self) -> None:
         self.url = ""
         self.status = 200
-        """Of its answers."""
+        """HTTP status of the responses."""
         self.answering = threading.Event()
-        """Cleared, it lets whoever sends wait for an answer, for `HOLD_S` at most."""
+        """While it is cleared, senders wait for a response, for `HOLD_S` at most."""
         self.answering.set()
         self.batches: list[ExportTraceServiceRequest] = []
 
@@ -44,7 +45,7 @@ class Collector:
 
     @property
     def resources(self) -> list[dict[str, Any]]:
-        """The attributes of those who sent something."""
+        """Attributes of the resources that sent spans."""
         return [
             values(one.resource.attributes)
             for batch in self.batches
@@ -53,7 +54,7 @@ class Collector:
 
 
 def values(attributes: Any) -> dict[str, Any]:
-    """As a mapping, of strings and numbers."""
+    """Return OTLP attributes as a mapping from names to strings and numbers."""
 
     def value(one: KeyValue) -> Any:
         return getattr(one.value, one.value.WhichOneof("value") or "string_value")
@@ -63,36 +64,24 @@ def values(attributes: Any) -> dict[str, Any]:
 
 @contextmanager
 def collecting() -> Iterator[Collector]:
-    """One that listens on a free port of this machine."""
+    """Run a collector on a free loopback port until the block ends."""
     collector = Collector()
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
+    class Handler(QuietHandler):
+        def do_POST(self) -> None:  # noqa: N802  # http.server's name
+            body = self.body()
             assert self.path == "/v1/traces"
             assert self.headers["content-type"] == "application/x-protobuf"
             collector.batches.append(ExportTraceServiceRequest.FromString(body))
             collector.answering.wait(HOLD_S)
             answer = ExportTraceServiceResponse().SerializeToString()
-            self.send_response(collector.status)
-            self.send_header("content-type", "application/x-protobuf")
-            self.send_header("content-length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
+            self.respond(collector.status, answer, "application/x-protobuf")
 
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        collector.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, name="collector")
-        thread.start()
+    with serving(Handler) as collector.url:
         try:
             yield collector
         finally:
             collector.answering.set()
-            server.shutdown()
-            thread.join()
 
 
 if __name__ == "__main__":

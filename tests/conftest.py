@@ -1,4 +1,4 @@
-"""Fixtures for all tests. Ray is told to keep to itself before anything imports it."""
+"""Fixtures for all tests, and the environment of Ray, which must be set before its import."""
 
 import logging
 import os
@@ -19,14 +19,14 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.scheduling import cost
 
-settings.register_profile("serve", deadline=None)  # a busy machine is no failure
+settings.register_profile("serve", deadline=None)  # a busy machine is not a failure
 settings.load_profile("serve")
 
-# A shell that runs this in the background has it ignore Ctrl-C, and so would all that tests start.
+# A shell in whose background this runs makes it ignore Ctrl-C; processes of tests inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Processes of pytest-xdist that each use all cores wait for each other: on two cores, tests of the
+# Processes of pytest-xdist that each use all cores slow each other down: on two cores, tests of the
 # engine took 2.7 times as long.
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    output = getattr(session.config, "workeroutput", None)  # in a process of pytest-xdist
+    output = getattr(session.config, "workeroutput", None)  # set in a process of pytest-xdist
     if output is not None:
         output["measured"] = session.config.stash[MEASURED]
 
@@ -60,32 +60,32 @@ def pytest_terminal_summary(
 
 @pytest.fixture(scope="session")
 def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
-    """Shows a measured figure at the end of the run, passed tests included."""
+    """Return a function that prints a measured result at the end of the run."""
     return pytestconfig.stash[MEASURED].append
 
 
 FIFO = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
-"""Full batches whatever becomes of deadlines, nobody refused: what happens is up to no clock."""
+"""Full batches without deadlines or rejections, so that no outcome depends on a clock."""
 
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
 
 
 @pytest.fixture(autouse=True)
 def _gradients() -> Iterator[None]:
-    """Pipelines whose calls end in another order than they began leave them off in their thread."""
+    """Switch gradients on again: pipeline calls that overlap can leave them off in their thread."""
     yield
     torch.set_grad_enabled(True)
 
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Where ``async`` tests run."""
+    """Run ``async`` tests on asyncio."""
     return "asyncio"
 
 
 @pytest.fixture(scope="module")
 def every_batch_pays() -> Iterator[None]:
-    """Caps of batches are up to no clock: on a busy machine, two may cost more than one and one."""
+    """Let every batch size pay: on a busy machine, two in a batch can cost more than two calls."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cost, "WORTHWHILE_GAIN", 0.0)
         yield
@@ -93,7 +93,7 @@ def every_batch_pays() -> Iterator[None]:
 
 @pytest.fixture
 def log_stays_ours() -> Iterator[None]:
-    """For what hands the log lines of this package to Serve's logger."""
+    """Restore this package's logger after a test that attaches it to Serve's."""
     ours = logging.getLogger("serve_app")
     level, propagate, handlers = ours.level, ours.propagate, ours.handlers
     yield
@@ -103,13 +103,19 @@ def log_stays_ours() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def demo_pipeline() -> LoadedPipeline:
-    """The shipped model, without an engine: what running alone paints."""
+    """The shipped model without an engine: the reference for requests that run alone."""
     return LoadedPipeline.load(DEMO)
 
 
+@pytest.fixture(scope="session")
+def start_profile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file in which the first engine of this run keeps its certification for the next ones."""
+    return str(tmp_path_factory.mktemp("profile") / "demo.json")
+
+
 @pytest.fixture
-def demo_engine(demo_pipeline: LoadedPipeline) -> Iterator[Engine]:
-    """A fresh engine on the shipped model; ends with the test."""
-    engine = Engine(demo_pipeline, DEMO, EngineConfig())
+def demo_engine(demo_pipeline: LoadedPipeline, start_profile: str) -> Iterator[Engine]:
+    """A new engine on the shipped model, closed at the end of the test."""
+    engine = Engine(demo_pipeline, DEMO, EngineConfig(profile_path=start_profile))
     yield engine
     engine.close(drain=False)

@@ -1,4 +1,4 @@
-"""LoRA adapters of the demo model, made as a training script would leave them."""
+"""LoRA adapters of the demo model, in the files that a training script writes."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 
 
 def save_adapter(folder: Path, seed: int, text_encoder: bool = False, rank: int = 4) -> None:
-    """Random weights, in `ADAPTER_FILE` in that folder."""
+    """Write random weights of this rank into `ADAPTER_FILE` in the folder."""
     pipeline = StableDiffusionPipeline.from_pretrained(DEMO_MODEL_DIR)
     torch.manual_seed(seed)
     pipeline.unet.add_adapter(

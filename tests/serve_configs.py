@@ -1,4 +1,4 @@
-"""The Serve configs that the repository ships."""
+"""Serve configs of the repository."""
 
 from pathlib import Path
 

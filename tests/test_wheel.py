@@ -13,7 +13,7 @@ from PIL import Image
 
 from serve_app import __version__
 from tests.cli.server import serving
-from tests.e2e.conftest import free_port
+from tests.serve_process import free_port
 from tests.wheel import build_wheel, run
 
 

@@ -1,4 +1,4 @@
-"""What is aimed at on an H200 in bfloat16, and whether a run got there."""
+"""Targets on an H200 in bfloat16, and the verdict of a run about each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,24 +14,24 @@ SPEEDUPS = {
     ("sd15", 1024, 25): 1.1,
     ("sdxl", 1024, 25): 1.1,
 }
-"""By model, side and steps: times as many pictures a second as one at a time."""
+"""Least images per second over those of one at a time, by model, side and steps."""
 
 EFFICIENCIES = {("sdxl", 1024, 25): 0.95, ("sd15", 512, 4): 0.85}
-"""By model, side and steps."""
+"""Least efficiency by model, side and steps."""
 
 LOAD = 0.9
-"""Of the capacity, at which deadlines count."""
+"""Share of the capacity at which deadlines are compared."""
 
 IN_TIME = 0.85
 IN_TIME_GAIN = 0.40
-"""Shares of the requests: at least so many, and so many more than with either stock way."""
+"""Least share of requests in time, and its least lead over both stock ways."""
 
 STOCK_WAYS = ("one at a time", "whole batches")
 OUR_WAY = "engine, on_time"
 
 
 class Row(Protocol):
-    """What counts of a line of the program's table."""
+    """The columns of the result table that targets use."""
 
     @property
     def load(self) -> float: ...
@@ -43,7 +43,7 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Aim:
-    """``measured`` is none if the run did not measure it."""
+    """One target; ``measured`` is None if the run did not measure it."""
 
     text: str
     measured: float | None
@@ -63,7 +63,7 @@ def _at_least(text: str, least: float, measured: float | None) -> Aim:
 def aims(
     model: str, rows: Sequence[Row], saturated: Sequence[Saturated], tolerance: float
 ) -> list[Aim]:
-    """Every aim, those for other models and loads included.
+    """Return all targets, including those of other models and loads.
 
     ``tolerance`` is the largest difference of a pixel that rounding explains.
     """
@@ -101,7 +101,7 @@ def aims(
             gain,
         ),
         Aim(
-            f"pictures painted together differ by {tolerance:g} at the most",
+            f"images generated together differ by at most {tolerance:g}",
             difference,
             difference is not None and difference <= tolerance,
         ),

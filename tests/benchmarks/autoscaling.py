@@ -1,10 +1,10 @@
-"""Whether a cluster scales as the simulator says: ``python -m tests.benchmarks.autoscaling``.
+"""Compare real scaling with the simulator's: ``python -m tests.benchmarks.autoscaling``.
 
-Starts Ray with fake GPU nodes, the demo on them and our policy, and replays one minute of arrivals:
-few, many, few again. Twice a second it is noted how many replicas run and how many are wanted. Then
-the simulator replays the same arrivals through the same policy, with the step times that the first
-replica measured when it started and the starts of nodes and replicas as they were seen, and the two
-curves are laid upon each other. Times count from the first arrival.
+The program starts Ray with fake GPU nodes, the demo on them and the project's policy. It replays
+one minute of arrivals (few, many, few) and notes twice a second the running replicas and the
+target. The simulator then replays the same arrivals through the same policy. It uses the step times
+that the first replica measured at its start, and the observed start times of nodes and replicas.
+Times count from the first arrival.
 """
 
 import bisect
@@ -37,13 +37,13 @@ from serve_app.planner.scalers import ByWork
 from serve_app.planner.simulator import Simulator
 from serve_app.planner.trace import Kind, Trace, poisson
 from tests.benchmarks.engine import hardware
-from tests.e2e.cluster import Answer, Cluster, Watch, ask, scaling_config, start_cluster
-from tests.e2e.conftest import free_port
+from tests.e2e.cluster import Answer, Cluster, Watch, generate, scaling_config, start_cluster
+from tests.serve_process import free_port
 
 SIZE = (64, 64)
 STEPS = 100
 PHASES = ((20.0, 0.15), (25.0, 0.6), (25.0, 0.15))
-"""(seconds, requests a second)"""
+"""Pairs of seconds and requests per second."""
 
 PARAMS: dict[str, float] = {
     "target_drain_s": 5,
@@ -52,7 +52,7 @@ PARAMS: dict[str, float] = {
     "cold_start_s": 15,
 }
 MAX_BACKLOG_S = 600.0
-"""Nobody is refused: in simulated time, who is refused does not come again."""
+"""A limit that rejects no request: in the simulator, a rejected request does not retry."""
 
 NODES = 2
 IDLE_MINUTES = 0.2
@@ -62,23 +62,23 @@ MEASURED = ("running", "target", "nodes")
 
 @dataclass(frozen=True)
 class Curve:
-    """What was seen, and when; each holds until the next."""
+    """Numbers of replicas and nodes over time; each value holds until the next."""
 
     at_s: Sequence[float]
     running: Sequence[int]
     target: Sequence[int]
     nodes: Sequence[int]
     requests: Sequence[int] | None = None
-    """Not done; of the real cluster only."""
+    """Open requests, on the real cluster only."""
 
     def value(self, name: str, at_s: float) -> int:
-        """As it last was by then; 0 before the first."""
+        """Return the value at that time; 0 before the first."""
         index = bisect.bisect_right(self.at_s, at_s) - 1
         values: Sequence[int] = getattr(self, name)
         return values[index] if index >= 0 else 0
 
     def change(self, name: str, happened: Callable[[int, int], bool], last: bool) -> float | None:
-        """When the first or last change of that kind was."""
+        """Return the time of the first or last such change, or None."""
         values: Sequence[int] = getattr(self, name)
         found = [
             at_s
@@ -89,7 +89,7 @@ class Curve:
 
 
 def arrivals(seed: int) -> list[float]:
-    """In seconds; the first is at 0."""
+    """Draw arrival times in seconds; the first is 0."""
     at_s: list[float] = []
     begins_at = 0.0
     for number, (duration_s, rate) in enumerate(PHASES):
@@ -99,7 +99,7 @@ def arrivals(seed: int) -> list[float]:
 
 
 def real(at_s: Sequence[float], profile: Path) -> tuple[Curve, list[Answer], list[str]]:
-    """Replay on a cluster, until the last node is gone; the log lines of the policy."""
+    """Replay on a cluster until its last node has ended; return the policy's log lines too."""
     port = free_port()
     config = scaling_config(port, PARAMS)
     engine = config["applications"][0]["args"]["engine"]
@@ -119,32 +119,32 @@ def real(at_s: Sequence[float], profile: Path) -> tuple[Curve, list[Answer], lis
         requests = []
         for seed, due_s in enumerate(at_s):
             Event().wait(max(0.0, begun_at + due_s - time.monotonic()))
-            requests.append(pool.submit(ask, f"http://127.0.0.1:{port}", seed, STEPS))
+            requests.append(pool.submit(generate, f"http://127.0.0.1:{port}", seed, STEPS))
         answers = [request.result() for request in requests]
         watch.wait(lambda seen: seen.nodes == 0, 180, "the nodes to go")
         lines = decisions(cluster)
-    since = [(at - begun_at, seen) for at, seen in watch.seen]
+    since = [(at - begun_at, seen) for at, seen in watch.snapshots]
     curve = Curve(
         [round(at, 2) for at, _ in since],
         [seen.running for _, seen in since],
         [seen.target for _, seen in since],
         [seen.nodes for _, seen in since],
         [
-            sum(one.asked_at <= at < one.ended_at for one in answers)
-            for at in (at for at, _ in watch.seen)
+            sum(one.sent_at <= at < one.ended_at for one in answers)
+            for at in (at for at, _ in watch.snapshots)
         ],
     )
     return curve, answers, lines
 
 
 def decisions(cluster: Cluster) -> list[str]:
-    """What the policy said in the controller's log."""
+    """Return the policy's lines in the controller's log."""
     lines = cluster.logs("serve/controller_*.log").splitlines()
     return [line.split(" -- ")[-1] for line in lines if "diffusion-serve/Generator: " in line]
 
 
 def starts(curve: Curve) -> tuple[float, float]:
-    """Seconds from asking for a replica to its node, and from there until it paints: medians."""
+    """Return the median seconds from a target to its node, and from the node to a ready replica."""
     nodes_s, replicas_s = [], []
     for number in range(1, NODES + 1):
         times = [
@@ -152,20 +152,20 @@ def starts(curve: Curve) -> tuple[float, float]:
             for name in ("target", "nodes", "running")
         ]
         if None not in times:
-            asked_s, node_s, up_s = (at for at in times if at is not None)
-            nodes_s.append(max(0.0, node_s - asked_s))
-            replicas_s.append(up_s - max(node_s, asked_s))
+            target_s, node_s, up_s = (at for at in times if at is not None)
+            nodes_s.append(max(0.0, node_s - target_s))
+            replicas_s.append(up_s - max(node_s, target_s))
     return statistics.median(nodes_s), statistics.median(replicas_s)
 
 
 def simulated(
     at_s: Sequence[float], model: CostModel, node_s: float, replica_s: float, until_s: float
 ) -> Curve:
-    """The same arrivals in simulated time."""
-    # The simulator ends with the last request: one more, after all that is compared.
+    """Replay the same arrivals in simulated time."""
+    # The simulator ends with the last request: add one after the compared time.
     kinds = [Kind(SIZE, STEPS)] * len(at_s)
     trace = Trace([*at_s, until_s + 60], [*kinds, Kind(SIZE, 1)])
-    knobs = asdict(read_scaling_params(PARAMS)) | {"min_replicas": 0, "max_replicas": NODES}
+    scaling = asdict(read_scaling_params(PARAMS)) | {"min_replicas": 0, "max_replicas": NODES}
     params = ClusterParams(
         node_start_s=node_s,
         replica_start_s=replica_s,
@@ -173,7 +173,7 @@ def simulated(
         max_running=EngineConfig().max_running,
         max_backlog_s=MAX_BACKLOG_S,
     )
-    scaler = ByWork(ScalingParams(**knobs))
+    scaler = ByWork(ScalingParams(**scaling))
     samples = Simulator(trace, model, OnTime, scaler, params, initial_replicas=0).run().samples
     shown = [sample for sample in samples if sample.at_s <= until_s]
     return Curve(
@@ -185,8 +185,8 @@ def simulated(
 
 
 def agreement(one: Curve, other: Curve, until_s: float) -> dict[str, Any]:
-    """How far two curves are apart: mean absolute differences, and when what happened in each."""
-    grid = [denoiser_call / 2 for denoiser_call in range(int(2 * until_s))]
+    """Return the mean absolute differences of two curves, and the times of events in both."""
+    grid = [half_seconds / 2 for half_seconds in range(int(2 * until_s))]
     apart = {
         f"{name}_mean_absolute_difference": statistics.mean(
             abs(one.value(name, at) - other.value(name, at)) for at in grid
@@ -216,9 +216,9 @@ def agreement(one: Curve, other: Curve, until_s: float) -> dict[str, Any]:
 
 def main(
     seed: int = 1,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
-    """Print how the curves agree."""
+    """Print how the two curves agree."""
     at_s = arrivals(seed)
     with TemporaryDirectory() as folder:
         profile = Path(folder) / "profile.json"
@@ -230,11 +230,11 @@ def main(
     kind = Kind(SIZE, STEPS)
     solo_s = costs(model, [kind])[kind].solo_s
     agreed = agreement(measured, predicted, until_s)
-    took_s = [answer.ended_at - answer.asked_at for answer in answers]
+    took_s = [answer.ended_at - answer.sent_at for answer in answers]
     typer.echo(
         f"{len(at_s)} requests of {kind}, {solo_s:.2f} s alone; a node {node_s:.1f} s, a replica "
         f"{replica_s:.1f} s; median answer {statistics.median(took_s):.1f} s, longest "
-        f"{max(took_s):.1f} s, {sum(answer.refusals for answer in answers)} refusals"
+        f"{max(took_s):.1f} s, {sum(answer.rejections for answer in answers)} rejections"
     )
     for name in MEASURED:
         both = agreed[f"{name}_mean"]
@@ -258,7 +258,7 @@ def main(
             "node_start_s": node_s,
             "replica_start_s": replica_s,
             "answer_s": {"median": statistics.median(took_s), "longest": max(took_s)},
-            "refusals": sum(answer.refusals for answer in answers),
+            "refusals": sum(answer.rejections for answer in answers),
             "agreement": agreed,
             "decisions": lines,
             "real": asdict(measured),

@@ -1,10 +1,10 @@
-"""How long a start takes, and what an earlier one saves: ``python -m tests.benchmarks.cold_start``.
+"""Measure starts with and without a profile: ``python -m tests.benchmarks.cold_start``.
 
-Each start is a process of its own, with the demo model on the CPU: first without the file of an
-earlier start, then with it, in turns. The phases are those that the engine itself reports. What
-comes before, from the making of the process to the loading, is Python and its imports.
+Each start is a process of its own with the demo model on the CPU: first without the profile of an
+earlier start, then with it, in turns. The engine itself reports the phases. The time before them,
+from the start of the process to the loading, is Python and its imports.
 
-Of the sizes of the config, ``none`` is as in configs/demo.yaml, ``four`` those of the mix of
+The sizes ``none`` are those of configs/demo.yaml, ``four`` those of the mix of
 `tests.benchmarks.engine`.
 """
 
@@ -37,30 +37,30 @@ MODEL = ModelConfig(id="demo", device="cpu", default_steps=20)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: medians, in seconds."""
+    """One line of the table: medians in seconds."""
 
     sizes: str
     start: str
     imports_s: float
     phases_s: dict[str, float]
     total_s: float
-    """Of the phases."""
+    """Sum of the phases."""
     total_from_s: float
     total_to_s: float
-    """The quickest and the slowest start."""
+    """Sums of the quickest and of the slowest start."""
 
 
 def start_here(config: EngineConfig) -> None:
-    """In a process made for it: print what one start took."""
+    """Start an engine in this process and print the durations of its phases."""
     imports_s = time.time() - psutil.Process().create_time()
     with Engine.load(MODEL, config) as engine:
         start = engine.cold_start
-        said = {"imports": imports_s, "reuse": start.reuse, "phases": start.phases_s}
-        print(json.dumps(said | {"total": engine.cold_start.total_s}))
+        reported = {"imports": imports_s, "reuse": start.reuse, "phases": start.phases_s}
+        print(json.dumps(reported | {"total": engine.cold_start.total_s}))
 
 
 def start(config: EngineConfig) -> dict[str, Any]:
-    """What `start_here` printed."""
+    """Run `start_here` in a new process and return what it printed."""
     command = [sys.executable, "-m", "tests.benchmarks.cold_start", "--engine"]
     result = subprocess.run(
         [*command, config.model_dump_json()],
@@ -69,12 +69,12 @@ def start(config: EngineConfig) -> dict[str, Any]:
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
-    said: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return said
+    reported: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return reported
 
 
 def measure(repeats: int, folder: Path) -> list[Row]:
-    """In turns, so that a slow minute of the machine hits all alike."""
+    """Measure all variants in turns, so that a slow minute of the machine affects all of them."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for _ in range(repeats):
         for name, sizes in SIZES.items():
@@ -85,21 +85,21 @@ def measure(repeats: int, folder: Path) -> list[Row]:
                 ("first", "certification and caps found"),
                 ("again", "certification reused"),
             ):
-                said = start(config)
-                assert said["reuse"].startswith(reuse), said["reuse"]
-                found.setdefault((name, way), []).append(said)
+                reported = start(config)
+                assert reported["reuse"].startswith(reuse), reported["reuse"]
+                found.setdefault((name, way), []).append(reported)
     return [
         Row(
             sizes=name,
             start=way,
-            imports_s=statistics.median(said["imports"] for said in starts),
+            imports_s=statistics.median(reported["imports"] for reported in starts),
             phases_s={
-                phase: statistics.median(said["phases"][phase] for said in starts)
+                phase: statistics.median(reported["phases"][phase] for reported in starts)
                 for phase in starts[0]["phases"]
             },
-            total_s=statistics.median(said["total"] for said in starts),
-            total_from_s=min(said["total"] for said in starts),
-            total_to_s=max(said["total"] for said in starts),
+            total_s=statistics.median(reported["total"] for reported in starts),
+            total_from_s=min(reported["total"] for reported in starts),
+            total_to_s=max(reported["total"] for reported in starts),
         )
         for (name, way), starts in found.items()
     ]
@@ -107,7 +107,7 @@ def measure(repeats: int, folder: Path) -> list[Row]:
 
 def main(
     repeats: int = 5,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
     engine: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Print the table."""

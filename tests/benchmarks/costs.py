@@ -1,11 +1,11 @@
-"""Step times of SDXL on an H100, for the planner, where none can be measured: ``python -m
+"""Derive step times of SDXL on an H100 for the planner, without a GPU: ``python -m
 tests.benchmarks.costs --output configs/costs/sdxl-h100.json``.
 
-Derived, not measured: the floating-point operations of SDXL's UNet and decoder are counted for each
-size (on torch's ``meta`` device: no weights, no arithmetic), and divided by the speed at which the
-stock pipeline made one picture of 1024x1024 in 30 steps by a published measurement. So all sizes
-are taken to be as efficient as that one, and batches to gain nothing. Who has the GPU measures: an
-engine with ``engine.warmup_sizes_px`` and ``engine.profile_path`` writes such a file.
+The times are derived, not measured. torch counts the floating-point operations of SDXL's UNet and
+decoder for each size, on the ``meta`` device, without weights or arithmetic. They are divided by
+the speed of a published measurement: the stock pipeline, one image of 1024x1024 in 30 steps. So all
+sizes are assumed to be as efficient as that one, and batches to gain nothing. With the GPU, an
+engine with ``engine.warmup_sizes_px`` and ``engine.profile_path`` writes a measured file.
 """
 
 import json
@@ -30,7 +30,7 @@ SOURCE = (
 
 
 def operations(side_px: int) -> tuple[int, int]:
-    """Of one UNet call for one picture with guidance, and of decoding it."""
+    """Count the operations of a UNet call for one image with guidance, and of its decoding."""
     with torch.device("meta"), torch.no_grad():
         unet, vae = sdxl_unet(), autoencoder(sample_size=1024)
         latents = torch.empty(2, 4, side_px // 8, side_px // 8)

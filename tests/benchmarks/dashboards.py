@@ -1,8 +1,8 @@
-"""Two minutes of mixed load, watched by Prometheus: ``python -m tests.benchmarks.dashboards``.
+"""Draw the dashboards of two minutes of mixed load: ``python -m tests.benchmarks.dashboards``.
 
-Starts ``serve run`` on the demo with one or two replicas and a Prometheus beside it, and lets
-clients ask in all ways. Then it counts the queries of the dashboards that show something and the
-alerts that had something to say, and draws the pages. tests/monitoring checks it in less time.
+The program starts ``serve run`` on the demo with one or two replicas, a Prometheus, and clients
+with all kinds of requests. Then it counts the dashboard queries with data and the alerts that were
+pending or fired, and draws the dashboards. tests/monitoring checks the same in less time.
 """
 
 import json
@@ -17,20 +17,20 @@ from monitoring.dashboards import DASHBOARDS
 from monitoring.draw import Window, curves, draw
 from monitoring.rules import alerts
 from tests.benchmarks.engine import hardware
-from tests.e2e.conftest import free_port, start_serve
 from tests.monitoring.load import MixedLoad, demo_of_two
 from tests.monitoring.prometheus import start_prometheus
 from tests.monitoring.series import FOREIGN, series_of
+from tests.serve_process import free_port, start_serve
 
 RATE_S = 15.0
 
 
 def main(
     seconds: float = 120,
-    folder: Annotated[Path, typer.Option(help="For the pictures.")] = Path("build/pictures"),
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    folder: Annotated[Path, typer.Option(help="Folder for the drawings.")] = Path("build/drawings"),
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
-    """Print what was seen."""
+    """Print the results."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     running = start_serve(demo_of_two(port))
@@ -49,7 +49,7 @@ def main(
                     with_data += 1
                 else:
                     without.append(query.expr)
-            said = prometheus.get(
+            found = prometheus.get(
                 "query_range",
                 query="max by (alertname, alertstate) (ALERTS)",
                 start=window.start_s,
@@ -63,7 +63,7 @@ def main(
     finally:
         running.stop()
     foreign = [expr for expr in without if series_of(expr) & FOREIGN.keys()]
-    figures = {
+    results = {
         "seconds": round(window.end_s - window.start_s),
         "answers": dict(load.outcomes),
         "queries": len(queries),
@@ -71,18 +71,18 @@ def main(
         "of_series_that_others_export": len(foreign),
         "without_data": [expr for expr in without if expr not in foreign],
         "alerts": len(alerts()),
-        "alerts_pending_at_some_time": _names(said, "pending"),
+        "alerts_pending_at_some_time": _names(found, "pending"),
         "alerts_pending_at_the_end": sorted(one["labels"]["alertname"] for one in pending),
-        "alerts_fired": _names(said, "firing"),
+        "alerts_fired": _names(found, "firing"),
     }
-    print(json.dumps(figures, indent=2))
+    print(json.dumps(results, indent=2))
     if output is not None:
-        text = json.dumps({"hardware": hardware(torch.device("cpu")), "figures": figures}, indent=2)
+        text = json.dumps({"hardware": hardware(torch.device("cpu")), "figures": results}, indent=2)
         output.write_text(f"{text}\n", encoding="utf-8")
 
 
-def _names(said: list[dict[str, Any]], state: str) -> list[str]:
-    labels = [one["metric"] for one in said]
+def _names(found: list[dict[str, Any]], state: str) -> list[str]:
+    labels = [one["metric"] for one in found]
     return sorted(one["alertname"] for one in labels if one["alertstate"] == state)
 
 

@@ -1,10 +1,10 @@
-"""How much of the engine's time the networks need: what they would take without the engine.
+"""Efficiency of the engine: the time of the bare network calls over the engine's busy time.
 
-While the engine runs, `BareCalls` notes which calls the networks really made: with which shapes,
-and how often. Afterwards it makes each distinct call a few times on its own. The sum, over the
-time in which the engine had something to do, is its efficiency: what is left is what the engine,
-and the pipelines around the networks, cost. Two times that are measured one after the other: on a
-machine that others use too it is off by a tenth now and then, and may pass one.
+While the engine runs, `BareCalls` counts the calls of the networks by their shapes. Afterwards it
+makes each distinct call a few times on its own. The sum, over the time in which the engine had a
+request, is the efficiency. The rest is the cost of the engine and of the pipelines around the
+networks. The two times are measured one after the other: on a shared machine the result is off by
+a tenth at times, and may exceed one.
 """
 
 import statistics
@@ -27,20 +27,20 @@ from serve_app.engine.timer import wait_for_device
 REPEATS = 3
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""By position and by name."""
+"""Positional and keyword arguments."""
 
 
 @dataclass(frozen=True)
 class _Example:
-    """One of the calls that are alike."""
+    """One example of the calls of one shape."""
 
     run: Callable[[Arguments], Any]
     arguments: Arguments
-    """Tensors of real numbers are on the ``meta`` device."""
+    """Arguments whose floating-point tensors are on the ``meta`` device."""
 
 
 class BareCalls:
-    """The calls that a pipeline's networks made, by module and shapes."""
+    """Calls of a pipeline's networks, by module and shapes."""
 
     def __init__(self, pipeline: LoadedPipeline) -> None:
         self._pipeline = pipeline
@@ -49,10 +49,10 @@ class BareCalls:
 
     @contextmanager
     def noted(self) -> Iterator[None]:
-        """Note the calls that are made inside. An engine must be ready before.
+        """Count the calls inside the block; an engine must be ready before.
 
-        Where requests meet, what really runs passes through `Rendezvous.forward`. The outermost
-        modules without such a place in them are watched where they are called.
+        Merged calls are counted in `Rendezvous.forward`. Modules without a site inside are counted
+        by a hook on the outermost of them.
         """
         real = Rendezvous.forward
 
@@ -84,7 +84,7 @@ class BareCalls:
             yield
 
     def _note(self, name: str, run: Callable[[Arguments], Any], arguments: Arguments) -> None:
-        """Only calls that succeed get here."""
+        """Count a call that succeeded."""
         leaves, structure = pytree.tree_flatten(arguments)
         key = (name, (structure, tuple(_kind(leaf) for leaf in leaves)))
         self.counts[key] += 1
@@ -92,11 +92,11 @@ class BareCalls:
             self._examples[key] = _Example(run, pytree.tree_map(_emptied, arguments))
 
     def seconds(self) -> dict[str, float]:
-        """By network, how long the calls that were noted take on their own.
+        """Return the seconds of the counted calls on their own, by network.
 
-        The engine must be closed. Each distinct call is made a few times, with other numbers of
-        the same shapes; its median counts as often as the call was noted. All of them take turns,
-        so that a slow moment of a shared device does not meet one alone.
+        The engine must be closed. Each distinct call is made a few times, with random numbers of
+        the same shapes. Its median is multiplied by its count. The calls take turns, so that a slow
+        moment of a shared device affects all of them.
         """
         taken: dict[tuple[str, Hashable], list[float]] = {key: [] for key in self._examples}
         for _ in range(REPEATS + 1):
@@ -126,7 +126,7 @@ class BareCalls:
 
 
 def _outermost(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The largest parts whose calls pass no meeting place; an autoencoder's halves are called."""
+    """Yield the largest modules without a site inside; of autoencoders, the called halves."""
     if "forward" in vars(module):
         return
     if hasattr(module, "decode") or any("forward" in vars(part) for part in module.modules()):
@@ -137,21 +137,21 @@ def _outermost(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _kind(leaf: Any) -> Hashable:
-    """Shapes and types matter for time; numbers do not."""
+    """Return what a call's duration depends on: shapes and types, not numbers."""
     if isinstance(leaf, Tensor):
         return tuple(leaf.shape), leaf.stride(), leaf.dtype
     return str(type(leaf))
 
 
 def _emptied(leaf: Any) -> Any:
-    """Frees the memory of real numbers; integers are few, and may be indices."""
+    """Drop the memory of floating-point tensors; keep integers, which may be indices."""
     if isinstance(leaf, Tensor) and leaf.is_floating_point():
         return torch.empty_like(leaf, device="meta")
     return leaf
 
 
 def busy_s(spans: Iterable[tuple[float, float]]) -> float:
-    """How long at least one of the spans, (start, end), was on."""
+    """Return how long at least one of the spans (start, end) was open."""
     total, until = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, until))

@@ -1,18 +1,18 @@
-"""What sharing steps and ordering by deadlines is worth: ``python -m tests.benchmarks.engine``.
+"""Compare the engine with the stock pipeline: ``python -m tests.benchmarks.engine``.
 
 One run compares four ways to serve one trace of arrivals with one pipeline on one device:
 
 - ``one at a time``: the stock pipeline, first come first served,
-- ``whole batches``: the stock pipeline on a list of prompts, whenever the next in line are alike,
+- ``whole batches``: the stock pipeline on a list of prompts, if the next requests are of one kind,
 - ``engine, fifo`` and ``engine, on_time``: this engine with two of its policies.
 
-Latency counts from the moment at which a request was due, however late it was sent. A request
+Latency counts from the time at which a request was due, even if it was sent later. A request
 that fails or takes longer than ``slo_scale`` times its time alone misses its deadline. Efficiency
-is the time that the bare calls of the networks take, at the same batch sizes, over the time in
-which the engine had a request. The mix of sizes and steps is that of vLLM-Omni's benchmark, scaled
+is the time of the bare network calls, at the same batch sizes, over the time in which the engine
+had a request. The mix of sizes and steps is that of vLLM-Omni's benchmark, scaled
 to the model's native size where that is small.
 
-With ``--waiting 16`` as many requests of one kind come at once, first come first served.
+With ``--waiting 16``, 16 requests of one kind also arrive at once, first come first served.
 """
 
 import json
@@ -47,18 +47,18 @@ from tests.benchmarks.ways import (
 from tests.full_size import MODELS
 
 MIX = ((0.5, 20, 15), (0.75, 20, 25), (1.0, 25, 45), (1.5, 35, 15))
-"""(side as a share of the whole one, steps, share in percent)"""
+"""Triples of side as a share of the whole side, steps, and share in percent."""
 
 WHOLE_PX = 1024
-"""The whole side of the mix; models for less than half of it get their native one."""
+"""The whole side of the mix; models for less than half of it use their native side."""
 
 AT_ONCE = ((0.5, 20), (1.0, 25), (0.5, 4))
-"""(side as a share of the whole one, steps) where many requests wait at once."""
+"""Pairs of side as a share of the whole side, and steps, for many requests at once."""
 
 MAX_BATCH = 16
 
 CPU_LOADS = (1.5,)
-"""Steps that are shared make more pictures a second than one at a time: less is no test there."""
+"""Loads on a CPU. Shared steps serve more than one at a time can, so less load is no test."""
 
 CUDA_LOADS = (0.7, 0.9, 1.1)
 
@@ -74,15 +74,15 @@ class Row:
     p95_s: float
     p99_s: float
     short_p95_s: float
-    """Of the quickest kind."""
+    """95th percentile of the quickest kind."""
     slo: float
-    """Share that met its deadline."""
+    """Share of requests that met their deadline."""
     efficiency: float | None
-    """None of the stock ways."""
+    """Efficiency of the engine; None for the stock ways."""
 
 
 def scaled_kind(pipeline: LoadedPipeline, scale: float, steps: int, share: float = 0.0) -> Kind:
-    """Of a side that is ``scale`` of the whole one."""
+    """Return a kind whose sides are ``scale`` of the whole side."""
 
     def side(native: int) -> int:
         multiple = pipeline.size_multiple
@@ -94,8 +94,8 @@ def scaled_kind(pipeline: LoadedPipeline, scale: float, steps: int, share: float
 
 
 def seconds_alone(pipeline: LoadedPipeline, kind: Kind) -> float:
-    """Median time of the stock pipeline for one picture; the first, which warms up, is left out."""
-    repeats = 2 if pipeline.device.type == "cuda" else 5  # others share a CPU
+    """Return the stock pipeline's median time for one image, without the first, which warms up."""
+    repeats = 2 if pipeline.device.type == "cuda" else 5  # a CPU is shared with other programs
     taken = []
     for seed in range(repeats + 1):
         started_at = time.perf_counter()
@@ -105,7 +105,7 @@ def seconds_alone(pipeline: LoadedPipeline, kind: Kind) -> float:
 
 
 def measure_alone(pipeline: LoadedPipeline, mix: list[Kind]) -> tuple[dict[Kind, float], float]:
-    """Seconds of each kind alone, and what one at a time can do of the mix, in images a second."""
+    """Return seconds of each kind alone, and the images per second of the mix one at a time."""
     solo_s = {kind: seconds_alone(pipeline, kind) for kind in mix}
     return solo_s, 1 / sum(kind.share * solo_s[kind] for kind in mix)
 
@@ -174,7 +174,7 @@ def show(rows: list[Row]) -> str:
 
 
 def load_pipeline(model: str, device: str) -> tuple[LoadedPipeline, ModelConfig]:
-    """The demo model, a full-size one with random weights, or one from a folder."""
+    """Load the demo model, a full-size one with random weights, or one from a folder."""
     if model in MODELS:
         on = resolve_device(device)
         dtype = torch.bfloat16 if on.type == "cuda" else torch.float32
@@ -196,24 +196,26 @@ def main(
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
     load: Annotated[
         list[float] | None,
-        typer.Option(help="Arrivals as a share of what one at a time can do; may be repeated."),
+        typer.Option(help="Arrivals as a share of the capacity of one at a time; may be repeated."),
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(help="Of arrivals, for each way and load. Default: 40 on a CPU, else 120."),
+        typer.Option(
+            help="Seconds of arrivals for each way and load. Default: 40 on a CPU, else 120."
+        ),
     ] = None,
     waiting: Annotated[
         int | None,
         typer.Option(
-            help=f"So many at once, too. Default: {WAITING} for a full-size model on a GPU."
+            help=f"Requests at once. Default: {WAITING} for a full-size model on a GPU, else none."
         ),
     ] = None,
     slo_scale: float = 3.0,
     threads: Annotated[
-        int, typer.Option(help="Of torch on a CPU. The demo model's calls gain nothing from more.")
+        int, typer.Option(help="Threads of torch on a CPU. More gain nothing with the demo model.")
     ] = 1,
     seed: int = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
     """Print the table."""
     torch.set_num_threads(threads)
@@ -277,10 +279,10 @@ def main(
     _, capacity_after = measure_alone(pipeline, mix)
     typer.echo(f"one at a time, measured again at the end: {capacity_after:.2f} images/s")
     typer.echo(show(rows))
-    for did in reports:
+    for line in reports:
         typer.echo(
-            f"{did['way']} at {did['load']:g}: mean batch {did['mean_batch_size']:.2f}, "
-            f"caps {did['caps']}, finish predicted within {did['forecast_error']:.0%} (median)"
+            f"{line['way']} at {line['load']:g}: mean batch {line['mean_batch_size']:.2f}, "
+            f"caps {line['caps']}, finish predicted within {line['forecast_error']:.0%} (median)"
         )
     if saturated:
         typer.echo(saturation.show(saturated))

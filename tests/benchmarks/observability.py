@@ -1,15 +1,15 @@
-"""What being watched costs: ``python -m tests.benchmarks.observability``.
+"""Measure the cost of metrics and traces: ``python -m tests.benchmarks.observability``.
 
-One engine paints the same pictures again and again, watched in one way after the other, in an order
-that is drawn for each round. A way's throughput is compared with that of ``nothing`` in the same
-round, for machines drift; the median of these ratios is the result. Small pictures, one at a time,
-are the worst case: nearly nothing is painted for each call that is counted. Processor time is
-compared as well, which other programs on the machine disturb less.
+One engine generates the same images again and again, observed in each way once a round, in random
+order. A way's throughput is compared with that of ``nothing`` in the same round, because machines
+drift. The result is the median of these ratios. Small images one at a time are the worst case: the
+calls that are counted are the shortest. Processor time is compared too; other programs on the
+machine disturb it less.
 
-Traces are begun and ended on the engine's own thread, and sent from its process to a collector that
-decodes them: in a served application that is all up to the gateway, in another process.
+Traces begin and end on the engine's own thread, and its process sends them to a collector. In a
+served application, the gateway does all of that, in another process.
 
-Then what the gateway does with a request and with a scrape, per piece.
+The gateway's work for one request and for one scrape is measured separately.
 """
 
 import asyncio
@@ -48,10 +48,10 @@ from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.benchmarks.engine import hardware
 
 LEAST = 0.98
-"""Of the throughput without: what the project promises."""
+"""Least share of the throughput without observation: the project's target."""
 
 SCRAPE_EVERY_S = 1.0
-"""Fifteen times as often as Prometheus does."""
+"""Interval of scrapes, a fifteenth of Prometheus' usual one."""
 
 Way = Callable[[Engine], AbstractContextManager[None]]
 
@@ -96,7 +96,7 @@ WAYS: dict[str, Way] = {
     "metrics": _metrics,
     "metrics, scraped every second": _scraped,
 }
-"""Each is a context in which the engine is watched so; the first is what others are compared to."""
+"""Contexts in which the engine is observed; the first one is the reference."""
 
 
 SCOPE = {
@@ -117,7 +117,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
         record = RequestRecord("an-id", images=(params.resolved(engine.info),))
         trace = tracing.begin(SCOPE, record)
 
-        def hear(event: Event) -> None:
+        def on_any_event(event: Event) -> None:
             if isinstance(event, Timeline):
                 record.timelines[params.seed] = event
             if isinstance(event, Completed):
@@ -127,19 +127,19 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
                 trace.end()
             on_event(event)
 
-        return submit(params, hear, replace(context, trace=record.traceparent))
+        return submit(params, on_any_event, replace(context, trace=record.traceparent))
 
-    watched: Any = engine
-    watched.submit = traced
+    observed: Any = engine
+    observed.submit = traced
     try:
         yield
     finally:
-        del watched.submit
+        del observed.submit
 
 
 @contextmanager
 def _tracing() -> Iterator[Tracing]:
-    """To a collector that is a process of its own."""
+    """Trace to a collector in a process of its own."""
     with subprocess.Popen(
         [sys.executable, "-m", "tests.collector"],
         stdin=subprocess.PIPE,
@@ -153,18 +153,18 @@ def _tracing() -> Iterator[Tracing]:
             yield tracing
         finally:
             tracing.close()
-            collector.communicate()  # which ends it
+            collector.communicate()  # the end of its input ends it
 
 
 @dataclass(frozen=True)
 class Load:
-    """Pictures of one block."""
+    """The images of one block."""
 
     name: str
     images: int
     at_once: bool
     blocks: int
-    """In a round, for each way: short ones, for the machine drifts from one to the next."""
+    """Blocks in a round for each way. They are short, because the machine drifts."""
     steps: int = 20
 
 
@@ -178,19 +178,21 @@ class Row:
     load: str
     way: str
     images_per_s: float
-    """Median of the rounds."""
+    """Median over the rounds."""
     throughput: float
-    """As a share of that with nothing: the median of the rounds' ratios."""
+    """Median of the rounds' ratios to the throughput with ``nothing``."""
     between: tuple[float, float]
-    """The true median lies there with 95 % certainty, whatever the noise is like."""
+    """95 % confidence interval of that median, for any distribution of the noise."""
     processor: float
-    """The same for processor time a picture; under 1 is less."""
+    """Median of the ratios of processor time per image; less than 1 is less time."""
 
 
 def median_between(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % confidence interval of a median: those two values between which half of all that
-    could have been drawn begins, by the binomial distribution's normal approximation (Conover,
-    1999, "Practical nonparametric statistics")."""
+    """Return the 95 % confidence interval of a median.
+
+    Its limits are two of the values, by the normal approximation of the binomial distribution
+    (Conover, 1999, "Practical nonparametric statistics").
+    """
     ordered, count = sorted(values), len(values)
     within = 1.96 * math.sqrt(count) / 2
     low, high = math.floor(count / 2 - within), math.ceil(count / 2 + within)
@@ -198,7 +200,7 @@ def median_between(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _generate(engine: Engine, load: Load, way: Way) -> tuple[float, float]:
-    """Wall and processor seconds of one block."""
+    """Return the wall and processor seconds of one block."""
     requests = [
         GenerationParams("a red circle", seed, num_inference_steps=load.steps)
         for seed in range(load.images)
@@ -215,7 +217,7 @@ def _generate(engine: Engine, load: Load, way: Way) -> tuple[float, float]:
 
 
 def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> list[Row]:
-    """Every way once in each round, after a block that does not count."""
+    """Measure every way once a round, after a block that does not count."""
     draw = random.Random(0)
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     _generate(engine, load, ways[next(iter(ways))])
@@ -225,9 +227,9 @@ def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> li
     plain = taken[next(iter(ways))]
     rows = []
     for name, blocks in taken.items():
-        ratios = [without[0] / watched[0] for without, watched in zip(plain, blocks, strict=True)]
+        ratios = [without[0] / observed[0] for without, observed in zip(plain, blocks, strict=True)]
         processor = [
-            watched[1] / without[1] for without, watched in zip(plain, blocks, strict=True)
+            observed[1] / without[1] for without, observed in zip(plain, blocks, strict=True)
         ]
         rows.append(
             Row(
@@ -244,11 +246,11 @@ def compare(engine: Engine, load: Load, rounds: int, ways: dict[str, Way]) -> li
 
 @dataclass(frozen=True)
 class Metering:
-    """What the engine's thread does for its metrics at each denoiser call; medians."""
+    """Median time of the engine's thread for its metrics at a denoiser call."""
 
     seconds: float
     call_s: float
-    """Of the call itself, for one small picture."""
+    """Median time of the call itself, for one small image."""
 
     @property
     def share(self) -> float:
@@ -256,7 +258,7 @@ class Metering:
 
 
 def metering_of(engine: Engine) -> Metering:
-    """Measured beside the calls, one after each, so that the machine is as busy for both."""
+    """Measure both after each call in turn, so that the machine is equally busy for both."""
     meter, spent, calls = EngineMetrics("observed"), [], []
     kept = engine.metrics.called
 
@@ -285,9 +287,9 @@ def _median_s(do: Callable[[], object], times: int = 30) -> float:
 
 
 def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
-    """What keeping a record adds to a request in the gateway, its log line's handlers apart.
+    """Return the time that a request's record takes in the gateway, without the log's handlers.
 
-    With the trace of one picture in twenty steps, if it is traced.
+    With ``tracing``, it includes the trace of one image of twenty steps.
     """
     image = GenerationParams("a red circle", 1, width=64, height=64, num_inference_steps=20)
     steps = tuple(Step(0.01 * number, 16) for number in range(20))
@@ -300,7 +302,7 @@ def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
         record.timings = Timings.of((0.0, 0.0, 1.0, 0.0, 0.0))
         record.complete()
 
-    async def all_of_them() -> float:
+    async def mean_s() -> float:
         watched = app if tracing is None else tracing.middleware(app)
         recorder: Any = RequestLog(watched, "observed", ["/v1/images/generations"])
         waited: Any = None
@@ -309,11 +311,11 @@ def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
             await recorder(dict(SCOPE), waited, waited)
         return (time.perf_counter() - started_at) / times
 
-    return asyncio.run(all_of_them())
+    return asyncio.run(mean_s())
 
 
 def exposition_s(replicas: int) -> tuple[float, int]:
-    """Rendering what so many replicas said, and the bytes of it."""
+    """Return the time to render the metrics of so many replicas, and their length."""
     families = report("engine", "a").families
     reports = [Report(f"replica{index}", families) for index in range(replicas)]
     text, _ = exposition(reports, "")
@@ -322,7 +324,7 @@ def exposition_s(replicas: int) -> tuple[float, int]:
 
 def _shown(rows: Sequence[Row]) -> str:
     lines = [
-        "| pictures | watched by | pictures/s | throughput (95 % certain) | processor time |",
+        "| images | observed by | images/s | throughput (95 % certain) | processor time |",
         "| --- | --- | --- | --- | --- |",
     ]
     lines += [
@@ -334,10 +336,10 @@ def _shown(rows: Sequence[Row]) -> str:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=3, help="Each has every way once.")] = 25,
-    out: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
+    rounds: Annotated[int, typer.Option(min=3, help="Rounds; each has every way once.")] = 25,
+    out: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
-    """Compare the ways with the bundled model on the CPU."""
+    """Compare the ways with the demo model on the CPU."""
     model = ModelConfig(id="demo", device="cpu")
     config = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
     with Engine(LoadedPipeline.load(model), model, config) as engine, _tracing() as tracing:
@@ -361,7 +363,7 @@ def main(
     worst = min(row.throughput for row in rows)
     print(f"at least {LEAST:.0%} of the throughput: {'met' if worst >= LEAST else 'missed'}")
     if out is not None:
-        figures = {
+        results = {
             "command": f"python -m tests.benchmarks.observability --rounds {rounds}",
             "hardware": hardware(torch.device("cpu")),
             "rows": [asdict(row) for row in rows],
@@ -374,7 +376,7 @@ def main(
             "record_s": record_s,
             "traced_s": traced_s,
         }
-        out.write_text(json.dumps(figures, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""Three times more work than can be done, for two minutes: ``python -m tests.benchmarks.overload``.
+"""Overload a server threefold for two minutes: ``python -m tests.benchmarks.overload``.
 
-Starts ``serve run`` on the demo and sends it a mix of sizes and steps, Poisson arrivals that wait
-for nobody. Each request names a deadline: three times what it takes alone over HTTP, and a second
-at least. Whoever is refused comes once more, when ``Retry-After`` says, with a new deadline.
+The program starts ``serve run`` on the demo and sends a mix of sizes and steps, as Poisson arrivals
+that do not wait for each other. Each request has a deadline: three times its time alone over HTTP,
+at least one second. A rejected request retries once, after ``Retry-After``, with a new deadline.
 
-Capacity is what the same mix gets done when sixteen clients ask without pause and without
-deadlines. Goodput is pictures a second that were done within their deadline. Every load is tried
-once in each round, in turns, since what a machine can do drifts; the peak is the best of the
-loads' medians below the overload. What ends after the last arrival counts for the promises, and not
-for the goodput.
+Capacity is the images per second of the same mix from sixteen clients without pauses or deadlines.
+Goodput is the images per second that met their deadline. Every load runs once a round, in turns,
+because machines drift. The peak is the best median of the loads below the overload. Requests that
+end after the last arrival count for the retry reservations, but not for the goodput.
 """
 
 import asyncio
@@ -28,7 +27,7 @@ import torch
 import typer
 
 from tests.benchmarks.engine import MIX, hardware
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, serving_config
 
 PATH = "/v1/images/generations"
 NATIVE_PX = 64
@@ -37,14 +36,14 @@ LEAST_DEADLINE_S = 1.0
 CLIENTS = 16
 
 LOADS = (0.9, 1.0, 1.2)
-"""Shares of capacity, among which goodput peaks: deadlines leave no time for full batches."""
+"""Shares of capacity around the peak of goodput: deadlines leave no time for full batches."""
 
 OVERLOAD = 3.0
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A shape of request, with its share of them."""
+    """One kind of request, with its share of all requests."""
 
     side_px: int
     steps: int
@@ -56,16 +55,16 @@ KINDS = [Kind(round(NATIVE_PX * scale / 8) * 8, steps, share / 100) for scale, s
 
 @dataclass
 class Outcome:
-    """Of one request, with its second try."""
+    """Outcome of one request, including its second try."""
 
     kind: Kind
     sent_s: float
-    """Since the start of the run; of the last try."""
+    """Time of the last try since the start of the run."""
     status: int = 0
     ended_s: float = 0.0
     queue_s: float | None = None
     reserved_s: float | None = None
-    """The first ``Retry-After``, if it was refused."""
+    """The first ``Retry-After``, if the request was rejected."""
 
     @property
     def took_s(self) -> float:
@@ -82,25 +81,25 @@ class Row:
     sent: int
     goodput_per_s: float
     refused: float
-    """Share that was refused when it came first."""
+    """Share of requests that were rejected at the first try."""
     queue_p50_s: float
     queue_p95_s: float
     queue_max_s: float
     in_time: float
-    """Share of those taken in, at the first try or the second, that met their deadline."""
+    """Share of the admitted requests, at either try, that met their deadline."""
     retry_after_p50_s: float
     retry_after_max_s: float
     reservations: int
     promises_kept: float
-    """Share of second tries that were taken in."""
+    """Share of second tries that were admitted."""
     promises_in_time: float
-    """Share of them that met their deadline as well."""
+    """Share of second tries that met their deadline."""
     errors: int
-    """Answers other than 200 and 429."""
+    """Responses other than 200 and 429."""
 
 
-class Server:
-    """The demo, asked by this process."""
+class Client:
+    """A client of the demo's server."""
 
     def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
@@ -127,22 +126,22 @@ class Server:
         return statistics.median(taken[1:])
 
     async def capacity(self, seconds: float, seed: int) -> float:
-        """Pictures a second of the mix, when there is always more to do."""
+        """Return images per second of the mix while there is always more to do."""
         kinds = mixed(Random(seed))
         ends_at = time.perf_counter() + seconds
         done = 0
 
-        async def ask() -> None:
+        async def send_until_end() -> None:
             nonlocal done
             while time.perf_counter() < ends_at:
                 response = await self.send(self.body(next(kinds)))
-                if response.status_code == 429:  # of an earlier run something is promised
+                if response.status_code == 429:  # reserved for an earlier run
                     await asyncio.sleep(float(response.headers["retry-after"]))
                 else:
                     response.raise_for_status()
                     done += time.perf_counter() < ends_at
 
-        await asyncio.gather(*(ask() for _ in range(CLIENTS)))
+        await asyncio.gather(*(send_until_end() for _ in range(CLIENTS)))
         return done / seconds
 
     async def run(
@@ -152,7 +151,7 @@ class Server:
         kinds = mixed(rng)
         started_at = time.perf_counter()
 
-        async def ask(outcome: Outcome) -> None:
+        async def send_twice(outcome: Outcome) -> None:
             body = self.body(outcome.kind, deadlines_s[outcome.kind])
             for attempt in range(2):
                 outcome.sent_s = time.perf_counter() - started_at
@@ -171,7 +170,7 @@ class Server:
         while (at_s := at_s + rng.expovariate(rate)) < seconds:
             await asyncio.sleep(started_at + at_s - time.perf_counter())
             outcomes.append(Outcome(next(kinds), at_s))
-            tasks.append(asyncio.ensure_future(ask(outcomes[-1])))
+            tasks.append(asyncio.ensure_future(send_twice(outcomes[-1])))
         await asyncio.gather(*tasks)
         return outcomes
 
@@ -190,24 +189,24 @@ def row(
 ) -> Row:
     done = [one for one in outcomes if one.status == 200]
     met = [one for one in done if one.took_s <= deadlines_s[one.kind]]
-    told = [one for one in outcomes if one.reserved_s is not None]
+    rejected = [one for one in outcomes if one.reserved_s is not None]
     queue_s = sorted(one.queue_s for one in done if one.queue_s is not None)
-    waits_s = sorted(one.reserved_s for one in told if one.reserved_s is not None) or [0.0]
+    waits_s = sorted(one.reserved_s for one in rejected if one.reserved_s is not None) or [0.0]
     return Row(
         load=load,
         seconds=seconds,
         sent=len(outcomes),
         goodput_per_s=sum(one.ended_s <= seconds for one in met) / seconds,
-        refused=share(len(told), len(outcomes)),
+        refused=share(len(rejected), len(outcomes)),
         queue_p50_s=statistics.median(queue_s),
         queue_p95_s=queue_s[int(0.95 * len(queue_s))],
         queue_max_s=queue_s[-1],
         in_time=share(len(met), len(done)),
         retry_after_p50_s=statistics.median(waits_s),
         retry_after_max_s=waits_s[-1],
-        reservations=len(told),
-        promises_kept=share(sum(one.status == 200 for one in told), len(told)),
-        promises_in_time=share(sum(one.reserved_s is not None for one in met), len(told)),
+        reservations=len(rejected),
+        promises_kept=share(sum(one.status == 200 for one in rejected), len(rejected)),
+        promises_in_time=share(sum(one.reserved_s is not None for one in met), len(rejected)),
         errors=sum(one.status not in (200, 429) for one in outcomes),
     )
 
@@ -222,13 +221,13 @@ def config_of(port: int) -> dict[str, Any]:
 async def measure(url: str, seconds: float, rounds: int, seed: int) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=200)
     async with httpx.AsyncClient(base_url=url, timeout=900, limits=limits) as client:
-        server = Server(client)
-        solo_s = {kind: await server.solo_s(kind) for kind in KINDS}
+        load_client = Client(client)
+        solo_s = {kind: await load_client.solo_s(kind) for kind in KINDS}
         deadlines_s = {
             kind: max(LEAST_DEADLINE_S, DEADLINE_SCALE * taken) for kind, taken in solo_s.items()
         }
-        capacity = await server.capacity(min(30.0, seconds), seed)
-        typer.echo(f"capacity {capacity:.2f} pictures/s")
+        capacity = await load_client.capacity(min(30.0, seconds), seed)
+        typer.echo(f"capacity {capacity:.2f} images/s")
         for kind in KINDS:
             typer.echo(
                 f"  {kind.side_px}x{kind.side_px}, {kind.steps} steps, {kind.share:.0%}: "
@@ -236,10 +235,10 @@ async def measure(url: str, seconds: float, rounds: int, seed: int) -> dict[str,
             )
         rows = []
         for number, load in itertools.product(range(rounds), (*LOADS, OVERLOAD)):
-            outcomes = await server.run(load * capacity, seconds, deadlines_s, seed + number)
+            outcomes = await load_client.run(load * capacity, seconds, deadlines_s, seed + number)
             rows.append(row(load, seconds, outcomes, deadlines_s))
             typer.echo(str(rows[-1]))
-        capacity_after = await server.capacity(min(30.0, seconds), seed)
+        capacity_after = await load_client.capacity(min(30.0, seconds), seed)
     goodput_per_s = {
         load: statistics.median(one.goodput_per_s for one in rows if one.load == load)
         for load in (*LOADS, OVERLOAD)
@@ -260,7 +259,7 @@ async def measure(url: str, seconds: float, rounds: int, seed: int) -> dict[str,
 
 def show(result: dict[str, Any]) -> str:
     lines = [
-        f"{'load':>5}{'sent':>6}{'goodput/s':>11}{'refused':>9}{'in time':>9}{'queue p50':>11}"
+        f"{'load':>5}{'sent':>6}{'goodput/s':>11}{'rejected':>9}{'in time':>9}{'queue p50':>11}"
         f"{'p95':>7}{'max s':>7}{'retry p50':>11}{'max s':>7}{'kept':>7}{'in time':>9}"
     ]
     lines += [
@@ -275,27 +274,21 @@ def show(result: dict[str, Any]) -> str:
     lines += [
         f"median at {load}: {goodput:.2f}" for load, goodput in result["goodput_per_s"].items()
     ]
-    lines.append(f"capacity {before:.2f} pictures/s, at the end {after:.2f}")
+    lines.append(f"capacity {before:.2f} images/s, at the end {after:.2f}")
     lines.append(f"goodput at 3.0 over its peak: {result['goodput_ratio']:.0%}")
     return "\n".join(lines)
 
 
 def main(
-    seconds: Annotated[float, typer.Option(help="Of arrivals, for each load.")] = 120.0,
-    rounds: Annotated[int, typer.Option(min=1, help="Of all loads, in turns.")] = 3,
+    seconds: Annotated[float, typer.Option(help="Seconds of arrivals for each load.")] = 120.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of all loads.")] = 3,
     seed: int = 0,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
     """Print the table."""
-    port = free_port()
-    running = start_serve(config_of(port))
-    url = f"http://127.0.0.1:{port}"
-    try:
-        running.wait_until_ready(url)
+    with serving_config(config_of(free_port())) as url:
         busy = os.getloadavg()[0]
         result = asyncio.run(measure(url, seconds, rounds, seed))
-    finally:
-        running.stop()
     typer.echo(show(result))
     if output is not None:
         content = {

@@ -1,4 +1,4 @@
-"""Many requests of one kind at once: how much faster than one at a time, and the same pictures?"""
+"""Many requests of one kind at once: speed and images, compared with one at a time."""
 
 import math
 import time
@@ -22,13 +22,13 @@ class Saturated:
     steps: int
     waiting: int
     alone_images_per_s: float
-    """Of the stock pipeline, one at a time."""
+    """Images per second of the stock pipeline, one at a time."""
     engine_images_per_s: float
     efficiency: float
     psnr_db: float
-    """Of the picture that differs most from the one painted alone."""
+    """Peak signal-to-noise ratio of the image that differs most from the one generated alone."""
     difference: float
-    """Largest one of a pixel in [0, 1] from the picture painted alone."""
+    """Largest difference of a pixel in [0, 1] from the image generated alone."""
 
     @property
     def speedup(self) -> float:
@@ -36,13 +36,16 @@ class Saturated:
 
 
 def psnr(one: Tensor, two: Tensor) -> float:
-    """Peak signal-to-noise ratio in decibels of pictures in [0, 1]; 120 if they are equal."""
+    """Return the peak signal-to-noise ratio in decibels of images in [0, 1]; 120 if equal."""
     error = float((one.double() - two.double()).square().mean())
     return -10 * math.log10(max(error, 1e-12))
 
 
 def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> Saturated:
-    """``serve`` must keep the pictures. The first round, of a few steps, warms up."""
+    """Measure ``waiting`` requests at once; ``serve`` must keep the images.
+
+    A first round of a few steps warms up.
+    """
     short = replace(kind, steps=WARM_UP_STEPS)
     pipeline.generate(short.params(0)).cpu()
     started_at = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What one decision of each policy costs: ``python -m tests.benchmarks.scheduler``."""
+"""Measure one decision of each scheduling policy: ``python -m tests.benchmarks.scheduler``."""
 
 import statistics
 import time
@@ -14,10 +14,11 @@ SIZES = [(512, 512), (768, 768), (1024, 1024), (1536, 1536)]
 
 
 def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[float]]:
-    """Seconds of ``count`` decisions among always as many parked requests.
+    """Return seconds of decisions among a constant number of parked requests.
 
-    First of those after which requests had come and gone, then of the others. Every twentieth step
-    ends a request and brings another, as with twenty steps a request.
+    The first list has the decisions after a change of the requests, the second one the others. A
+    step ends its request with a probability of 1/20, as with 20 steps a request, and another
+    request arrives.
     """
     rng = Random(0)
     policy = POLICIES[name]()
@@ -59,7 +60,7 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
 
 
 def main(
-    requests: Annotated[int, typer.Option(help="Parked at a time.")] = 128,
+    requests: Annotated[int, typer.Option(help="Number of parked requests.")] = 128,
     count: Annotated[int, typer.Option(help="Decisions to measure.")] = 20_000,
 ) -> None:
     """Print two lines for each policy."""

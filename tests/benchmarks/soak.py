@@ -1,9 +1,9 @@
-"""Does it last: ``python -m tests.benchmarks.soak --minutes 10``.
+"""Run an engine under faults for minutes: ``python -m tests.benchmarks.soak --minutes 10``.
 
-One engine on the demo model, a few callers that never stop, and everything that can go wrong on
-purpose: callers leave at random steps, denoiser calls raise, and large ones run out of memory.
-Exits with 1 unless every request got exactly one last event, every finished picture is the one that
-its request paints alone, nothing hangs, and memory is flat.
+A few callers without pauses share one engine on the demo model. Callers cancel at random steps,
+denoiser calls raise, and large calls run out of memory. The program exits with 1 unless every
+request got exactly one last event, every finished image equals the one generated alone, nothing
+hangs, and memory is flat.
 """
 
 import itertools
@@ -30,14 +30,14 @@ from serve_app.protocol.params import GenerationParams
 from tests.lora import ADAPTER_FILE, save_adapter
 
 TOLERANCE = 1e-5
-"""Largest difference of a pixel in [0, 1] from the picture painted alone."""
+"""Largest difference of a pixel in [0, 1] from the image generated alone."""
 
 FLAT_MIB = 32
-"""Resident memory may end this much above what it was after a fifth of the time."""
+"""Largest growth of resident memory after the first fifth of the time."""
 
 
 def requests() -> list[GenerationParams]:
-    """A few dozen that differ in everything; each will be painted many times."""
+    """Return a few dozen requests that differ in all parameters; each runs many times."""
     colors = itertools.cycle(["red", "green", "blue", "yellow", "purple"])
     sides = itertools.cycle([32, 48, 64, 64, 64])
     from_text = [
@@ -70,7 +70,7 @@ def requests() -> list[GenerationParams]:
 
 @dataclass
 class Report:
-    """What happened; written by the callers, under the lock."""
+    """Outcomes of all requests; callers write it under the lock."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     ends: Counter[str] = field(default_factory=Counter)
@@ -89,7 +89,7 @@ class Report:
         with self.lock:
             self.worst_difference = max(self.worst_difference, difference)
             if not difference <= TOLERANCE:
-                self.problems.append(f"a picture differs by {difference:.1e}")
+                self.problems.append(f"an image differs by {difference:.1e}")
 
 
 def resident_mib() -> float:
@@ -98,7 +98,7 @@ def resident_mib() -> float:
 
 
 def break_now_and_then(pipeline: LoadedPipeline, rng: Random) -> None:
-    """One denoiser call in 200 raises, and one in ten of over four rows finds no memory."""
+    """Let 1 denoiser call in 200 raise, and 1 in 10 of over four rows run out of memory."""
 
     def check(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if rng.random() < 0.005:
@@ -116,7 +116,7 @@ def call_until(
     report: Report,
     rng: Random,
 ) -> None:
-    """One caller: a request, sometimes given up at a random step; and the next."""
+    """Send one request after the other; cancel some at a random step."""
     while time.monotonic() < ends_at:
         params, alone = rng.choice(known)
         leave_at = rng.randrange(12) if rng.random() < 0.3 else None
@@ -194,18 +194,18 @@ def soak(minutes: float, callers: int, seed: int) -> Report:
 
 
 def main(
-    minutes: Annotated[float, typer.Option(help="How long.")] = 10.0,
-    callers: Annotated[int, typer.Option(help="Requests at a time.")] = 12,
+    minutes: Annotated[float, typer.Option(help="Duration in minutes.")] = 10.0,
+    callers: Annotated[int, typer.Option(help="Callers at a time.")] = 12,
     seed: int = 0,
 ) -> None:
-    """Run, and say what happened."""
-    torch.set_num_threads(1)  # more gain nothing on so small a model
+    """Run, and print the outcome."""
+    torch.set_num_threads(1)  # more threads gain nothing with such a small model
     report = soak(minutes, callers, seed)
     for problem in report.problems[:20]:
         typer.echo(f"PROBLEM: {problem}")
     if report.problems:
         raise typer.Exit(1)
-    typer.echo("nothing lost, nothing hung, every picture right, memory flat")
+    typer.echo("no request lost, none hung, every image right, memory flat")
 
 
 if __name__ == "__main__":

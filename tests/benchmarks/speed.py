@@ -1,8 +1,8 @@
-"""What each speed option is worth: ``python -m tests.benchmarks.speed``.
+"""Measure the speed options: ``python -m tests.benchmarks.speed``.
 
-Each option is measured against the model without any, in turns within one run, so that whatever
-else the machine does falls on both: seconds of one denoiser call for one picture and for eight,
-how far one picture is from the one without, and the weights on the device.
+Each option is compared with the model without options, in turns within one run, so that other load
+on the machine affects both. The results are the seconds of a denoiser call for one image and for
+eight, the difference of one image, and the weights on the device.
 """
 
 import json
@@ -42,7 +42,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compile, quantize: fp8": {"speed": {"compile": True, "quantize": "fp8"}},
     "offload: model": {"speed": {"offload": "model"}},
 }
-"""Changes of the model's config."""
+"""Changes of the model's config, by option."""
 
 NEEDS_GPU = ("attention_backend: _native_cudnn", "offload: model")
 
@@ -53,24 +53,24 @@ class Row:
 
     option: str
     note: str = ""
-    """Why it is not measured; empty if it is."""
+    """Reason for which the option is not measured, or empty."""
     call_s: dict[int, float] | None = None
-    """By batch size: median."""
+    """Median seconds of a call, by batch size."""
     without_s: dict[int, float] | None = None
-    """The same of the model without the option, in between."""
+    """Median seconds of the model without the option, measured in between, by batch size."""
     ratio: dict[int, float] | None = None
-    """By batch size: median over the repeats of the one to the other."""
+    """Median over the repeats of the ratio of the two, by batch size."""
     largest_difference: float | None = None
-    """Of a pixel in [0, 1] of one picture."""
+    """Largest difference of a pixel in [0, 1] of one image."""
     psnr_db: float | None = None
-    """120 if there is no difference."""
+    """Peak signal-to-noise ratio; 120 if there is no difference."""
     denoiser_mib: float | None = None
     device_mib: float | None = None
-    """Of all networks, what lies on the device while a picture is decoded."""
+    """Weights of all networks on the device while an image is decoded."""
 
 
 def weight_bytes(networks: Iterable[nn.Module], device: torch.device | None = None) -> int:
-    """Bytes of weights and buffers, on ``device`` if one is given; of quantized ones as held."""
+    """Return the bytes of weights and buffers, on ``device`` if given; quantized ones as stored."""
     return sum(
         part.nbytes
         for network in networks
@@ -81,7 +81,7 @@ def weight_bytes(networks: Iterable[nn.Module], device: torch.device | None = No
 
 
 def _plain(weights: Tensor) -> list[Tensor]:
-    """The tensors that a quantized one consists of; any other is its own."""
+    """Return the tensors inside a quantized one, or the tensor itself."""
     flatten = getattr(weights, "__tensor_flatten__", None)
     return [weights] if flatten is None else [getattr(weights, name) for name in flatten()[0]]
 
@@ -94,7 +94,7 @@ def _denoiser(pipeline: LoadedPipeline) -> nn.Module:
 
 
 def record_calls(pipeline: LoadedPipeline, params: GenerationParams) -> dict[int, Arguments]:
-    """By batch size, what the pipeline itself calls its denoiser with first."""
+    """Return the arguments of the pipeline's first denoiser call, by batch size."""
     calls: dict[int, Arguments] = {}
     for batch in BATCHES:
 
@@ -118,7 +118,7 @@ def _seconds(pipeline: LoadedPipeline, arguments: Arguments) -> float:
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model, warm, with what it is measured by."""
+    """A loaded and warm model, its recorded calls and its measurements."""
 
     pipeline: LoadedPipeline
     calls: dict[int, Arguments]
@@ -139,7 +139,7 @@ class Subject:
 
 
 def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> Row:
-    """Calls in turns; the first of each, which may allocate, are left out."""
+    """Measure calls in turns, without the first of each, which may allocate."""
     call_s: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     without_s: dict[int, list[float]] = {batch: [] for batch in BATCHES}
     for repeat in range(repeats + 1):
@@ -164,7 +164,7 @@ def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> R
 
 
 def show(rows: list[Row]) -> str:
-    """The table, one option a line."""
+    """Format the table, with one option a line."""
     wide = max(len(row.option) for row in rows)
     head = "".join(f" {f'batch {batch}, ms':>12} {'ratio':>6}" for batch in BATCHES)
     head += f" {'difference':>10} {'PSNR dB':>7} {'denoiser MiB':>12} {'device MiB':>10}"
@@ -186,9 +186,9 @@ def main(
         "demo"
     ),
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = "cpu",
-    repeats: Annotated[int, typer.Option(help="Of each call, in turns with the baseline.")] = 30,
-    threads: Annotated[int, typer.Option(help="Of torch on a CPU.")] = 1,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    repeats: Annotated[int, typer.Option(help="Measured repeats of each call.")] = 30,
+    threads: Annotated[int, typer.Option(help="Threads of torch on a CPU.")] = 1,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
     """Print the table."""
     plain = {"id": "demo", "device": device}
@@ -206,7 +206,7 @@ def main(
         guidance_scale=5.0,
     )
     baseline = Subject.load(config, params)
-    # Against itself: how far apart two equal things are here.
+    # The baseline against itself shows the noise of the measurement.
     rows = [measure("none", Subject.load(config, params), baseline, repeats)]
     for option, change in OPTIONS.items():
         if option in NEEDS_GPU and device == "cpu":

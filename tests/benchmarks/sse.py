@@ -1,9 +1,9 @@
-"""What server-sent events cost: ``python -m tests.benchmarks.sse``.
+"""Measure the cost of server-sent events: ``python -m tests.benchmarks.sse``.
 
-Starts ``serve run`` on the demo and asks for the same picture, one request at a time, in turns: as
-plain JSON, as a stream of the picture only, as a stream with an event for each step, and with three
-previews beside. The cost of a step is the difference of the medians over the steps; the first event
-is timed from the sending of a request on an idle server.
+The program starts ``serve run`` on the demo and requests the same image, one request at a time, in
+turns: as plain JSON, as a stream of the image only, with an event for each step, and with three
+previews as well. The cost of a step is the difference of the medians over the number of steps. The
+time of the first event counts from the sending of the request, on an idle server.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 import typer
 
 from tests.benchmarks.engine import hardware
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, start_serve
 
 WAYS: dict[str, dict[str, Any]] = {
     "json": {},
@@ -34,17 +34,17 @@ class Row:
 
     way: str
     total_ms: float
-    """Median, from the sending of the request to the end of the answer."""
+    """Median time from sending the request to the end of the response."""
     first_event_ms: float | None
     first_event_worst_ms: float | None
     events: float
-    """Mean number in an answer."""
+    """Mean number of events in a response."""
     cost_ms_per_step: float
-    """More than plain JSON."""
+    """Additional time over plain JSON."""
 
 
-def ask(client: httpx.Client, body: dict[str, Any]) -> tuple[float, float | None, int]:
-    """Seconds to the end and to the first event, and how many events came."""
+def request(client: httpx.Client, body: dict[str, Any]) -> tuple[float, float | None, int]:
+    """Return seconds to the end and to the first event, and the number of events."""
     started_at = time.perf_counter()
     first_s, events = None, 0
     with client.stream("POST", "/v1/images/generations", json=body) as response:
@@ -61,7 +61,7 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> tuple[float, float | None
 def main(
     steps: int = 50,
     repeats: int = 30,
-    output: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
     """Print the table."""
     port = free_port()
@@ -73,8 +73,8 @@ def main(
             answers: dict[str, list[tuple[float, float | None, int]]] = {way: [] for way in WAYS}
             for repeat in range(repeats + 2):
                 for way, change in WAYS.items():
-                    answer = ask(client, body | change)
-                    if repeat >= 2:  # the first ones warm up
+                    answer = request(client, body | change)
+                    if repeat >= 2:  # the first repeats warm up
                         answers[way].append(answer)
     finally:
         running.stop()

@@ -1,4 +1,4 @@
-"""The parts of the benchmark that make its figures."""
+"""Tests of the calculations behind the benchmarks' results."""
 
 from collections import Counter
 from contextlib import ExitStack
@@ -23,16 +23,16 @@ pytestmark = pytest.mark.slow
 KIND = Kind(32, 32, steps=3, share=1.0)
 
 
-def test_time_counts_once_however_many_requests_are_in() -> None:
+def test_overlapping_spans_count_once() -> None:
     assert busy_s([]) == 0
     assert busy_s([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == pytest.approx(4.0)
 
 
-def test_the_calls_that_are_timed_are_those_that_ran(demo_pipeline: LoadedPipeline) -> None:
-    """Of the denoiser with the rows of the merged calls, and of everything else."""
+def test_the_timed_calls_are_those_that_ran(demo_pipeline: LoadedPipeline) -> None:
+    """The denoiser is timed with the rows of the merged calls, and all other networks too."""
     seen: Counter[tuple[str, int]] = Counter()
 
-    def see(name: str, module: nn.Module) -> RemovableHandle:
+    def count(name: str, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(
             lambda _, args: seen.update([(name, args[0].shape[0])])
         )
@@ -47,7 +47,7 @@ def test_the_calls_that_are_timed_are_those_that_ran(demo_pipeline: LoadedPipeli
     with ExitStack() as hooks, Engine(demo_pipeline, DEMO, FIFO) as engine:
         with calls.noted():
             for name, module in firsts.items():
-                hooks.callback(see(name, module).remove)
+                hooks.callback(count(name, module).remove)
             streams = [engine.stream(KIND.params(seed)) for seed in range(5)]
             assert all(isinstance(list(events)[-1], Completed) for events in streams)
         engine.close()
@@ -59,8 +59,8 @@ def test_the_calls_that_are_timed_are_those_that_ran(demo_pipeline: LoadedPipeli
     assert ("unet", 10) in ran  # five requests with guidance
     assert seen == dict.fromkeys(ran, 1 + REPEATS)
     noted: Counter[str] = Counter()
-    for (name, _), count in calls.counts.items():
-        noted[name] += count
+    for (name, _), times in calls.counts.items():
+        noted[name] += times
     assert noted["unet"] == sum(count for (name, _), count in ran.items() if name == "unet")
     assert noted["vae.decoder.conv_out"] == 5
 
@@ -85,7 +85,7 @@ def row(way: str, slo: float, load: float = 0.9) -> Row:
     return Row(load, way, 1.0, 1.0, 1.0, 1.0, 1.0, slo, None)
 
 
-def test_each_aim_is_met_missed_or_not_measured() -> None:
+def test_each_target_is_met_missed_or_not_measured() -> None:
     rows = [
         row("one at a time", 0.3),
         row("whole batches", 0.48),
@@ -107,6 +107,6 @@ def test_each_aim_is_met_missed_or_not_measured() -> None:
         "sd15 at 512x512, 4 steps: efficiency 0.85": "missed: 0.8",
         "at 0.9 of capacity, 85% in time": "met: 0.87",
         "at 0.9 of capacity, 40 points above both stock ways": "missed: 0.39",
-        "pictures painted together differ by 0.08 at the most": "met: 0.02",
+        "images generated together differ by at most 0.08": "met: 0.02",
     }
     assert {aim.verdict for aim in aims("demo", [], [], 0.08)} == {"not measured"}

@@ -1,4 +1,4 @@
-"""Ways to serve a trace of arrivals with one pipeline: the stock pipeline, and the engine."""
+"""Two ways to serve a trace of arrivals with one pipeline: the stock pipeline and the engine."""
 
 import itertools
 import math
@@ -24,7 +24,7 @@ PROMPTS = [
     f"a {color} {shape} on a {background} background"
     for background, shape, color in itertools.product(COLORS, SHAPES, COLORS)
 ]
-"""Of one length, and different: a cache of prompts is no advantage here."""
+"""Different prompts of one length, so that a cache of prompts is no advantage."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``latency_s`` is none if it failed."""
+    """Outcome of one request; ``latency_s`` is None if it failed."""
 
     kind: Kind
     latency_s: float | None
@@ -65,17 +65,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What the engine did, and what that would take without it."""
+    """Statistics of an engine, and the time of its network calls without it."""
 
     mean_batch_size: float
     caps: dict[str, int]
-    """By size."""
+    """Largest batch that pays, by size."""
     forecast_error: float | None
-    """Median share by which the predictions of when a request would be done were off."""
+    """Median relative error of the predicted finish times."""
     busy_s: float
-    """With at least one request in it."""
+    """Time with at least one request in the engine."""
     bare_s: dict[str, float]
-    """By network: its calls on their own, at the same batch sizes."""
+    """Seconds of the calls on their own, at the same batch sizes, by network."""
 
     @property
     def efficiency(self) -> float:
@@ -84,21 +84,21 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class Served:
-    """How a trace was served."""
+    """Outcomes of a trace of arrivals."""
 
     outcomes: list[Outcome]
-    """In the order of the arrivals."""
+    """Outcomes in the order of the arrivals."""
     images: dict[int, Tensor] = field(default_factory=dict)
-    """By seed, where they are asked for."""
+    """Images by seed, if they are kept."""
     report: EngineReport | None = None
-    """None of the stock ways."""
+    """Report of the engine; None for the stock ways."""
 
 
 Way = Callable[[list[Arrival]], Served]
 
 
 def trace(kinds: list[Kind], rate: float, seconds: float, seed: int) -> list[Arrival]:
-    """Poisson arrivals, ``rate`` a second."""
+    """Draw Poisson arrivals at ``rate`` per second."""
     rng = Random(seed)
     arrivals: list[Arrival] = []
     at_s = rng.expovariate(rate)
@@ -110,7 +110,7 @@ def trace(kinds: list[Kind], rate: float, seconds: float, seed: int) -> list[Arr
 
 
 def _replay(arrivals: list[Arrival], send: Callable[[int, Arrival], None]) -> float:
-    """Send each when it is due; when the first was due, by `time.perf_counter`."""
+    """Send each arrival when it is due; return the start of the trace by `time.perf_counter`."""
     pause = threading.Event()
     started_at = time.perf_counter()
     for number, arrival in enumerate(arrivals):
@@ -129,7 +129,7 @@ def _outcomes(
 
 
 def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
-    """Whole requests: the oldest, with up to ``max_batch`` of its kind."""
+    """Serve whole requests: the oldest, with others of its kind, up to ``max_batch``."""
 
     def serve(arrivals: list[Arrival]) -> Served:
         inbox: queue.SimpleQueue[tuple[int, Arrival] | None] = queue.SimpleQueue()
@@ -153,7 +153,7 @@ def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
                 generate(batch)
 
         def generate(batch: list[tuple[int, Arrival]]) -> None:
-            """What does not fit into memory is tried by halves; one that fails alone has failed."""
+            """Halve a batch that does not fit into memory; a single request then fails."""
             try:
                 generate_whole(pipeline, [arrival for _, arrival in batch])
             except RuntimeError:
@@ -175,7 +175,7 @@ def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
 
 
 def generate_whole(pipeline: LoadedPipeline, batch: list[Arrival]) -> None:
-    """The stock call, on a list of prompts."""
+    """Call the stock pipeline on a list of prompts."""
     params = [arrival.kind.params(arrival.seed) for arrival in batch]
     pipeline._pipeline.set_progress_bar_config(disable=True)
     images = pipeline._pipeline(
@@ -195,7 +195,7 @@ def with_engine(
     config: EngineConfig,
     keep_images: bool = False,
 ) -> Way:
-    """A new engine for each trace, which refuses nobody: no other way here does."""
+    """Serve each trace with a new engine that rejects no request, as the other ways do not."""
     config = config.model_copy(update={"max_backlog_s": math.inf})
 
     def serve(arrivals: list[Arrival]) -> Served:
@@ -209,7 +209,7 @@ def with_engine(
             for _ in arrivals:
                 number, event = ends.get()
                 if isinstance(event, Completed):
-                    pixels = event.result.pixels.cpu()  # in hand, not only asked for
+                    pixels = event.result.pixels.cpu()  # copied, not only queued on the device
                     ended_at[number] = time.perf_counter()
                     if keep_images:
                         images[arrivals[number].seed] = pixels

@@ -18,6 +18,7 @@ def _infer(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_the_installed_program_generates_an_image_with_a_progress_bar(tmp_path: Path) -> None:
     output = tmp_path / "cat.png"
     done = subprocess.run(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from serve_app.cli import cli
 from tests.cli.server import PROGRAM, serving
-from tests.e2e.conftest import free_port
+from tests.serve_process import free_port
 from tests.tiny_pipelines import sdxl
 from tests.waiting import wait_until
 

@@ -1,10 +1,13 @@
 from collections.abc import Callable
 from random import Random
 
+import pytest
+
 from tools.demo_model.judge import judge, read
 from tools.demo_model.scenes import Scene, SceneObject, render, sample_scene
 
 
+@pytest.mark.slow
 def test_it_reads_rendered_scenes_almost_without_error(report: Callable[[str], None]) -> None:
     rng = Random(11)
     scenes = [sample_scene(rng, held_out=index % 2 == 0) for index in range(600)]

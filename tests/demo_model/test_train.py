@@ -32,6 +32,7 @@ def _generate(folder: Path) -> torch.Tensor:
     return pipeline.generate(params)
 
 
+@pytest.mark.slow
 def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

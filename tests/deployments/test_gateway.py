@@ -26,6 +26,7 @@ from serve_app.errors import (
 from serve_app.metrics import HELD
 from serve_app.protocol.images import Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams
+from tests.fakes.serve_status import always, deployment_status, replica
 
 pytestmark = pytest.mark.anyio
 
@@ -64,16 +65,8 @@ class Response:
         return answer
 
 
-async def status_of_one() -> Any:
-    return SimpleNamespace(replicas=[replica("a")], target_num_replicas=1)
-
-
-def replica(name: str, state: str = "RUNNING", start_time_s: float = 0.0) -> Any:
-    return SimpleNamespace(replica_id=name, state=state, start_time_s=start_time_s)
-
-
-async def no_replicas() -> Any:
-    return SimpleNamespace(replicas=[], target_num_replicas=1)
+status_of_one = always(deployment_status(replica("a")))
+no_replicas = always(deployment_status(target=1))
 
 
 def backend_of(
@@ -253,7 +246,7 @@ class Growing:
         if self.target > 1:
             state = "RUNNING" if self.grown else "STARTING"
             replicas.append(replica("b", state, self.start_time_s))
-        return SimpleNamespace(replicas=replicas, target_num_replicas=self.target)
+        return deployment_status(*replicas, target=self.target)
 
 
 @pytest.fixture
@@ -328,8 +321,7 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
 
     async def three() -> Any:
         started = replica("c", "STARTING", time.time() - 1.0)
-        both = [replica("a"), replica("b"), started]
-        return SimpleNamespace(replicas=both, target_num_replicas=4)
+        return deployment_status(replica("a"), replica("b"), started, target=4)
 
     status._fetch = three
     seen = await status.refresh()
@@ -448,7 +440,7 @@ async def test_who_waits_for_the_first_replica_sees_it_start(
 
     async def first() -> Any:
         state = "RUNNING" if running else "STARTING"
-        return SimpleNamespace(replicas=[replica("a", state, started_at)], target_num_replicas=1)
+        return deployment_status(replica("a", state, started_at))
 
     for work in (generate, ServeBackend.describe):
         running = False

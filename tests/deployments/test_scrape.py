@@ -14,6 +14,7 @@ from serve_app.deployments import scrape
 from serve_app.deployments.replicas import Replicas
 from serve_app.deployments.scrape import Scraper
 from serve_app.metrics import APPLICATION, Report
+from tests.fakes.serve_status import always, deployment_status, replica
 
 pytestmark = pytest.mark.anyio
 
@@ -57,14 +58,8 @@ class Handle:
 
 
 def status_of(*states: str) -> Callable[[], Any]:
-    async def ask() -> Any:
-        replicas = [
-            SimpleNamespace(replica_id=str(index), state=state, start_time_s=0.0)
-            for index, state in enumerate(states)
-        ]
-        return SimpleNamespace(replicas=replicas, target_num_replicas=len(states))
-
-    return ask
+    replicas = [replica(str(index), state) for index, state in enumerate(states)]
+    return always(deployment_status(*replicas))
 
 
 def scraper_of(gateway: Any, generator: Any, *states: str) -> Scraper:

@@ -6,15 +6,16 @@ written back unchanged, so that no field is made up.
 
 import importlib.metadata
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import yaml
 from kubernetes.client import ApiClient
+
+from tests.fakes.http_server import QuietHandler, serving
 
 _MODELS = {
     "daemonsets.apps": "V1DaemonSet",
@@ -70,32 +71,17 @@ class FakeApi:
         self.asked: list[str] = []
         api = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                status, answer = api.answer(self.path, self.headers.get("Authorization", ""))
-                data = json.dumps(answer).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+        class Handler(QuietHandler):
+            def do_GET(self) -> None:  # noqa: N802  # http.server's name
+                self.respond_json(*api.answer(self.path, self.headers.get("Authorization", "")))
 
-            def log_message(self, *args: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.handler: type[BaseHTTPRequestHandler] = Handler
+        self.url = ""
 
     @contextmanager
     def serving(self) -> Iterator["FakeApi"]:
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
+        with serving(self.handler) as self.url:
             yield self
-        finally:
-            self._server.shutdown()
-            thread.join()
-            self._server.server_close()
 
     def put(self, resource: str, *objects: Mapping[str, Any]) -> None:
         """All that there is of ``resource``."""

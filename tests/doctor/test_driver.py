@@ -88,6 +88,7 @@ def _saying(program: str) -> list[str]:
     return [sys.executable, "-c", program]
 
 
+@pytest.mark.slow
 def test_a_kernel_really_runs_in_a_process_of_its_own() -> None:
     """On the CPU, which every machine has."""
     command = [sys.executable, "-m", "serve_app.doctor.kernel", "cpu"]
@@ -96,6 +97,7 @@ def test_a_kernel_really_runs_in_a_process_of_its_own() -> None:
     assert finding.found == "torch computes on cpu"
 
 
+@pytest.mark.slow
 def test_a_kernel_that_cannot_run_says_why() -> None:
     """By the program as it is, on a machine whose torch sees no GPU, or one that does not exist."""
     finding = try_kernel([sys.executable, "-m", "serve_app.doctor.kernel", "cuda:99"])

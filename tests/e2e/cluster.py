@@ -1,18 +1,11 @@
-"""A Ray cluster on this machine whose GPU nodes are fake and come when they are asked for.
+"""A Ray cluster on this machine with fake GPU nodes, which Ray's own autoscaler starts and ends.
 
-Ray's own autoscaler runs it: a replica that fits nowhere makes it start another raylet, which says
-that it has a GPU, and a raylet without a replica is ended again. What is real is all but the GPU.
+A replica that fits on no node makes the autoscaler start another raylet, which claims to have a
+GPU. It ends a raylet without a replica. Only the GPUs are not real.
 """
 
 import contextlib
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,33 +16,19 @@ from typing import Any
 import httpx
 from ray.util import get_node_ip_address
 
-from tests.e2e.conftest import ROOT, scaled_demo
+from tests.serve_process import BIN, RayProcess, free_ports, new_folder, scaled_demo
 from tests.waiting import wait_until
 
-RAY = Path(sys.executable).with_name("ray")
-
 HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
-"""Ray's FakeMultiNodeProvider counts its nodes from here."""
+"""ID of the head; Ray's FakeMultiNodeProvider counts its nodes from here."""
 
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
-
-
-def free_ports(number: int) -> list[int]:
-    """All different: they are held until the last is found."""
-    probes = [socket.socket() for _ in range(number)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def autoscaling_config(
     gcs_address: str, nodes: int, idle_minutes: float, cpus: int
 ) -> dict[str, Any]:
-    """What Ray's autoscaler reads; it wants every key."""
+    """Return the configuration of Ray's autoscaler, which requires every key."""
     return {
         "cluster_name": "fake",
         "max_workers": nodes,
@@ -70,7 +49,7 @@ def autoscaling_config(
             "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
             "gpu": {
                 "resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100 * 2**20},
-                # As cluster/components/scale-to-zero has it: a gateway there would keep the node.
+                # As in cluster/components/scale-to-zero: a gateway would keep the node.
                 "labels": {"ray.io/accelerator-type": "L4", "diffusion-serve/gateway": "no"},
                 "node_config": {},
                 "min_workers": 0,
@@ -94,42 +73,41 @@ def autoscaling_config(
 
 
 @dataclass(frozen=True)
-class Seen:
+class Snapshot:
     """The cluster and the generator at one moment."""
 
     nodes: int
-    """With a (fake) GPU."""
+    """Number of nodes with a (fake) GPU."""
     running: int
-    """Replicas that can paint."""
+    """Replicas that can generate."""
     target: int
-    """Replicas that Serve wants."""
+    """Target number of replicas of Serve."""
     status: str
-    """Of the application."""
+    """Status of the application."""
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """A head with room for the gateway, and no GPU until somebody needs one."""
+    """A head node with room for the gateway, and no GPU node until a replica needs one."""
 
-    process: subprocess.Popen[bytes]
-    folder: Path
+    head: RayProcess
     dashboard: str
-    """Ray's REST API, with which Serve is told what to run."""
+    """URL of Ray's REST API, through which applications are deployed."""
     metrics_port: int
-    """Of the head."""
+    """Port of the head's metrics."""
 
     def deploy(self, config: dict[str, Any]) -> None:
-        """As ``serve deploy`` does, and as KubeRay does."""
+        """Deploy through REST, as ``serve deploy`` and KubeRay do."""
         answer = httpx.put(f"{self.dashboard}/api/serve/applications/", json=config, timeout=60)
         assert answer.status_code == 200, answer.text
 
-    def look(self) -> Seen:
-        """What Serve and Ray say of themselves."""
+    def snapshot(self) -> Snapshot:
+        """Read the current state from Serve's and Ray's REST APIs."""
         serve = self._get("/api/serve/applications/")["applications"].get("diffusion-serve", {})
         generator = serve.get("deployments", {}).get("Generator", {})
         replicas = generator.get("replicas", [])
         nodes = self._get("/nodes?view=summary")["data"]["summary"]
-        return Seen(
+        return Snapshot(
             nodes=sum(
                 node["raylet"]["state"] == "ALIVE"
                 and node["raylet"].get("resourcesTotal", {}).get("GPU", 0) > 0
@@ -146,52 +124,34 @@ class Cluster:
         return answer.json()
 
     def metrics(self) -> str:
-        """Of the processes on the head, Serve's controller among them."""
+        """Return the metrics of the processes on the head, Serve's controller among them."""
         return httpx.get(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=20).text
 
     def logs(self, pattern: str) -> str:
-        """What Ray's processes wrote into their files."""
-        folder = self.folder / "ray" / "session_latest" / "logs"
+        """Return the log files of Ray's processes that match the pattern."""
+        folder = self.head.folder / "ray" / "session_latest" / "logs"
         return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob(pattern)))
-
-    def stop(self) -> None:
-        """End it, and make sure that nothing of it is left: nodes outlive the head otherwise."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        # Whoever belongs to its session was started by it, at whatever remove.
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(int(entry.name)) == self.process.pid:
-                    os.kill(int(entry.name), signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Iterator[Cluster]:
-    """At most so many nodes, each with one GPU and four CPUs; given back after so long idle.
+    """Start a cluster of at most ``nodes`` nodes, each with one GPU and four CPUs.
 
-    ``cpus``: of the head.
+    A node ends after ``idle_minutes`` without work. ``cpus`` is the number of CPUs of the head.
     """
-    folder = Path(tempfile.mkdtemp(prefix="dc", dir="/tmp"))  # short: for Ray's sockets
+    folder = new_folder()
     gcs, dashboard, agent, agent_grpc, client, metrics, runtime_env = free_ports(7)
     address = f"{get_node_ip_address()}:{gcs}"
     config = folder / "autoscaling.json"
     config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes, cpus)))
-    environment = os.environ | {
+    variables = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
-    environment.pop("RAY_ADDRESS", None)
     arguments = {
         "autoscaling-config": config,
         "temp-dir": folder / "ray",
@@ -206,24 +166,15 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Itera
         "num-gpus": 0,
         "object-store-memory": 100 * 2**20,
     }
-    log = folder / "ray.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(RAY), "start", "--head", "--block", "--include-dashboard=true"]
-            + [f"--{name}={value}" for name, value in arguments.items()],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    cluster = Cluster(process, folder, f"http://127.0.0.1:{dashboard}", metrics)
+    command: list[str | Path] = [BIN / "ray", "start", "--head", "--block"]
+    options = [f"--{name}={value}" for name, value in arguments.items()]
+    head = RayProcess.start([*command, "--include-dashboard=true", *options], folder, variables)
+    cluster = Cluster(head, f"http://127.0.0.1:{dashboard}", metrics)
 
     def answers() -> bool:
-        assert process.poll() is None, log.read_text()
+        head.check_running()
         try:
-            cluster.look()
+            cluster.snapshot()
         except httpx.TransportError:
             return False
         return True
@@ -232,13 +183,13 @@ def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Itera
         wait_until(answers, deadline_s=90, every_s=0.2, what="Ray's dashboard")
         yield cluster
     finally:
-        cluster.stop()
+        head.stop()
 
 
-def scaling_config(port: int, knobs: dict[str, float]) -> dict[str, Any]:
-    """The demo with a GPU for each replica, from none to two of them, scaled by our policy."""
-    config = scaled_demo(port, (0, 2), {"num_gpus": 1, "num_cpus": 1}, knobs)
-    # All nodes have the address of this machine, and one port serves it.
+def scaling_config(port: int, scaling: dict[str, float]) -> dict[str, Any]:
+    """Return the demo's config with 0 to 2 replicas, one GPU each, and the project's policy."""
+    config = scaled_demo(port, (0, 2), {"num_gpus": 1, "num_cpus": 1}, scaling)
+    # All nodes have the address of this machine, where one proxy takes the port.
     config["proxy_location"] = "HeadOnly"
     [application] = config["applications"]
     application["args"]["model"]["device"] = "cpu"
@@ -246,15 +197,15 @@ def scaling_config(port: int, knobs: dict[str, float]) -> dict[str, Any]:
 
 
 class Watch:
-    """Looks at a cluster once in a while, on a thread of its own; a context manager."""
+    """A thread that takes snapshots of a cluster; a context manager."""
 
     def __init__(self, cluster: Cluster, every_s: float = 0.5) -> None:
         self._cluster = cluster
         self._every_s = every_s
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch")
-        self.seen: list[tuple[float, Seen]] = []
-        """(`monotonic` time, what was seen), oldest first."""
+        self.snapshots: list[tuple[float, Snapshot]] = []
+        """Pairs of `monotonic` time and snapshot, oldest first."""
         self.failure: BaseException | None = None
 
     def __enter__(self) -> "Watch":
@@ -266,28 +217,30 @@ class Watch:
         self._thread.join()
 
     @property
-    def now(self) -> Seen:
-        """The last look."""
+    def now(self) -> Snapshot:
+        """The latest snapshot."""
         if self.failure is not None:
             raise self.failure
-        return self.seen[-1][1]
+        return self.snapshots[-1][1]
 
-    def wait(self, probe: Callable[[Seen], bool], deadline_s: float, what: str) -> float:
-        """The `monotonic` time at which it was first true, from now on."""
-        begun = len(self.seen)
+    def wait(self, probe: Callable[[Snapshot], bool], deadline_s: float, what: str) -> float:
+        """Return the `monotonic` time of the first snapshot from now on that ``probe`` accepts."""
+        begun = len(self.snapshots)
 
         def found() -> float | None:
             if self.failure is not None:
                 raise self.failure
-            return next((at for at, seen in self.seen[begun:] if probe(seen)), None)
+            return next((at for at, seen in self.snapshots[begun:] if probe(seen)), None)
 
-        return wait_until(found, deadline_s, every_s=0.1, what=f"{what}; {self.seen[-1:]}") or 0.0
+        return (
+            wait_until(found, deadline_s, every_s=0.1, what=f"{what}; {self.snapshots[-1:]}") or 0.0
+        )
 
     def _run(self) -> None:
         try:
             while not self._over.is_set():
-                seen = self._cluster.look()
-                self.seen.append((monotonic(), seen))
+                seen = self._cluster.snapshot()
+                self.snapshots.append((monotonic(), seen))
                 self._over.wait(self._every_s)
         except (AssertionError, httpx.HTTPError) as error:
             self.failure = error
@@ -295,24 +248,27 @@ class Watch:
 
 @dataclass(frozen=True)
 class Answer:
-    """What became of one request."""
+    """Outcome of one request."""
 
-    asked_at: float
-    """By `monotonic`."""
+    sent_at: float
+    """`monotonic` time."""
     ended_at: float
-    refusals: int
-    """Each one a 429 that said when to come again."""
+    rejections: int
+    """Responses 429 with a ``Retry-After``."""
 
 
-def ask(url: str, seed: int, steps: int) -> Answer:
-    """Paint a picture; who is refused comes when told to and gets in. All else is a failure."""
-    asked_at, refusals = monotonic(), 0
+def generate(url: str, seed: int, steps: int) -> Answer:
+    """Generate an image; after a rejection, retry once, at the returned time.
+
+    Any other outcome fails the test.
+    """
+    sent_at, rejections = monotonic(), 0
     body = {"prompt": "a red circle on blue", "seed": seed, "num_inference_steps": steps}
     while True:
         response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=180.0)
         if response.status_code != 429:
             assert response.status_code == 200, response.text
-            return Answer(asked_at, monotonic(), refusals)
-        refusals += 1
-        assert refusals == 1, "refused again, though it came when it was told to"
+            return Answer(sent_at, monotonic(), rejections)
+        rejections += 1
+        assert rejections == 1, "rejected again, though it came after the time in Retry-After"
         threading.Event().wait(float(response.headers["retry-after"]))

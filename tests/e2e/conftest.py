@@ -1,14 +1,8 @@
-"""The real thing: ``serve run`` on configs/demo.yaml as a process of its own, on free ports."""
+"""The served demo that all tests of a session share, and the browser."""
 
 import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -16,24 +10,12 @@ from typing import Any
 
 import httpx
 import pytest
-import ray
-import yaml
+from playwright.sync_api import Browser, Page, sync_playwright
 from ray import serve
-from ray.serve.context import _set_global_client
-from ray.util import get_node_ip_address
 
-from serve_app.config import WORK_POLICY
+from tests.e2e.page import ELSEWHERE, Open
+from tests.serve_process import connected, demo_config, free_port, start_serve
 from tests.waiting import wait_until
-
-ROOT = Path(__file__).parents[2]
-SERVE = Path(sys.executable).with_name("serve")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True)
@@ -44,116 +26,19 @@ class Server:
     ray_address: str
     log: Path
     first_image_s: float
-    """From the start of the process to the first finished picture."""
-
-
-@dataclass(frozen=True)
-class ServeProcess:
-    """``serve run`` with its Ray cluster, in a process group of its own."""
-
-    process: subprocess.Popen[bytes]
-    folder: Path
-    log: Path
-
-    @property
-    def ray_address(self) -> str:
-        """Where another driver finds the cluster: Ray leaves its port in the session's folder."""
-        [port] = (self.folder / "ray" / "session_latest").glob("gcs_server_port_*")
-        return f"{get_node_ip_address()}:{port.read_text()}"
-
-    def wait_until_ready(self, url: str, path: str = "/ready") -> None:
-        """Until a replica can paint, or ``path`` is answered; with the log, if it ends before."""
-
-        def ready() -> bool:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                return httpx.get(f"{url}{path}", timeout=20).status_code == 200
-            except httpx.TransportError:
-                return False
-
-        wait_until(ready, deadline_s=150, every_s=0.2, what=path)
-
-    def stop(self) -> None:
-        """End it as Ctrl-C would, and make sure that nothing of it is left."""
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-        # Ray's processes name their folder on the command line, and nobody else's do.
-        subprocess.run(["pkill", "-KILL", "-f", str(self.folder)], check=False)
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def start_serve(
-    config: dict[str, object], variables: Mapping[str, str] | None = None
-) -> ServeProcess:
-    """Run the config on a local Ray cluster that no other can be mistaken for."""
-    folder = Path(tempfile.mkdtemp(prefix="ds", dir="/tmp"))  # short: for Ray's sockets
-    path, log = folder / "serve.yaml", folder / "serve.log"
-    path.write_text(yaml.safe_dump(config))
-    environment = os.environ | {
-        "RAY_ADDRESS": "local",
-        "RAY_TMPDIR": str(folder),
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve_app.gateway.proxy:middlewares",
-        **(variables or {}),
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [SERVE, "run", path],
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-    return ServeProcess(process, folder, log)
-
-
-def demo_config(port: int) -> dict[str, object]:
-    config: dict[str, object] = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    config["http_options"] = {"host": "127.0.0.1", "port": port}
-    return config
-
-
-def scaled_demo(
-    port: int, replicas: tuple[int, int], actor: dict[str, float], knobs: dict[str, float]
-) -> dict[str, Any]:
-    """The demo with from as few to as many replicas, by the work that waits, looked at each second.
-
-    ``actor``: what a replica asks Ray for.
-    """
-    config: dict[str, Any] = demo_config(port)
-    [application] = config["applications"]
-    [generator] = application["deployments"]
-    generator["ray_actor_options"] = actor
-    least, most = replicas
-    generator["autoscaling_config"] = {
-        "min_replicas": least,
-        "max_replicas": most,
-        "upscale_delay_s": 0,
-        "downscale_delay_s": 0,
-        "metrics_interval_s": 1,
-        "look_back_period_s": 3,
-        "policy": {"policy_function": WORK_POLICY, "policy_kwargs": knobs},
-    }
-    return config
+    """Time from the start of the process to the first finished image."""
 
 
 @pytest.fixture(scope="session")
 def server(report: Callable[[str], None]) -> Iterator[Server]:
+    """``serve run`` with configs/demo.yaml, after its first image."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     started_at = monotonic()
     running = start_serve(demo_config(port))
 
     def first_image() -> bool:
-        assert running.process.poll() is None, running.log.read_text()
+        running.check_running()
         try:
             body = {"prompt": "a red circle on a blue background", "seed": 1}
             response = httpx.post(f"{url}/v1/images/generations", json=body, timeout=20)
@@ -163,29 +48,90 @@ def server(report: Callable[[str], None]) -> Iterator[Server]:
 
     try:
         try:
-            wait_until(first_image, deadline_s=150, every_s=0.2, what="the first picture")
+            wait_until(first_image, deadline_s=150, every_s=0.2, what="the first image")
         except AssertionError as error:
             raise AssertionError(f"{error}\n{running.log.read_text()[-5000:]}") from None
         took_s = monotonic() - started_at
-        report(f"serve run to the first picture: {took_s:.1f} s")
+        report(f"serve run to the first image: {took_s:.1f} s")
         yield Server(url, running.ray_address, running.log, took_s)
     finally:
         running.stop()
 
 
-@contextmanager
-def connected(ray_address: str) -> Iterator[None]:
-    """This process as a driver of that cluster; Serve keeps no memory of the one before."""
-    ray.init(address=ray_address, namespace="serve", log_to_driver=False)
-    try:
-        yield
-    finally:
-        _set_global_client(None)
-        ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def generator(server: Server) -> Iterator[Any]:
-    """A handle to the running generator, to look into its engine."""
+    """A handle to the running generator, for its engine's statistics."""
     with connected(server.ray_address):
         yield serve.get_deployment_handle("Generator", "diffusion-serve")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Chromium without a window; tests that need it are skipped where it is not installed."""
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if path is None:
+        reason = "no Chromium is installed (Debian: apt-get install chromium)"
+        if "CI" in os.environ:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    # Chromium has no sandbox as root, and CI often runs as root. It must not call its maker.
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    names = [f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1", "--no-proxy-server"]
+    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet, *names]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def shots(tmp_path: Path) -> Path:
+    """The folder of the screenshots; SCREENSHOTS names one that outlives the test."""
+    folder = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def open_page(browser: Browser, server: Server) -> Iterator[Open]:
+    """Open the page in a new context; console errors and foreign requests fail the test."""
+    complaints: list[str] = []
+    expected: list[str] = []
+    contexts = []
+
+    def open_(
+        before: Callable[[Page], None] = lambda page: None,
+        complaint: str = "",
+        host: str = "127.0.0.1",
+        **options: Any,
+    ) -> Page:
+        url = server.url.replace("127.0.0.1", host)
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
+        contexts.append(context)
+        context.set_default_timeout(30_000)
+        page = context.new_page()
+        expected.extend([complaint] if complaint else [])
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on(
+            "console",
+            lambda message: complaints.append(message.text) if message.type == "error" else None,
+        )
+        page.on(
+            "request",
+            lambda request: (
+                None
+                if request.url.startswith((url, "data:", "blob:"))
+                else complaints.append(f"request to {request.url}")
+            ),
+        )
+        before(page)
+        page.goto(url)
+        return page
+
+    yield open_
+    for context in contexts:
+        context.close()
+    unexpected = [text for text in complaints if not any(part in text for part in expected)]
+    assert unexpected == []

@@ -1,4 +1,4 @@
-"""Loaded by schemathesis: some of the files that it sends are pictures."""
+"""Hooks that schemathesis loads: some of the files that it sends are images."""
 
 import io
 

@@ -1,4 +1,4 @@
-"""The doctor beside a cluster of Ray that runs."""
+"""The doctor beside a running Ray cluster."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from tests.e2e.conftest import Server
 pytestmark = pytest.mark.serve
 
 
-def test_the_versions_of_a_running_cluster_are_compared(server: Server) -> None:
+def test_the_doctor_compares_the_versions_of_a_running_cluster(server: Server) -> None:
     place = Place({"RAY_ADDRESS": server.ray_address}, device_files=False, container=False)
     finding = check_ray_cluster(place)
     assert finding.outcome == "ok", finding

@@ -1,4 +1,4 @@
-"""The Serve config that the overlay ``local`` embeds, deployed as KubeRay does: through REST."""
+"""The Serve config inside the overlay ``local``, deployed through REST, as KubeRay does."""
 
 import base64
 import io
@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.cluster.manifests import render
 from tests.e2e.cluster import start_cluster
-from tests.e2e.conftest import free_port
+from tests.serve_process import free_port
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.serve
 LOCAL = Path(__file__).parents[2] / "cluster/overlays/local"
 
 
-def test_the_embedded_config_generates() -> None:
+def test_the_embedded_config_serves_an_image() -> None:
     config = render(LOCAL).serve
     port = config["http_options"]["port"] = free_port()
     url = f"http://127.0.0.1:{port}"
@@ -27,7 +27,7 @@ def test_the_embedded_config_generates() -> None:
         cluster.deploy(config)
 
         def ready() -> bool:
-            status = cluster.look().status
+            status = cluster.snapshot().status
             assert status != "DEPLOY_FAILED", cluster.logs("serve/controller*")
             try:
                 return httpx.get(f"{url}/ready", timeout=20).status_code == 200

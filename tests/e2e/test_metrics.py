@@ -1,4 +1,4 @@
-"""`GET /metrics` of a served demo: what it says, for how many replicas, and what it costs."""
+"""`GET /metrics` of a served demo: its content, its replicas and its duration."""
 
 import asyncio
 import concurrent.futures
@@ -23,34 +23,28 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve_app.deployments.ray_compat import deployment_details
 from serve_app.deployments.scrape import ANSWER_WITHIN_S
 from serve_app.gateway.schemas import PARTS
-from tests.e2e.conftest import (
-    ServeProcess,
-    Server,
-    connected,
-    demo_config,
-    free_port,
-    start_serve,
-)
+from tests.e2e.conftest import Server
+from tests.serve_process import ServeProcess, connected, demo_config, free_port, start_serve
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 SHARE = 0.05
-"""Of what a client waits, that no part of it may account for."""
+"""Largest share of a client's wait that may be in no part of the request."""
 
 BUSY_S = 0.5
-"""That a busy machine may take of it before and after the server."""
+"""Time that a busy machine may take before and after the server."""
 
 
 @dataclass(frozen=True)
 class Scraped:
-    """One answer, read as Prometheus reads it."""
+    """One response, parsed as by Prometheus."""
 
     families: list[Metric]
     took_s: float
 
     def values(self, name: str, **labels: str) -> dict[str, float]:
-        """By replica; of what is said of all, by ``""``."""
+        """Return the values of a metric by replica; ``""`` stands for all replicas together."""
         return {
             sample.labels.get("replica", ""): sample.value
             for family in self.families
@@ -76,15 +70,15 @@ def scrape(url: str) -> Scraped:
 
 
 def generate(url: str, **body: Any) -> tuple[httpx.Response, float]:
-    """The answer, and what the client waited for it."""
+    """Return the response and how long its client waited for it."""
     with httpx.Client(base_url=url, timeout=120) as client:
-        client.get("/health")  # the connection is not the server's time
+        client.get("/health")  # opening the connection is not the server's time
         started_at = perf_counter()
         response = client.post("/v1/images/generations", json={"prompt": "a red circle"} | body)
         return response, perf_counter() - started_at
 
 
-def test_a_image_is_seen_in_the_figures(server: Server) -> None:
+def test_an_image_changes_the_metrics(server: Server) -> None:
     before = scrape(server.url)
     response, _ = generate(server.url, size="96x64", num_inference_steps=7)
     assert response.status_code == 200
@@ -93,9 +87,9 @@ def test_a_image_is_seen_in_the_figures(server: Server) -> None:
     def more(name: str, **labels: str) -> float:
         return after.total(name, **labels) - before.total(name, **labels)
 
-    asked = {"key": "anonymous", "priority": "interactive"}
-    assert more("requests_total", outcome="completed", **asked) == 1
-    assert before.values("requests_total", outcome="generation_failed", **asked)  # at 0
+    labels = {"key": "anonymous", "priority": "interactive"}
+    assert more("requests_total", outcome="completed", **labels) == 1
+    assert before.values("requests_total", outcome="generation_failed", **labels)  # at 0
     assert after.values("open_requests", priority="interactive")
     assert more("images_total", size="128") == 1
     assert more("steps_total", size="128") == 7
@@ -112,7 +106,7 @@ def test_a_image_is_seen_in_the_figures(server: Server) -> None:
         assert after.total("scraped_replicas", answer="silent", **of_it) == 0
 
 
-def test_openmetrics_leads_from_a_figure_to_a_request(server: Server) -> None:
+def test_exemplars_in_openmetrics_name_a_request(server: Server) -> None:
     httpx.post(
         f"{server.url}/v1/images/generations",
         json={"prompt": "x", "num_inference_steps": 2},
@@ -133,10 +127,10 @@ def test_openmetrics_leads_from_a_figure_to_a_request(server: Server) -> None:
     assert ("diffusion_serve_request_part_seconds", "find-me") in exemplars
 
 
-def test_the_parts_of_every_request_are_what_its_client_waits(
+def test_the_parts_of_a_request_add_up_to_what_its_client_waits(
     server: Server, report: Callable[[str], None]
 ) -> None:
-    """Sizes, steps and formats mixed, four clients at a time."""
+    """Four clients at a time mix sizes, steps and formats."""
     bodies = [
         {
             "size": ("64x64", "128x64", "128x128", "96x96")[index % 4],
@@ -157,7 +151,7 @@ def test_the_parts_of_every_request_are_what_its_client_waits(
         parts_s = sum(timings[f"{part}_s"] for part in PARTS)
         assert parts_s == pytest.approx(timings["total_s"], rel=1e-6)
         off.append(abs(waited_s - parts_s) / waited_s)
-        # What a busy machine takes before and after the server, it takes from nobody's part.
+        # Time that a busy machine takes before and after the server is in no part.
         assert abs(waited_s - parts_s) <= max(SHARE * waited_s, BUSY_S)
     waited = sorted(waited_s for _, waited_s in answers)
     report(
@@ -167,7 +161,7 @@ def test_the_parts_of_every_request_are_what_its_client_waits(
     assert statistics.median(off) <= SHARE
 
 
-def test_whoever_scrapes_while_images_are_generated_is_answered(
+def test_a_scrape_is_answered_while_images_are_generated(
     server: Server, report: Callable[[str], None]
 ) -> None:
     idle = statistics.median(scrape(server.url).took_s for _ in range(10))
@@ -197,7 +191,7 @@ def test_whoever_scrapes_while_images_are_generated_is_answered(
 
 @pytest.fixture(scope="module")
 def status() -> Iterator[tuple[ServeProcess, str]]:
-    """Two gateways and no replica of the generator, until somebody asks for a picture."""
+    """Two gateways, and no replica of the generator before the first request."""
     config: dict[str, Any] = demo_config(port := free_port())
     [application] = config["applications"]
     [generator] = application["deployments"]
@@ -225,7 +219,7 @@ def status() -> Iterator[tuple[ServeProcess, str]]:
         running.stop()
 
 
-def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
+def test_metrics_cover_none_or_many_replicas_and_count_the_silent_ones(
     status: tuple[ServeProcess, str],
 ) -> None:
     running, url = status
@@ -262,14 +256,14 @@ def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
             work.result()
     many = scrape(url)
     counted = many.total("requests_total", outcome="completed")
-    assert counted == done.count(200)  # by both gateways, whichever answers
+    assert counted == done.count(200)  # of both gateways, whichever one answers
     for _ in range(6):
         again = scrape(url)
         assert again.total("requests_total", outcome="completed") == counted
         assert again.values("gateway_info").keys() == many.values("gateway_info").keys()
     assert len(many.values("backlog_seconds", priority="interactive")) == 2
 
-    # One that hangs is waited for, and not for long; the others are there.
+    # A replica that hangs delays the response a little; the others are in it.
     first, _ = _processes_of_generators(running)
     os.kill(first, signal.SIGSTOP)
     try:
@@ -282,7 +276,7 @@ def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
     assert hanging.total("scraped_replicas", deployment="Generator", answer="silent") == 1
     assert hanging.total("requests_total", outcome="completed") == counted
 
-    # One that dies while it is asked.
+    # A replica dies during the scrape.
     with concurrent.futures.ThreadPoolExecutor(1) as clients:
         os.kill(first, signal.SIGSTOP)
         dying = clients.submit(scrape, url)
@@ -292,11 +286,13 @@ def test_every_replica_answers_be_there_none_or_many_and_the_lost_are_counted(
     assert len(seen.values("engine_info")) == 1
     assert seen.total("scraped_replicas", deployment="Generator", answer="silent") == 1
     wait_until(
-        lambda: len(scrape(url).values("engine_info")) == 2, deadline_s=240, what="another one"
+        lambda: len(scrape(url).values("engine_info")) == 2, deadline_s=240, what="a new replica"
     )
 
 
-def test_one_setting_makes_the_log_json_ours_and_serves(status: tuple[ServeProcess, str]) -> None:
+def test_one_setting_turns_our_log_lines_and_serves_into_json(
+    status: tuple[ServeProcess, str],
+) -> None:
     running, url = status
     httpx.post(
         f"{url}/v1/images/generations",
@@ -328,7 +324,7 @@ def test_one_setting_makes_the_log_json_ours_and_serves(status: tuple[ServeProce
     replica, _, number = ours["engine_request"].partition("/")
     assert len(list(folder.glob(f"replica_*Generator_{replica}.log"))) == 1
     assert int(number) >= 1
-    assert any("outcome" not in line for line in lines())  # Serve's own, of the same request
+    assert any("outcome" not in line for line in lines())  # Serve's own line of the same request
 
 
 def _processes_of_generators(running: ServeProcess) -> list[int]:

@@ -1,4 +1,4 @@
-"""The description keeps its word: schemathesis sends what it allows, and what it does not."""
+"""The OpenAPI description is true: schemathesis sends valid and invalid requests."""
 
 import os
 import re
@@ -6,33 +6,26 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, serving_config
 
 pytestmark = pytest.mark.serve
 
 CASES = int(os.environ.get("SCHEMATHESIS_CASES", "500"))
-"""How many to send, at least."""
+"""Least number of requests."""
 
 
 @pytest.fixture
 def small_server() -> Iterator[str]:
-    """One whose limits leave only what is quickly painted."""
-    port = free_port()
-    config: Any = demo_config(port)
+    """A server whose limits allow only requests of a few milliseconds."""
+    config = demo_config(free_port())
     arguments = config["applications"][0]["args"]
     arguments["model"]["default_steps"] = 2
     arguments["engine"]["limits"] = {"max_steps": 4, "max_pixels": 4096, "max_images": 2}
-    running = start_serve(config)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        running.wait_until_ready(url)
+    with serving_config(config) as url:
         yield url
-    finally:
-        running.stop()
 
 
 @pytest.mark.timeout(1_800)

@@ -1,4 +1,4 @@
-"""A server with more to do than it takes in, as OpenAI's client meets it."""
+"""An overloaded server, used through OpenAI's client."""
 
 import itertools
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, serving_config
 
 pytestmark = pytest.mark.serve
 
@@ -18,27 +18,21 @@ LIMIT_S = 1.0
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    port = free_port()
-    config: Any = demo_config(port)
+    config = demo_config(free_port())
     engine = config["applications"][0]["args"]["engine"]
     engine["max_backlog_s"] = LIMIT_S
-    running = start_serve(config)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        running.wait_until_ready(url)
+    with serving_config(config) as url:
         yield url
-    finally:
-        running.stop()
 
 
 def client_of(url: str, retries: int) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=retries)
 
 
-def test_who_is_refused_and_comes_again_when_told_gets_in(
+def test_a_rejected_request_that_retries_at_the_returned_time_is_admitted(
     url: str, report: Callable[[str], None]
 ) -> None:
-    """While others, who come for the first time, never stop asking."""
+    """New requests of other clients keep coming meanwhile."""
     seeds = itertools.count()
     enough = threading.Event()
 
@@ -60,23 +54,23 @@ def test_who_is_refused_and_comes_again_when_told_gets_in(
         others = [pool.submit(crowd) for _ in range(4)]
         try:
             retries: list[int] = []
-            # It waits by itself, and raises what it gets when it comes again.
+            # The client waits by itself, and raises the error of its second try.
             while sum(retries) < 2 and len(retries) < 60:
                 answer = polite.images.with_raw_response.generate(prompt="x", extra_body=body())
                 retries.append(answer.retries_taken)
         finally:
             enough.set()
-        refused = [code for one in others for code in one.result()]
+        rejected = [code for one in others for code in one.result()]
     report(
-        f"with {LIMIT_S:g} s of work at most: {len(refused)} others were refused, and "
-        f"{sum(retries)} of {len(retries)} of a polite client, all of which got in at the second "
+        f"with {LIMIT_S:g} s of work at most: {len(rejected)} other requests were rejected, and "
+        f"{sum(retries)} of {len(retries)} of a polite client, all admitted at the second "
         "try"
     )
     assert sum(retries) >= 2
-    assert set(refused) == {"overloaded"}
+    assert set(rejected) == {"overloaded"}
 
 
-def test_a_deadline_that_cannot_be_met_is_refused_and_a_hopeless_one_is_wrong(url: str) -> None:
+def test_an_infeasible_deadline_is_a_bad_request(url: str) -> None:
     with client_of(url, 0) as client:
         body: Any = {"num_inference_steps": 100, "deadline_s": 0.01}
         with pytest.raises(openai.BadRequestError, match="deadline_s") as caught:

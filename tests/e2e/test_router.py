@@ -1,4 +1,4 @@
-"""The router at work in Serve, on replicas that take requests and hold them."""
+"""The router inside Serve, with replicas that never end a request."""
 
 import asyncio
 from collections import Counter
@@ -10,7 +10,8 @@ import ray
 from ray import serve
 
 from serve_app.deployments.router import ShortestOfSeveral
-from tests.e2e.conftest import Server, connected
+from tests.e2e.conftest import Server
+from tests.serve_process import connected
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
@@ -27,7 +28,7 @@ def driver(server: Server) -> Iterator[None]:
 
 @pytest.fixture
 def holder(driver: None) -> Iterator[tuple[Any, Any]]:
-    """A deployment that holds what it gets, and an actor that sees who got what."""
+    """A deployment whose requests never end, and an actor that counts them by replica."""
 
     @ray.remote(num_cpus=0)
     class Watcher:
@@ -66,7 +67,7 @@ def test_requests_are_spread_evenly(holder: tuple[Any, Any]) -> None:
     for number in range(1, REPLICAS * EACH + 1):
         answers.append(handle.remote())
         wait_until(lambda sent=number: len(ray.get(watcher.all.remote())) == sent, 20)
-    # Were two drawn at random, it would come out even once in thirty times.
+    # The better of two random replicas would spread them evenly once in thirty runs.
     assert list(Counter(ray.get(watcher.all.remote())).values()) == [EACH] * REPLICAS
     for answer in answers:
         answer.cancel()

@@ -1,4 +1,4 @@
-"""From HTTP to picture and back, through Ray Serve as it is deployed."""
+"""Requests from HTTP to the image and back, through Ray Serve as it is deployed."""
 
 import asyncio
 import base64
@@ -23,7 +23,8 @@ from serve_app.engine.stats import EngineStats
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import GenerationParams
-from tests.e2e.conftest import Server, demo_config, free_port, start_serve
+from tests.e2e.conftest import Server
+from tests.serve_process import demo_config, free_port, start_serve
 from tests.waiting import wait_until
 from tools.demo_model.judge import read
 from tools.demo_model.scenes import Scene, SceneObject, render
@@ -58,7 +59,7 @@ def _stats(generator: Any) -> EngineStats:
     return stats
 
 
-def test_a_image_shows_what_the_prompt_said(server: Server) -> None:
+def test_an_image_shows_what_the_prompt_describes(server: Server) -> None:
     response = _post(server, prompt="a red circle on a blue background", seed=1)
     assert response.status_code == 200, response.text
     image = _decode(response.json()["data"][0]["b64_json"])
@@ -68,8 +69,8 @@ def test_a_image_shows_what_the_prompt_said(server: Server) -> None:
     assert [(item.color, item.shape) for item in seen.objects] == [("red", "circle")]
 
 
-def test_the_log_tells_a_replicas_start(server: Server) -> None:
-    """How old its process was, and what the engine did with its time."""
+def test_the_log_reports_a_replicas_start(server: Server) -> None:
+    """It has the age of the process and the phases of the engine's start."""
     log = server.log.read_text()
     assert re.search(r"model demo: loading in a process that is \d+\.\d s old", log)
     assert re.search(
@@ -118,16 +119,16 @@ def test_the_openai_client_streams_previews(server: Server) -> None:
         np.asarray(_decode(event.b64_json).convert("RGB")).astype(float) for event in events
     ]
     assert first.shape == second.shape == finished.shape == (64, 64, 3)
-    # They are on the way to it: nearer than any other picture would be, and ever nearer.
+    # Previews approach the image: each is nearer than the one before, and than another image.
     distances = [np.abs(partial - finished).mean() for partial in (first, second)]
     other = _post(server, prompt="a small yellow square on black", seed=1).json()
-    elsewhere = np.asarray(_decode(other["data"][0]["b64_json"])).astype(float)
-    assert distances[1] < distances[0] < np.abs(elsewhere - finished).mean() / 2
+    unrelated = np.asarray(_decode(other["data"][0]["b64_json"])).astype(float)
+    assert distances[1] < distances[0] < np.abs(unrelated - finished).mean() / 2
     assert isinstance(events[-1], openai.types.ImageGenCompletedEvent)
     assert events[-1].usage.output_tokens == 16
 
 
-def test_the_openai_client_hands_on_events_that_it_does_not_know(server: Server) -> None:
+def test_the_openai_client_passes_on_unknown_events(server: Server) -> None:
     body = {"seed": 1, "progress": True, "num_inference_steps": 8}
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.images.generate(prompt="x", stream=True, extra_body=body)
@@ -163,7 +164,7 @@ def test_the_openai_client_edits_with_a_mask(server: Server) -> None:
         anew = np.asarray(_decode(edit().data[0].b64_json).convert("RGB")).astype(float)
     before = np.asarray(source.resize((64, 64))).astype(float)
     assert np.abs(generated - before)[:, 40:].mean() < 15  # kept
-    assert np.abs(generated - before)[:, :28].mean() > 40  # painted anew
+    assert np.abs(generated - before)[:, :28].mean() > 40  # regenerated
     assert np.abs(anew - before)[:, 40:].mean() > 40
     assert [event.type for event in streamed] == [
         "image_edit.partial_image",
@@ -173,24 +174,24 @@ def test_the_openai_client_edits_with_a_mask(server: Server) -> None:
     assert np.abs(again - generated).max() <= 1
 
 
-def test_the_openai_client_gives_up_and_the_place_is_free(server: Server, generator: Any) -> None:
+def test_a_client_that_gives_up_frees_its_slot(server: Server, generator: Any) -> None:
     with openai.OpenAI(
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=0.5
     ) as client:
         long: Any = {"num_inference_steps": 200}
         with pytest.raises(openai.APITimeoutError):
             client.images.generate(prompt="x", size="128x128", extra_body=long)  # type: ignore[call-overload]
-        wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
+        wait_until(lambda: _stats(generator).running == 0, what="the slot to be free")
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.images.generate(
             prompt="x", stream=True, partial_images=3, extra_body=long | {"progress": True}
         )
         next(iter(stream))
         stream.close()
-        wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
+        wait_until(lambda: _stats(generator).running == 0, what="the slot to be free")
 
 
-def test_every_response_has_one_request_id_the_clients_own_if_it_sent_one(server: Server) -> None:
+def test_every_response_has_one_request_id_and_keeps_the_clients_own(server: Server) -> None:
     for path in ("/v1/models", "/nothing", "/", "/health"):
         own = httpx.get(f"{server.url}{path}", headers={"x-request-id": "call-7"}, timeout=20)
         assert own.headers.get_list("x-request-id") == ["call-7"]
@@ -204,7 +205,7 @@ def test_every_response_has_one_request_id_the_clients_own_if_it_sent_one(server
             assert len(drawn) == 36
 
 
-def test_no_header_takes_the_servers_time_limit(server: Server) -> None:
+def test_no_header_changes_the_servers_time_limit(server: Server) -> None:
     response = httpx.post(
         f"{server.url}/v1/images/generations",
         json={"prompt": "x", "num_inference_steps": 20},
@@ -214,7 +215,7 @@ def test_no_header_takes_the_servers_time_limit(server: Server) -> None:
     assert response.status_code == 200, response.text
 
 
-def test_a_seed_generates_the_same_image_whoever_else_generates(server: Server) -> None:
+def test_a_seed_generates_the_same_image_next_to_other_requests(server: Server) -> None:
     body = {"prompt": "a green ring on white", "seed": 7, "num_inference_steps": 6}
     alone = _decode(_post(server, **body).json()["data"][0]["b64_json"])
     with ThreadPoolExecutor(8) as pool:
@@ -240,7 +241,7 @@ def test_errors_come_back_in_openais_shape(server: Server) -> None:
     assert httpx.get(f"{server.url}/health", timeout=20).json() == {"status": "ok"}
 
 
-def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> None:
+def test_a_rejection_by_the_engine_keeps_its_type_through_ray(generator: Any) -> None:
     params = GenerationParams("x", 1, width=60, height=64)
 
     async def generate() -> None:
@@ -257,10 +258,10 @@ def test_what_the_engine_refuses_keeps_its_kind_through_ray(generator: Any) -> N
     ("header", "stream"),
     [("X-Nothing: 1", False), ("X-Nothing: 1", True), ("x-request-disconnect-disabled: ?1", False)],
 )
-def test_hanging_up_frees_the_place_within_one_step(
+def test_a_disconnect_frees_the_slot_within_one_step(
     server: Server, generator: Any, report: Callable[[str], None], header: str, stream: bool
 ) -> None:
-    """Also for clients that tell Serve not to tell of it."""
+    """Serve's header against the detection of disconnects does not prevent it."""
     before = {entry.request for entry in _stats(generator).log}
     generated = {"prompt": "a blue star on pink", "seed": 5, "size": "128x128", "stream": stream}
     body = json.dumps(generated | {"num_inference_steps": 200})
@@ -273,7 +274,7 @@ def test_hanging_up_frees_the_place_within_one_step(
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
         )
         client.sendall(request.encode())
-        # In the middle of it: some steps done, many to go.
+        # In the middle of the request: some steps are done, many remain.
         start = wait_until(
             lambda: next(
                 (
@@ -289,16 +290,16 @@ def test_hanging_up_frees_the_place_within_one_step(
             lambda: _stats(generator).denoiser_calls >= start.denoiser_call + 3, what="some steps"
         )
         assert _stats(generator).running == 1
-    # Left the block: the connection is closed.
-    wait_until(lambda: _stats(generator).running == 0, what="the place to be free")
+    # The end of the block closed the connection.
+    wait_until(lambda: _stats(generator).running == 0, what="the slot to be free")
     denoiser_calls = {
         entry.what: entry.denoiser_call
         for entry in _stats(generator).log
         if entry.request == start.request
     }
     report(
-        f"hung up ({header}, stream {stream}): cancel asked for at denoiser call "
-        f"{denoiser_calls['cancel_requested'] - start.denoiser_call}, place free at "
+        f"disconnect ({header}, stream {stream}): cancelled at denoiser call "
+        f"{denoiser_calls['cancel_requested'] - start.denoiser_call}, slot free at "
         f"{denoiser_calls['cancelled'] - start.denoiser_call}, of 200 it would have taken"
     )
     assert denoiser_calls["cancelled"] - denoiser_calls["cancel_requested"] <= 1
@@ -306,7 +307,7 @@ def test_hanging_up_frees_the_place_within_one_step(
     assert "completed" not in denoiser_calls
 
 
-def test_one_hang_up_leaves_the_others_alone(server: Server, generator: Any) -> None:
+def test_a_disconnect_does_not_affect_other_requests(server: Server, generator: Any) -> None:
     def ended(what: str) -> int:
         return sum(entry.what == what for entry in _stats(generator).log)
 
@@ -322,7 +323,7 @@ def test_one_hang_up_leaves_the_others_alone(server: Server, generator: Any) -> 
             quitter = asyncio.create_task(post(99, 200))
             others = [asyncio.create_task(post(seed, 60)) for seed in range(4)]
             await asyncio.to_thread(
-                wait_until, lambda: _stats(generator).running == 5, what="all five to run"
+                wait_until, lambda: _stats(generator).running == 5, what="all five requests to run"
             )
             quitter.cancel()
             return await asyncio.gather(*others)
@@ -340,14 +341,14 @@ def test_a_lost_replica_loses_no_request(server: Server, generator: Any) -> None
         answer = pool.submit(_post, server, **body)
         wait_until(lambda: _stats(generator).running == 1, what="the request to start")
         _kill_replica()
-        wait_until(lambda: _ready(server) == 503, what="/ready to say that none is ready")
+        wait_until(lambda: _ready(server) == 503, what="/ready to return 503")
         response = answer.result(timeout=120)
     assert response.status_code == 200, response.text
     assert response.json()["data"] == undisturbed["data"]
     assert _ready(server) == 200
 
 
-def test_a_stream_goes_on_when_its_replica_is_lost(server: Server, generator: Any) -> None:
+def test_a_stream_continues_when_its_replica_is_lost(server: Server, generator: Any) -> None:
     body = {
         "prompt": "a red cross on cyan",
         "seed": 8,
@@ -376,7 +377,7 @@ def test_a_stream_goes_on_when_its_replica_is_lost(server: Server, generator: An
     assert read(kill_after="partial_image") == undisturbed
 
 
-def test_a_wrong_config_is_named_and_serves_nothing() -> None:
+def test_a_wrong_config_is_named_in_the_log_and_serves_nothing() -> None:
     port = free_port()
     config = demo_config(port)
     config["applications"][0]["args"]["model"]["path"] = "/no/such/model"  # type: ignore[index]

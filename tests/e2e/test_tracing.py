@@ -1,4 +1,4 @@
-"""Traces of the served demo, at a collector."""
+"""Traces of the served demo, as a collector receives them."""
 
 import itertools
 import json
@@ -14,17 +14,17 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from serve_app.gateway.schemas import PARTS
 from tests.collector import Collector, collecting, values
-from tests.e2e.conftest import demo_config, free_port, start_serve
+from tests.serve_process import demo_config, free_port, start_serve
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
 PATH = "/v1/images/generations"
 
 STEPS = 120
-"""Of the long ones. The SDK keeps 128 events of a span."""
+"""Steps of the long requests. The SDK keeps 128 events of a span."""
 
 LONG, SHORT, DROPPED, SEVERAL = (f"{number:032x}" for number in range(1, 5))
-"""Traces of the clients."""
+"""Trace IDs of the clients."""
 
 
 def traceparent(trace_id: str) -> dict[str, str]:
@@ -49,14 +49,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Run:
-    """What clients did with a server until it was ended, and what came to the collector by then."""
+    """Responses to the clients of a server, and the spans that it sent before it ended."""
 
     collector: Collector
     long: dict[str, str]
-    """Headers of the answer."""
+    """Headers of the long request's response."""
     short: httpx.Response
     short_s: float
-    """What its client waited."""
+    """Time that the short request's client waited."""
 
     def trace(self, trace_id: str) -> Trace:
         return Trace([one for one in self.collector.spans if one.trace_id.hex() == trace_id])
@@ -64,7 +64,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def run() -> Iterator[Run]:
-    """Nothing is sent before the server ends: what is there by then was sent because it did."""
+    """Run a server that sends its spans only at its end, and end it."""
     config: dict[str, Any] = demo_config(port := free_port())
     [application] = config["applications"]
     application["args"]["gateway"] = {"tracing": True}
@@ -80,7 +80,7 @@ def run() -> Iterator[Run]:
             running.wait_until_ready(url)
             with httpx.Client(base_url=url, timeout=60) as client:
                 used = _use(client, collector)
-            running.process.send_signal(signal.SIGINT)  # as Ctrl-C: Serve ends its replicas
+            running.process.send_signal(signal.SIGINT)  # as Ctrl-C does: Serve ends its replicas
             running.process.wait(60)
             yield used
         finally:
@@ -94,7 +94,7 @@ def _use(client: httpx.Client, collector: Collector) -> Run:
     with client.stream("POST", PATH, json=streamed, headers=traceparent(LONG)) as long:
         events = (json.loads(line[5:]) for line in long.iter_lines() if line.startswith("data:"))
         next(event for event in events if event.get("step"))
-        client.get("/health")  # the other connection is not the server's time
+        client.get("/health")  # opening the second connection is not the server's time
         started_at = perf_counter()
         headers = traceparent(SHORT) | {"x-request-id": "the-short-one"}
         short = client.post(PATH, json=body | {"num_inference_steps": 60}, headers=headers)
@@ -120,7 +120,7 @@ def seconds(span: Span) -> float:
     return (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
 
 
-def test_a_trace_goes_on_from_the_client_through_every_part(
+def test_the_clients_trace_continues_through_every_part(
     run: Run, report: Callable[[str], None]
 ) -> None:
     assert run.short.status_code == 200
@@ -140,15 +140,15 @@ def test_a_trace_goes_on_from_the_client_through_every_part(
     assert [part.name for part in parts] == list(PARTS)
     assert_fills(parts, server)
     for part, name in zip(parts[1:4], PARTS[1:4], strict=True):
-        told_s = run.short.json()["timings"][f"{name}_s"]
-        assert seconds(part) == pytest.approx(told_s, abs=1e-6)
+        reported_s = run.short.json()["timings"][f"{name}_s"]
+        assert seconds(part) == pytest.approx(reported_s, abs=1e-6)
     assert run.short.json()["timings"]["total_s"] <= seconds(server) <= run.short_s
     off = 1 - seconds(server) / run.short_s
-    report(f"a traced request of {run.short_s:.2f} s: {off:.1%} of it are in no part of its trace")
+    report(f"a traced request of {run.short_s:.2f} s: {off:.1%} of it is in no part of its trace")
     assert {one["service.name"] for one in run.collector.resources} == {"images"}
 
 
-def test_steps_are_events_in_the_span_of_the_steps(run: Run) -> None:
+def test_steps_are_events_of_the_denoise_span(run: Run) -> None:
     [denoise] = [one for one in run.trace(LONG).spans if one.name == "denoise"]
     steps = [values(event.attributes)["diffusion_serve.step"] for event in denoise.events]
     assert steps == list(range(1, STEPS + 1))
@@ -159,7 +159,7 @@ def test_steps_are_events_in_the_span_of_the_steps(run: Run) -> None:
     assert sizes == {1, 2}
 
 
-def test_those_who_ran_together_are_linked(run: Run) -> None:
+def test_requests_of_one_batch_are_linked(run: Run) -> None:
     long, short = run.trace(LONG), run.trace(SHORT)
     for one, other in ((long, short), (short, long)):
         [denoise] = [span for span in one.spans if span.name == "denoise"]
@@ -168,7 +168,7 @@ def test_those_who_ran_together_are_linked(run: Run) -> None:
     assert run.long["traceparent"] == f"00-{LONG}-{long.server.span_id.hex()}-01"
 
 
-def test_who_went_away_left_while_it_was_generated(run: Run) -> None:
+def test_a_client_that_disconnects_ends_its_trace_as_cancelled(run: Run) -> None:
     trace = run.trace(DROPPED)
     found = values(trace.server.attributes)
     assert found["diffusion_serve.outcome"] == "cancelled"
@@ -187,10 +187,10 @@ def test_each_of_several_images_is_a_child_span(run: Run) -> None:
         assert [part.name for part in parts] == list(PARTS[:-1])
         assert_fills(parts, image)
         [denoise] = [part for part in parts if part.name == "denoise"]
-        assert not denoise.links  # to itself
+        assert not denoise.links  # not to itself
 
 
-def test_nonsense_in_the_header_begins_a_trace(run: Run) -> None:
+def test_an_invalid_traceparent_starts_a_new_trace(run: Run) -> None:
     known = {LONG, SHORT, DROPPED, SEVERAL}
     strangers = {one.trace_id.hex() for one in run.collector.spans} - known
     [trace_id] = strangers

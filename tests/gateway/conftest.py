@@ -1,134 +1,24 @@
-"""A backend that paints at once, and the API in front of it."""
+"""A client of the API before a fake backend, and what the gateway's tests share."""
 
-import asyncio
 import base64
 import io
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
-from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
-from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.routes import create_api
-from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import Progress, Queued
-from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
-from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
-
-LIMITS = LimitsConfig(
-    max_pixels=128 * 128,
-    max_steps=50,
-    max_images=4,
-    max_image_pixels=1_000_000,
-    max_body_bytes=2_000,
-    max_upload_bytes=200_000,
-    max_deadline_s=30.0,
-)
-CONFIG = AppConfig(model=ModelConfig(id="demo"), engine=EngineConfig(limits=LIMITS))
-INFO = ModelInfo(
-    id="demo",
-    pipeline="SomePipeline",
-    dtype="float32",
-    device="cpu",
-    default_width=64,
-    default_height=64,
-    size_multiple=8,
-    default_steps=20,
-    takes_negative_prompt=True,
-    tasks=("text-to-image", "image-to-image", "inpainting"),
-    default_strengths={"image-to-image": 0.5, "inpainting": 1.0},
-    noise_schedulers=("euler", "ddim"),
-    fewest_steps={"euler": 1, "ddim": 1},
-    loras=("pixel", "ink"),
-    sharing="batched",
-    sharing_difference=1e-6,
-    sharing_note="",
-    limits=LIMITS,
-)
-
-
-class FakeBackend:
-    """Paints plain pictures and remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.asked: list[GenerationParams] = []
-        self.contexts: list[RequestContext] = []
-        self.described_for: list[float | None] = []
-        """The deadlines of those who wanted to know what the model takes."""
-        self.error: Exception | None = None
-        self.error_in_the_middle: Exception | None = None
-        self.ready = True
-        self.overloaded = False
-        self.parts_s = (0.25, 0.0625, 1.0, 0.125)
-        """That it says to have taken, the file apart, whatever it took."""
-        self.file_s = 0.5
-        self.cancelled = 0
-        self.slow_seed: int | None = None
-        """Its picture never gets done."""
-        self.accepting = asyncio.Event()
-        self.accepting.set()
-
-    async def generate(
-        self,
-        params: GenerationParams,
-        encoding: Encoding,
-        progress: bool = False,
-        context: RequestContext = INITIAL,
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        self.asked.append(params)
-        self.contexts.append(context)
-        assert params.width is not None
-        assert params.height is not None
-        try:
-            await self.accepting.wait()
-            if params.seed == self.slow_seed:
-                yield Queued(0, 1.5)
-                await asyncio.Event().wait()
-            if self.error is not None:
-                raise self.error
-            yield Queued(0, 1.5)
-            image = Image.new("RGB", (params.width, params.height), "red")
-            for index, step in enumerate(params.preview_steps):
-                if progress:
-                    yield Progress(step, params.steps_to_run, 0.5)
-                yield PartialImage(index, encoding.encode(image))
-            if self.error_in_the_middle is not None:
-                raise self.error_in_the_middle
-            data = encoding.encode(image)
-            yield EncodedImage(
-                data,
-                params.seed,
-                *image.size,
-                ("a warning",),
-                7,
-                *self.parts_s,
-                age_s=sum(self.parts_s) + self.file_s,
-            )
-        except (asyncio.CancelledError, GeneratorExit):
-            self.cancelled += 1
-            raise
-
-    async def describe(self, deadline_s: float | None = None) -> ModelInfo:
-        self.described_for.append(deadline_s)
-        await self.check_ready()
-        if self.overloaded:
-            raise Overloaded("too many requests are waiting")
-        return INFO
-
-    async def check_ready(self) -> None:
-        if not self.ready:
-            raise Unavailable("no replica is ready yet")
+from tests.fakes.backend import CONFIG, FakeBackend
 
 
 @pytest.fixture
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that are as old as the backend says."""
+    """Make requests as old as the backend reports."""
     aged = property(lambda record: time.perf_counter() - record.received_at + 2.0)
     monkeypatch.setattr(RequestRecord, "age_s", aged)
 

@@ -15,7 +15,8 @@ from serve_app.errors import ConfigError
 from serve_app.gateway import auth
 from serve_app.gateway.auth import KeyRing, digest
 from serve_app.gateway.routes import create_api
-from tests.gateway.conftest import CONFIG, LIMITS, FakeBackend, error_of, post
+from tests.fakes.backend import CONFIG, LIMITS, FakeBackend
+from tests.gateway.conftest import error_of, post
 
 pytestmark = pytest.mark.anyio
 

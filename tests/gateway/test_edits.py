@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 from serve_app.config import LimitsConfig
 from serve_app.gateway.parsing import read_image
-from tests.gateway.conftest import LIMITS, FakeBackend, decoded, error_of
+from tests.fakes.backend import LIMITS, FakeBackend
+from tests.gateway.conftest import decoded, error_of
 
 pytestmark = pytest.mark.anyio
 

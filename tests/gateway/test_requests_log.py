@@ -21,7 +21,7 @@ from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
 from serve_app.protocol.params import Priority
-from tests.gateway.conftest import CONFIG, FakeBackend
+from tests.fakes.backend import CONFIG, FakeBackend
 
 pytestmark = pytest.mark.anyio
 

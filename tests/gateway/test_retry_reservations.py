@@ -1,7 +1,6 @@
 """A ``Retry-After`` that is kept: on a clock that the tests turn, and over HTTP."""
 
 import functools
-from dataclasses import dataclass
 
 import httpx
 import pytest
@@ -14,22 +13,18 @@ from serve_app.gateway import service as images
 from serve_app.gateway.auth import KeyRing, digest
 from serve_app.gateway.retry_reservations import PACE, RetryReservations, fingerprint
 from serve_app.gateway.routes import create_api
-from tests.gateway.conftest import CONFIG, FakeBackend, error_of, post
-
-
-@dataclass
-class Clock:
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.fakes.backend import CONFIG, FakeBackend
+from tests.fakes.clock import ManualClock
+from tests.gateway.conftest import error_of, post
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> ManualClock:
     """By which an API that is made later keeps its promises."""
-    clock = Clock()
-    monkeypatch.setattr(images, "RetryReservations", functools.partial(RetryReservations, clock))
+    clock = ManualClock()
+    monkeypatch.setattr(
+        images, "RetryReservations", functools.partial(RetryReservations, clock.now)
+    )
     return clock
 
 
@@ -43,57 +38,57 @@ def wait_s(error: Overloaded) -> float:
 
 
 def test_who_is_told_a_time_is_known_then_and_not_before() -> None:
-    clock = Clock()
-    reservations = RetryReservations(clock)
+    clock = ManualClock()
+    reservations = RetryReservations(clock.now)
     told = reservations.reserve(b"a", refusal(room_in_s=6.2), is_retry=False)
     assert (told.retry_after_s, told.param) == (7.0, "deadline_s")
     assert str(told) == "full. There will be room in 7 s."
-    clock.now += 6.9
+    clock.advance(6.9)
     assert not reservations.redeem(b"a")
-    clock.now += 0.1
+    clock.advance(0.1)
     assert not reservations.redeem(b"b")
     assert reservations.redeem(b"a")
     assert not reservations.redeem(b"a")
 
 
 def test_whoever_is_told_later_comes_after_those_before() -> None:
-    reservations = RetryReservations(Clock())
+    reservations = RetryReservations(ManualClock().now)
     waits = [wait_s(reservations.reserve(b"%d" % n, refusal(5.0, 7.0), False)) for n in range(4)]
     assert waits == [5, 15, 25, 35]  # seven tenths of the time are promised
     assert PACE == 0.7
 
 
 def test_it_never_says_at_once() -> None:
-    assert wait_s(RetryReservations(Clock()).reserve(b"a", refusal(0.0, 0.0), False)) == 1
+    assert wait_s(RetryReservations(ManualClock().now).reserve(b"a", refusal(0.0, 0.0), False)) == 1
 
 
 def test_what_was_promised_within_a_time() -> None:
-    clock = Clock()
-    reservations = RetryReservations(clock)
+    clock = ManualClock()
+    reservations = RetryReservations(clock.now)
     for n in range(3):
         reservations.reserve(b"%d" % n, refusal(2.0, 7.0), False)
     assert [reservations.due_within_s(s) for s in (1.0, 2.0, 12.0, 100.0)] == [0, 7, 14, 21]
-    clock.now += 2.0
+    clock.advance(2.0)
     assert reservations.due_within_s(0.0) == 7
     assert reservations.redeem(b"0")
     assert reservations.due_within_s(0.0) == 0
 
 
 def test_who_does_not_come_loses_the_place_and_counts_less() -> None:
-    clock = Clock()
-    reservations = RetryReservations(clock)
+    clock = ManualClock()
+    reservations = RetryReservations(clock.now)
     for n in range(200):
         reservations.reserve(b"%d" % n, refusal(0.0, 0.0), False)
-        clock.now += 10.0
+        clock.advance(10.0)
     assert reservations.due_within_s(1e9) == 0
     first, second = (reservations.reserve(name, refusal(1.0, 90.0), False) for name in (b"x", b"y"))
     assert wait_s(second) < wait_s(first) + 15  # of 100: hardly anybody comes
-    clock.now += 1.0
+    clock.advance(1.0)
     assert reservations.redeem(b"x")
 
 
 def test_who_came_as_told_and_found_no_room_need_not_stand_in_line_again() -> None:
-    reservations = RetryReservations(Clock())
+    reservations = RetryReservations(ManualClock().now)
     for n in range(4):
         reservations.reserve(b"%d" % n, refusal(0.0, 7.0), False)
     assert wait_s(reservations.reserve(b"a", refusal(3.0, 7.0), is_retry=True)) == 3
@@ -101,21 +96,21 @@ def test_who_came_as_told_and_found_no_room_need_not_stand_in_line_again() -> No
 
 
 def test_the_same_wish_twice_has_two_places() -> None:
-    clock = Clock()
-    reservations = RetryReservations(clock)
+    clock = ManualClock()
+    reservations = RetryReservations(clock.now)
     for _ in range(2):
         reservations.reserve(b"a", refusal(), False)
-    clock.now += 3.0
+    clock.advance(3.0)
     assert [reservations.redeem(b"a") for _ in range(3)] == [True, True, False]
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_RESERVATIONS", 3)
-    clock = Clock()
-    reservations = RetryReservations(clock)
+    clock = ManualClock()
+    reservations = RetryReservations(clock.now)
     waits = [wait_s(reservations.reserve(b"%d" % n, refusal(), False)) for n in range(5)]
     assert waits == sorted(waits)  # told all the same
-    clock.now += waits[4]
+    clock.advance(waits[4])
     assert [reservations.redeem(b"%d" % n) for n in range(5)] == [True, True, True, False, False]
 
 
@@ -127,20 +122,20 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_is_forgotten_and_all_is_forgotten_in_the_end(
     told: list[tuple[float, float, float, bool]],
 ) -> None:
-    clock = Clock()
-    reservations = RetryReservations(clock)
+    clock = ManualClock()
+    reservations = RetryReservations(clock.now)
     due = []
     for n, (room_in_s, work_s, pause_s, comes) in enumerate(told):
         wait = wait_s(reservations.reserve(b"%d" % n, refusal(room_in_s, work_s), False))
         assert wait >= max(1, room_in_s)
         if comes:
-            due.append((clock.now + wait, b"%d" % n))
-        clock.now += pause_s
+            due.append((clock.now() + wait, b"%d" % n))
+        clock.advance(pause_s)
     for due_at, name in sorted(due):
-        clock.now = max(clock.now, due_at)
-        if clock.now < due_at + 5:
+        clock.advance(max(0.0, due_at - clock.now()))
+        if clock.now() < due_at + 5:
             assert reservations.redeem(name)
-    clock.now += 1e4
+    clock.advance(1e4)
     assert reservations.due_within_s(1e9) == 0
     assert not reservations._by_fingerprint
 
@@ -151,7 +146,7 @@ def test_fingerprints_tell_apart_where_parts_end() -> None:
 
 @pytest.mark.anyio
 async def test_a_refused_request_that_comes_again_is_known(
-    clock: Clock, client: httpx.AsyncClient, backend: FakeBackend
+    clock: ManualClock, client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     body = {"prompt": "x", "num_inference_steps": 5, "n": 2}
     backend.error = refusal(room_in_s=2.5, work_s=7.0)
@@ -165,7 +160,7 @@ async def test_a_refused_request_that_comes_again_is_known(
     assert len({context.order for context in backend.contexts}) == 2
     backend.contexts.clear()
     backend.error = None
-    clock.now += 3.0
+    clock.advance(3.0)
     assert (await post(client, body | {"n": 1})).status_code == 200
     assert not backend.contexts[-1].is_retry  # another one
     assert backend.contexts[-1].reserved_s == 28
@@ -177,20 +172,20 @@ async def test_a_refused_request_that_comes_again_is_known(
 
 @pytest.mark.anyio
 async def test_a_stream_that_is_refused_is_known_as_well(
-    clock: Clock, client: httpx.AsyncClient, backend: FakeBackend
+    clock: ManualClock, client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     backend.error = refusal(room_in_s=2.0)
     body = {"prompt": "x", "stream": True}
     assert (await post(client, body)).headers["retry-after"] == "2"
     backend.error = None
-    clock.now += 2.0
+    clock.advance(2.0)
     assert (await post(client, body)).status_code == 200
     assert backend.contexts[-1].is_retry
 
 
 @pytest.mark.anyio
 async def test_each_key_has_its_own_promises_and_its_priority(
-    clock: Clock, backend: FakeBackend
+    clock: ManualClock, backend: FakeBackend
 ) -> None:
     keys = KeyRing(
         None,
@@ -214,7 +209,7 @@ async def test_each_key_has_its_own_promises_and_its_priority(
         assert (await ask("nightly")).headers["retry-after"] == "4"
         assert [params.priority for params in backend.asked] == ["interactive", "batch"]
         backend.error = None
-        clock.now += 4.0
+        clock.advance(4.0)
         for key in ("other", "app", "nightly"):
             assert (await ask(key)).status_code == 200
         assert [context.is_retry for context in backend.contexts[2:]] == [False, True, True]

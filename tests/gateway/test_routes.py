@@ -23,7 +23,8 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import ImageGenerationRequest
 from serve_app.protocol.params import MAX_SEED, GenerationParams
-from tests.gateway.conftest import CONFIG, FakeBackend, decoded, error_of, post
+from tests.fakes.backend import CONFIG, FakeBackend
+from tests.gateway.conftest import decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
 

@@ -11,7 +11,8 @@ from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway import streaming
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
-from tests.gateway.conftest import CONFIG, FakeBackend, decoded, error_of, post
+from tests.fakes.backend import CONFIG, FakeBackend
+from tests.gateway.conftest import decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
 

@@ -40,7 +40,7 @@ from serve_app.protocol.events import Queued, Step, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.collector import collecting
-from tests.gateway.conftest import CONFIG, FakeBackend
+from tests.fakes.backend import CONFIG, FakeBackend
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.anyio

@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.conftest import scaled_demo
+from tests.serve_process import scaled_demo
 
 PARAMS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
 """Two replicas for what these clients bring, decided within seconds."""

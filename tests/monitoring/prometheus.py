@@ -13,7 +13,7 @@ import httpx
 import yaml
 
 from monitoring.rules import rules
-from tests.e2e.conftest import ServeProcess, free_port
+from tests.serve_process import ServeProcess, free_port
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[2]

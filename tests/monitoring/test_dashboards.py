@@ -13,10 +13,10 @@ from monitoring.dashboards import DASHBOARDS
 from monitoring.draw import Window, curves, draw, filled_in
 from monitoring.replicas_and_gpus import SCALING
 from monitoring.rules import alerts, rules
-from tests.e2e.conftest import free_port, start_serve
 from tests.monitoring.load import MixedLoad, demo_of_two
 from tests.monitoring.prometheus import SCRAPE_EVERY_S, Prometheus, start_prometheus
 from tests.monitoring.series import FOREIGN, series_of
+from tests.serve_process import free_port, start_serve
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]

@@ -7,7 +7,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.e2e.conftest import ROOT, ServeProcess, free_port, start_serve
+from tests.serve_process import ROOT, ServeProcess, free_port, start_serve
 from tests.waiting import wait_until
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]

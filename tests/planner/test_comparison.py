@@ -103,6 +103,7 @@ def test_counts_by_the_hour_are_planned(tmp_path: Path) -> None:
     assert "3000 requests in 12 minutes" in said
 
 
+@pytest.mark.slow
 def test_routing_can_be_compared() -> None:
     """More replicas compared make more requests in time; by work it is another outcome."""
     common = ("--rate", 4, "--minutes", 10, "--mix", "512x512/20:1,1536x1536/35:1")

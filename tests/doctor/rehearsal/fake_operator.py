@@ -1,6 +1,6 @@
 """What works on a cluster's objects: KubeRay's operator, a scheduler, kubelets, garbage collection.
 
-They do what is seen of the real ones in a rehearsal, each time that `FakeClock` passes on; a test
+They do what is seen of the real ones in a rehearsal, each time that the clock advances; a test
 says what goes wrong. Pods' ports answer through port forwards and the API server's proxy.
 """
 
@@ -17,23 +17,6 @@ from tests.doctor.fake_cluster import Object, node, operator
 from tests.doctor.rehearsal.fake_writable import WritableApi
 
 HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
-
-
-class FakeClock:
-    """Seconds that pass when somebody sleeps."""
-
-    def __init__(self, *passed: Callable[[float], None]) -> None:
-        """``passed``: called with the time after each pause."""
-        self._now = 0.0
-        self._passed = passed
-
-    def now(self) -> float:
-        return self._now
-
-    def sleep(self, seconds: float) -> None:
-        self._now += seconds
-        for one in self._passed:
-            one(self._now)
 
 
 def png() -> bytes:

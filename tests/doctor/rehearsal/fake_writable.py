@@ -7,6 +7,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from tests.doctor.fake_cluster import TOKEN, FakeApi, Object
 from tests.doctor.rehearsal.fake_pod_port import forward_port
+from tests.fakes.http_server import QuietHandler
 
 _SERVICE_FIELDS = {
     "serveConfigV2", "rayClusterConfig", "upgradeStrategy", "excludeHeadPodFromServeSvc",
@@ -47,7 +48,7 @@ class WritableApi(FakeApi):
         self.store: dict[str, Object] = {}
         """Objects by path."""
         self.drawn = 0
-        self._server.RequestHandlerClass = _handler(self)
+        self.handler = _handler(self)
 
     def answer_of_port(self, authorization: str, pod: str, refused: int) -> tuple[int, Object]:
         """What the port of ``pod`` answers; with ``refused`` if it cannot be reached."""
@@ -151,7 +152,7 @@ class WritableApi(FakeApi):
 
 
 def _handler(api: WritableApi) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def _any(self) -> None:
             if self.headers.get("Upgrade", "").lower() == "websocket":
                 pod = self.path.partition("/pods/")[2].partition("/")[0]
@@ -161,18 +162,8 @@ def _handler(api: WritableApi) -> type[BaseHTTPRequestHandler]:
                     lambda key: api.answer_of_port(key, pod, 200),
                 )
                 return
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            status, answer = api.handle(self.command, self.path, self.headers, body)
-            data = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            self.respond_json(*api.handle(self.command, self.path, self.headers, self.body()))
 
         do_GET = do_POST = do_PATCH = do_DELETE = _any  # noqa: N815  # http.server's names
-
-        def log_message(self, *args: object) -> None:
-            pass
 
     return Handler

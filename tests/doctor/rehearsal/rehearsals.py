@@ -9,7 +9,8 @@ from serve_app.doctor.rehearsal.manifest import prepare
 from serve_app.doctor.rehearsal.run import rehearse
 from serve_app.doctor.report import Finding
 from tests.doctor.fake_cluster import Object
-from tests.doctor.rehearsal.fake_operator import FakeClock, OperatorApi
+from tests.doctor.rehearsal.fake_operator import OperatorApi
+from tests.fakes.clock import ManualClock
 
 STEPS = (
     "preflight", "apply", "RayCluster", "pods", "ready", "image", "Serve config", "upgrade",
@@ -63,7 +64,7 @@ class Run:
         self.lines: list[str] = []
         with WritableCluster(None, api.kubeconfig(folder)) as cluster:
             manifest = prepare(overlay or (service(),), "overlay", cluster.lives_in_namespace)
-            clock = FakeClock(api.advance, at)
+            clock = ManualClock(api.advance, at)
             self.all = rehearse(cluster, manifest, self.lines.append, clock)
         self.findings: dict[str, Finding] = {one.check: one for one in self.all}
         assert len(self.findings) == len(self.all)

@@ -1,0 +1,1 @@
+"""Stand-ins that several packages of tests share, one file per concern."""
