@@ -34,7 +34,7 @@ from serve_app.engine.admission import (
 from serve_app.engine.batching.batch import MergeableCall, NotMergeable
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.metrics import EngineMetrics, Memory, State
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.model.speed import compiled, compiling, largest_bucket, padded
