@@ -10,7 +10,7 @@ from serve_app.engine.scheduling.queue import Policy, QueueEntry
 
 
 @dataclass(frozen=True)
-class Job:
+class FakeJob:
     """A request that arrives at ``at`` and needs ``steps`` calls of ``step_s`` each."""
 
     at: float
@@ -30,7 +30,7 @@ class Job:
 
 jobs = st.lists(
     st.builds(
-        Job,
+        FakeJob,
         at=st.floats(0, 20),
         steps=st.integers(1, 12),
         step_s=st.sampled_from([0.1, 0.3, 1.0]),
@@ -43,7 +43,7 @@ jobs = st.lists(
 every_policy = pytest.mark.parametrize("name", POLICIES)
 
 
-def run(policy: Policy, jobs: list[Job], cap: int = 4) -> tuple[list[list[int]], list[float]]:
+def run(policy: Policy, jobs: list[FakeJob], cap: int = 4) -> tuple[list[list[int]], list[float]]:
     """Drive the policy as the engine does; return the batches in order and the end times.
 
     A batch takes as long as its requests in turn: no gain, so that sums stay simple.
@@ -80,7 +80,7 @@ def run(policy: Policy, jobs: list[Job], cap: int = 4) -> tuple[list[list[int]],
     return batches, ended
 
 
-def count_on_time(jobs: list[Job], ended: list[float]) -> int:
+def count_on_time(jobs: list[FakeJob], ended: list[float]) -> int:
     """Count the requests that ended by their deadlines."""
     return sum(end <= job.deadline_at + 1e-9 for job, end in zip(jobs, ended, strict=True))
 

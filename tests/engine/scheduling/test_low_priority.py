@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from serve_app.engine.scheduling.policies import POLICIES, Yielding
 from serve_app.engine.scheduling.queue import QueueEntry
-from tests.engine.scheduling.simulated_device import Job, every_policy, jobs, numbers, run
+from tests.engine.scheduling.simulated_device import FakeJob, every_policy, jobs, numbers, run
 
 
 def yielding(name: str, interactive: int, low_priority: int, keys: str = "k") -> Yielding:
@@ -56,7 +56,7 @@ def test_low_priority_fill_stays_within_the_time_of_the_leader() -> None:
 
 @every_policy
 @given(jobs=jobs, share=st.sampled_from([2, 3, 5]))
-def test_every_low_priority_step_runs(name: str, jobs: list[Job], share: int) -> None:
+def test_every_low_priority_step_runs(name: str, jobs: list[FakeJob], share: int) -> None:
     class Mixed(Yielding):
         def add(self, entry: QueueEntry) -> None:
             entry.low_priority = entry.request % share == 0

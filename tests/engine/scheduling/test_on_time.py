@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from serve_app.engine.scheduling.on_time import OnTime
 from serve_app.engine.scheduling.policies import POLICIES
 from serve_app.engine.scheduling.queue import QueueEntry
-from tests.engine.scheduling.simulated_device import Job, count_on_time, jobs, new, run
+from tests.engine.scheduling.simulated_device import FakeJob, count_on_time, jobs, new, run
 
 
 @given(jobs)
-def test_the_on_time_set_runs_by_deadline_and_meets_them_all(jobs: list[Job]) -> None:
+def test_the_on_time_set_runs_by_deadline_and_meets_them_all(jobs: list[FakeJob]) -> None:
     policy = OnTime(grace=0.0)
     entries = [QueueEntry(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
     for entry in entries:
@@ -97,7 +97,9 @@ def test_a_request_within_its_grace_counts_as_on_time() -> None:
 
 
 @given(jobs)
-def test_every_request_that_counts_as_on_time_ends_within_its_grace(jobs: list[Job]) -> None:
+def test_every_request_that_counts_as_on_time_ends_within_its_grace(
+    jobs: list[FakeJob],
+) -> None:
     policy = OnTime(grace=0.5)
     for number, job in enumerate(jobs):
         entry = QueueEntry(number, job.deadline_at, job.solo_s, job.key)
@@ -114,8 +116,8 @@ def test_every_request_that_counts_as_on_time_ends_within_its_grace(jobs: list[J
 
 def test_a_late_request_does_not_starve() -> None:
     """An infeasible request competes with a steady stream of requests that are on time."""
-    infeasible = Job(0, 10, 1.0, "large", slo_scale=0.4)
-    steady = [Job(0.9 * second, 1, 1.0, "small", slo_scale=400.0) for second in range(400)]
+    infeasible = FakeJob(0, 10, 1.0, "large", slo_scale=0.4)
+    steady = [FakeJob(0.9 * second, 1, 1.0, "small", slo_scale=400.0) for second in range(400)]
     _, ended = run(OnTime(), [infeasible, *steady], cap=1)
     assert ended[0] < 150  # 10 s of work at 10 % of the time, and some for the start
     _, ended = run(OnTime(late_share=0.0), [infeasible, *steady], cap=1)
@@ -124,8 +126,8 @@ def test_a_late_request_does_not_starve() -> None:
 
 def test_a_long_late_request_does_not_starve_among_short_ones() -> None:
     """Less work goes first among late requests, but waiting counts as well."""
-    long = Job(0, 10, 0.1, "large", slo_scale=0.1)
-    short = [Job(0.05 * number, 1, 0.1, "small", slo_scale=0.1) for number in range(4000)]
+    long = FakeJob(0, 10, 0.1, "large", slo_scale=0.1)
+    short = [FakeJob(0.05 * number, 1, 0.1, "small", slo_scale=0.1) for number in range(4000)]
     _, ended = run(OnTime(), [long, *short], cap=1)
     assert ended[0] < 250  # of 400 s for all requests
     assert sorted(ended)[:20] == sorted(ended[1:])[:20]
@@ -146,7 +148,7 @@ def test_a_late_request_starts_despite_new_arrivals() -> None:
     assert started_at == 49  # ten times its work, less the deadline of the new request
 
 
-def _poisson(load: float, count: int = 400) -> list[Job]:
+def _poisson(load: float, count: int = 400) -> list[FakeJob]:
     """Return Poisson arrivals in the mix of vLLM-Omni's benchmark.
 
     Sizes differ in steps and in time per step.
@@ -164,7 +166,7 @@ def _poisson(load: float, count: int = 400) -> list[Job]:
     for _ in range(count):
         now += rng.expovariate(load / mean_s)
         [key] = rng.choices(list(mix), [share for *_, share in mix.values()])
-        jobs.append(Job(now, mix[key][0], mix[key][1], key))
+        jobs.append(FakeJob(now, mix[key][0], mix[key][1], key))
     return jobs
 
 

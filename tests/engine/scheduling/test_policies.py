@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 
 from serve_app.engine.scheduling.policies import Fifo, LeastSlack, OnTime, ShortestFirst
 from serve_app.engine.scheduling.queue import QueueEntry
-from tests.engine.scheduling.simulated_device import Job, every_policy, jobs, new, run
+from tests.engine.scheduling.simulated_device import FakeJob, every_policy, jobs, new, run
 
 
 @every_policy
 @given(jobs=jobs, cap=st.integers(1, 5))
-def test_every_step_runs_once_within_the_cap(name: str, jobs: list[Job], cap: int) -> None:
+def test_every_step_runs_once_within_the_cap(name: str, jobs: list[FakeJob], cap: int) -> None:
     batches, _ = run(new(name), jobs, cap)
     for batch in batches:
         assert 1 <= len(set(batch)) == len(batch) <= cap
@@ -23,7 +23,7 @@ def test_every_step_runs_once_within_the_cap(name: str, jobs: list[Job], cap: in
 
 @every_policy
 @given(jobs=jobs, dropped=st.integers(0, 24))
-def test_a_dropped_request_never_runs(name: str, jobs: list[Job], dropped: int) -> None:
+def test_a_dropped_request_never_runs(name: str, jobs: list[FakeJob], dropped: int) -> None:
     policy = new(name)
     entries = [QueueEntry(n, job.deadline_at, job.solo_s, job.key) for n, job in enumerate(jobs)]
     for entry in entries:
@@ -41,7 +41,7 @@ def test_a_dropped_request_never_runs(name: str, jobs: list[Job], dropped: int) 
 
 @every_policy
 @given(jobs=jobs)
-def test_the_batch_is_filled_with_calls_of_the_same_key(name: str, jobs: list[Job]) -> None:
+def test_the_batch_is_filled_with_calls_of_the_same_key(name: str, jobs: list[FakeJob]) -> None:
     policy = new(name)
     for number, job in enumerate(jobs):
         entry = QueueEntry(number, job.deadline_at, job.solo_s, job.key)
@@ -53,13 +53,17 @@ def test_the_batch_is_filled_with_calls_of_the_same_key(name: str, jobs: list[Jo
 
 
 def test_fifo_gives_every_shape_its_turn() -> None:
-    jobs = [Job(0, 6, 1.0, "large"), Job(0, 6, 1.0, "small"), Job(0, 6, 1.0, "large")]
+    jobs = [
+        FakeJob(0, 6, 1.0, "large"),
+        FakeJob(0, 6, 1.0, "small"),
+        FakeJob(0, 6, 1.0, "large"),
+    ]
     batches, _ = run(Fifo(), jobs)
     assert batches[:4] == [[0, 2], [1], [0, 2], [1]]
 
 
 def test_a_short_urgent_request_overtakes_a_running_long_one() -> None:
-    jobs = [Job(0, 20, 1.0, "large"), Job(5, 2, 0.5, "small")]
+    jobs = [FakeJob(0, 20, 1.0, "large"), FakeJob(5, 2, 0.5, "small")]
     for policy in (OnTime(), LeastSlack(), ShortestFirst()):
         batches, ended = run(policy, jobs)
         assert batches[5:8] == [[1], [1], [0]], policy
