@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling import cost
 
 settings.register_profile("serve", deadline=None)  # a busy machine is not a failure

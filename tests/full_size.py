@@ -1,9 +1,9 @@
-"""Stock pipelines as large as the published ones, with random weights: no download, same work.
+"""Stock pipelines of the published sizes, with random weights: no download, the same work.
 
-The networks have the published configurations, so that a call does the arithmetic of a real one.
-Their weights are drawn on the device, in the wanted type, from one seed. Tokenizers and noise
-schedulers are those of `tests.tiny_pipelines`, and prompts are padded to the real lengths. What
-they paint is noise, but noise that depends on the prompt, the seed, the steps and the guidance.
+The networks have the published configurations, so a call does the arithmetic of a real one. Their
+weights are drawn on the device, in the given dtype, from one seed. Tokenizers and noise schedulers
+come from `tests.tiny_pipelines`, and prompts are padded to the real lengths. The images are noise
+that depends on the prompt, the seed, the steps and the guidance.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,12 +33,12 @@ from transformers import (
 from tests import tiny_pipelines
 
 CLIP_TOKENS = 77
-"""What CLIP reads of a prompt, and what prompts are padded to."""
+"""Number of tokens that CLIP reads, and to which prompts are padded."""
 
 
 @contextmanager
 def _made(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Networks that are built inside have their weights there, of that type."""
+    """Build networks inside the block on this device and in this dtype."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -51,14 +51,14 @@ def _made(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 def _draw_weights(pipeline: DiffusionPipeline) -> None:
     """Draw every weight with the spread that keeps the variance from input to output.
 
-    Norms have scales of one and there are no offsets, so that activations stay small enough for
-    bfloat16 through any number of layers.
+    Norms have scales of one and no offsets, so activations stay small enough for bfloat16 through
+    any number of layers.
     """
     generator = torch.Generator(pipeline.device).manual_seed(0)
     networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     with torch.no_grad():
         for network in networks:
-            network.eval()  # as a loaded one
+            network.eval()  # like a loaded pipeline
             for name, weights in network.named_parameters():
                 if weights.ndim > 1:
                     weights.normal_(0.0, weights[0].numel() ** -0.5, generator=generator)
@@ -72,7 +72,7 @@ def _clip_tokenizer(tokenizer: CLIPTokenizer) -> CLIPTokenizer:
 
 
 def _clip_config(tokenizer: CLIPTokenizer, **config: object) -> CLIPTextConfig:
-    """The published vocabulary; the tokenizer uses a few hundred of it."""
+    """Return a config with the published vocabulary; the tokenizer uses a few hundred entries."""
     return CLIPTextConfig(
         vocab_size=49408,
         max_position_embeddings=CLIP_TOKENS,
@@ -84,7 +84,7 @@ def _clip_config(tokenizer: CLIPTokenizer, **config: object) -> CLIPTextConfig:
 
 
 def clip_l(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder of openai/clip-vit-large-patch14: in SD 1.5, SDXL and FLUX.1."""
+    """Build the text encoder of openai/clip-vit-large-patch14: in SD 1.5, SDXL and FLUX.1."""
     return CLIPTextModel(
         _clip_config(
             tokenizer,
@@ -99,7 +99,7 @@ def clip_l(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def clip_big_g(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
-    """The text encoder of OpenCLIP ViT-bigG/14: SDXL's second."""
+    """Build the text encoder of OpenCLIP ViT-bigG/14: SDXL's second."""
     return CLIPTextModelWithProjection(
         _clip_config(
             tokenizer,
@@ -114,7 +114,7 @@ def clip_big_g(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 
 
 def t5_xxl(tokenizer: T5Tokenizer) -> T5EncoderModel:
-    """The encoder of google/t5-v1_1-xxl: FLUX.1's second."""
+    """Build the encoder of google/t5-v1_1-xxl: FLUX.1's second."""
     return T5EncoderModel(
         T5Config(
             vocab_size=32128,
@@ -131,7 +131,7 @@ def t5_xxl(tokenizer: T5Tokenizer) -> T5EncoderModel:
 
 
 def autoencoder(**config: object) -> AutoencoderKL:
-    """Eight pixels a side to one latent cell: the same network in SD 1.5, SDXL and FLUX.1."""
+    """Build the VAE of SD 1.5, SDXL and FLUX.1: a latent cell has eight pixels a side."""
     return AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -185,7 +185,7 @@ def flux_transformer() -> FluxTransformer2DModel:
 
 
 def sd15(device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5."""
+    """Build Stable Diffusion 1.5."""
     tiny = tiny_pipelines.stable_diffusion()
     tokenizer = _clip_tokenizer(tiny.tokenizer)
     with _made(device, dtype):
@@ -206,7 +206,7 @@ def sd15(device: torch.device, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 
 def sdxl(device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL base 1.0."""
+    """Build Stable Diffusion XL base 1.0."""
     tiny = tiny_pipelines.sdxl()
     tokenizers = _clip_tokenizer(tiny.tokenizer), _clip_tokenizer(tiny.tokenizer_2)
     with _made(device, dtype):
@@ -227,7 +227,7 @@ def sdxl(device: torch.device, dtype: torch.dtype) -> StableDiffusionXLPipeline:
 
 
 def flux(device: torch.device, dtype: torch.dtype) -> FluxPipeline:
-    """FLUX.1 dev."""
+    """Build FLUX.1 dev."""
     tiny = tiny_pipelines.flux()
     tokenizer = _clip_tokenizer(tiny.tokenizer)
     with _made(device, dtype):
@@ -262,4 +262,4 @@ MODELS: dict[str, Callable[[torch.device, torch.dtype], DiffusionPipeline]] = {
     "sdxl": sdxl,
     "flux": flux,
 }
-"""How to build each one, on which device and of which type."""
+"""Builders by name; each takes the device and the dtype."""

@@ -21,7 +21,7 @@ from serve_app.engine.admission import AdmissionControl
 from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor
 from serve_app.engine.metrics import EngineMetrics, State
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.model.speed import compiled, compiling, largest_bucket
 from serve_app.engine.predictor import Predictor
@@ -30,7 +30,8 @@ from serve_app.engine.runner import Runner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import POLICIES, RankedPolicy
+from serve_app.engine.scheduling.policies import POLICIES
+from serve_app.engine.scheduling.queue import RankedPolicy
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.engine.startup.report import describe_model, report_start, start_error

@@ -19,7 +19,7 @@ from serve_app.engine.batching.batch import BatchSpec, MergeableCall, NotMergeab
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.device import check_device, free_memory
 from serve_app.engine.metrics import EngineMetrics
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import padded
 from serve_app.engine.request import Request, link_batch_peers
 from serve_app.engine.scheduling.cost import CostModel

@@ -9,7 +9,7 @@ from torch import Tensor
 from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.scheduling.cost import Size
-from serve_app.engine.scheduling.policies import QueueEntry
+from serve_app.engine.scheduling.queue import QueueEntry
 from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
 

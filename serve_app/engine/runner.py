@@ -17,7 +17,7 @@ from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.device import check_device, free_memory, release
 from serve_app.engine.executor import Executor
 from serve_app.engine.metrics import EngineMetrics
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.predictor import Predictor

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.policies import QueueEntry, RankedPolicy, Yielding
+from serve_app.engine.scheduling.policies import Yielding
+from serve_app.engine.scheduling.queue import QueueEntry, RankedPolicy
 from serve_app.engine.stages import StageQueue
 
 if TYPE_CHECKING:  # a request holds tensors

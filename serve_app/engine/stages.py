@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.policies import QueueEntry
+from serve_app.engine.scheduling.queue import QueueEntry
 
 if TYPE_CHECKING:  # a request holds tensors
     from serve_app.engine.request import Request

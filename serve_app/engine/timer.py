@@ -1,4 +1,4 @@
-"""How long calls take on a device, without making it idle to find out."""
+"""Durations of calls on a device, measured without making the device idle."""
 
 import time
 from collections.abc import Callable
@@ -10,46 +10,51 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Event(Protocol):
-    """What `CallTimer` needs of a `torch.cuda.Event`."""
+class DeviceEvent(Protocol):
+    """The part of `torch.cuda.Event` that `CallTimer` uses."""
 
     def record(self) -> None: ...
     def synchronize(self) -> None: ...
     def elapsed_time(self, end_event: Any, /) -> float:
-        """In milliseconds."""
+        """Return the milliseconds from this event to ``end_event``."""
         ...
 
 
-def _cuda_event() -> Event:
-    event: Event = torch.cuda.Event(enable_timing=True)
+def _cuda_event() -> DeviceEvent:
+    event: DeviceEvent = torch.cuda.Event(enable_timing=True)
     return event
 
 
 def wait_for_device() -> None:
-    """Until it is done: or the time of a call would be that of asking for it."""
+    """Wait until the GPU, if one is in use, has finished all calls.
+
+    Without this, the clock measures the time to launch a call and not the time to run it.
+    """
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 class CallTimer:
-    """Runs calls one after another and tells how long each took.
+    """Runner of consecutive calls that measures the duration of each.
 
-    A GPU works behind the program's back. Waiting for each call would leave it idle while the
-    program prepares the next; never waiting would fill its queue with steps of requests that may be
-    cancelled. So each call is asked for, and then the one before it waited for, whose time is known
-    only then: the GPU never has more than one call to do after that which it is at.
+    A GPU runs asynchronously. Waiting for each call would leave it idle while the program prepares
+    the next one. Never waiting would fill its queue with steps of requests that may be cancelled.
+    So the timer launches a call and then waits for the call before it, whose duration is known only
+    then. The GPU never has more than one call queued behind the running one.
     """
 
-    def __init__(self, device: torch.device, new_event: Callable[[], Event] = _cuda_event) -> None:
+    def __init__(
+        self, device: torch.device, new_event: Callable[[], DeviceEvent] = _cuda_event
+    ) -> None:
         self._new_event = new_event if device.type == "cuda" else None
-        self._pending: tuple[Event, Event, Callable[[float], None]] | None = None
+        self._pending: tuple[DeviceEvent, DeviceEvent, Callable[[float], None]] | None = None
         self._afterwards: list[Callable[[], None]] = []
 
     def run(self, call: Callable[[A], T], argument: A, took: Callable[[float], None]) -> T:
-        """What ``call`` returns; ``took`` is given its seconds, now or after the next call.
+        """Return ``call(argument)``; pass its seconds to ``took``, now or after the next call.
 
-        Raises what ``call`` raises, and then ``took`` is never called. The argument is apart, so
-        that a traceback has none but plain variables to let go of.
+        If ``call`` raises, the error propagates and ``took`` is never called. The argument is a
+        separate parameter so that a traceback holds only plain variables, which can be cleared.
         """
         if self._new_event is None:
             started_at = time.perf_counter()
@@ -65,7 +70,7 @@ class CallTimer:
         return output
 
     def wait(self) -> None:
-        """Until the last call is done."""
+        """Wait until the last call is done."""
         if self._pending is None:
             return
         start, end, took = self._pending
@@ -76,7 +81,7 @@ class CallTimer:
             self._afterwards.pop(0)()
 
     def afterwards(self, do: Callable[[], None]) -> None:
-        """Call ``do`` once the time of the last call is known, which may be now."""
+        """Call ``do`` once the duration of the last call is known, which may be now."""
         if self._pending is None:
             do()
         else:

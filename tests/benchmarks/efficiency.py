@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.timer import wait_for_device
 
 REPEATS = 3
@@ -77,7 +77,7 @@ class BareCalls:
 
         with ExitStack() as stack:
             stack.enter_context(patch.object(Rendezvous, "forward", forward))
-            for name, part in self._pipeline._pipeline.components.items():
+            for name, part in self._pipeline.stock.components.items():
                 if isinstance(part, nn.Module):
                     for path, module in _outermost(name, part):
                         stack.callback(watch(path, module))

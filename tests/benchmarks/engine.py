@@ -31,7 +31,8 @@ import torch
 import typer
 
 from serve_app.config import EngineConfig, ModelConfig
-from serve_app.engine.model.loader import LoadedPipeline, resolve_device
+from serve_app.engine.model.loader import resolve_device
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import TOLERANCE
 from tests.benchmarks import saturation
 from tests.benchmarks.aims import WAITING, aims

@@ -36,7 +36,7 @@ from starlette.types import Receive, Scope, Send
 from serve_app.config import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.request import EventCallback
 from serve_app.gateway.exposition import exposition
 from serve_app.gateway.requests_log import RequestLog, RequestRecord, record_of

@@ -20,7 +20,7 @@ import typer
 from torch import Tensor, nn
 
 from serve_app.config import ModelConfig, SpeedConfig
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import compiled, compiling
 from serve_app.engine.timer import wait_for_device
 from serve_app.errors import DiffusionServeError
@@ -131,7 +131,7 @@ class Subject:
         pipeline = LoadedPipeline.load(config)
         calls = record_calls(pipeline, replace(params, num_inference_steps=2))
         image = pipeline.generate(params).cpu()
-        parts = pipeline._pipeline.components.values()
+        parts = pipeline.stock.components.values()
         networks = [part for part in parts if isinstance(part, nn.Module)]
         denoiser_mib = weight_bytes([_denoiser(pipeline)]) / 2**20
         device_mib = weight_bytes(networks, pipeline.device) / 2**20

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.events import Completed
 from tests.benchmarks.aims import aims
 from tests.benchmarks.efficiency import REPEATS, BareCalls, busy_s
@@ -37,7 +37,7 @@ def test_the_timed_calls_are_those_that_ran(demo_pipeline: LoadedPipeline) -> No
             lambda _, args: seen.update([(name, args[0].shape[0])])
         )
 
-    networks = demo_pipeline._pipeline.components
+    networks = demo_pipeline.stock.components
     firsts = {
         "unet": networks["unet"].conv_in,
         "vae": networks["vae"].decoder.mid_block.resnets[0],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.events import Completed, Event, Failed
 from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.efficiency import BareCalls, busy_s
@@ -177,8 +177,8 @@ def with_stock_pipeline(pipeline: LoadedPipeline, max_batch: int) -> Way:
 def generate_whole(pipeline: LoadedPipeline, batch: list[Arrival]) -> None:
     """Call the stock pipeline on a list of prompts."""
     params = [arrival.kind.params(arrival.seed) for arrival in batch]
-    pipeline._pipeline.set_progress_bar_config(disable=True)
-    images = pipeline._pipeline(
+    pipeline.stock.set_progress_bar_config(disable=True)
+    images = pipeline.stock(
         prompt=[one.prompt for one in params],
         width=params[0].width,
         height=params[0].height,

@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
 from serve_app.config import DEMO_MODEL_DIR
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
 from tools.demo_model.evaluate import accuracy, generate_held_out
 from tools.demo_model.judge import read

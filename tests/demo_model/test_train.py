@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve_app.config import ModelConfig
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import GenerationParams
 from tools.demo_model.train import Recipe, Trainer

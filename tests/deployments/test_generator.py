@@ -16,7 +16,7 @@ from serve_app.engine import admission, runner
 from serve_app.engine import engine as engine_module
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api

@@ -15,7 +15,8 @@ from PIL import Image
 
 from serve_app.config import EngineConfig, LimitsConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import NOISE_SCHEDULERS, LoadedPipeline
+from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling.policies import Fifo
 from serve_app.engine.startup import certification
 from serve_app.errors import (
@@ -461,7 +462,7 @@ def test_limits_come_from_the_config(demo_pipeline: LoadedPipeline) -> None:
         Engine(demo_pipeline, DEMO, EngineConfig(limits=limits))
     assert "forward" not in vars(demo_pipeline.denoisers["unet"])
     small = DEMO.model_copy(update={"default_steps": 4, "default_size_px": (32, 32)})
-    pipeline = LoadedPipeline(demo_pipeline._pipeline, small)
+    pipeline = LoadedPipeline(demo_pipeline.stock, small)
     with Engine(pipeline, small, EngineConfig(limits=limits)) as engine:
         with pytest.raises(InvalidRequest, match="from 1 to 5"):
             engine.generate(params(num_inference_steps=6))

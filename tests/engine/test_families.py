@@ -14,7 +14,7 @@ from torch import Tensor
 
 from serve_app.config import ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.events import Completed, Preview
 from serve_app.protocol.params import GenerationParams
@@ -156,7 +156,7 @@ def test_images_to_start_from_share_the_batch(
     for one, two in combinations(together, 2):
         assert _difference(one, two) > VISIBLE
     weights = pipeline.denoisers.values()
-    for other in pipeline._by_task.values():
+    for other in pipeline.pipelines.values():
         assert all(network in other.components.values() for network in weights)
 
 

@@ -8,7 +8,7 @@ import torch
 from serve_app.config import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
 from serve_app.metrics import ENGINE, SIZES, report
 from serve_app.protocol.events import Completed, Event, Progress

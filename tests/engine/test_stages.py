@@ -9,7 +9,7 @@ from torch import nn
 
 from serve_app.config import ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import largest_difference
 from serve_app.errors import GenerationFailed
 from serve_app.protocol.events import Completed, Event, Failed, Progress
@@ -93,7 +93,7 @@ def test_a_decoder_error_fails_only_its_own_request(demo_pipeline: LoadedPipelin
             raise RuntimeError("no kernel")
 
     with Engine(demo_pipeline, DEMO) as engine:
-        block = demo_pipeline._pipeline.vae.decoder.mid_block.resnets[0]
+        block = demo_pipeline.stock.vae.decoder.mid_block.resnets[0]
         handle = block.register_forward_pre_hook(fail_once)
         try:
             streams = [engine.stream(params(seed, 3 + seed)) for seed in range(2)]
@@ -120,7 +120,7 @@ def test_a_decoding_without_memory_waits_for_another_request_to_end(
             raise torch.OutOfMemoryError("out of memory")
 
     with Engine(demo_pipeline, DEMO) as engine:
-        block = demo_pipeline._pipeline.vae.decoder.mid_block.resnets[0]
+        block = demo_pipeline.stock.vae.decoder.mid_block.resnets[0]
         handle = block.register_forward_pre_hook(fail_at_first)
         try:
             streams = [engine.stream(request) for request in requests]
@@ -159,7 +159,7 @@ def test_a_vae_that_is_widened_for_decoding_keeps_each_request_its_own() -> None
     """
     model = ModelConfig(id="sdxl", default_size_px=(WIDTH_PX, HEIGHT_PX), default_steps=3)
     pipeline = LoadedPipeline(sdxl().to(torch.float16), model)
-    assert pipeline._pipeline.vae.config.force_upcast
+    assert pipeline.stock.vae.config.force_upcast
     requests = [
         GenerationParams(
             "a red star", seed, width=WIDTH_PX, height=HEIGHT_PX, num_inference_steps=2 + seed
@@ -173,4 +173,4 @@ def test_a_vae_that_is_widened_for_decoding_keeps_each_request_its_own() -> None
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
     assert len(together) == len(requests), ends
     assert largest_difference(together, alone) <= 2e-2
-    assert pipeline._pipeline.vae.dtype == torch.float16
+    assert pipeline.stock.vae.dtype == torch.float16

@@ -1,4 +1,4 @@
-"""One call ahead of the device, and no more."""
+"""The timer launches one call ahead of the device, and no more."""
 
 import time
 
@@ -9,9 +9,9 @@ from serve_app.engine.timer import CallTimer
 
 
 class FakeEvent:
-    """Of a device on which everything takes 2 s: notes what is asked of it."""
+    """Event of a device on which every call takes 2 s; logs each use."""
 
-    diary: list[str]
+    log: list[str]
     count: int
 
     def __init__(self) -> None:
@@ -19,33 +19,33 @@ class FakeEvent:
         self.name = f"event {self.count}"
 
     def record(self) -> None:
-        self.diary.append(f"record {self.name}")
+        self.log.append(f"record {self.name}")
 
     def synchronize(self) -> None:
-        self.diary.append(f"wait for {self.name}")
+        self.log.append(f"wait for {self.name}")
 
     def elapsed_time(self, _: "FakeEvent") -> float:
         return 2000.0
 
 
 @pytest.fixture
-def diary() -> list[str]:
-    FakeEvent.diary, FakeEvent.count = [], 0
-    return FakeEvent.diary
+def log() -> list[str]:
+    FakeEvent.log, FakeEvent.count = [], 0
+    return FakeEvent.log
 
 
-def test_a_call_is_asked_for_before_the_last_one_is_done(diary: list[str]) -> None:
+def test_a_call_is_launched_before_the_previous_one_is_done(log: list[str]) -> None:
     timer = CallTimer(torch.device("cuda"), FakeEvent)
     for number in (1, 2):
         output = timer.run(
-            lambda number: diary.append(f"call {number}"),
+            lambda number: log.append(f"call {number}"),
             number,
-            lambda seconds, number=number: diary.append(f"call {number} took {seconds:g} s"),
+            lambda seconds, number=number: log.append(f"call {number} took {seconds:g} s"),
         )
         assert output is None
     timer.wait()
-    timer.wait()  # nothing is left to wait for
-    assert diary == [
+    timer.wait()  # no call is left
+    assert log == [
         "record event 1",
         "call 1",
         "record event 2",
@@ -59,17 +59,17 @@ def test_a_call_is_asked_for_before_the_last_one_is_done(diary: list[str]) -> No
     ]
 
 
-def test_what_needs_the_time_of_the_last_call_waits_for_it(diary: list[str]) -> None:
+def test_a_callback_runs_once_the_last_duration_is_known(log: list[str]) -> None:
     timer = CallTimer(torch.device("cuda"), FakeEvent)
-    timer.afterwards(lambda: diary.append("at once"))
-    timer.run(len, "", lambda _: diary.append("took"))
-    timer.afterwards(lambda: diary.append("afterwards"))
-    assert diary == ["at once", "record event 1", "record event 2"]
+    timer.afterwards(lambda: log.append("at once"))
+    timer.run(len, "", lambda _: log.append("took"))
+    timer.afterwards(lambda: log.append("afterwards"))
+    assert log == ["at once", "record event 1", "record event 2"]
     timer.wait()
-    assert diary[3:] == ["wait for event 2", "took", "afterwards"]
+    assert log[3:] == ["wait for event 2", "took", "afterwards"]
 
 
-def test_a_call_that_raises_has_no_time(diary: list[str]) -> None:
+def test_a_call_that_raises_reports_no_duration(log: list[str]) -> None:
     timer = CallTimer(torch.device("cuda"), FakeEvent)
     times: list[float] = []
 
@@ -83,7 +83,7 @@ def test_a_call_that_raises_has_no_time(diary: list[str]) -> None:
     assert timer.run(len, "abc", times.append) == 3
 
 
-def test_a_cpu_is_done_when_it_returns() -> None:
+def test_a_call_on_a_cpu_is_measured_when_it_returns() -> None:
     times: list[float] = []
     started_at = time.perf_counter()
     assert CallTimer(torch.device("cpu")).run(sum, range(10_000), times.append) == 49995000

@@ -1,4 +1,4 @@
-"""The engine alone on a GPU, with full-size networks in bfloat16 and random weights."""
+"""The engine on a GPU, with full-size networks in bfloat16 and random weights."""
 
 import gc
 import logging
@@ -14,12 +14,13 @@ from torch import Tensor
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import TOLERANCE, largest_difference
 from serve_app.protocol.events import Completed, Event, Failed, Progress
 from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.saturation import psnr
 from tests.conftest import FIFO
+from tests.engine.startup.starts import NEW, reported_reuse
 from tests.full_size import MODELS
 from tests.tiny_pipelines import FAMILIES
 from tests.waiting import wait_until
@@ -34,10 +35,10 @@ DEVICE = torch.device("cuda")
 DIFFERENCE = TOLERANCE[torch.bfloat16]
 
 FLAT_BYTES = 2**20
-"""Less than the latents of the requests in between, let alone their pictures."""
+"""Limit for growth: less than the latents of the requests in between."""
 
 Full = tuple[str, DiffusionPipeline]
-"""A model's name and its pipeline."""
+"""Name and pipeline of a model."""
 
 only_sd15 = pytest.mark.parametrize("full", ["sd15"], indirect=True)
 
@@ -50,7 +51,7 @@ def full(request: pytest.FixtureRequest) -> Iterator[Full]:
 
 
 def load(full: Full, side: int) -> tuple[LoadedPipeline, ModelConfig]:
-    """Ready for an engine; certification paints pictures of that side."""
+    """Return a pipeline for an engine; its certification generates squares of this side."""
     name, pipeline = full
     model = ModelConfig.model_validate(
         {"id": name, "device": DEVICE.type, "default_size_px": (side, side)}
@@ -59,7 +60,7 @@ def load(full: Full, side: int) -> tuple[LoadedPipeline, ModelConfig]:
 
 
 def four_requests(side: int) -> list[GenerationParams]:
-    """They differ in everything but the size."""
+    """Return requests that differ in everything except the size."""
     prompts = ["a red circle", "two stars on black", "a small cross", "a ring and a square"]
     return [
         GenerationParams(
@@ -75,7 +76,7 @@ def four_requests(side: int) -> list[GenerationParams]:
 
 
 def generate(engine: Engine, requests: Sequence[GenerationParams]) -> list[Tensor]:
-    """All at once; raises unless each is completed."""
+    """Generate all requests at once; raise unless each completes."""
     images = []
     for events in [engine.stream(params) for params in requests]:
         *_, last = events
@@ -85,21 +86,21 @@ def generate(engine: Engine, requests: Sequence[GenerationParams]) -> list[Tenso
 
 
 @pytest.mark.parametrize("side", [512, 1024])
-def test_four_requests_together_are_generated_as_alone(
+def test_four_requests_together_give_the_images_of_separate_ones(
     full: Full, side: int, report: Callable[[str], None]
 ) -> None:
     pipeline, model = load(full, side)
     requests = four_requests(side)
-    alone = [pipeline.generate(params)[0].cpu() for params in requests]
+    separate = [pipeline.generate(params)[0].cpu() for params in requests]
     with Engine(pipeline, model, FIFO) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
         together = generate(engine, requests)
         batch = engine.stats().mean_batch_size
-    difference = largest_difference(alone, together)
-    worst = min(psnr(*pair) for pair in zip(alone, together, strict=True))
+    difference = largest_difference(separate, together)
+    worst = min(psnr(*pair) for pair in zip(separate, together, strict=True))
     report(
-        f"{torch.cuda.get_device_name()}, {model.id} at {side}x{side}: {batch:.1f} requests a "
-        f"call, PSNR {worst:.1f} dB and largest difference {difference:.2g} from alone"
+        f"{torch.cuda.get_device_name()}, {model.id} at {side}x{side}: {batch:.1f} requests per "
+        f"call, PSNR {worst:.1f} dB and largest difference {difference:.2g} to separate ones"
     )
     assert batch > 1.5
     assert difference <= DIFFERENCE
@@ -112,26 +113,26 @@ def test_a_seed_generates_the_same_image_in_any_batch(full: Full) -> None:
     with Engine(pipeline, model, FIFO) as engine:
         [once] = generate(engine, [first])
         [again] = generate(engine, [first])
-        in_company, *_ = generate(engine, [first, *others])
+        batched, *_ = generate(engine, [first, *others])
         [other] = generate(engine, [replace(first, seed=99)])
-    assert largest_difference([once, once], [again, in_company]) <= DIFFERENCE
+    assert largest_difference([once, once], [again, batched]) <= DIFFERENCE
     assert largest_difference([once], [other]) > DIFFERENCE
 
 
 @only_sd15
-def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], None]) -> None:
-    """Finished ones, and those that are given up after a step."""
+def test_ended_requests_release_their_memory(full: Full, report: Callable[[str], None]) -> None:
+    """Covers completed requests and requests that are cancelled after a step."""
     side = 256
     pipeline, model = load(full, side)
     requests = [replace(params, num_inference_steps=2) for params in four_requests(side)]
 
     ends: Counter[type[Event]] = Counter()
 
-    def submit(engine: Engine, params: GenerationParams, gives_up: bool) -> None:
+    def submit(engine: Engine, params: GenerationParams, cancels: bool) -> None:
         number: list[int] = []
 
         def on_event(event: Event) -> None:
-            if gives_up and isinstance(event, Progress) and number:
+            if cancels and isinstance(event, Progress) and number:
                 engine.cancel(number[0])
             if isinstance(event, Completed | Failed):
                 ends[type(event)] += 1
@@ -141,18 +142,18 @@ def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], Non
     def generate_eight(engine: Engine) -> None:
         expected = ends.total() + 8
         for index, params in enumerate(requests * 2):
-            submit(engine, params, gives_up=index % 3 == 0)
+            submit(engine, params, cancels=index % 3 == 0)
         wait_until(lambda: ends.total() == expected)
 
-    def held_after(engine: Engine, rounds: int) -> int:
+    def allocated_after(engine: Engine, rounds: int) -> int:
         for _ in range(rounds):
             generate_eight(engine)
         gc.collect()
         return torch.cuda.memory_allocated()
 
     with Engine(pipeline, model, FIFO) as engine:
-        early = held_after(engine, rounds=8)
-        late = held_after(engine, rounds=32)
+        early = allocated_after(engine, rounds=8)
+        late = allocated_after(engine, rounds=32)
     assert ends[Completed] >= 200
     assert ends[Failed] > 0
     report(
@@ -163,7 +164,7 @@ def test_requests_leave_no_memory_behind(full: Full, report: Callable[[str], Non
 
 
 @only_sd15
-def test_without_memory_for_all_fewer_are_generated_at_a_time(
+def test_fewer_requests_run_at_a_time_if_memory_runs_out(
     full: Full, caplog: pytest.LogCaptureFixture
 ) -> None:
     side = 1024
@@ -182,7 +183,7 @@ def test_without_memory_for_all_fewer_are_generated_at_a_time(
 
     with Engine(pipeline, model, config) as engine:
         one, all_of_them = peak_bytes(engine, requests[:1]), peak_bytes(engine, requests)
-        assert all_of_them > 1.5 * one, "a large batch needs little: nothing to test here"
+        assert all_of_them > 1.5 * one, "a large batch needs too little memory for this test"
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info()
         rest = torch.empty(free - (one + all_of_them) // 2, dtype=torch.uint8, device=DEVICE)
@@ -191,29 +192,32 @@ def test_without_memory_for_all_fewer_are_generated_at_a_time(
         del rest
         torch.cuda.empty_cache()
     assert "OutOfMemoryError" in caplog.text
-    alone = [pipeline.generate(params)[0].cpu() for params in requests[:4]]
-    assert largest_difference(alone, images[:4]) <= DIFFERENCE
+    separate = [pipeline.generate(params)[0].cpu() for params in requests[:4]]
+    assert largest_difference(separate, images[:4]) <= DIFFERENCE
 
 
-def test_weights_that_were_read_to_the_gpu_are_those_that_were_moved_there(tmp_path: Path) -> None:
+def test_weights_read_to_the_gpu_equal_weights_moved_there(tmp_path: Path) -> None:
     FAMILIES["sdxl"]().save_pretrained(tmp_path)
     model = ModelConfig(id="m", path=str(tmp_path), device="cuda", dtype="float32")
     read = LoadedPipeline.load(model)
     moved = LoadedPipeline(FAMILIES["sdxl"]().to(DEVICE), model)
     params = GenerationParams("a cat", 1, width=64, height=32, num_inference_steps=2)
     assert torch.equal(read.generate(params), moved.generate(params))
-    for name, network in read._pipeline.components.items():
+    for name, network in read.stock.components.items():
         if isinstance(network, torch.nn.Module):
-            other = moved._pipeline.components[name].state_dict()
+            other = moved.stock.components[name].state_dict()
             for key, weights in network.state_dict().items():
                 assert weights.device.type == "cuda"
                 assert torch.equal(weights, other[key])
 
 
-def test_a_start_on_the_gpu_is_taken_over(tmp_path: Path) -> None:
+def test_the_profile_of_a_start_on_the_gpu_is_reused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     FAMILIES["sdxl"]().save_pretrained(tmp_path / "model")
     model = ModelConfig(id="m", path=str(tmp_path / "model"), device="cuda")
     config = EngineConfig(profile_path=str(tmp_path / "profile.json"), max_batch_size=4)
-    for reuse in ("certification and caps found anew", "certification reused"):
-        with Engine.load(model, config) as engine:
-            assert engine.cold_start.reuse.startswith(reuse)
+    caplog.set_level(logging.INFO)
+    for reuse in (NEW, "certification reused"):
+        with Engine.load(model, config):
+            assert reported_reuse(caplog.messages).startswith(reuse)

@@ -9,7 +9,7 @@ import pytest
 from serve_app.config import EngineConfig
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.request import Request, link_batch_peers
 from serve_app.errors import Cancelled, GenerationFailed
 from serve_app.protocol.events import (

@@ -1,1 +1,1 @@
-"""Denoiser calls of several requests as one: where they wait, and how they are merged."""
+"""Batching of denoiser calls: jobs park at the denoiser, and their calls are merged."""

@@ -1,10 +1,11 @@
-"""Jobs that run in greenlets and meet at the ``forward`` of modules.
+"""Jobs that run in greenlets and park at the ``forward`` of modules.
 
-Knows nothing of queues, clocks or batches. The engine starts a `Job` for each request; when the
-job's pipeline calls a watched module, the job parks and the engine gets control back, with the
-call in its hand. The engine answers it, alone or together with others, and the job goes on.
+The engine starts a `Job` for each request. When the job's pipeline calls a watched module, the job
+parks, and the engine gets control back together with the `Call`. The engine runs the call, by
+itself or merged with others, and resumes the job with the output. This module knows no queues,
+clocks or batches.
 
-Greenlets belong to the thread that started them: one thread does all of this.
+Greenlets belong to the thread that started them, so one thread does all of this.
 """
 
 import functools
@@ -21,43 +22,43 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Site:
-    """A place to meet at: the ``forward`` of a module."""
+    """A module at whose ``forward`` jobs park."""
 
     module: nn.Module
     network: nn.Module
-    """What the module is a part of, or the module itself."""
+    """Network that contains the module, or the module itself."""
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the network's weights."""
+        """Dtype of the network's weights; ``None`` without weights."""
         weights = next(self.network.parameters(), None)
         return None if weights is None else weights.dtype
 
     def cast(self, dtype: torch.dtype | None) -> None:
-        """Bring the network's weights to ``dtype``, if they are not."""
+        """Convert the network's weights to ``dtype``, unless they have it."""
         if dtype is not None and self.dtype != dtype:
-            nn.Module.to(self.network, dtype)  # diffusers' own warns each time
+            nn.Module.to(self.network, dtype)  # diffusers' own method warns each time
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a watched module, waiting for its answer."""
+    """One call of a watched module, waiting for its output."""
 
     site: str
-    """Where: the module's name in the pipeline, such as ``unet``."""
+    """Name of the module in the pipeline, such as ``unet``."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dtype: torch.dtype | None = None
-    """Of the network's weights at the time of the call."""
+    """Dtype of the network's weights at the time of the call."""
 
 
 class Job(Generic[T]):
     """A function that runs until it calls a watched module, again and again, until it returns.
 
     Attributes:
-        call: what the job waits for; ``None`` before it starts and after it ends.
-        result: what the function returned; valid once `finished` without an `error`.
-        error: what the function raised.
+        call: call at which the job is parked; ``None`` before it starts and after it ends.
+        result: return value of the function; valid once `finished` without an `error`.
+        error: exception that the function raised.
     """
 
     call: Call | None
@@ -78,7 +79,7 @@ class Job(Generic[T]):
         self._resume(self._greenlet.switch)
 
     def resume(self, output: Any) -> None:
-        """Answer the call and run up to the next one, or to the end."""
+        """Return ``output`` from the call, and run up to the next call, or to the end."""
         self._resume(lambda: self._greenlet.switch(output))
 
     def fail(self, error: Exception) -> None:
@@ -86,14 +87,14 @@ class Job(Generic[T]):
         self._resume(lambda: self._greenlet.throw(error))
 
     def kill(self) -> None:
-        """End the job where it stands; its ``finally`` blocks run. Does nothing to a dead one."""
+        """End a parked job; its ``finally`` blocks run. Does nothing to a finished job."""
         while not self.finished:  # a ``finally`` block may call the network once more
             self._resume(lambda: self._greenlet.throw(GreenletExit))
         self.call = None
 
     def _resume(self, switch: Callable[[], Any]) -> None:
         self.call = None
-        # The engine's own greenlet is where a job parks to and where it ends.
+        # A job parks by a switch to its parent, and ends there: the engine's own greenlet.
         self._greenlet.parent = getcurrent()
         try:
             value = switch()
@@ -107,29 +108,29 @@ class Job(Generic[T]):
 
 
 class _JobGreenlet(greenlet):
-    """Marks the greenlets that may park."""
+    """Type of the greenlets that may park."""
 
 
 class Rendezvous:
-    """Replaces ``forward`` of the modules at the given sites; `close` puts it back.
+    """Replacement of ``forward`` at the given sites, until `close` restores it.
 
-    A call from outside a job goes straight through, so the modules stay usable.
+    A call from outside a job runs at once, so the modules stay usable.
     """
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self._sites = sites
         self._dtypes = {name: site.dtype for name, site in sites.items()}
-        # What someone had put there before, as offloading does.
+        # A forward that was replaced before, for example by offloading.
         self._own = {name: vars(site.module).get("forward") for name, site in sites.items()}
         self._forwards = {name: site.module.forward for name, site in sites.items()}
         for name, site in sites.items():
-            site.module.forward = self._meeting(name)
+            site.module.forward = self._parking(name)
 
-    def _meeting(self, name: str) -> Callable[..., Any]:
+    def _parking(self, name: str) -> Callable[..., Any]:
         forward, site = self._forwards[name], self._sites[name]
 
-        @functools.wraps(forward)  # pipelines look at the signature
-        def meet(*args: Any, **kwargs: Any) -> Any:
+        @functools.wraps(forward)  # pipelines inspect the signature
+        def park(*args: Any, **kwargs: Any) -> Any:
             current = getcurrent()
             if isinstance(current, _JobGreenlet):
                 assert current.parent is not None
@@ -138,22 +139,23 @@ class Rendezvous:
                 return current.parent.switch(call)
             return forward(*args, **kwargs)
 
-        return meet
+        return park
 
     def forward(self, call: Call) -> Any:
-        """Run the real module, with its network as it was when the call was made.
+        """Run the real module, with its network in the dtype of the time of the call.
 
-        Some pipelines widen the VAE before they decode and narrow it at their end. While one is
-        parked in between, others find the VAE as it was loaded.
+        Some pipelines convert the VAE to float32 before they decode, and back at their end. While
+        such a job is parked, other jobs see the VAE as it was loaded.
         """
         self._sites[call.site].cast(call.dtype)
         return self._forwards[call.site](*call.args, **call.kwargs)
 
     def signature_of(self, site: str) -> Callable[..., Any]:
-        """The real ``forward`` of the module, to look at and not to call."""
+        """Return the real ``forward`` of the module, for inspection only."""
         return self._forwards[site]
 
     def close(self) -> None:
+        """Restore the ``forward`` of every module."""
         for name, site in self._sites.items():
             vars(site.module).pop("forward", None)
             if (own := self._own[name]) is not None:

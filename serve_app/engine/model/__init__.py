@@ -1,1 +1,1 @@
-"""The loaded pipeline: weights, adapters, speed options, caches and previews."""
+"""The loaded pipeline: weights, adapters, speed options, the prompt cache and previews."""

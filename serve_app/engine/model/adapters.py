@@ -1,6 +1,6 @@
 """LoRA adapters: loaded once, switched between calls.
 
-Which of them act is a property of the shared networks, so that only requests with the same adapters
+The active adapters are a property of the shared networks. So only requests with the same adapters
 at the same scales may share a call; see `AdapterSet`.
 """
 
@@ -18,13 +18,13 @@ from serve_app.protocol.params import AdapterSet
 
 
 class Adapters:
-    """The adapters in the networks of one pipeline. Belongs to the thread that runs them."""
+    """The adapters in the networks of one pipeline; used by the thread that runs them."""
 
     def __init__(self, pipeline: Any, networks: Collection[nn.Module], loras: Mapping[str, str]):
         """Load ``loras`` into the pipeline's networks, and switch all of them off.
 
         Raises:
-            ModelLoadError: naming the adapter that cannot be loaded.
+            ModelLoadError: an adapter cannot be loaded; the message names it.
         """
         self.names = tuple(loras)
         self._keys = {name: f"lora_{index}" for index, name in enumerate(loras)}
@@ -34,11 +34,11 @@ class Adapters:
             return
         if not hasattr(pipeline, "load_lora_weights"):
             raise ModelLoadError(f"model.loras: {type(pipeline).__name__} takes no LoRA adapters.")
-        # That an adapter leaves a text encoder alone is nothing to warn of.
+        # diffusers warns of each adapter that does not change the text encoder.
         logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
         for name, source in loras.items():
             try:
-                with warnings.catch_warnings(action="ignore"):  # of a second adapter, each time
+                with warnings.catch_warnings(action="ignore"):  # for each adapter after the first
                     pipeline.load_lora_weights(
                         **_located(source), adapter_name=self._keys[name], use_safetensors=True
                     )
@@ -55,24 +55,29 @@ class Adapters:
         ]
         if changed:
             raise ModelLoadError(
-                "model.loras: an adapter changes the model itself, for requests without it too "
-                "(a control LoRA of Flux does): serve it as a model of its own."
+                "model.loras: an adapter changes the model itself, even for requests without it "
+                "(a control LoRA of Flux does). Serve it as a separate model."
             )
-        from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import, and rarely needed
+        from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import and rarely needed
 
         for network in networks:
             for layer in network.modules():
                 if isinstance(layer, BaseTunerLayer):
                     self._layers.append(layer)
                     for part in layer.adapter_layer_names:
-                        # A file may be of another dtype than the model.
+                        # The file may have another dtype than the model.
                         getattr(layer, part).to(layer.weight.dtype).requires_grad_(False)
         self._set(())
 
-    def switch(self, wanted: AdapterSet) -> bool:
-        """Let these act, and no others; whether others did before.
+    @property
+    def layer_count(self) -> int:
+        """Number of layers that have adapters."""
+        return len(self._layers)
 
-        Costs a few microseconds for each layer that has any.
+    def switch(self, wanted: AdapterSet) -> bool:
+        """Activate exactly these adapters; return True if others were active.
+
+        Costs a few microseconds per layer that has adapters.
         """
         if wanted == self._active:
             return False
@@ -82,7 +87,7 @@ class Adapters:
     def _set(self, wanted: AdapterSet) -> None:
         keys = [self._keys[name] for name, _ in wanted]
         for layer in self._layers:
-            # Not set_adapter, which looks at the gradients of every weight: ten times slower.
+            # Not by set_adapter, which visits the gradients of every weight: ten times slower.
             layer._active_adapter = keys
             for key, (_, scale) in zip(keys, wanted, strict=True):
                 layer.set_scale(key, scale)
@@ -90,9 +95,9 @@ class Adapters:
 
 
 def _located(source: str) -> dict[str, str]:
-    """Where diffusers finds it: a folder or a repository, and a file in there if one is named."""
+    """Return diffusers' arguments for a source: a folder or repository, and maybe a file."""
     if is_path(source):
-        # Not resolved: in the cache of the hub a link has the name, and its target a number.
+        # Not resolved: in the hub's cache only the link has the name; its target is a hash.
         path = Path(source).expanduser().absolute()
         where, file = str(path.parent), path.name
     else:

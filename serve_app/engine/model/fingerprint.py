@@ -1,9 +1,9 @@
-"""What the outcome of a start-up depends on, as digests that are quick to make.
+"""Fingerprint of everything that the outcome of a start-up depends on; quick to compute.
 
-A certificate of an earlier start is as good as a new one if the same weights meet the same code on
-the same kind of device. So the fingerprint is taken from what is there and will run: the weights in
-memory rather than the files they came from, and every package that is installed rather than those
-that we think of. Of what cannot be known it says something that is never the same again.
+A certificate of an earlier start is valid if the same weights meet the same code on the same kind
+of device. So the fingerprint covers what will run: the weights in memory, not their files, and all
+installed packages, not a list of known ones. A part that cannot be determined gets a unique value,
+which never matches.
 """
 
 import hashlib
@@ -26,20 +26,20 @@ from serve_app.config import generation_environment
 logger = logging.getLogger(__name__)
 
 Fingerprint = dict[str, str]
-"""By name, what may change: equal values mean that it has not."""
+"""Digests of what may change, by name; equal values mean no change."""
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""By size in bytes. Signed ones: CUDA has no other kernel for `torch.hash_tensor`."""
+"""Integer types by size in bytes. Signed: CUDA has no unsigned `torch.hash_tensor`."""
 
-_OURS = "diffusion_serve-"
-"""How the folder of this program's own package begins."""
+_OWN_PACKAGE = "diffusion_serve-"
+"""Prefix of the dist-info folder of this program's own package."""
 
 
 def of_code() -> Fingerprint:
-    """This engine's source, and the packages it stands on, each with all its files.
+    """Return the fingerprint of this engine's source and of all installed packages.
 
-    By their RECORDs, which list a digest of each file. A version alone would not do: that of a
-    package from a repository is the same for weeks.
+    A package counts with its RECORD, which lists a digest of each file. Its version is not enough:
+    a package installed from a repository keeps its version for weeks.
     """
     root = Path(__file__).parents[2]
     sources = sorted(
@@ -49,7 +49,7 @@ def of_code() -> Fingerprint:
     found = {"diffusion-serve": f"{__version__} {source}"}
     for folder in dict.fromkeys(sys.path):
         for info in sorted(Path(folder or ".").glob("*.dist-info")):
-            if not info.name.startswith(_OURS):
+            if not info.name.startswith(_OWN_PACKAGE):
                 package, _, version = info.name.removesuffix(".dist-info").partition("-")
                 found.setdefault(f"package {package}", f"{version} {_record(info)}")
     return found
@@ -58,12 +58,12 @@ def of_code() -> Fingerprint:
 def _record(info: Path) -> str:
     record, url = info / "RECORD", info / "direct_url.json"
     if not record.is_file() or (url.is_file() and '"editable": true' in url.read_text()):
-        return _never_the_same()  # its files may change where they are
+        return _unique()  # the files of an editable package may change in place
     return _digest(record.read_bytes())
 
 
 def of_machine(device: torch.device) -> Fingerprint:
-    """The device, and how torch computes on it."""
+    """Return the fingerprint of the device and of torch's settings."""
     found = {
         "python": sys.version,
         "torch build": f"{torch.version.git_version} CUDA {torch.version.cuda}",
@@ -89,7 +89,7 @@ def of_machine(device: torch.device) -> Fingerprint:
 
 
 def _processor() -> str:
-    """Its name and what torch uses of it: kernels for other vectors round otherwise."""
+    """Return the CPU's name and instruction set: other kernels round differently."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     name = next((line for line in lines if line.startswith("model name")), "")
@@ -97,16 +97,16 @@ def _processor() -> str:
 
 
 def of_component(component: Any) -> str:
-    """Of one part of a pipeline: its config, and of a network also layers and weights.
+    """Return the digest of a component: its config, and the layers and weights of a network.
 
-    Whoever changes the methods of a network in memory is not found out; one with a hook is.
+    It covers hooks on a network, but not methods that were replaced in memory.
     """
     try:
         return _digest(*_parts(component))
     except Exception:
         name = type(component).__name__
-        logger.warning("%s has no fingerprint, and counts as changed", name, exc_info=True)
-        return _never_the_same()
+        logger.warning("%s has no fingerprint and counts as changed", name, exc_info=True)
+        return _unique()
 
 
 def _parts(component: Any) -> Iterator[bytes]:
@@ -118,7 +118,7 @@ def _parts(component: Any) -> Iterator[bytes]:
         content = config if isinstance(config, dict) else config.to_dict()
         yield json.dumps(content, sort_keys=True, default=repr).encode()
     if (tokenizer := getattr(component, "backend_tokenizer", None)) is not None:
-        # Without what its last call set.
+        # Without the settings of its last call.
         content = json.loads(tokenizer.to_str()) | {"padding": None, "truncation": None}
         yield json.dumps(content).encode()
     if isinstance(component, nn.Module):
@@ -127,15 +127,15 @@ def _parts(component: Any) -> Iterator[bytes]:
 
 
 def _layers(network: nn.Module) -> str:
-    """What they are, in which order; anew each time if somebody else's code stands in between."""
+    """Describe the layers in order; unique if hooks run other code between them."""
     if any(layer._forward_pre_hooks or layer._forward_hooks for layer in network.modules()):
-        return _never_the_same()
+        return _unique()
     return repr(network)
 
 
 def _weights(network: nn.Module) -> Iterator[bytes]:
     for name, tensor in network.state_dict().items():
-        if not isinstance(tensor, Tensor):  # what a layer keeps beside its weights
+        if not isinstance(tensor, Tensor):  # extra state of a layer
             yield f"{name} {tensor!r}".encode()
             continue
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
@@ -143,13 +143,12 @@ def _weights(network: nn.Module) -> Iterator[bytes]:
 
 
 def _content(tensor: Tensor) -> Iterator[bytes]:
-    """Of each row the bits of all its numbers, added without carry, on the tensor's device.
+    """Yield the exclusive or of the bits of each row, computed on the tensor's device.
 
-    That takes as long as reading the weights from its memory once. It does not see an exchange of
-    two numbers within a row, nor the same change to an even number of them; other training does
-    not end in such weights.
+    This takes as long as reading the weights from memory once. It misses an exchange of two numbers
+    within a row, and equal changes to an even number of them. Training does not cause either.
     """
-    if hasattr(tensor, "__tensor_flatten__"):  # 8-bit weights are made of several tensors
+    if hasattr(tensor, "__tensor_flatten__"):  # 8-bit weights consist of several tensors
         names, context = tensor.__tensor_flatten__()
         yield repr(context).encode()
         for name in names:
@@ -160,15 +159,15 @@ def _content(tensor: Tensor) -> Iterator[bytes]:
         tensor = torch.view_as_real(tensor)
     bits = tensor.contiguous().view(_INTEGERS[tensor.element_size()])
     if bits.ndim > 1 and bits.numel():
-        bits = _sums(bits.flatten(1))
+        bits = row_digests(bits.flatten(1))
     yield bits.cpu().numpy().tobytes()
 
 
-def _sums(rows: Tensor) -> Tensor:
-    """``[rows]``: the exclusive or over each of ``[rows, integers]``."""
+def row_digests(rows: Tensor) -> Tensor:
+    """Return the exclusive or over each row of ``[rows, integers]``, as ``[rows]``."""
     if rows.shape[1] * rows.element_size() % 8 == 0:
-        rows = rows.view(torch.int64)  # eight bytes at a time; CUDA widens the others first
-    if rows.device.type == "cpu":  # where NumPy is many times faster
+        rows = rows.view(torch.int64)  # eight bytes at a time; CUDA widens smaller types first
+    if rows.device.type == "cpu":  # NumPy is many times faster there
         return torch.from_numpy(np.bitwise_xor.reduce(rows.numpy(), axis=1))
     return torch.hash_tensor(rows, dim=1).view(torch.int64)
 
@@ -180,10 +179,11 @@ def _named_content(file: Path) -> tuple[bytes, bytes]:
 def _digest(*parts: bytes) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))  # where each ends
+        digest.update(len(part).to_bytes(8, "little"))  # separates the parts
         digest.update(part)
     return digest.hexdigest()
 
 
-def _never_the_same() -> str:
+def _unique() -> str:
+    """Return a value that never matches another."""
     return uuid.uuid4().hex

@@ -1,8 +1,8 @@
 """Cheap previews: a linear map from latents to colours, fitted to the model's own decoder.
 
-The decoder's average over one latent cell is close to a linear function of that cell's channels, so
-that a preview costs one small matrix product. Fitting it when the engine starts needs no constants
-that would hold for one latent space only.
+The decoder's average over one latent cell is close to a linear function of the cell's channels. So
+a preview costs one small matrix product. The map is fitted at start-up, so no constants are needed,
+which would hold for one latent space only.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
 
 _PROMPTS = (
@@ -23,15 +23,15 @@ _STEPS = 6
 
 
 class PreviewMap:
-    """Latents of one picture to colours at their own, low resolution."""
+    """Linear map from the latents of one image to colours, at the resolution of the latents."""
 
     def __init__(self, weights: Tensor) -> None:
-        """``weights``: ``[channels + 1, 3]``, the last row for the constant part."""
+        """Take weights ``[channels + 1, 3]``, with the constant part in the last row."""
         self._weights = weights
 
     @classmethod
     def fit(cls, pipeline: LoadedPipeline) -> "PreviewMap | None":
-        """Least squares over a few pictures; none if the latents are in no grid that it knows."""
+        """Fit the map to a few images; return ``None`` if the latents have an unknown layout."""
         width, height = pipeline.default_size_px
         cells, colors = [], []
         for seed, prompt in enumerate(_PROMPTS):
@@ -48,25 +48,28 @@ class PreviewMap:
             ]
             cells.append(_with_constant(grid))
             colors.append(pooled.flatten(1).T)
-        # On the CPU: not every device has a solver, and there is little to solve.
+        # On the CPU: not every device has a solver, and the problem is small.
         solution = torch.linalg.lstsq(torch.cat(cells).cpu(), torch.cat(colors).cpu()).solution
         return cls(solution.to(pipeline.device))
 
     def to_json(self) -> list[list[float]]:
-        """The weights, row by row."""
+        """Return the weights, row by row."""
         rows: list[list[float]] = self._weights.tolist()
         return rows
 
     @classmethod
     def from_json(cls, value: list[list[float]], device: torch.device) -> "PreviewMap":
-        """What `to_json` gave. Raises `ValueError` or `TypeError` if it did not."""
+        """Read the result of `to_json`. Raises `ValueError` or `TypeError` for other values."""
         weights = torch.tensor(value, dtype=torch.float32)
         if weights.ndim != 2 or weights.shape[1] != 3:
             raise ValueError(f"preview weights of shape {list(weights.shape)}")
         return cls(weights.to(device))
 
     def __call__(self, latents: Tensor, width: int, height: int) -> Tensor | None:
-        """``[3, rows, columns]`` in [0, 1], for latents of a picture of this size in pixels."""
+        """Return ``[3, rows, columns]`` in [0, 1] for an image of this size in pixels.
+
+        Returns ``None`` if the latents have an unknown layout.
+        """
         grid = _grid(latents, width, height)
         if grid is None:
             return None
@@ -75,7 +78,7 @@ class PreviewMap:
 
 
 def _grid(latents: Tensor, width: int, height: int) -> Tensor | None:
-    """``[channels, rows, columns]`` of the first picture, or of the first frame of a video."""
+    """Return ``[channels, rows, columns]`` of the first image, or of a video's first frame."""
     first = latents[0]
     if first.ndim == 3:
         return first
@@ -89,6 +92,6 @@ def _grid(latents: Tensor, width: int, height: int) -> Tensor | None:
 
 
 def _with_constant(grid: Tensor) -> Tensor:
-    """``[rows * columns, channels + 1]``."""
+    """Return the cells with a constant channel: ``[rows * columns, channels + 1]``."""
     cells = grid.float().flatten(1).T
     return torch.cat([cells, torch.ones_like(cells[:, :1])], dim=1)

@@ -1,4 +1,4 @@
-"""What text encoders said of prompts, so that a repeated one costs nothing."""
+"""Cache of encoded prompts: a repeated prompt skips the text encoders."""
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -11,11 +11,15 @@ _PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
 
 
 class NotCacheable(Exception):
-    """Two such arguments cannot be told to be equal."""
+    """The arguments cannot be compared with those of another call."""
 
 
 def content_key(value: Any) -> Hashable:
-    """Equal for equal arguments. Raises `NotCacheable` for any but plain values and lists."""
+    """Return a key that is equal for equal arguments.
+
+    Raises:
+        NotCacheable: ``value`` contains more than plain values, lists and dicts.
+    """
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if isinstance(value, list | tuple):
@@ -26,7 +30,13 @@ def content_key(value: Any) -> Hashable:
 
 
 class PromptCache:
-    """Least recently used first out, within ``max_bytes`` of tensors. For one thread."""
+    """LRU cache that holds at most ``max_bytes`` of tensors; for one thread.
+
+    Attributes:
+        held_bytes: size of the tensors in the cache.
+        hits: number of results that came from the cache.
+        misses: number of results that were encoded.
+    """
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -36,7 +46,7 @@ class PromptCache:
         self.misses = 0
 
     def get(self, key: Hashable, encode: Callable[[], Any]) -> Any:
-        """What ``encode`` returned for an equal key, or returns now."""
+        """Return the cached result of ``key``, or call ``encode`` and cache its result."""
         if (entry := self._entries.get(key)) is not None:
             self._entries.move_to_end(key)
             self.hits += 1
@@ -44,7 +54,7 @@ class PromptCache:
         self.misses += 1
         value = encode()
         size = _tensor_bytes(value)
-        # Another request may have encoded the same meanwhile: encoding gives way to others.
+        # Another request may have cached the same key: encoding yields to other requests.
         if size is not None and size <= self._max_bytes and key not in self._entries:
             self._entries[key] = (value, size)
             self.held_bytes += size
@@ -55,7 +65,7 @@ class PromptCache:
 
 
 def _tensor_bytes(value: Any) -> int | None:
-    """None if it holds more than can be counted."""
+    """Return the size of all tensors; ``None`` if ``value`` contains an unknown type."""
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, list | tuple):

@@ -1,9 +1,8 @@
-"""The speed options of the config: applied when a model is loaded, kept to while it serves.
+"""The speed options of the config: applied at load time, and followed while the model serves.
 
-`speed_up` takes the loaded pipeline to its device. The engine runs its start-up in `compiling`,
-calls `compile_batches` there, runs its loop in `compiled`, and `padded` gives its batches sizes
-that are compiled. Works with the methods of the objects alone: imports no diffusers, and torchao
-only where it is asked for.
+`speed_up` moves the loaded pipeline to its device. The engine runs its start-up in `compiling`,
+calls `compile_batches` there, and runs its loop in `compiled`; `padded` brings its batches to
+compiled sizes. This module imports no diffusers, and torchao only if the config needs it.
 """
 
 import functools
@@ -23,17 +22,18 @@ from serve_app.errors import ConfigError
 from serve_app.protocol.params import GenerationParams, probe
 
 _SHAPES = 4096
-"""Compiled forms of one block that are kept; torch itself stops at 8. Each is a size of picture,
-rows of a batch and a kind of block."""
+"""Limit of compiled graphs per block; torch's own is 8.
+
+Each combination of image size, batch rows and kind of block needs one."""
 
 
 def speed_up(
     pipeline: Any, denoisers: Mapping[str, nn.Module], speed: SpeedConfig, device: torch.device
 ) -> None:
-    """Move ``pipeline`` to ``device``, with every option applied; changes its networks in place.
+    """Apply every option and move ``pipeline`` to ``device``; changes its networks in place.
 
     Raises:
-        ConfigError: if the model or the machine cannot do what an option says.
+        ConfigError: the model or the machine does not support an option.
     """
     for denoiser in denoisers.values():
         if speed.quantize != "none":
@@ -41,7 +41,7 @@ def speed_up(
         if speed.attention_backend is not None:
             _set_attention(denoiser, speed.attention_backend)
     if speed.channels_last:
-        # Transformers have their convolutions, if any, in the first layer; a VAE is made of them.
+        # A transformer has convolutions in the first layer at most; a VAE consists of them.
         for network in (*denoisers.values(), getattr(pipeline, "vae", None)):
             if network is not None:
                 _order_channels_last(network)
@@ -50,13 +50,13 @@ def speed_up(
     else:
         pipeline.to(device)
     if speed.compile:
-        _check_compiler()
+        check_compiler()
         for denoiser in denoisers.values():
             _compile(denoiser)
 
 
 def _quantize(denoiser: nn.Module, kind: str, device: torch.device) -> None:
-    """Layer by layer on the device, which never holds all the weights as they were."""
+    """Quantize layer by layer, so that the device never holds all original weights."""
     try:
         from torchao import quantization
     except ImportError as error:
@@ -64,7 +64,7 @@ def _quantize(denoiser: nn.Module, kind: str, device: torch.device) -> None:
             f"model.speed.quantize is {kind!r}, which needs torchao: {error}. Install "
             "'diffusion-serve[quantize]'."
         ) from None
-    # Its recommended settings of the compiler are global, and lower the precision of float32.
+    # torchao's compiler settings are global and lower the precision of float32.
     config = (
         quantization.Int8WeightOnlyConfig(set_inductor_config=False)
         if kind == "int8"
@@ -74,7 +74,7 @@ def _quantize(denoiser: nn.Module, kind: str, device: torch.device) -> None:
         quantization.quantize_(denoiser, config, device=device)
     except Exception as error:
         raise ConfigError(
-            f"model.speed.quantize: torchao cannot make {type(denoiser).__name__} {kind} on "
+            f"model.speed.quantize: torchao cannot convert {type(denoiser).__name__} to {kind} on "
             f"{device}: {error}"
         ) from error
 
@@ -86,8 +86,8 @@ def _set_attention(denoiser: Any, backend: str) -> None:
         for module in denoiser.modules()
     ):
         raise ConfigError(
-            f"model.speed.attention_backend: the attention of {name} cannot be exchanged, and is "
-            "torch's own; leave the option out."
+            f"model.speed.attention_backend: the attention of {name} cannot be exchanged: it is "
+            "always torch's own. Leave the option out."
         )
     try:
         denoiser.set_attention_backend(backend)
@@ -98,22 +98,22 @@ def _set_attention(denoiser: Any, backend: str) -> None:
 
 
 def _order_channels_last(network: nn.Module) -> None:
-    # Not by network.to(), which fails at the convolutions of videos.
+    # Not by network.to(), which fails for the convolutions of videos.
     for weights in network.parameters():
         if weights.ndim == 4:
             weights.data = weights.data.contiguous(memory_format=torch.channels_last)
 
 
 def _offload(pipeline: Any, denoisers: Mapping[str, nn.Module], device: torch.device) -> None:
-    """Keep one of the text encoders and denoisers on the device, and the small rest.
+    """Keep on the device one text encoder or denoiser at a time, and all small components.
 
-    Not by diffusers' hooks: a pipeline takes them off and puts them on again at its end, under
-    the feet of all other requests.
+    diffusers' own hooks do not fit: a pipeline removes and adds them again at its end, while other
+    requests still run.
     """
     if device.type == "cpu":
         raise ConfigError(
-            "model.speed.offload moves weights between a GPU and the CPU, and this model is on the "
-            "CPU: leave the option out, or set model.device to 'cuda'."
+            "model.speed.offload moves weights between a GPU and the CPU, but this model is on the "
+            "CPU. Leave the option out, or set model.device to 'cuda'."
         )
     texts = {name: part for name, part in pipeline.components.items() if "text_encoder" in name}
     large = [part for part in {**denoisers, **texts}.values() if isinstance(part, nn.Module)]
@@ -124,14 +124,14 @@ def _offload(pipeline: Any, denoisers: Mapping[str, nn.Module], device: torch.de
 
 
 def take_turns(networks: Sequence[nn.Module], device: torch.device) -> None:
-    """Have each network come to ``device`` when it is called, and the one before it leave.
+    """Make each network move to ``device`` when it is called, and the previous one leave.
 
-    The first is there from the start: diffusers finds its device where the weights are. Wraps
-    ``forward``, for good; the networks must not be called from two threads.
+    The first network starts there, because diffusers reads its device from the weights. Wraps
+    ``forward`` permanently; the networks must not be called from two threads.
     """
     resident: nn.Module | None = networks[0].to(device)
 
-    def bring(network: nn.Module) -> None:
+    def move_in(network: nn.Module) -> None:
         nonlocal resident
         if network is resident:
             return
@@ -141,44 +141,47 @@ def take_turns(networks: Sequence[nn.Module], device: torch.device) -> None:
         try:
             resident = network.to(device)
         except BaseException:
-            network.to("cpu")  # half of it may be there
+            network.to("cpu")  # part of it may have moved
             raise
 
     def wrapped(network: nn.Module) -> Callable[..., Any]:
         forward = network.forward
 
-        @functools.wraps(forward)  # pipelines look at the signature
-        def come_first(*args: Any, **kwargs: Any) -> Any:
-            bring(network)
+        @functools.wraps(forward)  # pipelines inspect the signature
+        def move_and_run(*args: Any, **kwargs: Any) -> Any:
+            move_in(network)
             return forward(*args, **kwargs)
 
-        return come_first
+        return move_and_run
 
     for network in networks:
         network.forward = wrapped(network)
 
 
-def _check_compiler() -> None:
-    """The compiler of torch needs one of C++ itself, for the CPU and to start a GPU's kernels."""
+def check_compiler() -> None:
+    """Raise `ConfigError` without a C++ compiler.
+
+    torch needs one to compile for the CPU, and to launch the kernels of a GPU.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
     try:
         get_cpp_compiler()
     except RuntimeError as error:
         raise ConfigError(
-            f"model.speed.compile needs a C++ compiler such as g++, and none is found: {error}"
+            f"model.speed.compile needs a C++ compiler such as g++, but none was found: {error}"
         ) from None
 
 
 def _compile(denoiser: Any) -> None:
-    """The blocks that repeat, each in place: quick to compile, and most of a transformer."""
-    # Where diffusers names none, those that it keeps in one piece on several devices.
+    """Compile the repeated blocks in place: quick to compile, and most of a transformer."""
+    # Without a list of repeated blocks, use those that diffusers never splits across devices.
     names = denoiser._repeated_blocks or denoiser._no_split_modules or ()
     blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
     if not blocks:
         raise ConfigError(
-            f"model.speed.compile: {type(denoiser).__name__} names no blocks that repeat; leave "
-            "the option out."
+            f"model.speed.compile: {type(denoiser).__name__} names no repeated blocks. Leave the "
+            "option out."
         )
     for block in blocks:
         block.compile(dynamic=False)
@@ -186,7 +189,7 @@ def _compile(denoiser: Any) -> None:
 
 @contextmanager
 def compiling(speed: SpeedConfig) -> Iterator[None]:
-    """Around everything that may compile. On the engine's thread: the limits belong to a thread."""
+    """Allow compilation. Use it on the engine's thread: torch's limits belong to a thread."""
     if not speed.compile:
         yield
         return
@@ -199,9 +202,9 @@ def compiling(speed: SpeedConfig) -> Iterator[None]:
 
 @contextmanager
 def compiled(speed: SpeedConfig) -> Iterator[None]:
-    """Around everything else: what was not compiled runs as it is, and nobody waits for it.
+    """Run shapes that are not compiled without compiling them, so no request waits for that.
 
-    Holds for the whole process.
+    Applies to the whole process.
     """
     if not speed.compile:
         yield
@@ -211,20 +214,20 @@ def compiled(speed: SpeedConfig) -> Iterator[None]:
 
 
 def bucket(count: int) -> int:
-    """The size to which a batch of ``count`` is padded: the next power of two."""
+    """Return the padded size of a batch of ``count``: the next power of two."""
     return 1 << (count - 1).bit_length()
 
 
 def largest_bucket(most: int) -> int:
-    """The largest size of a padded batch that is not over ``most``."""
+    """Return the largest padded batch size that does not exceed ``most``."""
     return 1 << (most.bit_length() - 1)
 
 
 def padded(calls: Sequence[MergeableCall]) -> list[MergeableCall]:
-    """``calls`` and repetitions of one of them, up to a number of rows that is compiled.
+    """Return ``calls`` and copies of the shortest one, up to a compiled number of rows.
 
-    With and without guidance the rows of a call differ; the shortest call is the measure. Merge
-    and split these, and drop the outputs after the first ``len(calls)``.
+    Calls with and without guidance differ in rows, so the shortest call is the unit. Merge and
+    split the result, and drop the outputs after the first ``len(calls)``.
     """
     shortest = min(calls, key=lambda call: call.length)
     count = sum(call.length for call in calls) / shortest.length
@@ -240,9 +243,10 @@ def compile_batches(
     size: Size,
     most: int,
 ) -> None:
-    """Compile for pictures of ``size``, with and without guidance, in all batches up to ``most``.
+    """Compile for images of ``size``, with and without guidance, in all batches up to ``most``.
 
-    Ends early where memory does. Runs on the thread that owns the pipeline, within `compiling`.
+    Stops at the batch size at which memory runs out. Runs on the thread that owns the pipeline,
+    within `compiling`.
     """
     for guidance_scale in (5.0, 1.0):
         params = replace(probe(size), guidance_scale=guidance_scale)

@@ -1,1 +1,1 @@
-"""Decisions about requests: order, cost, forecast and load. Pure Python, no torch."""
+"""Order of the requests, and the costs, forecasts and loads behind it. Pure Python."""

@@ -1,7 +1,8 @@
-"""What denoiser calls and whole requests cost on this device: measured, never assumed.
+"""Costs of denoiser calls and whole requests on this device: measured, never assumed.
 
-Knows sizes, batch sizes and seconds; no torch, no pipeline. The engine measures some sizes when it
-starts, and reports what every later call really took, so that predictions follow the device.
+The engine measures some sizes at start-up and reports the duration of every later call, so
+predictions follow the device. This module knows sizes, batch sizes and seconds; no torch, no
+pipeline. Solo seconds are defined in `serve_app.protocol.load`.
 """
 
 import math
@@ -14,22 +15,22 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 WORTHWHILE_GAIN = 1.05
-"""A larger batch must make at least this many times as many pictures a second."""
+"""A larger batch must generate at least this many times as many images per second."""
 
 _WEIGHT = 0.1
-"""Of a new measurement against what was known."""
+"""Weight of a new measurement in a smoothed time."""
 
 _MOST_SIZES = 256
-"""Sizes of which something is known; more than can be measured at start-up."""
+"""Limit of known sizes; more than a start-up can measure."""
 
 _RECOVERY_CALLS = 100
-"""Full calls that must fit after memory ran out before one request more is tried."""
+"""Full calls that must fit after memory ran out, before the cap grows by one."""
 
 
 def worthwhile_batch(call_s: Mapping[int, float]) -> int:
-    """The largest batch that still pays, of those measured: ``{batch size: seconds a call}``.
+    """Return the largest worthwhile batch size of ``{batch size: seconds per call}``.
 
-    From the smallest on, as long as each next one gives over 5 % more pictures a second.
+    Starts from the smallest, and stops where the next one gains at most 5 % more images per second.
     """
     sizes = sorted(call_s)
     best = sizes[0]
@@ -43,44 +44,44 @@ def worthwhile_batch(call_s: Mapping[int, float]) -> int:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a warm-up finds for one size."""
+    """Costs of one size, measured by the warm-up."""
 
     call_s: Mapping[int, float]
-    """By batch size: seconds of a denoiser call."""
+    """Seconds of a denoiser call, by batch size."""
     encode_s: float
-    """Of one request, before its first denoiser call."""
+    """Seconds of one request before its first denoiser call."""
     decode_s: float
-    """Of one request, after its last."""
+    """Seconds of one request after its last denoiser call."""
     out_of_memory: bool = False
-    """That is why no larger batch was measured: another time more may fit."""
+    """True if memory ran out for a larger batch; it may fit another time."""
 
 
 @dataclass
 class CostModel:
-    """Predicts seconds from (size, batch size), and batch caps from what was measured."""
+    """Predictor of seconds and batch caps, by size and batch size, from measurements."""
 
     max_batch_size: int
     call_s: dict[Size, dict[float, float]] = field(default_factory=dict)
-    """By size, then by rows relative to one picture with guidance: seconds of a denoiser call."""
+    """Seconds of a denoiser call, by size, then by rows relative to one image with guidance."""
     caps: dict[Size, int] = field(default_factory=dict)
-    """By measured size."""
+    """Worthwhile batch sizes, by measured size."""
     encode_s: dict[Size, float] = field(default_factory=dict)
-    """By size: what a request costs before its first denoiser call, text encoding as a rule."""
+    """Seconds before the first denoiser call, usually text encoding; by size."""
     between_s: dict[Size, float] = field(default_factory=dict)
-    """By size: what it costs between two denoiser calls, noise scheduling as a rule."""
+    """Seconds between two denoiser calls, usually noise scheduling; by size."""
     decode_s: dict[Size, float] = field(default_factory=dict)
-    """By size: what it costs after its last denoiser call, the VAE as a rule."""
+    """Seconds after the last denoiser call, usually the VAE; by size."""
     stage_s: dict[str, dict[Size, float]] = field(default_factory=dict)
-    """By site, then by size: one call of a module other than the denoiser."""
+    """Seconds of one call of a module other than the denoiser; by site, then by size."""
     out_of_memory: set[Size] = field(default_factory=set)
-    """Those at which the warm-up measured no larger batch for want of memory."""
+    """Sizes at which memory ended the measurement of larger batches."""
     calls_per_step: float = 1.0
-    """Denoiser calls that one step of one request makes; two where guidance has its own."""
+    """Denoiser calls per step of one request; two if guidance has a call of its own."""
     _fitting: dict[Size, tuple[int, int]] = field(default_factory=dict)
-    """By size where memory ran out: how many fit, and how often that many have since."""
+    """Requests that fit, and full calls since; by size at which memory ran out."""
 
     def measured(self, size: Size, measurement: Measurement, capped: bool = True) -> None:
-        """Take over what a warm-up found; not ``capped``: with single calls, which set no cap."""
+        """Add the measurement of ``size``. Without ``capped`` it sets no cap: single calls only."""
         calls = measurement.call_s
         self.call_s[size] = {float(batch): seconds for batch, seconds in calls.items()}
         if capped:
@@ -91,7 +92,7 @@ class CostModel:
             self.out_of_memory.add(size)
 
     def observe_call(self, size: Size, rows: float, requests: int, seconds: float) -> None:
-        """A call for ``requests`` requests, of ``rows`` together, took so long."""
+        """Add the duration of a call for ``requests`` requests with ``rows`` rows in all."""
         if size not in self.call_s:
             self._make_room(self.call_s)
         known = self.call_s.setdefault(size, {})
@@ -102,17 +103,17 @@ class CostModel:
             self._fitting[size] = (fitting + 1, 0) if enough else (fitting, often + 1)
 
     def observe_stage(self, site: str, size: Size, seconds: float) -> None:
-        """A call of a module other than the denoiser took so long."""
+        """Add the duration of a call of a module other than the denoiser."""
         self._mix(self.stage_s.setdefault(site, {}), size, seconds)
 
     def observe_between(self, size: Size, seconds: float) -> None:
-        """A request took so long from one denoiser call to its next."""
+        """Add the time of a request from one denoiser call to its next."""
         self._mix(self.between_s, size, seconds)
 
     def observe_request(
         self, size: Size, steps: int, calls: int, encode_s: float, decode_s: float
     ) -> None:
-        """A request is done."""
+        """Add the times and the calls of a finished request."""
         self._mix(self.encode_s, size, encode_s)
         self._mix(self.decode_s, size, decode_s)
         self.calls_per_step = _mixed(self.calls_per_step, calls / max(1, steps))
@@ -123,12 +124,12 @@ class CostModel:
         known[size] = _mixed(known.get(size), seconds)
 
     def _make_room(self, known: dict[Size, Any]) -> None:
-        """Clients choose the sizes: the oldest that nobody measured goes when there are many."""
+        """Evict the oldest size without a cap if there are too many: clients choose the sizes."""
         if len(known) >= _MOST_SIZES:
             del known[next(size for size in known if size not in self.caps)]
 
     def predict_call(self, size: Size, rows: float = 1.0) -> float:
-        """Seconds of one call; 0 while nothing at all is known."""
+        """Return the seconds of one denoiser call; 0 while nothing is known."""
         if not self.call_s:
             return 0.0
         nearest = _nearest(size, self.call_s)
@@ -136,28 +137,28 @@ class CostModel:
         return _interpolated(self.call_s[nearest], rows * _pixels(size) / _pixels(nearest))
 
     def predict_stage(self, site: str, size: Size) -> float:
-        """Seconds of one call of a module other than the denoiser; 0 while none is known."""
+        """Return the seconds of one call at ``site``, not a denoiser; 0 while unknown."""
         return _at(size, self.stage_s.get(site, {}))
 
     def predict_encode(self, size: Size) -> float:
-        """Seconds that a request takes before its first denoiser call."""
+        """Return the seconds of a request before its first denoiser call."""
         return self.encode_s[_nearest(size, self.encode_s)] if self.encode_s else 0.0
 
     def predict_decode(self, size: Size) -> float:
-        """Seconds that a request takes after its last denoiser call."""
+        """Return the seconds of a request after its last denoiser call."""
         return _at(size, self.decode_s)
 
     def predict_between(self, size: Size) -> float:
-        """Seconds that a request takes between two of its denoiser calls."""
+        """Return the seconds of a request between two of its denoiser calls."""
         return _at(size, self.between_s)
 
     def predict_steps(self, size: Size, steps: float, rows: float = 1.0) -> float:
-        """Seconds that so many steps of a request take when it runs alone."""
+        """Return the solo seconds of ``steps`` steps of a request."""
         call_s = self.predict_call(size, rows) + self.predict_between(size)
         return steps * self.calls_per_step * call_s
 
     def cap(self, size: Size, rows: float = 1.0, within_s: float = math.inf) -> int:
-        """How many requests of this size and ``rows`` are worth one call of ``within_s``."""
+        """Return the batch cap for requests of this size and ``rows``, in calls of ``within_s``."""
         most = self.max_batch_size
         if self.caps:
             nearest = _nearest(size, self.caps)
@@ -170,14 +171,19 @@ class CostModel:
         return most
 
     def lower_cap(self, size: Size, batch: int) -> int:
-        """A batch of this many did not fit into memory: half as many, until that has gone well."""
+        """Halve the cap after a batch of this many ran out of memory; return the new cap.
+
+        The cap grows again, by one request at a time, once enough full calls have fit.
+        """
         fitting = max(1, batch // 2)
         self._fitting[size] = (fitting, 0)
         return fitting
 
     def to_json(self) -> list[dict[str, Any]]:
-        """What the warm-up measured; not the sizes where memory ran out, of which more may fit
-        another time."""
+        """Return the measurements of the warm-up.
+
+        Leaves out sizes at which memory ran out: a larger batch may fit another time.
+        """
         return [
             {
                 "size": size,
@@ -191,10 +197,10 @@ class CostModel:
         ]
 
     def add_json(self, entries: list[dict[str, Any]]) -> None:
-        """Take over what `to_json` gave.
+        """Add the result of `to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError: if it did not come from there.
+            ValueError, KeyError, TypeError: ``entries`` is not such a result.
         """
         for entry in entries:
             width, height = entry["size"]
@@ -217,7 +223,7 @@ def _pixels(size: Size) -> int:
 
 
 def _at(size: Size, known: Mapping[Size, float]) -> float:
-    """What is known for the nearest size, by the number of pixels; 0 while nothing is."""
+    """Scale the value of the nearest size by the number of pixels; 0 while nothing is known."""
     if not known:
         return 0.0
     nearest = _nearest(size, known)
@@ -225,14 +231,14 @@ def _at(size: Size, known: Mapping[Size, float]) -> float:
 
 
 def _nearest(size: Size, known: Mapping[Size, object]) -> Size:
-    """The known size with the closest number of pixels, by ratio."""
+    """Return the known size with the closest number of pixels, by ratio."""
     if size in known:
         return size
     return min(known, key=lambda other: abs(math.log(_pixels(other) / _pixels(size))))
 
 
 def _interpolated(known: Mapping[float, float], rows: float) -> float:
-    """Linear between what is known, in proportion beyond it; never less for more rows."""
+    """Interpolate linearly, and extrapolate in proportion; never less for more rows."""
     if rows in known:
         return known[rows]
     points = sorted(known.items())
@@ -240,8 +246,7 @@ def _interpolated(known: Mapping[float, float], rows: float) -> float:
     if rows > most:
         return most_s * rows / most
     if rows < least:
-        # A call has a fixed part, so fewer rows save less than their share: halfway, for want of
-        # anything better.
+        # A call has a fixed part, so fewer rows save less than their share. Half of it is a guess.
         return least_s * (1 + rows / least) / 2
     for (low, low_s), (high, high_s) in pairwise(points):
         if low <= rows <= high:

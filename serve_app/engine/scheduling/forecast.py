@@ -1,4 +1,4 @@
-"""When requests will be done: what the engine is going to do, played forward. Pure Python."""
+"""Forecast of completion times, by simulation of the engine's next calls. Pure Python."""
 
 import math
 import statistics
@@ -9,29 +9,29 @@ from dataclasses import dataclass
 from serve_app.engine.scheduling.cost import CostModel, Size
 
 _WEIGHT = 0.05
-"""Of the last request against all before, in what the forecast has lately been off by."""
+"""Weight of the last request in the smoothed bias of the forecast."""
 
 _LEAST, _MOST = 0.5, 4.0
-"""Bounds of that: beyond them something is wrong that no factor mends."""
+"""Bounds of the bias. A value beyond them means a fault that no factor corrects."""
 
 
 @dataclass(eq=False)
 class Work:
-    """What is left of a request."""
+    """Remaining work of a request."""
 
     group: Hashable
-    """Those with equal groups may share denoiser calls."""
+    """Merge group: requests of equal groups may share denoiser calls."""
     size: Size
     rows: float
-    """Of each of its calls, relative to one picture with guidance."""
+    """Rows of each of its calls, relative to one image with guidance."""
     calls: float
-    """Of the denoiser."""
+    """Remaining denoiser calls."""
     encode_s: float
     decode_s: float
 
 
 class Forecast:
-    """Predicts, and learns from how it was."""
+    """Predictor of completion times that corrects its bias from observed ones."""
 
     def __init__(self, cost: CostModel) -> None:
         self._cost = cost
@@ -39,25 +39,28 @@ class Forecast:
         self._errors: deque[float] = deque(maxlen=256)
 
     def predict_s(self, order: Sequence[Work], target: Work) -> float:
-        """Seconds until ``target``, one of ``order``, is done; uses up what is left of all.
+        """Return the seconds until ``target`` is done. Consumes every item of ``order``.
 
-        ``order`` says who goes before whom. Nobody comes in between in this play, and requests do
-        come: what that costs on average is known from the last ones.
+        ``order`` holds the remaining work of all requests, the first to run first. The simulation
+        has no new arrivals; the observed bias makes up for their average cost.
+
+        Raises:
+            ValueError: ``target`` is not in ``order``.
         """
-        for work, ended_s in self._play(order):
+        for work, ended_s in self._simulate(order):
             if work is target:
                 return ended_s * math.exp(self._log_bias)
         raise ValueError("the request is not among those in order")
 
     def predict_all_s(self, order: Sequence[Work]) -> list[float]:
-        """Seconds until each is done, as `predict_s` has it; uses up what is left of all."""
-        ended = {id(work): ended_s for work, ended_s in self._play(order)}
+        """Return the seconds until each is done, like `predict_s`. Consumes every item."""
+        ended = {id(work): ended_s for work, ended_s in self._simulate(order)}
         return [ended[id(work)] * math.exp(self._log_bias) for work in order]
 
     def observe(self, predicted_s: float, actual_s: float) -> float | None:
-        """A request is done, ``actual_s`` after the prediction: the error as a share of that.
+        """Learn from a finished request; return the error as a share of ``actual_s``.
 
-        None if there was nothing to predict from.
+        Returns ``None`` if nothing was known at the time of the prediction.
         """
         if predicted_s <= 0 or actual_s <= 0:
             return None
@@ -69,20 +72,20 @@ class Forecast:
 
     @property
     def error(self) -> float | None:
-        """Median of the last few hundred, as a share of the time it took; none before the first."""
+        """Median error of the last 256 requests, as a share of the actual time, if any."""
         return statistics.median(self._errors) if self._errors else None
 
-    def _play(self, order: Sequence[Work]) -> Iterator[tuple[Work, float]]:
-        """Who is done, and after how many seconds, one after the other."""
+    def _simulate(self, order: Sequence[Work]) -> Iterator[tuple[Work, float]]:
+        """Yield each request as it ends, with the seconds until then."""
         cost = self._cost
         now = sum(work.encode_s for work in order)
         groups: dict[Hashable, list[Work]] = {}
-        place = {id(work): index for index, work in enumerate(order)}
+        rank = {id(work): index for index, work in enumerate(order)}
         for work in order:
             groups.setdefault(work.group, []).append(work)
         caps = {key: cost.cap(left[0].size, left[0].rows) for key, left in groups.items()}
         while groups:
-            key = min(groups, key=lambda key: place[id(groups[key][0])])
+            key = min(groups, key=lambda key: rank[id(groups[key][0])])
             left = groups[key]
             batch = left[: caps[key]]
             rows = sum(work.rows for work in batch)

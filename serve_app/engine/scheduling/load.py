@@ -1,8 +1,8 @@
-"""What is asked of an engine and what it gets done: the figures by which replicas are scaled.
+"""The load of one engine: offered work, backlog and throughput, by which replicas are scaled.
 
-Pure Python. The engine's thread reports, any thread may look. Work is counted in *alone-seconds*:
-what a request takes alone on the device, as predicted when it came. A device that paints several
-requests together does more than one of them a second.
+The engine's thread reports events; any thread may read. Work is measured in solo seconds, as
+defined in `serve_app.protocol.load`. A device that batches requests does more than one solo second
+of work per second. Pure Python.
 """
 
 import threading
@@ -11,17 +11,17 @@ from collections import deque
 from serve_app.protocol.load import ReplicaLoad
 
 WINDOW_S = 30
-"""Over which rates and shares of time are taken."""
+"""Window for rates and shares of time."""
 
 _MEAN_WEIGHT = 0.05
-"""Of the last request, in the mean work of one."""
+"""Weight of the last request in the smoothed work of a request."""
 
 _LEAST_THROUGHPUT = 0.1
-"""Below it something is wrong that no figure mends."""
+"""Lower bound of the throughput. A smaller value means a fault, and would inflate backlogs."""
 
 
 class _Window:
-    """The sum of what was added in the last `WINDOW_S`, in steps of a second."""
+    """Sum of the amounts of the last `WINDOW_S`, in buckets of one second."""
 
     def __init__(self) -> None:
         self._seconds: deque[tuple[int, float]] = deque()
@@ -43,38 +43,39 @@ class _Window:
 
 
 class Throughput:
-    """Alone-seconds of work done per busy second, smoothed; 1 while unknown."""
+    """Solo seconds of work done per busy second, smoothed; 1 while unknown."""
 
     __slots__ = ("_saved_s", "_took_s")
 
     def __init__(self) -> None:
-        # Sums that forget: of a second that was busy a third is left after WINDOW_S busy ones.
+        # Decaying sums: about a third of a busy second is left after WINDOW_S more busy seconds.
         self._took_s = 0.0
-        self._saved_s = 0.0  # by calls that several shared
+        self._saved_s = 0.0  # by batched calls
 
     def called(self, solo_s: float, seconds: float) -> None:
-        """Denoiser calls took so long, and those in them one after the other so long."""
+        """Report calls of ``seconds`` in all, which would take ``solo_s`` without batching."""
         self._saved_s += solo_s - seconds
 
     def busy(self, seconds: float) -> None:
-        """So much time has passed in which there was work, that of the calls included."""
+        """Report time that passed with work present, time in calls included."""
         fading = max(0.0, 1 - seconds / WINDOW_S)
         self._saved_s *= fading
         self._took_s = self._took_s * fading + seconds
 
     def value(self) -> float:
-        # A second of knowing nothing, so that the first calls do not decide alone. What is not a
-        # denoiser call takes each request as long as it would alone.
+        """Return solo seconds of work per busy second."""
+        # One neutral second damps the first calls. Work outside denoiser calls is not batched: it
+        # takes its solo seconds.
         took_s = self._took_s + 1.0
         return max(_LEAST_THROUGHPUT, (took_s + self._saved_s) / took_s)
 
 
 class LoadTracker:
-    """Keeps the figures. Times are in seconds on any one clock; thread-safe."""
+    """Tracker of one engine's load. Times are in seconds on any one clock; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._remaining_s = {False: 0.0, True: 0.0}  # by background
+        self._remaining_s = {False: 0.0, True: 0.0}  # by low priority
         self._requests = {False: 0, True: 0}
         self._offered = _Window()
         self._busy = _Window()
@@ -83,53 +84,56 @@ class LoadTracker:
         self._throughput = Throughput()
 
     def offered(self, now: float, solo_s: float) -> None:
-        """An interactive request came for the first time, and could be done in time by somebody."""
+        """Report the first arrival of an interactive request that is feasible on some replica."""
         with self._lock:
             self._offered.add(now, solo_s)
             weight = _MEAN_WEIGHT if self._mean_s else 1.0
             self._mean_s += weight * (solo_s - self._mean_s)
 
     def accepted(self, now: float, solo_s: float, low_priority: bool) -> None:
-        """A request was taken in."""
+        """Report an accepted request."""
         with self._lock:
             self._pass_to(now)
             self._remaining_s[low_priority] += solo_s
             self._requests[low_priority] += 1
 
     def called(self, solo_s: float, seconds: float) -> None:
-        """A denoiser call took so long, and those in it one after the other so long."""
+        """Report a denoiser call of ``seconds``, which would take ``solo_s`` without batching."""
         with self._lock:
             self._throughput.called(solo_s, seconds)
 
     def update_remaining(
         self, now: float, before_s: float, left_s: float, low_priority: bool
     ) -> None:
-        """Of a request that was taken in so much was left, and is now: more, if it turns out to
-        take longer."""
+        """Update the remaining work of an accepted request, from ``before_s`` to ``left_s``.
+
+        It grows if the request turns out to take longer than predicted.
+        """
         with self._lock:
             self._pass_to(now)
             self._remaining_s[low_priority] += left_s - before_s
 
     def ended(self, now: float, left_s: float, low_priority: bool) -> None:
-        """A request has ended, with so much of it not done."""
+        """Report the end of a request, with ``left_s`` of its work not done."""
         with self._lock:
             self._pass_to(now)
             self._remaining_s[low_priority] -= left_s
             self._requests[low_priority] -= 1
             if not self._requests[low_priority]:
-                self._remaining_s[low_priority] = 0.0  # what rounding left
+                self._remaining_s[low_priority] = 0.0  # drop rounding errors
 
     def throughput(self) -> float:
+        """Return solo seconds of work done per busy second, smoothed."""
         with self._lock:
             return self._throughput.value()
 
     def backlog_s(self, low_priority: bool = False) -> float:
-        """Seconds to finish what was accepted, at the measured throughput."""
+        """Return the seconds to finish all accepted work, at the measured throughput."""
         with self._lock:
             return self._backlog_s(low_priority)
 
     def load(self, now: float) -> ReplicaLoad:
-        """All figures."""
+        """Return the current load."""
         with self._lock:
             self._pass_to(now)
             return ReplicaLoad(
@@ -145,8 +149,8 @@ class LoadTracker:
         return max(0.0, self._remaining_s[low_priority]) / self._throughput.value()
 
     def _pass_to(self, now: float) -> None:
-        """Count the time until now, in which as many requests were there as are."""
-        busy_s = max(0.0, now - self._counted_until)  # two threads may come out of order
+        """Count the time until ``now``, during which the number of requests did not change."""
+        busy_s = max(0.0, now - self._counted_until)  # two threads may arrive out of order
         self._counted_until += busy_s
         if not any(self._requests.values()):
             return

@@ -1,1 +1,1 @@
-"""Work done once before the first request: certification, warm-up and the profile."""
+"""Work before the first request: certification, warm-up and the profile of earlier starts."""

@@ -1,8 +1,7 @@
-"""At start-up: learn where the batch axis is, and prove that sharing paints the same pictures.
+"""Certification at start-up: learn the batch axis, and check that sharing gives the same images.
 
-A pipeline whose calls must not be merged is still served, its requests taking turns at every step;
-one whose requests must not even do that, one request after another. Never a wrong picture, never a
-silent slow path.
+If calls must not be merged, requests take turns at every step. If they must not take turns either,
+requests run one after another. So no image is ever wrong, and every slower way is reported.
 """
 
 import functools
@@ -17,36 +16,36 @@ from torch import Tensor
 
 from serve_app.engine.batching.batch import BatchSpec, NotMergeable, tensors
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.params import GenerationParams, Sharing, Task, probe
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
-"""Largest difference of a pixel in [0, 1] that rounding explains over a few steps.
+"""Largest difference of a pixel in [0, 1] that rounding explains over a few steps, by dtype.
 
-On a CPU a few millionths are usual; a GPU's convolutions round float32 to TF32.
+A CPU usually differs by a few millionths; a GPU's convolutions round float32 to TF32.
 """
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """How requests may share the pipeline."""
+    """Certified way in which requests share the pipeline."""
 
     sharing: Sharing
     specs: dict[str, BatchSpec]
-    """By site, how calls are merged; empty unless batched."""
+    """Batch specs by site; empty unless batched."""
     difference: float | None
-    """Largest difference between alone and together, in [0, 1] pixels; none if never rendered."""
+    """Largest difference between separate and batched images, in [0, 1] pixels, if measured."""
     note: str
-    """Why they share no more than that; empty when batched."""
+    """Reason why requests do not share more; empty if batched."""
     tasks: tuple[Task, ...]
-    """For which that holds; the others are not offered."""
+    """Tasks that the certificate covers; the model does not offer others."""
     lasting: bool = True
-    """Whether another start would find the same; not where only memory ran out."""
+    """True if another start would find the same; False if only a lack of memory decided."""
 
     def to_json(self) -> dict[str, Any]:
-        """For a file. Raises `NotWritable`."""
+        """Return the certificate for a file. Raises `NotWritable`."""
         return {
             "sharing": self.sharing,
             "specs": {site: spec.to_json() for site, spec in self.specs.items()},
@@ -57,10 +56,10 @@ class Certificate:
 
     @classmethod
     def from_json(cls, value: dict[str, Any], rendezvous: Rendezvous) -> "Certificate":
-        """What `to_json` gave, of the same pipeline.
+        """Read the result of `to_json`, for the same pipeline.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError: if it did not come from there.
+            ValueError, KeyError, TypeError, AttributeError: ``value`` is not such a result.
         """
         if value["sharing"] not in get_args(Sharing) or not set(value["tasks"]) <= set(
             get_args(Task)
@@ -78,25 +77,27 @@ class Certificate:
 
 
 def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
-    """Render a few steps for one picture, for two, and for two requests together.
+    """Generate one image, two images, and two requests together, in a few steps each.
 
-    Runs on the calling thread, which must be the one that will own the pipeline. Errors of the
-    pipeline itself are raised: a model that cannot paint alone cannot be served.
+    Runs on the calling thread, which must be the one that will own the pipeline.
+
+    Raises:
+        Exception: the pipeline failed to generate a single image, so it cannot be served.
     """
     first = probe(pipeline.default_size_px)
-    # The same words in another order, so that both take the same number of tokens. Not the same
-    # number of steps: what the first to end undoes, the other still needs.
+    # The same words in another order give the same number of tokens. The number of steps differs:
+    # the first request to end may undo a change that the other still needs.
     second = replace(
         first, prompt="a dog sees a cat", seed=2, num_inference_steps=8, guidance_scale=3.0
     )
-    one, first_alone = _record(pipeline, rendezvous, first, images=1)
-    _, second_alone = _record(pipeline, rendezvous, second, images=1)
+    one, first_image = _record(pipeline, rendezvous, first, images=1)
+    _, second_image = _record(pipeline, rendezvous, second, images=1)
 
     tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
 
     def compare(specs: dict[str, BatchSpec]) -> float:
         together = _together(pipeline, rendezvous, specs, (first, second), must_merge=bool(specs))
-        return _checked((first_alone, second_alone), together, tolerance)
+        return _checked((first_image, second_image), together, tolerance)
 
     difference, lasting = None, True
     try:
@@ -108,16 +109,16 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
     except NotMergeable as reason:
         note = f"calls cannot be merged: {reason}"
     except _Different as error:
-        difference, note = error.difference, f"batched pictures {error}"
+        difference, note = error.difference, f"batched images {error}"
     except Exception as error:
-        note = f"a call for two pictures failed: {type(error).__name__}: {error}"
+        note = f"a call for two images failed: {type(error).__name__}: {error}"
         lasting = not isinstance(error, torch.OutOfMemoryError)
     try:
         compare({})
     except _Different as error:
-        note += f"; pictures painted in turns {error}"
+        note += f"; images generated in turns {error}"
     except Exception as error:
-        note += f"; painting in turns failed: {type(error).__name__}: {error}"
+        note += f"; generation in turns failed: {type(error).__name__}: {error}"
         lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
     else:
         tasks, found = _certify_tasks(pipeline, rendezvous, {}, (first, second), tolerance)
@@ -128,11 +129,11 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
 def contradiction(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, specs: dict[str, BatchSpec]
 ) -> str | None:
-    """Why specs of an earlier start are wrong after all; none if they seem right.
+    """Return why specs of an earlier start do not fit; ``None`` if no contradiction is found.
 
-    Paints one picture in two steps, and asks each denoiser once more for twice the same: cheap,
-    and it warms up what a certification would. That the pictures come out the same for requests
-    that differ is not seen here; that follows from the fingerprint.
+    Generates one image in two steps and calls each denoiser once more with a batch of two equal
+    calls. This is cheap and warms up what a certification would. It does not compare images of
+    different requests; their equality follows from the fingerprint.
     """
     tolerance = TOLERANCE.get(pipeline.dtype, TOLERANCE[torch.float32])
     job = Job(functools.partial(pipeline.generate, probe(pipeline.default_size_px)))
@@ -142,7 +143,7 @@ def contradiction(
         while (call := job.call) is not None:
             output = rendezvous.forward(call)
             if call.site in pipeline.denoisers and call.site not in specs:
-                return f"{call.site} is called, and was not"
+                return f"{call.site} is called, but was not called before"
             if (spec := unseen.pop(call.site, None)) is not None:
                 pair = [spec.prepare(call)] * 2
                 for half in spec.split(rendezvous.forward(spec.merge(pair)), pair):
@@ -155,11 +156,11 @@ def contradiction(
     finally:
         job.kill()
         pipeline.restore_networks()
-    return f"{', '.join(unseen)} is not called, and was" if unseen else None
+    return f"{', '.join(unseen)} is not called, but was called before" if unseen else None
 
 
 def _alike(one: Any, two: Any, tolerance: float) -> bool:
-    """Whether the tensors in two outputs differ by no more than that, as a share of the largest."""
+    """Return True if the tensors of two outputs differ by at most ``tolerance``, relatively."""
     pairs = list(zip(tensors(one), tensors(two), strict=True))
     return bool(pairs) and all(
         a.shape == b.shape
@@ -176,8 +177,10 @@ def _certify_tasks(
     requests: Sequence[GenerationParams],
     tolerance: float,
 ) -> tuple[tuple[Task, ...], bool]:
-    """Those for which such sharing is right too, text-to-image among them; and whether that lasts,
-    no task being left out for want of memory alone."""
+    """Return the tasks that may share in this way, and True if another start would find the same.
+
+    Text-to-image is always among them. Another start may differ if memory ran out for a task.
+    """
     width, height = pipeline.default_size_px
     image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     mask_image = Image.radial_gradient("L").resize((width, height))
@@ -192,49 +195,49 @@ def _certify_tasks(
             replace(request, image=image, mask_image=mask, strength=0.9) for request in requests
         ]
         try:
-            alone = [_record(pipeline, rendezvous, request, images=1)[1] for request in pair]
-            _checked(alone, _together(pipeline, rendezvous, specs, pair), tolerance)
+            separate = [_record(pipeline, rendezvous, request, images=1)[1] for request in pair]
+            _checked(separate, _together(pipeline, rendezvous, specs, pair), tolerance)
         except Exception as error:
-            logger.warning("%s is not offered: its pictures %s", task, error)
+            logger.warning("%s is not offered: its images %s", task, error)
             lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
         else:
             certified.append(task)
     return tuple(certified), lasting
 
 
-def _checked(alone: Sequence[Tensor], together: Sequence[Tensor], tolerance: float) -> float:
-    """The largest difference. Raises `_Different` if it is more than ``tolerance``."""
-    difference = largest_difference(alone, together)
-    if not difference <= tolerance:  # not a number is a failure too
+def _checked(separate: Sequence[Tensor], together: Sequence[Tensor], tolerance: float) -> float:
+    """Return the largest difference. Raises `_Different` if it exceeds ``tolerance``."""
+    difference = largest_difference(separate, together)
+    if not difference <= tolerance:  # NaN fails as well
         raise _Different(difference, f"differ by {difference:.2g}, more than {tolerance:.2g}")
     return difference
 
 
 class _Different(Exception):
-    """The pictures are not those that each request paints alone."""
+    """The images differ from those of separate requests."""
 
     def __init__(self, difference: float, message: str) -> None:
         super().__init__(message)
         self.difference = difference
 
 
-def largest_difference(alone: Sequence[Tensor], together: Sequence[Tensor]) -> float:
-    """Over all pixels of all pictures; not a number if any pixel is none."""
+def largest_difference(separate: Sequence[Tensor], together: Sequence[Tensor]) -> float:
+    """Return the largest difference over all pixels of all images; NaN if any pixel is NaN."""
     return float(
         torch.stack(
-            [(a.float() - b.float()).abs().max() for a, b in zip(alone, together, strict=True)]
+            [(a.float() - b.float()).abs().max() for a, b in zip(separate, together, strict=True)]
         ).max()
     )
 
 
 _Recorded = dict[str, tuple[Call, Any]]
-"""By site, the first call of that denoiser and its output."""
+"""First call of each denoiser and its output, by site."""
 
 
 def _learn(rendezvous: Rendezvous, one: _Recorded, two: _Recorded) -> dict[str, BatchSpec]:
-    """How the calls for one picture grow when there are two."""
+    """Learn the batch axis of each denoiser from calls for one image and for two."""
     if one.keys() != two.keys():
-        raise NotMergeable(f"one picture calls {', '.join(one)}, two call {', '.join(two)}")
+        raise NotMergeable(f"one image calls {', '.join(one)}, two call {', '.join(two)}")
     return {
         site: BatchSpec.learn(rendezvous.signature_of(site), one[site], two[site]) for site in one
     }
@@ -249,7 +252,7 @@ def _finished(job: Job[Tensor]) -> Tensor:
 def _record(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, params: GenerationParams, images: int
 ) -> tuple[_Recorded, Tensor]:
-    """Paint alone, merging nothing; the first picture is ``[3, height, width]``."""
+    """Generate without merging; return the denoiser calls and the image ``[3, height, width]``."""
     job = Job(lambda: pipeline.generate(params, images=images))
     recorded: _Recorded = {}
     try:
@@ -266,9 +269,9 @@ def _record(
 
 
 def _advance(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) -> None:
-    """Answer calls of other modules than denoisers, enough for half a decoding at the most.
+    """Run calls of modules other than denoisers, for at most half of a decoding.
 
-    So that another's steps fall into its middle, and others follow its end.
+    So steps of another request happen in the middle of a decoding, and more of them after it.
     """
     for _ in range(max(1, len(pipeline.sites) // 4)):
         if job.call is not None and job.call.site not in pipeline.denoisers:
@@ -282,10 +285,10 @@ def _together(
     requests: Sequence[GenerationParams],
     must_merge: bool = False,
 ) -> list[Tensor]:
-    """Paint side by side, merging wherever two calls fit; without ``specs``, in turns.
+    """Generate concurrently: merge calls with equal keys; without ``specs``, take turns.
 
     Raises:
-        NotMergeable: if no two calls fit where some must.
+        NotMergeable: ``must_merge`` is set and no two calls could be merged.
     """
     jobs = [Job(functools.partial(pipeline.generate, params)) for params in requests]
     merged = 0

@@ -1,4 +1,4 @@
-"""How long a start takes, phase by phase: a metric for each, and one line in the log."""
+"""Duration of a start, phase by phase: a metric for each, and one line in the log."""
 
 import logging
 import time
@@ -10,21 +10,27 @@ from serve_app.metrics import COLD_START
 logger = logging.getLogger(__name__)
 
 Phase = Literal["load", "certify", "preview", "measure", "compile"]
-"""Reading the weights; finding out how requests share the pipeline, or that it is known; fitting
-previews; measuring the sizes of the config; compiling for them."""
+"""Phases of a start, in order.
+
+- ``load``: read the weights.
+- ``certify``: certify how requests share the pipeline, or check the profile's certificate.
+- ``preview``: fit the previews.
+- ``measure``: measure the sizes of the config.
+- ``compile``: compile for these sizes.
+"""
 
 
 class ColdStart:
-    """A stopwatch with laps, running from its making: the phases add up to the whole."""
+    """Stopwatch with laps that starts at its creation; the phases add up to the total."""
 
     def __init__(self) -> None:
         self.phases_s: dict[Phase, float] = dict.fromkeys(get_args(Phase), 0.0)
         self.reuse = ""
-        """What of an earlier start was taken over, in words. Set by the warm-up."""
+        """Description of the results reused from an earlier start. Set by the warm-up."""
         self._lap_at = time.perf_counter()
 
     def ended(self, phase: Phase) -> None:
-        """What was done since the last one, on the device too, was of this phase."""
+        """Count the time since the last call as ``phase``; waits for the device."""
         wait_for_device()
         now = time.perf_counter()
         self.phases_s[phase] += now - self._lap_at
@@ -32,11 +38,11 @@ class ColdStart:
 
     @property
     def total_s(self) -> float:
-        """Seconds from the beginning to the end of the last phase."""
+        """Seconds from the creation to the end of the last phase."""
         return sum(self.phases_s.values())
 
     def report(self, model: str) -> None:
-        """For the log and the metrics."""
+        """Report the phases to the log and the metrics."""
         for phase, seconds in self.phases_s.items():
             COLD_START.labels(model, phase).set(seconds)
         phases = ", ".join(f"{phase} {seconds:.2f} s" for phase, seconds in self.phases_s.items())

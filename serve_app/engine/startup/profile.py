@@ -1,7 +1,7 @@
-"""The file that keeps what a start-up found out, for the next one. Plain JSON.
+"""The file that keeps the results of a start-up for the next one. Plain JSON.
 
-Knows no more of the content than what it was found with: that it is used only if that has not
-changed is decided here, and nowhere else.
+A profile stores the fingerprint of the start-up beside its results. Only this module decides
+whether results are still valid: they are if the fingerprint has not changed.
 """
 
 import json
@@ -16,33 +16,33 @@ from serve_app.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of the file. Another one is of another version of this program."""
+"""Version of the file format. Another version of this program may use another one."""
 
 _MOST_NAMED = 8
-"""Of what has changed: another image changes a hundred packages."""
+"""Limit of changes named in the log: another container image changes a hundred packages."""
 
 
 class Profile:
-    """One file. Several replicas may read and write it at the same time."""
+    """A profile file. Several replicas may read and write it at the same time."""
 
     def __init__(self, path: Path, found_with: Fingerprint) -> None:
-        """``found_with``: everything that the content depends on, as it is now."""
+        """Open the profile at ``path``; ``found_with`` is the current fingerprint."""
         self.path = path
         self._found_with = found_with
 
     def read(self) -> dict[str, Any] | None:
-        """What an earlier start kept; none if there is none, or if anything is not as it was then.
+        """Return the results of an earlier start; ``None`` without a file or after any change.
 
-        Never a part of it: what changed may have changed any of it.
+        Never returns a part of them: a change may affect every result.
 
         Raises:
-            ConfigError: if the file cannot be read, or is not one of this program.
+            ConfigError: the file cannot be read, or is not a profile.
         """
         try:
             text = self.path.read_text(encoding="utf-8")
         except FileNotFoundError:
             return None
-        except NotADirectoryError:  # nor can it be written, which is told then
+        except NotADirectoryError:  # writing fails as well, and logs it
             return None
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"engine.profile_path: {self.path} cannot be read: {error}") from None
@@ -55,11 +55,11 @@ class Profile:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise self.damaged(error) from None
         if changed:
-            logger.info("%s is not used and will be replaced, changed: %s", self.path, changed)
+            logger.info("%s is not used and will be replaced; changed: %s", self.path, changed)
         return kept
 
     def damaged(self, error: Exception) -> ConfigError:
-        """What to raise if the content turns out to be none."""
+        """Return the error to raise for invalid content."""
         return ConfigError(f"{self.path} is not a profile of this program ({error!r}); delete it.")
 
     def _changes(self, content: dict[str, Any]) -> str:
@@ -72,9 +72,9 @@ class Profile:
         return ", ".join(changed[:_MOST_NAMED]) + more
 
     def write(self, found: dict[str, Any]) -> None:
-        """Replace the file, in one go. If that cannot be done, it is logged."""
+        """Replace the file atomically. Logs a warning if that fails."""
         content = {"format": FORMAT, "found_with": self._found_with, "found": found}
-        # Not in place: another replica may read it, or write its own, at the same time.
+        # Not in place: another replica may read or write the file at the same time.
         new = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,5 +85,7 @@ class Profile:
                 new.unlink(missing_ok=True)
         except OSError as error:
             logger.warning(
-                "%s cannot be written, the next start finds out all anew: %s", self.path, error
+                "%s cannot be written, so the next start will certify and measure again: %s",
+                self.path,
+                error,
             )

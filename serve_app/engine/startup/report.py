@@ -4,7 +4,7 @@ import logging
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.metrics import EngineMetrics
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest, ModelLoadError

@@ -1,6 +1,6 @@
-"""What an engine does before the first request comes: certify, fit previews, measure, compile.
+"""The warm-up of an engine before its first request: certify, fit previews, measure, compile.
 
-Or take over from an earlier start what that found out, where nothing has changed.
+Results of an earlier start are reused if nothing has changed.
 """
 
 import functools
@@ -19,7 +19,7 @@ from serve_app.config import EngineConfig, SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, NotWritable
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.speed import compile_batches
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size, worthwhile_batch
@@ -33,6 +33,7 @@ from serve_app.protocol.params import probe
 logger = logging.getLogger(__name__)
 
 REPEATS = 3
+"""Measured repetitions of a call, after one that is not counted."""
 
 
 def warm_up(
@@ -43,26 +44,23 @@ def warm_up(
     cost: CostModel,
     start: ColdStart,
 ) -> tuple[Certificate, PreviewMap | None]:
-    """How requests may share the pipeline, and how to preview what they paint; fills ``cost``.
+    """Return the certificate and the preview map of the pipeline; fill ``cost``.
 
-    Takes over what an earlier start kept, if nothing has changed since, and tells ``start`` of its
-    phases. Of sizes only those of the config are measured and compiled for, or the model's own.
+    Reuses the profile of an earlier start if nothing has changed since, and reports the phases to
+    ``start``. Measures and compiles for the sizes of the config only, or for the model's default.
+    Runs on the thread that owns the pipeline.
 
-    Runs on the thread that owns the pipeline. Raises what the pipeline raises when it paints alone,
-    and `ConfigError` if a size is none of this model's or the file of an earlier start is none.
+    Raises:
+        ConfigError: the model does not support a size, or the profile is damaged.
+        Exception: the pipeline failed to generate a single image.
     """
-    for size in config.warmup_sizes_px:
-        if any(side % pipeline.size_multiple for side in size):
-            raise ConfigError(
-                f"engine.warmup_sizes_px: {size[0]}x{size[1]} is no size of this model: both sides "
-                f"must be multiples of {pipeline.size_multiple}."
-            )
+    _check_sizes(pipeline, config)
     profile = None
     if config.profile_path is not None:
         path = Path(config.profile_path).expanduser()
-        profile = Profile(path, _found_with(pipeline, config))
-    known = None if profile is None else _known(profile, pipeline, rendezvous, cost)
-    certificate, previews = known or _find_out(pipeline, rendezvous, config, start)
+        profile = Profile(path, startup_fingerprint(pipeline, config))
+    reused = None if profile is None else _reuse(profile, pipeline, rendezvous, cost)
+    certificate, previews = reused or _certify_and_fit(pipeline, rendezvous, config, start)
     start.ended("certify")
 
     def measured(size: Size, max_batch_size: int) -> Measurement:
@@ -71,24 +69,24 @@ def warm_up(
     missing = [size for size in config.warmup_sizes_px if size not in cost.caps]
     for size in missing:
         cost.measured(size, measured(size, config.max_batch_size))
-        logger.info("size %dx%d: batches up to %d pay", *size, cost.caps[size])
-    alone = not cost.call_s and config.max_running > 1
-    if alone:  # single calls, so that the first requests have a deadline
+        logger.info("size %dx%d: batches up to %d are worthwhile", *size, cost.caps[size])
+    single = not cost.call_s and config.max_running > 1
+    if single:  # single calls, so that the first requests have a deadline
         size = pipeline.default_size_px
         cost.measured(size, measured(size, 1), capped=False)
-    if missing or alone:
+    if missing or single:
         start.ended("measure")
     if profile is None:
-        start.reuse = "nothing reused, for want of engine.profile_path"
-    elif known is None:
-        start.reuse = "certification and caps found anew"
+        start.reuse = "nothing reused, because engine.profile_path is not set"
+    elif reused is None:
+        start.reuse = "certification and caps are new"
     else:
         caps = f"{len(config.warmup_sizes_px) - len(missing)} of {len(config.warmup_sizes_px)}"
         start.reuse = f"certification reused, and caps of {caps} sizes"
-    if profile is not None and (known is None or missing or alone):
-        _keep(profile, certificate, previews, cost)
+    if profile is not None and (reused is None or missing or single):
+        _write(profile, certificate, previews, cost)
     if speed.compile:
-        # What was not measured: calls without guidance, and sizes of an earlier start.
+        # Also compile calls that were not measured: those without guidance, and reused sizes.
         for size in config.warmup_sizes_px or (pipeline.default_size_px,):
             most = cost.cap(size)
             compile_batches(pipeline.generate, rendezvous, certificate.specs, size, most)
@@ -96,7 +94,16 @@ def warm_up(
     return certificate, previews
 
 
-def _find_out(
+def _check_sizes(pipeline: LoadedPipeline, config: EngineConfig) -> None:
+    for size in config.warmup_sizes_px:
+        if any(side % pipeline.size_multiple for side in size):
+            raise ConfigError(
+                f"engine.warmup_sizes_px: this model does not support {size[0]}x{size[1]}: both "
+                f"sides must be multiples of {pipeline.size_multiple}."
+            )
+
+
+def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
@@ -107,38 +114,40 @@ def _find_out(
     try:
         previews = PreviewMap.fit(pipeline)
     except Exception:
-        logger.warning("no previews: their colours cannot be fitted", exc_info=True)
+        logger.warning(
+            "no previews: the map from latents to colours cannot be fitted", exc_info=True
+        )
         certificate = replace(certificate, lasting=False)
     start.ended("preview")
     return certificate, previews
 
 
-def _found_with(pipeline: LoadedPipeline, config: EngineConfig) -> Fingerprint:
-    """All that the outcome depends on: whether batching is right, for one.
+def startup_fingerprint(pipeline: LoadedPipeline, config: EngineConfig) -> Fingerprint:
+    """Return the fingerprint of everything that the certificate and the costs depend on.
 
-    Whether rows of a batch mix is a matter of code (the engine's, the pipeline's, the kernels' and
-    hence the device's), of configs that choose among code, and of weights that make a difference
-    large or small. If each of these is what it was when the pictures were compared, comparing them
-    again would run the same instructions on the same numbers. All of it is in here, and no part is
-    taken over when another has changed: too many certifications cost seconds, one too few a
-    picture.
+    Three things decide if rows of a batch mix. Code does (of the engine, the pipeline and the
+    kernels, hence the device), configs do, which select code, and weights do, which scale the
+    effect. If all are unchanged, a new certification would run the same instructions on the same
+    numbers. The fingerprint covers all of them, and any change invalidates every result. A needless
+    certification costs seconds; a missing one costs wrong images.
     """
     return {
         **of_code(),
         **of_machine(pipeline.device),
         **pipeline.fingerprint(),
         "engine.max_batch_size": str(config.max_batch_size),
-        # Nobody shares anything with one request at a time, and nothing is certified.
+        # One request at a time shares nothing, so nothing is certified.
         "engine.max_running": "1" if config.max_running == 1 else "more than 1",
     }
 
 
-def _known(
+def _reuse(
     profile: Profile, pipeline: LoadedPipeline, rendezvous: Rendezvous, cost: CostModel
 ) -> tuple[Certificate, PreviewMap | None] | None:
-    """What an earlier start kept, and ``cost`` filled with its times; none if it is not to be used.
+    """Return the results of an earlier start and fill ``cost``; ``None`` if they do not apply.
 
-    Raises `ConfigError` if the file is damaged.
+    Raises:
+        ConfigError: the file is damaged.
     """
     kept = profile.read()
     if kept is None:
@@ -160,16 +169,16 @@ def _known(
     return certificate, previews
 
 
-def _keep(
+def _write(
     profile: Profile, certificate: Certificate, previews: PreviewMap | None, cost: CostModel
 ) -> None:
     if not certificate.lasting:
-        logger.info("nothing is kept in %s: another start may find out more", profile.path)
+        logger.info("%s is not written: another start may find out more", profile.path)
         return
     try:
         content = certificate.to_json()
     except NotWritable as reason:
-        logger.info("nothing is kept in %s: %s", profile.path, reason)
+        logger.info("%s is not written: %s", profile.path, reason)
         return
     profile.write(
         {
@@ -187,11 +196,11 @@ def measure(
     size: Size,
     max_batch_size: int,
 ) -> Measurement:
-    """What a request of this size costs, with denoiser calls for one, two, four and more of them.
+    """Measure a request of this size, with denoiser calls in batches of 1, 2, 4 and more.
 
-    Ends with the first batch size that no longer pays or does not fit into memory.
+    Stops at the first batch size that is not worthwhile or runs out of memory.
     """
-    # Once without a look at the clock: the first run may compile or allocate.
+    # The first run is not measured: it may compile or allocate.
     with _at_denoiser(pipeline, rendezvous, size) as job:
         _finish(pipeline, rendezvous, job)
     started_at = time.perf_counter()
@@ -210,7 +219,7 @@ def measure(
 def _at_denoiser(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, size: Size
 ) -> Iterator[Job[Tensor]]:
-    """A request of two steps, parked at its first denoiser call; ends with the block."""
+    """Yield a request of two steps, parked at its first denoiser call; end it with the block."""
     job = Job(functools.partial(pipeline.generate, probe(size)))
     try:
         job.start()
@@ -225,7 +234,7 @@ def _at_denoiser(
 
 
 def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) -> float:
-    """Run to the end; seconds from the last answer of a denoiser."""
+    """Run to the end; return the seconds from the last denoiser call to the end."""
     last_at = time.perf_counter()
     while job.call is not None:
         output = rendezvous.forward(job.call)
@@ -242,7 +251,7 @@ def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) 
 def _measure_calls(
     rendezvous: Rendezvous, spec: BatchSpec | None, call: Call, max_batch_size: int
 ) -> tuple[dict[int, float], bool]:
-    """``{batch size: seconds}``, and whether memory was the end of it."""
+    """Return ``{batch size: seconds}``, and True if memory ran out."""
     measured: dict[int, float] = {}
     batch = 1
     while batch <= max_batch_size:
@@ -260,7 +269,7 @@ def _measure_calls(
 
 
 def _seconds(rendezvous: Rendezvous, call: Call) -> float:
-    """Median of a few; the first, which may compile or allocate, is left out."""
+    """Return the median time of a call; the first run, which may compile, is not counted."""
     taken = []
     for _ in range(REPEATS + 1):
         started_at = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Merging and splitting, for any tree of arguments: what comes back is what running alone gives."""
+"""Merged calls return what separate calls return, for any tree of arguments."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def network(
     shapes: list[tuple[int, int]] | None = None,
     mode: str = "plain",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Stands in for a denoiser: each row depends on every argument, and on no other row."""
+    """A denoiser whose every row depends on every argument, and on no other row."""
     rows = sample.shape[0]
     out = sample * 2 + torch.as_tensor(timestep).float().reshape(-1, 1) * 0.1
     out = out + embeds.sum(dim=1)
@@ -32,7 +32,7 @@ def network(
         out = out + added["text"].sum(dim=1, keepdim=True)
     if shapes is not None:
         assert len(shapes) == rows
-        height, width = shapes[0]  # some networks read the first alone
+        height, width = shapes[0]  # some networks read only the first
         out = out + height + 3 * width
     return out, {"extra": out[:, :1] * 3}
 
@@ -82,43 +82,45 @@ timesteps = st.one_of(
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 10**6), timesteps), min_size=1, max_size=6))
-def test_together_is_alone(spec: BatchSpec, rows: list[tuple[bool, int, Any]]) -> None:
+def test_merged_calls_return_what_separate_calls_return(
+    spec: BatchSpec, rows: list[tuple[bool, int, Any]]
+) -> None:
     calls = [call(1, guided, seed, timestep) for guided, seed, timestep in rows]
     prepared = [spec.prepare(one) for one in calls]
     assert len({one.key for one in prepared}) == 1
     outputs = spec.split(run(spec.merge(prepared)), prepared)
     for one, (main, extra) in zip(calls, outputs, strict=True):
-        alone_main, alone_extra = run(one)
-        torch.testing.assert_close(main, alone_main)
-        torch.testing.assert_close(extra["extra"], alone_extra["extra"])
+        separate_main, separate_extra = run(one)
+        torch.testing.assert_close(main, separate_main)
+        torch.testing.assert_close(extra["extra"], separate_extra["extra"])
 
 
-def test_what_differs_in_more_than_rows_has_another_key(spec: BatchSpec) -> None:
+def test_calls_that_differ_in_more_than_rows_have_different_keys(spec: BatchSpec) -> None:
     def key(one: Call) -> Any:
         return spec.prepare(one).key
 
     plain = call(1, True, 1, torch.tensor(1))
     assert key(plain) == key(call(1, False, 2, torch.tensor(2)))
     assert key(plain) != key(call(1, True, 1, torch.tensor(1), width=8))
-    # As many tokens in another arrangement.
+    # The same number of tokens, in another shape.
     assert key(plain) != key(call(1, True, 1, torch.tensor(1), shape=(8, 2)))
     other_ids = Call("net", plain.args, plain.kwargs | {"ids": torch.arange(5) + 1})
     assert key(plain) != key(other_ids)
     other_mode = Call("net", plain.args, plain.kwargs | {"mode": "wild"})
     with pytest.raises(NotMergeable):
-        key(other_mode)  # an argument that was not there when the axis was learned
+        key(other_mode)  # an argument that the learned call did not have
     half = Call("net", (plain.args[0].half(), plain.args[1]), plain.kwargs)
     assert key(plain) != key(half)
 
 
-def test_a_shared_tensor_changed_in_place_has_another_key(spec: BatchSpec) -> None:
+def test_an_in_place_change_of_a_shared_tensor_changes_the_key(spec: BatchSpec) -> None:
     one = call(1, True, 1, torch.tensor(1))
     before = spec.prepare(one).key
     one.kwargs["ids"].add_(1)
     assert spec.prepare(one).key != before
 
 
-def test_calls_that_lost_their_structure_are_not_merged(spec: BatchSpec) -> None:
+def test_calls_with_another_structure_are_not_merged(spec: BatchSpec) -> None:
     plain = call(1, True, 1, torch.tensor(1))
     for change in (
         {"added": None},
@@ -132,7 +134,7 @@ def test_calls_that_lost_their_structure_are_not_merged(spec: BatchSpec) -> None
         spec.prepare(Call("net", (plain.args[0], torch.tensor([1, 2])), plain.kwargs))
 
 
-def test_axes_that_mean_something_else_are_not_learned() -> None:
+def test_an_axis_that_does_not_double_with_the_images_is_no_batch_axis() -> None:
     def frames(sample: Tensor) -> Tensor:
         return sample
 
@@ -144,7 +146,7 @@ def test_axes_that_mean_something_else_are_not_learned() -> None:
         BatchSpec.learn(frames, (same, same.args[0]), (same, same.args[0]))
 
 
-def test_a_single_call_is_left_as_it_is(spec: BatchSpec) -> None:
+def test_a_single_call_stays_as_it_is(spec: BatchSpec) -> None:
     one = call(1, True, 3, torch.tensor(5))
     prepared = [spec.prepare(one)]
     assert spec.merge(prepared) is one

@@ -1,3 +1,5 @@
+"""Jobs park at each call of a watched module and resume with its output."""
+
 import inspect
 
 import pytest
@@ -17,7 +19,7 @@ def network() -> Doubler:
     return Doubler()
 
 
-def test_a_job_parks_at_each_call_and_goes_on_with_the_answer(network: Doubler) -> None:
+def test_a_job_parks_at_each_call_and_resumes_with_the_output(network: Doubler) -> None:
     rendezvous = Rendezvous({"net": Site(network, network)})
     job = Job(
         lambda: float(network(torch.tensor(1.0))) + float(network(torch.tensor(5.0), scale=3))
@@ -35,7 +37,7 @@ def test_a_job_parks_at_each_call_and_goes_on_with_the_answer(network: Doubler) 
     assert job.result == 30
 
 
-def test_calls_from_outside_a_job_go_straight_through(network: Doubler) -> None:
+def test_a_call_from_outside_a_job_runs_at_once(network: Doubler) -> None:
     rendezvous = Rendezvous({"net": Site(network, network)})
     assert network(torch.tensor(4.0)) == 8
     assert "scale" in inspect.signature(network.forward).parameters
@@ -43,7 +45,7 @@ def test_calls_from_outside_a_job_go_straight_through(network: Doubler) -> None:
     assert "forward" not in vars(network)
 
 
-def test_jobs_interleave_in_any_order(network: Doubler) -> None:
+def test_jobs_resume_in_any_order(network: Doubler) -> None:
     Rendezvous({"net": Site(network, network)})
     jobs = [
         Job(lambda n=n: [float(network(torch.tensor(float(n)))) for _ in range(3)])
@@ -77,7 +79,7 @@ def test_an_error_in_the_call_is_raised_inside_the_job(network: Doubler) -> None
     assert isinstance(job.error, ValueError)
 
 
-def test_a_killed_job_cleans_up_even_if_that_calls_the_network(network: Doubler) -> None:
+def test_a_killed_job_runs_finally_blocks_that_call_the_network(network: Doubler) -> None:
     Rendezvous({"net": Site(network, network)})
     cleaned: list[str] = []
 
@@ -95,7 +97,7 @@ def test_a_killed_job_cleans_up_even_if_that_calls_the_network(network: Doubler)
     job.kill()
     assert job.finished
     assert cleaned == ["yes"]
-    job.kill()  # harmless
+    job.kill()  # does nothing
 
 
 def test_a_job_that_never_started_can_be_killed(network: Doubler) -> None:
@@ -104,8 +106,8 @@ def test_a_job_that_never_started_can_be_killed(network: Doubler) -> None:
     assert job.finished
 
 
-def test_a_call_finds_its_network_as_it_left_it() -> None:
-    """SDXL widens its VAE to decode, which must not last while another job has its turn."""
+def test_a_call_runs_in_the_dtype_that_its_job_had_set() -> None:
+    """SDXL converts its VAE to float32 to decode; other jobs must not see that."""
     network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     rendezvous = Rendezvous({"first": Site(network[0], network), "last": Site(network[1], network)})
 
@@ -116,7 +118,7 @@ def test_a_call_finds_its_network_as_it_left_it() -> None:
     job = Job(widened)
     job.start()
     while job.call is not None:
-        assert network[0].weight.dtype == torch.float32  # nobody else sees what it did
+        assert network[0].weight.dtype == torch.float32  # other jobs see the dtype as loaded
         job.resume(rendezvous.forward(job.call))
     assert job.error is None
     assert job.result.dtype == torch.float64

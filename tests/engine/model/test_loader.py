@@ -1,4 +1,4 @@
-"""Loading: real folders in the diffusers format, and everything that can be wrong with one."""
+"""Loading of folders in the diffusers format, and errors for invalid ones."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from serve_app.config import ModelConfig, SpeedConfig, parse_app_config
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline, _read, resolve_device
+from serve_app.engine.model.loader import read_pipeline, resolve_device
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError, ModelLoadError
 from serve_app.protocol.params import GenerationParams
 from tests.tiny_pipelines import FAMILIES
@@ -31,14 +32,14 @@ def _load(folder: Path) -> LoadedPipeline:
 
 
 def test_the_sdxl_config_loads_and_generates_an_sdxl(tmp_path: Path) -> None:
-    """As configs/sdxl.yaml says, half-precision variant included; only the weights are small."""
+    """Loads configs/sdxl.yaml with its half-precision variant; only the weights are small."""
     FAMILIES["sdxl"]().to(torch.float16).save_pretrained(tmp_path, variant="fp16")
     assert list((tmp_path / "unet").glob("*.fp16.safetensors"))
     [application] = yaml.safe_load((CONFIGS / "sdxl.yaml").read_text())["applications"]
     model = parse_app_config(application["args"]).model
     assert model.path == "stabilityai/stable-diffusion-xl-base-1.0"
     assert not model.is_folder
-    # A CPU has no half-precision kernels for all of it; everything else stays as configured.
+    # A CPU lacks some half-precision kernels; everything else stays as configured.
     local = model.model_copy(update={"path": str(tmp_path), "dtype": "float32", "device": "cpu"})
     pipeline = LoadedPipeline.load(local)
     assert pipeline.class_name == "StableDiffusionXLPipeline"
@@ -53,36 +54,36 @@ def test_a_seed_generates_the_same_image_after_loading_again(folder: Path) -> No
     assert torch.equal(_load(folder).generate(params), _load(folder).generate(params))
 
 
-def test_requests_do_not_share_the_noise_scheduler(folder: Path) -> None:
+def test_a_request_does_not_change_the_shared_noise_scheduler(folder: Path) -> None:
     pipeline = _load(folder)
-    before = dict(vars(pipeline._pipeline.scheduler))
-    config = dict(pipeline._pipeline.config)
+    before = dict(vars(pipeline.stock.scheduler))
+    config = dict(pipeline.stock.config)
     pipeline.generate(GenerationParams("a", 1, width=32, height=32, num_inference_steps=3))
-    after = vars(pipeline._pipeline.scheduler)
+    after = vars(pipeline.stock.scheduler)
     assert after["num_inference_steps"] == before["num_inference_steps"]
-    assert dict(pipeline._pipeline.config) == config
+    assert dict(pipeline.stock.config) == config
 
 
 @pytest.mark.filterwarnings("ignore:.upcast_vae. is deprecated:FutureWarning")
-def test_a_call_that_is_cut_short_leaves_the_networks_as_they_were(
+def test_a_failed_call_restores_the_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """SDXL widens its VAE to decode, and a failure there must not leave it so for the others."""
+    """SDXL converts its VAE to float32 to decode; a failure must not leave it so."""
     stock = FAMILIES["sdxl"]()
     stock.vae.to(torch.float16)
     pipeline = LoadedPipeline(stock, ModelConfig(id="m"))
     params = GenerationParams("a", 1, width=64, height=32, num_inference_steps=1)
-    widths: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
 
     def fail(*args: object, **kwargs: object) -> None:
-        widths.append(stock.vae.dtype)
+        dtypes.append(stock.vae.dtype)
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(stock.vae, "decode", fail)
         with pytest.raises(RuntimeError, match="no memory"):
             pipeline.generate(params)
-    assert widths == [torch.float32]
+    assert dtypes == [torch.float32]
     assert stock.vae.dtype == torch.float16
 
 
@@ -164,12 +165,12 @@ def _weights(pipeline: DiffusionPipeline) -> dict[str, Tensor]:
 
 
 META = torch.device("meta")
-"""Stands in for a GPU: not the CPU, and what is moved there cannot come back."""
+"""Replacement of a GPU: tensors that are moved there cannot return."""
 
 
 @pytest.fixture
 def meta_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a place for ``device_map``; diffusers lists the CPU and what torch finds of GPUs."""
+    """Allow "meta" as a ``device_map``; diffusers lists only the CPU and the GPUs of torch."""
     monkeypatch.setattr(
         pipeline_utils, "SUPPORTED_DEVICE_MAP", [*pipeline_utils.SUPPORTED_DEVICE_MAP, "meta"]
     )
@@ -179,9 +180,9 @@ def meta_is_supported(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("meta_is_supported")
 def test_weights_are_read_to_the_device(tmp_path: Path, family: str) -> None:
     FAMILIES[family]().save_pretrained(tmp_path)
-    pipeline = _read(ModelConfig(id="m", path=str(tmp_path)), META)
+    pipeline = read_pipeline(ModelConfig(id="m", path=str(tmp_path)), META)
     assert {weights.device for weights in _weights(pipeline).values()} == {META}
-    # As if it had been moved: free to be moved again, or to be offloaded.
+    # The pipeline can be moved or offloaded, as after an ordinary move.
     assert pipeline.hf_device_map is None
     for network in _networks(pipeline):
         assert "to" not in vars(network)
@@ -192,23 +193,23 @@ def test_weights_are_read_to_the_device(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize("speed", [SpeedConfig(offload="model"), SpeedConfig(quantize="int8")])
 @pytest.mark.usefixtures("meta_is_supported")
-def test_weights_that_are_not_to_stay_there_are_not_read_to_it(
+def test_offloaded_or_quantized_weights_are_read_to_the_cpu(
     folder: Path, speed: SpeedConfig
 ) -> None:
-    pipeline = _read(ModelConfig(id="m", path=str(folder), speed=speed), META)
+    pipeline = read_pipeline(ModelConfig(id="m", path=str(folder), speed=speed), META)
     assert {weights.device.type for weights in _weights(pipeline).values()} == {"cpu"}
 
 
-def test_where_diffusers_cannot_read_to_a_device_it_reads_as_ever(folder: Path) -> None:
-    """It refuses so for a place that it does not know, and for pipelines in two parts."""
+def test_weights_are_read_to_the_cpu_if_diffusers_rejects_the_device(folder: Path) -> None:
+    """diffusers rejects unknown devices, and pipelines in two parts."""
     expected = _weights(FAMILIES["stable-diffusion"]())
-    found = _weights(_read(ModelConfig(id="m", path=str(folder)), META))
+    found = _weights(read_pipeline(ModelConfig(id="m", path=str(folder)), META))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_device_map_changes_no_weights(folder: Path) -> None:
-    """What diffusers and transformers do for a GPU, done for the CPU."""
+    """Reads to the CPU in the way that diffusers and transformers use for a GPU."""
     plain, mapped = (
         DiffusionPipeline.from_pretrained(folder, dtype=torch.bfloat16, **placement)
         for placement in ({}, {"device_map": "cpu"})

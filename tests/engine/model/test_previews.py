@@ -1,4 +1,4 @@
-"""Previews of the demo model look like what they announce, and cost next to nothing."""
+"""Previews of the demo model resemble the final image and cost little."""
 
 import time
 from collections.abc import Callable
@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.protocol.events import Preview, Progress
 from serve_app.protocol.params import GenerationParams
 
 
-def test_previews_come_closer_to_the_image(demo_engine: Engine) -> None:
+def test_later_previews_are_closer_to_the_image(demo_engine: Engine) -> None:
     params = GenerationParams(
         "a red circle on a blue background", 1, width=96, height=64, num_inference_steps=20,
         preview_steps=(2, 8, 20),
@@ -45,7 +45,7 @@ def test_previews_come_closer_to_the_image(demo_engine: Engine) -> None:
 def test_a_preview_costs_little_next_to_a_step(
     demo_pipeline: LoadedPipeline, report: Callable[[str], None]
 ) -> None:
-    """Reported, and not asserted: a figure of this machine."""
+    """The result depends on the machine, so it is reported and not asserted."""
     previews = PreviewMap.fit(demo_pipeline)
     assert previews is not None
     latents = torch.randn(1, 4, 16, 16)

@@ -1,4 +1,4 @@
-"""Repeated prompts skip the text encoder, and nothing else changes."""
+"""A repeated prompt skips the text encoder and gives the same image."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.prompt_cache import NotCacheable, PromptCache, content_key
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
@@ -31,28 +31,39 @@ def test_equal_arguments_have_equal_keys() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 40)), max_size=60))
-def test_it_never_holds_more_than_it_may(asked: list[tuple[int, int]]) -> None:
+def test_the_cache_stays_within_its_limit(requested: list[tuple[int, int]]) -> None:
     cache = PromptCache(max_bytes=50)
     sizes = {}
-    for key, size in asked:
+    for key, size in requested:
         size = sizes.setdefault(key, size)
         value = cache.get(key, lambda size=size: [torch.zeros(size, dtype=torch.uint8), None])
         assert value[0].numel() == size
-        held = [entry for _, entry in cache._entries.values()]
-        assert cache.held_bytes == sum(held) <= 50
-    assert cache.hits + cache.misses == len(asked)
+        assert cache.held_bytes <= 50
+    assert cache.hits + cache.misses == len(requested)
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_entry_is_evicted_first() -> None:
     cache = PromptCache(max_bytes=8)
+    encoded: list[str] = []
+
+    def get(key: str, size: int = 4) -> None:
+        def encode() -> torch.Tensor:
+            encoded.append(key)
+            return torch.zeros(size, dtype=torch.uint8)
+
+        cache.get(key, encode)
+
     for key in "abac":
-        cache.get(key, lambda: torch.zeros(4, dtype=torch.uint8))
-    assert list(cache._entries) == ["a", "c"]
-    cache.get("huge", lambda: torch.zeros(9, dtype=torch.uint8))
-    assert list(cache._entries) == ["a", "c"]  # too large to keep, and nobody had to go for it
+        get(key)
+    get("huge", size=9)  # too large to keep, so it evicts no entry
+    assert cache.held_bytes == 8
+    encoded.clear()
+    for key in "cab":
+        get(key)
+    assert encoded == ["b"]
 
 
-def test_another_may_encode_the_same_meanwhile() -> None:
+def test_two_requests_may_encode_the_same_prompt_at_once() -> None:
     cache = PromptCache(max_bytes=8)
     value = torch.zeros(4, dtype=torch.uint8)
     cache.get("a", lambda: cache.get("a", lambda: value))
@@ -73,10 +84,10 @@ def test_a_repeated_prompt_skips_the_encoder(family: str) -> None:
     request = GenerationParams(
         "a red circle", 3, width=WIDTH_PX, height=HEIGHT_PX, num_inference_steps=3
     )
-    alone = pipeline.generate(request)[0]
+    separate = pipeline.generate(request)[0]
     encoded: list[str] = []
     with Engine(pipeline, model) as engine:
-        handle = pipeline._pipeline.text_encoder.register_forward_pre_hook(
+        handle = pipeline.stock.text_encoder.register_forward_pre_hook(
             lambda *_: encoded.append("")
         )
         try:
@@ -86,15 +97,22 @@ def test_a_repeated_prompt_skips_the_encoder(family: str) -> None:
         finally:
             handle.remove()
         assert len(encoded) == once > 0
-        assert engine.prompts.hits > 0
     for pixels in (first, second):
-        assert float((pixels - alone).abs().max()) <= 1e-5
+        assert float((pixels - separate).abs().max()) <= 1e-5
 
 
-def test_it_can_be_turned_off(demo_pipeline: LoadedPipeline) -> None:
+@pytest.mark.parametrize(("mib", "calls"), [(0, 2), (1, 1)])
+def test_the_cache_can_be_turned_off(demo_pipeline: LoadedPipeline, mib: int, calls: int) -> None:
     request = GenerationParams("a", 1, width=32, height=32, num_inference_steps=1)
-    with Engine(demo_pipeline, DEMO, EngineConfig(prompt_cache_mib=0)) as engine:
-        engine.generate(request)
-        engine.generate(request)
-        assert engine.prompts.hits == 0
-        assert engine.prompts.held_bytes == 0
+    encoded: list[str] = []
+    with Engine(demo_pipeline, DEMO, EngineConfig(prompt_cache_mib=mib)) as engine:
+        handle = demo_pipeline.stock.text_encoder.register_forward_pre_hook(
+            lambda *_: encoded.append("")
+        )
+        try:
+            engine.generate(request)
+            once = len(encoded)
+            engine.generate(request)
+        finally:
+            handle.remove()
+    assert len(encoded) == calls * once > 0

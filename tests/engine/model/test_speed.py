@@ -1,4 +1,4 @@
-"""Speed options: what they change of a model, what they refuse, and what they compile."""
+"""Speed options: their effect on a model, their errors, and the graphs that they compile."""
 
 import os
 import shutil
@@ -21,8 +21,9 @@ from serve_app.config import EngineConfig, ModelConfig, SpeedConfig, parse_app_c
 from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.engine import Engine
-from serve_app.engine.model import speed as subject
-from serve_app.engine.model.loader import LoadedPipeline, _denoisers_of
+from serve_app.engine.model import speed
+from serve_app.engine.model.networks import denoisers_of
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import (
     bucket,
     compiled,
@@ -61,47 +62,47 @@ def _demo(speed: SpeedConfig) -> LoadedPipeline:
 
 def _tiny(family: str) -> tuple[DiffusionPipeline, dict[str, nn.Module]]:
     pipeline = FAMILIES[family]()
-    return pipeline, _denoisers_of(pipeline)
+    return pipeline, denoisers_of(pipeline)
 
 
 @pytest.fixture(scope="module")
-def alone() -> Tensor:
-    """What the demo model paints without any option."""
+def plain_image() -> Tensor:
+    """The image of the demo model without any option."""
     return LoadedPipeline.load(DEMO).generate(PARAMS)
 
 
-def test_channels_last_generates_the_same(alone: Tensor) -> None:
+def test_channels_last_generates_the_same(plain_image: Tensor) -> None:
     pipeline = _demo(SpeedConfig(channels_last=True))
-    for network in (pipeline.denoisers["unet"], pipeline._pipeline.vae):
+    for network in (pipeline.denoisers["unet"], pipeline.stock.vae):
         convolutions = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
         assert convolutions
         for convolution in convolutions:
             assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
-    assert (pipeline.generate(PARAMS) - alone).abs().max() < ROUNDING
+    assert (pipeline.generate(PARAMS) - plain_image).abs().max() < ROUNDING
 
 
-def test_channels_last_leaves_the_convolutions_of_videos_alone() -> None:
+def test_channels_last_does_not_change_the_convolutions_of_videos() -> None:
     pipeline, denoisers = _tiny("qwen-image")
     speed_up(pipeline, denoisers, SpeedConfig(channels_last=True), CPU)
 
 
 @pytest.mark.parametrize(("kind", "least_db"), [("int8", 50.0), ("fp8", 35.0)])
 def test_eight_bits_generate_nearly_the_same_with_smaller_weights(
-    kind: str, least_db: float, alone: Tensor, report: Callable[[str], None]
+    kind: str, least_db: float, plain_image: Tensor, report: Callable[[str], None]
 ) -> None:
     before = weight_bytes([LoadedPipeline.load(DEMO).denoisers["unet"]])
     pipeline = _demo(SpeedConfig.model_validate({"quantize": kind}))
     unet = pipeline.denoisers["unet"]
     after = weight_bytes([unet])
     linear = sum(layer.in_features * layer.out_features * 4 for layer in _linears(unet))
-    assert after < before - 0.7 * linear  # four bytes have become one, and a scale for each row
+    assert after < before - 0.7 * linear  # one byte instead of four, and a scale per row
     assert pipeline.dtype == torch.float32
     image = pipeline.generate(PARAMS)
     report(
         f"{kind}: denoiser {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, largest difference "
-        f"{float((image - alone).abs().max()):.2g}, PSNR {psnr(image, alone):.1f} dB"
+        f"{float((image - plain_image).abs().max()):.2g}, PSNR {psnr(image, plain_image):.1f} dB"
     )
-    assert psnr(image, alone) > least_db
+    assert psnr(image, plain_image) > least_db
 
 
 def _linears(network: nn.Module) -> list[nn.Linear]:
@@ -133,7 +134,7 @@ def test_another_attention_kernel_generates_the_same() -> None:
     loaded = LoadedPipeline(
         pipeline, ModelConfig(id="flux", call_kwargs={"max_sequence_length": 16})
     )
-    alone = loaded.generate(TINY)
+    before = loaded.generate(TINY)
     speed_up(pipeline, denoisers, SpeedConfig(attention_backend="native"), CPU)
     backends = {
         part.processor._attention_backend
@@ -141,10 +142,10 @@ def test_another_attention_kernel_generates_the_same() -> None:
         if hasattr(part, "processor")
     }
     assert backends == {"native"}
-    assert (loaded.generate(TINY) - alone).abs().max() < ROUNDING
+    assert (loaded.generate(TINY) - before).abs().max() < ROUNDING
 
 
-def test_an_unknown_attention_kernel_is_rejected_with_those_that_are_known() -> None:
+def test_an_unknown_attention_kernel_is_rejected_with_a_list_of_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"attention_backend.*'quick'.*native"):
         speed_up(*_tiny("flux"), SpeedConfig(attention_backend="quick"), CPU)
 
@@ -154,26 +155,26 @@ def test_an_attention_kernel_that_is_not_installed_is_rejected() -> None:
         speed_up(*_tiny("flux"), SpeedConfig(attention_backend="sage"), CPU)
 
 
-def test_an_attention_that_cannot_be_exchanged_is_no_silent_loss() -> None:
+def test_an_attention_that_cannot_be_exchanged_is_rejected() -> None:
     with pytest.raises(ConfigError, match="UNet2DConditionModel cannot be exchanged"):
         speed_up(*_tiny("stable-diffusion"), SpeedConfig(attention_backend="native"), CPU)
 
 
-def test_a_cpu_has_nothing_to_offload_to() -> None:
+def test_offloading_is_rejected_on_a_cpu() -> None:
     with pytest.raises(ConfigError, match=r"model\.speed\.offload.*'cpu'"):
         parse_app_config({"model": {"device": "cpu", "speed": {"offload": "model"}}})
     with pytest.raises(ConfigError, match=r"model\.speed\.offload"):
         speed_up(*_tiny("stable-diffusion"), SpeedConfig(offload="model"), CPU)
 
 
-class _Traveller(nn.Module):
-    """Knows where it is, and that it is there when it is called."""
+class _Movable(nn.Module):
+    """A network that records its device and checks it when it is called."""
 
     def __init__(self) -> None:
         super().__init__()
         self.at = "cpu"
 
-    def to(self, device: object) -> "_Traveller":  # type: ignore[override]
+    def to(self, device: object) -> "_Movable":  # type: ignore[override]
         self.at = str(device)
         return self
 
@@ -182,8 +183,8 @@ class _Traveller(nn.Module):
         return number + 1
 
 
-def test_networks_take_turns_on_the_device() -> None:
-    networks = [_Traveller(), _Traveller(), _Traveller()]
+def test_one_network_at_a_time_is_on_the_device() -> None:
+    networks = [_Movable(), _Movable(), _Movable()]
     take_turns(networks, torch.device("cuda"))
     assert [network.at for network in networks] == ["cuda", "cpu", "cpu"]
     for turn in (0, 1, 1, 2, 0):
@@ -216,36 +217,36 @@ def _call(length: Fraction) -> MergeableCall:
 
 
 @given(st.lists(st.sampled_from([Fraction(1), Fraction(1, 2)]), min_size=1, max_size=16))
-def test_padding_leads_to_rows_that_are_warm(lengths: list[Fraction]) -> None:
+def test_padding_leads_to_compiled_numbers_of_rows(lengths: list[Fraction]) -> None:
     calls = [_call(length) for length in lengths]
     batch = padded(calls)
     assert batch[: len(calls)] == calls
     rows = sum(call.length for call in batch) * 2
     assert rows in {1, 2, 4, 8, 16, 32}
     assert rows < 4 * sum(lengths)
-    assert rows <= 2 * bucket(len(calls))  # so it fits where that many requests do
+    assert rows <= 2 * bucket(len(calls))  # so it fits wherever that many requests fit
 
 
-def test_calls_without_a_common_measure_are_not_padded() -> None:
+def test_calls_without_a_common_unit_are_not_padded() -> None:
     calls = [_call(Fraction(1)), _call(Fraction(2, 3))]
     assert padded(calls) == calls
 
 
-def test_a_denoiser_without_blocks_that_repeat_is_not_compiled(
+def test_a_denoiser_without_repeated_blocks_is_not_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline, denoisers = _tiny("stable-diffusion")
-    monkeypatch.setattr(subject, "_check_compiler", lambda: None)
+    monkeypatch.setattr(speed, "check_compiler", lambda: None)
     monkeypatch.setattr(type(denoisers["unet"]), "_repeated_blocks", [])
     monkeypatch.setattr(type(denoisers["unet"]), "_no_split_modules", None)
-    with pytest.raises(ConfigError, match="names no blocks that repeat"):
+    with pytest.raises(ConfigError, match="names no repeated blocks"):
         speed_up(pipeline, denoisers, SpeedConfig(compile=True), CPU)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_blocks_to_compile(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, denoisers = _tiny(family)
-    monkeypatch.setattr(subject, "_check_compiler", lambda: None)
+    monkeypatch.setattr(speed, "check_compiler", lambda: None)
     speed_up(pipeline, denoisers, SpeedConfig(compile=True), CPU)
     for denoiser in denoisers.values():
         assert any(part._compiled_call_impl is not None for part in denoiser.modules())
@@ -264,12 +265,12 @@ class _Double(nn.Module):
         return 2 * numbers
 
 
-def test_all_shapes_of_the_start_up_are_kept_and_no_later_one_is_compiled() -> None:
+def test_start_up_compiles_every_shape_and_serving_compiles_none() -> None:
     speed = SpeedConfig(compile=True)
     block = _Double()
     block.compile(dynamic=False, backend="eager")
     before = _graphs()
-    shapes = range(1, 41)  # torch itself stops at 8
+    shapes = range(1, 41)  # torch's own limit is 8
     with compiling(speed):
         for rows in shapes:
             block(torch.ones(rows, 3))
@@ -308,10 +309,10 @@ def test_an_engine_compiles_nothing_while_requests_wait(
         replace(TINY, seed=seed, num_inference_steps=2 + seed, guidance_scale=(1.0, 5.0)[seed % 2])
         for seed in range(5)
     ]
-    # A size that is not warm is painted as well, and makes nobody wait for a compiler.
+    # A size that is not compiled is generated as well, without compilation.
     requests.append(replace(TINY, width=HEIGHT_PX))
     plain = LoadedPipeline.load(model.model_copy(update={"speed": SpeedConfig()}))
-    alone = [plain.generate(request)[0] for request in requests]
+    separate = [plain.generate(request)[0] for request in requests]
     started_at, before = time.perf_counter(), _graphs()
     with Engine.load(model, config) as engine:
         warm = _graphs()
@@ -325,4 +326,4 @@ def test_an_engine_compiles_nothing_while_requests_wait(
         assert engine.stats().mean_batch_size > 1.5
         assert _graphs() == warm
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
-    assert largest_difference(alone, together) < ROUNDING
+    assert largest_difference(separate, together) < ROUNDING

@@ -1,4 +1,4 @@
-"""Predictions from measurements, and the batches that pay."""
+"""Predictions and batch caps come from measurements."""
 
 import json
 
@@ -23,18 +23,18 @@ def measurement(call_s: dict[int, float]) -> Measurement:
     ("call_s", "batch"),
     [
         ({1: 1.0}, 1),
-        ({1: 1.0, 2: 2.0, 4: 4.0}, 1),  # nothing gained
-        ({1: 1.0, 2: 1.0, 4: 1.0}, 4),  # all for free
-        (linear(1.0, 1.0), 16),  # 16 make 6 % more a second than 8
-        (linear(0.5, 1.0), 8),  # 16 would make 3 %
-        ({1: 1.0, 2: 2.0, 4: 1.0}, 1),  # what comes after a step that does not pay is not trusted
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 1),  # no gain
+        ({1: 1.0, 2: 1.0, 4: 1.0}, 4),  # no cost
+        (linear(1.0, 1.0), 16),  # 16 generate 6 % more per second than 8
+        (linear(0.5, 1.0), 8),  # 16 would gain 3 %
+        ({1: 1.0, 2: 2.0, 4: 1.0}, 1),  # stops at the first step that does not pay
     ],
 )
-def test_the_largest_batch_that_pays(call_s: dict[int, float], batch: int) -> None:
+def test_the_largest_batch_that_pays_is_worthwhile(call_s: dict[int, float], batch: int) -> None:
     assert worthwhile_batch(call_s) == batch
 
 
-def test_caps_of_other_sizes_follow_by_their_pixels() -> None:
+def test_caps_of_other_sizes_scale_by_pixels() -> None:
     cost = CostModel(max_batch_size=16)
     assert cost.cap(SMALL) == 16  # nothing is known
     cost.measured(SMALL, measurement(linear(0.5, 1.0)))
@@ -52,21 +52,21 @@ def test_a_cap_recovers_from_a_lack_of_memory() -> None:
     cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     assert cost.lower_cap(SMALL, 7) == 3
     assert cost.cap(SMALL) == 3
-    assert cost.cap(LARGE) == 2  # it was not that size that did not fit
+    assert cost.cap(LARGE) == 2  # memory did not run out at that size
     for _ in range(99):
         cost.observe_call(SMALL, 3.0, 3, 3.5)
-        cost.observe_call(SMALL, 2.0, 2, 2.5)  # proves nothing
+        cost.observe_call(SMALL, 2.0, 2, 2.5)  # a smaller batch proves nothing
     assert cost.cap(SMALL) == 3
     cost.observe_call(SMALL, 3.0, 3, 3.5)
     assert cost.cap(SMALL) == 4
     for requests in range(4, 12):
         for _ in range(100):
             cost.observe_call(SMALL, requests, requests, 0.5 + requests)
-    assert cost.cap(SMALL) == 8  # what pays
+    assert cost.cap(SMALL) == 8  # the worthwhile batch
     assert cost.lower_cap(SMALL, 1) == 1
 
 
-def test_predictions_come_from_what_was_measured() -> None:
+def test_predictions_come_from_measurements() -> None:
     cost = CostModel(max_batch_size=16)
     for predicted_s in (cost.predict_steps(SMALL, 20), cost.predict_encode(SMALL)):
         assert predicted_s == 0.0
@@ -76,11 +76,11 @@ def test_predictions_come_from_what_was_measured() -> None:
     assert cost.predict_call(SMALL, 3.0) == pytest.approx(3.5)
     assert cost.predict_call(SMALL, 32.0) == pytest.approx(33.0)
     assert 0.75 <= cost.predict_call(SMALL, 0.5) <= 1.5
-    assert cost.predict_call(LARGE, 1.0) == pytest.approx(4.5)  # as four small ones
+    assert cost.predict_call(LARGE, 1.0) == pytest.approx(4.5)  # like four small calls
     assert cost.predict_steps(SMALL, 10) == pytest.approx(15.0)
     cost.observe_between(SMALL, 0.5)
     assert cost.predict_steps(SMALL, 10) == pytest.approx(20.0)
-    assert cost.predict_encode(SMALL) == cost.predict_encode(LARGE) == 0.5  # words, not pixels
+    assert cost.predict_encode(SMALL) == cost.predict_encode(LARGE) == 0.5  # no pixels
     assert cost.predict_decode(SMALL) == 3.0
     assert cost.predict_decode(LARGE) == 12.0
     cost.observe_stage("vae", SMALL, 1.0)
@@ -94,7 +94,7 @@ def test_predictions_follow_the_device() -> None:
         cost.observe_call(SMALL, 1.0, 1, 2.0)
         cost.observe_request(SMALL, steps=5, calls=10, encode_s=1.0, decode_s=2.0)
     assert cost.predict_call(SMALL) == pytest.approx(2.0, rel=0.01)
-    assert cost.predict_steps(SMALL, 5) == pytest.approx(20.0, rel=0.01)  # two calls a step
+    assert cost.predict_steps(SMALL, 5) == pytest.approx(20.0, rel=0.01)  # two calls per step
     assert cost.predict_encode(SMALL) == pytest.approx(1.0, rel=0.01)
     assert cost.predict_decode(SMALL) == pytest.approx(2.0, rel=0.01)
 
@@ -113,7 +113,7 @@ def test_predictions_are_positive(
     assert 1 <= cost.cap(size) <= 16
 
 
-def test_what_was_measured_is_kept() -> None:
+def test_measurements_survive_json() -> None:
     cost = CostModel(max_batch_size=16)
     cost.measured(SMALL, measurement(linear(0.5, 1.0)))
     cost.measured((256, 256), measurement({1: 0.5}), capped=False)
@@ -121,7 +121,7 @@ def test_what_was_measured_is_kept() -> None:
     cost.observe_call((64, 64), 1.5, 2, 7.0)
     again = CostModel(max_batch_size=16)
     again.add_json(json.loads(json.dumps(cost.to_json())))
-    # Not what passing load coloured, and not a cap that a lack of memory set.
+    # Without times under load, and without caps set by a lack of memory.
     assert again.call_s == {SMALL: cost.call_s[SMALL], (256, 256): {1.0: 0.5}}
     assert again.caps == {SMALL: 8}
     assert again.encode_s == {SMALL: 0.5, (256, 256): 0.5}

@@ -1,4 +1,4 @@
-"""When a request will be done, on a clock of its own."""
+"""Forecasts of completion times, on a simulated clock."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ SMALL, LARGE = (512, 512), (1024, 1024)
 
 
 def model() -> CostModel:
-    """A small call takes 1 s and 1 s for each request in it, a large one four times that."""
+    """Return costs: a small call takes 1 s plus 1 s per request, a large call four times that."""
     cost = CostModel(max_batch_size=16)
     for size, scale in ((SMALL, 1.0), (LARGE, 4.0)):
         call_s = {batch: scale * (1 + batch) for batch in (1, 2, 4, 8, 16)}
@@ -27,17 +27,17 @@ def work(size: Size = SMALL, calls: float = 10, **options: float) -> Work:
     return Work(size, size, 1.0, calls, options.get("encode_s", 1.0), options.get("decode_s", 2.0))
 
 
-def test_alone_it_is_the_sum_of_its_parts() -> None:
+def test_a_single_request_takes_the_sum_of_its_parts() -> None:
     one = work()
     assert Forecast(model()).predict_s([one], one) == pytest.approx(1 + 10 * 2 + 2)
 
 
-def test_batch_that_shares_its_calls_costs_little() -> None:
+def test_a_merged_request_delays_the_others_little() -> None:
     one, others = work(), [work(calls=20, encode_s=0.0) for _ in range(2)]
     assert Forecast(model()).predict_s([one, *others], one) == pytest.approx(1 + 10 * 4 + 2)
 
 
-def test_whoever_goes_before_takes_all_its_time() -> None:
+def test_an_earlier_request_of_another_size_takes_its_full_time() -> None:
     first, one = work(LARGE, calls=5, encode_s=0.0, decode_s=8.0), work()
     expected_s = 1 + 5 * 8 + 8 + 10 * 2 + 2
     assert Forecast(model()).predict_s([first, one], one) == pytest.approx(expected_s)
@@ -46,15 +46,15 @@ def test_whoever_goes_before_takes_all_its_time() -> None:
     assert Forecast(model()).predict_s([one, later], one) == pytest.approx(1 + 10 * 2 + 2)
 
 
-def test_a_batch_holds_no_more_than_its_cap() -> None:
-    crowd = [work(encode_s=0.0, decode_s=0.0) for _ in range(5)]
-    assert Forecast(model()).predict_s(crowd, crowd[4]) == pytest.approx(10 * 5 + 10 * 2)
+def test_a_batch_stays_within_its_cap() -> None:
+    five = [work(encode_s=0.0, decode_s=0.0) for _ in range(5)]
+    assert Forecast(model()).predict_s(five, five[4]) == pytest.approx(10 * 5 + 10 * 2)
 
 
-def test_it_learns_what_it_cannot_foresee() -> None:
+def test_the_forecast_learns_its_bias() -> None:
     forecast = Forecast(model())
     assert forecast.error is None
-    assert forecast.observe(0.0, 3.0) is None  # nothing was known
+    assert forecast.observe(0.0, 3.0) is None  # no prediction
     for _ in range(200):
         one = work()
         forecast.observe(forecast.predict_s([one], one), 1.5 * 23)
@@ -66,7 +66,7 @@ def test_it_learns_what_it_cannot_foresee() -> None:
 
 @dataclass
 class Request:
-    """One inside the simulated engine."""
+    """A request inside the simulated engine."""
 
     entry: QueueEntry
     size: Size
@@ -76,7 +76,7 @@ class Request:
 
 
 def simulate(load: float, count: int = 600) -> Forecast:
-    """A device with the costs of `model`, give or take a tenth, under Poisson arrivals."""
+    """Simulate a device with the costs of `model`, within a tenth, under Poisson arrivals."""
     rng = Random(1)
     cost, policy = model(), OnTime()
     forecast = Forecast(cost)
@@ -132,10 +132,10 @@ def simulate(load: float, count: int = 600) -> Forecast:
 
 
 @pytest.mark.parametrize("load", [0.5, 0.7])
-def test_it_is_within_a_seventh_under_steady_load(
+def test_the_median_error_is_under_15_percent_at_steady_load(
     load: float, report: Callable[[str], None]
 ) -> None:
     error = simulate(load).error
     assert error is not None
-    report(f"simulated, load {load}: the end of a request is predicted within {error:.0%} (median)")
+    report(f"simulated, load {load}: median error of the predicted end {error:.0%}")
     assert error < 0.15

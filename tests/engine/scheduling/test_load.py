@@ -1,4 +1,4 @@
-"""The figures by which replicas are scaled, on a clock that the tests turn."""
+"""The load by which replicas are scaled, on a clock that the tests set."""
 
 import threading
 from dataclasses import asdict
@@ -9,11 +9,11 @@ import pytest
 from serve_app.engine.scheduling.load import WINDOW_S, LoadTracker
 
 
-def test_an_engine_of_which_nothing_is_known() -> None:
+def test_a_new_engine_reports_no_load() -> None:
     load = LoadTracker().load(5.0)
     assert (load.backlog_s, load.batch_backlog_s, load.arrival_rate) == (0, 0, 0)
     assert (load.throughput, load.mean_work_s, load.utilization) == (1, 0, 0)
-    # What the autoscaling policy reads, by these names.
+    # The autoscaling policy reads these names.
     assert asdict(load).keys() == {
         "backlog_s",
         "batch_backlog_s",
@@ -25,7 +25,7 @@ def test_an_engine_of_which_nothing_is_known() -> None:
 
 
 def run(tracker: LoadTracker, gain: float, seconds: float, low_priority: bool = False) -> float:
-    """One request after the other of ten steps, each step done ``gain`` times as fast."""
+    """Run requests of ten steps in turn, each step ``gain`` times as fast as predicted."""
     now = 100.0
     while now < 100.0 + seconds:
         tracker.accepted(now, 2.0, low_priority)
@@ -38,7 +38,7 @@ def run(tracker: LoadTracker, gain: float, seconds: float, low_priority: bool = 
 
 
 @pytest.mark.parametrize("gain", [0.5, 1.0, 3.0])
-def test_throughput_is_work_done_in_busy_time(gain: float) -> None:
+def test_throughput_is_work_per_busy_second(gain: float) -> None:
     tracker = LoadTracker()
     now = run(tracker, gain, 100)
     assert tracker.throughput() == pytest.approx(gain, rel=0.05)
@@ -47,7 +47,7 @@ def test_throughput_is_work_done_in_busy_time(gain: float) -> None:
     assert tracker.backlog_s() == pytest.approx(2.0 / gain, rel=0.05)
 
 
-def test_the_backlog_is_what_is_left_by_class() -> None:
+def test_the_backlog_is_counted_by_priority() -> None:
     tracker = LoadTracker()
     tracker.accepted(0.0, 4.0, False)
     tracker.accepted(0.0, 10.0, True)
@@ -59,8 +59,8 @@ def test_the_backlog_is_what_is_left_by_class() -> None:
     assert tracker.backlog_s(low_priority=True) == 0
 
 
-def test_work_may_turn_out_longer() -> None:
-    """The first request of a size comes before anything is known of it."""
+def test_remaining_work_may_grow() -> None:
+    """The first request of a size arrives before its costs are known."""
     tracker = LoadTracker()
     tracker.accepted(0.0, 0.0, False)
     tracker.update_remaining(1.0, 0.0, 9.0, False)
@@ -69,7 +69,7 @@ def test_work_may_turn_out_longer() -> None:
     assert tracker.backlog_s() == 8.0
 
 
-def test_work_offered_and_time_busy_are_those_of_the_last_half_minute() -> None:
+def test_arrival_rate_and_utilization_cover_the_window() -> None:
     tracker = LoadTracker()
     for second in range(100):
         tracker.offered(float(second), 0.5)
@@ -83,24 +83,24 @@ def test_work_offered_and_time_busy_are_those_of_the_last_half_minute() -> None:
     assert tracker.load(now + WINDOW_S / 2).utilization == pytest.approx(0.5, abs=0.06)
 
 
-def test_batch_work_keeps_no_replica() -> None:
+def test_low_priority_work_does_not_count_as_utilization() -> None:
     tracker = LoadTracker()
     now = run(tracker, 1.0, WINDOW_S, low_priority=True)
     assert tracker.load(now).utilization == 0
     assert tracker.throughput() == pytest.approx(1.0)
 
 
-def test_any_thread_may_look() -> None:
+def test_any_thread_may_read_the_load() -> None:
     tracker = LoadTracker()
     seen = []
     stop = threading.Event()
 
-    def look() -> None:
+    def read() -> None:
         while not stop.is_set():
             seen.append(tracker.load(now))
 
     now, rng = 0.0, Random(1)
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=read)
     thread.start()
     for _ in range(3000):
         tracker.offered(now, 1.0)

@@ -1,4 +1,4 @@
-"""A pipeline whose pictures change when they are batched is served one call at a time."""
+"""A pipeline whose images change when they are batched is served one call at a time."""
 
 import logging
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from serve_app.config import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
-from serve_app.engine.model.loader import LoadedPipeline
+from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import largest_difference
 from serve_app.errors import ModelLoadError
 from serve_app.metrics import report
@@ -23,7 +23,7 @@ from tests.tiny_pipelines import FAMILIES, animatediff, pag
 
 @pytest.fixture
 def pipeline() -> LoadedPipeline:
-    """A pipeline of this test's own, to be tampered with."""
+    """A pipeline that a test may change."""
     return LoadedPipeline(
         FAMILIES["stable-diffusion"](), DEMO.model_copy(update={"default_size_px": (32, 32)})
     )
@@ -31,7 +31,7 @@ def pipeline() -> LoadedPipeline:
 
 @pytest.fixture
 def mixing(pipeline: LoadedPipeline) -> Iterator[LoadedPipeline]:
-    """Its first layer shifts every row by the mean over the batch beyond two rows: rows mix."""
+    """A pipeline that mixes rows: beyond two rows, its first layer adds the mean of the batch."""
 
     def mix(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         return (args[0] + args[0].mean(),) if args[0].shape[0] > 2 else None
@@ -63,10 +63,10 @@ def test_a_sound_pipeline_is_certified(pipeline: LoadedPipeline) -> None:
     assert engine.stats().mean_batch_size > 1
 
 
-def test_a_pipeline_that_mixes_rows_is_served_alone_and_right(
+def test_a_pipeline_that_mixes_rows_takes_turns_with_correct_images(
     mixing: LoadedPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
-    alone = [mixing.generate(request)[0] for request in _requests()]
+    separate = [mixing.generate(request)[0] for request in _requests()]
     with caplog.at_level(logging.WARNING):
         engine, together = _together(mixing, DEMO)
     assert engine.info.sharing == "interleaved"
@@ -75,7 +75,7 @@ def test_a_pipeline_that_mixes_rows_is_served_alone_and_right(
     assert "differ" in engine.info.sharing_note
     assert "batching=off" in caplog.text
     assert engine.stats().mean_batch_size == 1
-    for one, two in zip(alone, together, strict=True):
+    for one, two in zip(separate, together, strict=True):
         assert float((one - two).abs().max()) <= 1e-5
 
 
@@ -83,10 +83,10 @@ def test_perturbed_attention_runs_one_request_after_another() -> None:
     """PAG splits the batch in three, and swaps the shared network's attention during a call."""
     pipeline = LoadedPipeline(pag(), DEMO.model_copy(update={"default_size_px": (32, 32)}))
     attention = dict(pipeline.denoisers["unet"].attn_processors)
-    alone = [pipeline.generate(request)[0] for request in _requests()]
+    separate = [pipeline.generate(request)[0] for request in _requests()]
     with Engine(pipeline, DEMO) as engine:
         assert engine.info.sharing == "alone"
-        assert "batched pictures differ" in engine.info.sharing_note
+        assert "batched images differ" in engine.info.sharing_note
         assert "in turns differ" in engine.info.sharing_note
         assert pipeline.denoisers["unet"].attn_processors == attention
         cut_short = engine.stream(_requests()[2])
@@ -95,16 +95,16 @@ def test_perturbed_attention_runs_one_request_after_another() -> None:
         cut_short.close()  # type: ignore[attr-defined]
         ends = [list(stream)[-1] for stream in [engine.stream(r) for r in _requests()]]
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
-    assert largest_difference(alone, together) <= 1e-5
+    assert largest_difference(separate, together) <= 1e-5
 
 
-def test_frames_in_the_batch_are_told_from_images() -> None:
-    """AnimateDiff repeats the prompt for each frame: its arguments differ in rows per picture."""
+def test_frames_in_the_batch_are_not_taken_for_images() -> None:
+    """AnimateDiff repeats the prompt for each frame: its arguments differ in rows per image."""
     model = DEMO.model_copy(update={"default_size_px": (32, 32), "call_kwargs": {"num_frames": 3}})
     pipeline = LoadedPipeline(animatediff(), model)
-    alone = [pipeline.generate(request)[0] for request in _requests()]
+    separate = [pipeline.generate(request)[0] for request in _requests()]
     engine, together = _together(pipeline, model)
-    assert largest_difference(alone, together) <= 1e-5
+    assert largest_difference(separate, together) <= 1e-5
     assert engine.info.sharing == "batched"
     assert engine.stats().mean_batch_size > 1
 
@@ -112,8 +112,8 @@ def test_frames_in_the_batch_are_told_from_images() -> None:
 def test_a_task_that_cannot_be_shared_is_not_offered(
     pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What encodes the image remembers who asked last."""
-    vae = pipeline._pipeline.vae
+    """The image encoder returns another result at each call."""
+    vae = pipeline.stock.vae
     encode, calls = vae.encode, 0
 
     def forgetful(*args: Any, **kwargs: Any) -> Any:
@@ -127,10 +127,10 @@ def test_a_task_that_cannot_be_shared_is_not_offered(
     with Engine(pipeline, DEMO) as engine:
         assert engine.info.sharing == "batched"
         assert engine.info.tasks == ("text-to-image",)
-    assert "image-to-image is not offered: its pictures differ" in caplog.text
+    assert "image-to-image is not offered: its images differ" in caplog.text
 
 
-def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPipeline) -> None:
+def test_a_network_that_fails_on_merged_calls_takes_turns(pipeline: LoadedPipeline) -> None:
     def one_prompt_only(_: nn.Module, args: object, kwargs: dict[str, Tensor]) -> None:
         embeds = kwargs["encoder_hidden_states"]
         if embeds.shape[0] == 4 and not torch.equal(embeds[2], embeds[3]):
@@ -147,18 +147,18 @@ def test_a_network_that_refuses_merged_calls_is_served_alone(pipeline: LoadedPip
     assert "one prompt at a time" in engine.info.sharing_note
 
 
-def test_a_image_that_is_not_a_number_is_no_match(
+def test_an_image_with_nan_is_no_match(
     pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second picture alone goes wrong: a maximum over pictures must not lose it."""
-    vae = pipeline._pipeline.vae
+    """Only the second image has NaN; a maximum over images must not lose it."""
+    vae = pipeline.stock.vae
     decode, decoded = vae.decode, 0
 
     def spoil(*args: Any, **kwargs: Any) -> Any:
         nonlocal decoded
         decoded += 1
         output = decode(*args, **kwargs)
-        # Alone, alone, two at once, then the two together, the one with fewer steps first.
+        # Decodings: two single images, two images at once, then two requests together.
         return (output[0] * float("nan"),) if decoded == 5 else output
 
     monkeypatch.setattr(vae, "decode", spoil)
@@ -167,32 +167,32 @@ def test_a_image_that_is_not_a_number_is_no_match(
     assert "nan" in engine.info.sharing_note
 
 
-def test_two_images_at_once_may_fail(pipeline: LoadedPipeline) -> None:
+def test_a_failed_call_for_two_images_is_reported(pipeline: LoadedPipeline) -> None:
     def one_image_only(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args[0].shape[0] > 2:
-            raise RuntimeError("one picture at a time")
+            raise RuntimeError("one image at a time")
 
     handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(one_image_only)
     try:
         engine, _ = _together(pipeline, DEMO)
     finally:
         handle.remove()
-    assert "a call for two pictures failed: RuntimeError: one picture" in engine.info.sharing_note
+    assert "a call for two images failed: RuntimeError: one image" in engine.info.sharing_note
 
 
-def test_without_batch_there_is_nothing_to_certify(pipeline: LoadedPipeline) -> None:
+def test_one_request_at_a_time_needs_no_certification(pipeline: LoadedPipeline) -> None:
     engine = Engine(
-        pipeline, DEMO, EngineConfig(max_running=1), metrics=EngineMetrics("nothing shared")
+        pipeline, DEMO, EngineConfig(max_running=1), metrics=EngineMetrics("one at a time")
     )
     with engine:
         assert engine.stats().denoiser_calls == 0
         engine.generate(_requests()[0])
     assert engine.info.sharing == "alone"
     assert engine.info.sharing_note == "max_running is 1"
-    said = [one for family in report("engine", "a").families for one in family.samples]
-    ours = {one.name for one in said if one.labels.get("model") == "nothing shared"}
+    samples = [one for family in report("engine", "a").families for one in family.samples]
+    ours = {one.name for one in samples if one.labels.get("model") == "one at a time"}
     assert "diffusion_serve_images_total" in ours
-    assert not {name for name in ours if "sharing" in name}  # it would look like a loss
+    assert not {name for name in ours if "sharing" in name}  # would look like a failure
 
 
 def test_a_pipeline_that_cannot_generate_is_rejected_at_start(pipeline: LoadedPipeline) -> None:

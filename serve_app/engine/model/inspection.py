@@ -1,0 +1,144 @@
+"""Properties of a stock pipeline, derived from its signatures and configs, never from its name."""
+
+import contextlib
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from serve_app.engine.model.networks import denoisers_of, networks_of
+from serve_app.protocol.params import Task
+
+_UNLIMITED = 10_000
+"""Token limit from which on a tokenizer states none."""
+
+
+def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of the pipeline's ``__call__``, by name."""
+    return inspect.signature(type(pipeline).__call__).parameters
+
+
+def default_argument(pipeline: DiffusionPipeline, name: str) -> object:
+    """Return the default of a parameter of ``__call__``; ``None`` if there is no such parameter."""
+    parameter = call_parameters(pipeline).get(name)
+    return None if parameter is None else parameter.default
+
+
+def pipelines_by_task(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
+    """Return the pipeline and its family's pipelines for other tasks, on the same networks."""
+    found: dict[Task, DiffusionPipeline] = {"text-to-image": pipeline}
+    makers: dict[Task, Any] = {
+        "image-to-image": diffusers.AutoPipelineForImage2Image,
+        "inpainting": diffusers.AutoPipelineForInpainting,
+    }
+    for task, maker in makers.items():
+        with contextlib.suppress(ValueError):  # diffusers has none for this family
+            found[task] = maker.from_pipe(pipeline)
+    return found
+
+
+def default_strengths(pipelines: Mapping[Task, DiffusionPipeline]) -> dict[Task, float]:
+    """Return the default strength of each task that takes one."""
+    found: dict[Task, float] = {}
+    for task, pipeline in pipelines.items():
+        strength = default_argument(pipeline, "strength")
+        if isinstance(strength, int | float):
+            found[task] = float(strength)
+    return found
+
+
+def size_multiple(pipeline: DiffusionPipeline) -> int:
+    """Return the step in pixels that every stock check accepts: a latent cell times the patch."""
+    cell = int(getattr(pipeline, "vae_scale_factor", 8))
+    factors = [8, cell]  # the oldest families check for multiples of 8 only
+    for denoiser in denoisers_of(pipeline).values():
+        patch = getattr(denoiser.config, "patch_size", None)
+        patch = patch[-1] if isinstance(patch, list | tuple) else patch
+        factors.append(cell * (patch or 1))
+    image_processor = getattr(pipeline, "image_processor", None)
+    if image_processor is not None:
+        factors.append(image_processor.config.vae_scale_factor)
+    return math.lcm(*factors)
+
+
+def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Return the pipeline's own default (width, height) in pixels."""
+    width, height = default_argument(pipeline, "width"), default_argument(pipeline, "height")
+    if isinstance(width, int) and isinstance(height, int):
+        return width, height
+    denoiser = next(iter(denoisers_of(pipeline).values()))
+    cells = getattr(pipeline, "default_sample_size", None) or getattr(
+        denoiser.config, "sample_size", None
+    )
+    cell = int(getattr(pipeline, "vae_scale_factor", 8))
+    if isinstance(cells, list | tuple):
+        return int(cells[-1]) * cell, int(cells[-2]) * cell
+    side = int(cells) * cell if cells else 1024
+    return side, side
+
+
+def default_steps(pipeline: DiffusionPipeline) -> int:
+    """Return the pipeline's own default number of steps, or 50 if it has none."""
+    steps = default_argument(pipeline, "num_inference_steps")
+    return steps if isinstance(steps, int) else 50
+
+
+def guided_by_true_cfg(pipeline: DiffusionPipeline) -> bool:
+    """Return True if ``true_cfg_scale`` sets classifier-free guidance.
+
+    Families with this parameter apply it only together with a negative prompt. Their
+    ``guidance_scale`` belongs to a guidance that may be distilled into the denoiser.
+    """
+    return "true_cfg_scale" in call_parameters(pipeline) and not any(
+        getattr(denoiser.config, "guidance_embeds", False)
+        for denoiser in denoisers_of(pipeline).values()
+    )
+
+
+def takes_negative_prompt(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> bool:
+    """Return True if a negative prompt changes the image."""
+    parameters = call_parameters(pipeline)
+    if "negative_prompt" not in parameters:
+        return False
+    if "true_cfg_scale" not in parameters or guided_by_true_cfg(pipeline):
+        return True
+    scale = call_kwargs.get("true_cfg_scale", default_argument(pipeline, "true_cfg_scale"))
+    return isinstance(scale, int | float) and scale > 1
+
+
+def stateful_components(pipeline: DiffusionPipeline) -> list[str]:
+    """Return the names of the components that may hold state of a call.
+
+    Networks hold none, and neither do tokenizers and the like.
+    """
+    networks = networks_of(pipeline)
+    return [
+        name
+        for name, component in pipeline.components.items()
+        if component is not None
+        and name not in networks
+        and not type(component).__module__.startswith("transformers.")
+    ]
+
+
+def longest_tokenizer(
+    pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]
+) -> tuple[Any, int]:
+    """Return the tokenizer that reads most of a prompt, and its limit in tokens.
+
+    Returns (None, 0) if no limit is known.
+    """
+    sequence = call_kwargs.get(
+        "max_sequence_length", default_argument(pipeline, "max_sequence_length")
+    )
+    longest = sequence if isinstance(sequence, int) else _UNLIMITED
+    limits = [
+        (min(component.model_max_length, longest), name)
+        for name, component in pipeline.components.items()
+        if hasattr(component, "model_max_length")
+    ]
+    limit, name = max(limits, default=(0, ""))
+    return (pipeline.components[name], limit) if 0 < limit < _UNLIMITED else (None, 0)

@@ -1,0 +1,43 @@
+"""The noise schedulers that a request may choose."""
+
+import contextlib
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+NOISE_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
+    "ddim": diffusers.DDIMScheduler,
+    "ddpm": diffusers.DDPMScheduler,
+    "pndm": diffusers.PNDMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_a": diffusers.EulerAncestralDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler,
+    "dpm++": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+}
+"""Classes by the names in the API. A model offers those that its own scheduler may become."""
+
+
+def compatible_noise_schedulers(pipeline: DiffusionPipeline) -> tuple[str, ...]:
+    """Return the names of the noise schedulers that can replace the model's own."""
+    compatible = getattr(pipeline.scheduler, "compatibles", [])
+    return tuple(name for name, kind in NOISE_SCHEDULERS.items() if kind in compatible)
+
+
+def new_noise_scheduler(name: str, pipeline: DiffusionPipeline) -> Any:
+    """Return a noise scheduler of this name with the config of the pipeline's own."""
+    return NOISE_SCHEDULERS[name].from_config(pipeline.scheduler.config)
+
+
+def fewest_steps(noise_scheduler: Any) -> int:
+    """Return the fewest steps that the noise scheduler accepts.
+
+    Schedulers that begin with several evaluations raise for fewer.
+    """
+    for steps in range(1, 10):
+        with contextlib.suppress(ValueError):
+            noise_scheduler.set_timesteps(steps)
+            return steps
+    return 1  # it needs more arguments than the steps, and only its pipeline knows them

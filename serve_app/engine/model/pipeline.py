@@ -1,0 +1,232 @@
+"""The loaded pipeline: everything that the engine needs to know of it, and one call of it.
+
+Pipelines are used as they are. Each request calls ``__call__`` on a shallow copy that shares the
+networks and has its own noise scheduler, guiders and call state.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from serve_app.config import ModelConfig, find_loras
+from serve_app.engine.model import inspection
+from serve_app.engine.model.adapters import Adapters
+from serve_app.engine.model.call_hooks import (
+    LatentsCallback,
+    StepCallback,
+    cache_prompts,
+    report_latents,
+    report_steps,
+)
+from serve_app.engine.model.fingerprint import Fingerprint, of_component
+from serve_app.engine.model.loader import load_stock
+from serve_app.engine.model.networks import (
+    DENOISERS,
+    NetworkState,
+    denoisers_of,
+    find_sites,
+    networks_of,
+)
+from serve_app.engine.model.noise_schedulers import (
+    compatible_noise_schedulers,
+    fewest_steps,
+    new_noise_scheduler,
+)
+from serve_app.engine.model.prompt_cache import PromptCache
+from serve_app.errors import ModelLoadError
+from serve_app.protocol.params import GenerationParams, fitted
+
+
+class LoadedPipeline:
+    """A stock pipeline on its device, with its properties.
+
+    Attributes:
+        stock: the diffusers pipeline for text-to-image.
+        pipelines: the diffusers pipeline of each task, all on the same networks.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig) -> None:
+        """Take over a pipeline that is already on its device.
+
+        Raises:
+            ModelLoadError: it has no denoiser or no prompt, it lacks an argument of
+                ``config.call_kwargs``, or an adapter cannot be loaded.
+        """
+        self.stock = pipeline
+        self._config = config
+        self.class_name = type(pipeline).__name__
+        networks = networks_of(pipeline)
+        self.adapters = Adapters(pipeline, networks.values(), find_loras(config))
+        self.pipelines = inspection.pipelines_by_task(pipeline)
+        self.tasks = tuple(self.pipelines)
+        self.default_strengths = inspection.default_strengths(self.pipelines)
+        self.device = torch.device(pipeline.device)
+        self.dtype: torch.dtype = pipeline.dtype
+        for network in networks.values():
+            network.eval()  # loading does this; a pipeline built in memory may still drop out
+        self._state = NetworkState(pipeline)
+        self.denoisers = denoisers_of(pipeline)
+        self._check_call()
+        self.sites = find_sites(pipeline)
+        self._stateful = inspection.stateful_components(pipeline)
+        self.size_multiple = inspection.size_multiple(pipeline)
+        self.default_size_px = config.default_size_px or inspection.default_size(pipeline)
+        self.default_steps = config.default_steps or inspection.default_steps(pipeline)
+        self.noise_schedulers = compatible_noise_schedulers(pipeline)
+        self.fewest_steps = {
+            name: fewest_steps(new_noise_scheduler(name, pipeline))
+            for name in self.noise_schedulers
+        }
+        self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
+        self._true_cfg = inspection.guided_by_true_cfg(pipeline)
+        self.takes_negative_prompt = inspection.takes_negative_prompt(pipeline, config.call_kwargs)
+
+    @classmethod
+    def load(cls, config: ModelConfig) -> "LoadedPipeline":
+        """Load weights (safetensors only, no code of the model's own) and move them to the device.
+
+        Raises:
+            ModelLoadError: the model cannot be loaded or served; the message says why.
+            ConfigError: the device or a speed option cannot be used.
+        """
+        return cls(load_stock(config), config)
+
+    def _check_call(self) -> None:
+        parameters = inspection.call_parameters(self.stock)
+        if not self.denoisers or "prompt" not in parameters:
+            raise ModelLoadError(
+                f"{self.class_name} is not a text-to-image pipeline that can be served: it needs a "
+                f"prompt and one of the components {', '.join(DENOISERS)}."
+            )
+        if unknown := sorted(self._config.call_kwargs.keys() - parameters.keys()):
+            raise ModelLoadError(
+                f"model.call_kwargs: {self.class_name} takes no argument {', '.join(unknown)}. It "
+                f"takes {', '.join(name for name in parameters if name != 'self')}."
+            )
+
+    def fingerprint(self) -> Fingerprint:
+        """Return the fingerprint of everything in the pipeline that certificates and costs need.
+
+        It covers the pipeline's class and config, each component as it is in memory with its
+        adapters, and the model's config. Takes as long as reading the weights from memory once.
+        """
+        model = self._config.model_dump(mode="json", exclude={"id", "device"})
+        module = type(self.stock).__module__
+        return {
+            "pipeline": f"{module}.{self.class_name} {dict(self.stock.config)!r}",
+            **{
+                f"component {name}": of_component(component)
+                for name, component in self.stock.components.items()
+            },
+            **{f"model.{name}": repr(value) for name, value in model.items()},
+            "adapters": repr(self.adapters.names),
+        }
+
+    def read_prompt(self, params: GenerationParams) -> tuple[int, tuple[str, ...]]:
+        """Return the number of tokens that the model reads of the prompt, and warnings.
+
+        The number is 0 if unknown. A warning names each prompt that the model cuts off.
+        """
+        tokenizer, limit = self._tokenizer
+        if tokenizer is None:
+            return 0, ()
+        counts = {
+            # Without ``verbose=False``, the tokenizer warns on stderr as well.
+            name: len(tokenizer(getattr(params, name) or "", verbose=False).input_ids)
+            for name in ("prompt", "negative_prompt")
+        }
+        warnings = tuple(
+            f"{name} has {tokens} tokens; the model reads {limit} of them."
+            for name, tokens in counts.items()
+            if tokens > limit
+        )
+        return min(counts["prompt"], limit), warnings
+
+    def generate(
+        self,
+        params: GenerationParams,
+        on_step: StepCallback | None = None,
+        images: int = 1,
+        on_latents: LatentsCallback | None = None,
+        prompt_cache: PromptCache | None = None,
+    ) -> Tensor:
+        """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
+
+        ``params`` must be resolved. The first latents are drawn on the CPU, so that a seed gives
+        the same image on every device. Changes nothing that another request can see.
+        """
+        pipeline = self._copy_for_call(params)
+        report_steps(pipeline, on_step)
+        if on_latents is not None:
+            report_latents(pipeline.scheduler, on_latents)
+        if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
+            cache_prompts(pipeline, prompt_cache, params.lora)
+        self.adapters.switch(params.lora)
+        arguments = self._arguments(pipeline, params, images)
+        try:
+            output = pipeline(**arguments)
+        except BaseException:
+            self.restore_networks()
+            raise
+        # The image of a video is its first frame.
+        pixels: Tensor = output.frames[:, 0] if hasattr(output, "frames") else output.images
+        return pixels
+
+    def _copy_for_call(self, params: GenerationParams) -> DiffusionPipeline:
+        """Return a copy that shares the networks and has its own stateful components."""
+        pipeline = copy.copy(self.pipelines[params.task])
+        for name in self._stateful:
+            # Not by setattr, which writes to the config that all copies share. Not by from_config
+            # either: pipelines correct old configs when they are built.
+            vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
+        if params.noise_scheduler is not None:
+            vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
+        return pipeline
+
+    def _arguments(
+        self, pipeline: DiffusionPipeline, params: GenerationParams, images: int
+    ) -> dict[str, Any]:
+        """Return the arguments of the call: those of the config, overridden by the request's."""
+        parameters = inspection.call_parameters(pipeline)
+        guidance = params.guidance_scale
+        if guidance is None:
+            guidance = self._config.default_guidance_scale
+        negative_prompt = params.negative_prompt
+        if self._true_cfg and guidance is not None and negative_prompt is None:
+            negative_prompt = " "  # without one, these families ignore the scale
+        requested: dict[str, Any] = {
+            "negative_prompt": negative_prompt,
+            "width": params.width,
+            "height": params.height,
+            "num_inference_steps": params.num_inference_steps,
+            "true_cfg_scale" if self._true_cfg else "guidance_scale": guidance,
+        }
+        if params.image is not None:
+            assert params.width is not None
+            assert params.height is not None
+            size = params.width, params.height
+            requested["strength"] = params.strength
+            requested["image"] = fitted(params.image, "RGB", size)
+            if params.mask_image is not None:
+                requested["mask_image"] = fitted(params.mask_image, "L", size)
+        prompt: str | list[str] = params.prompt
+        if "num_images_per_prompt" in parameters:
+            requested["num_images_per_prompt"] = images
+        else:
+            prompt = [params.prompt] * images
+        given = {name: value for name, value in requested.items() if value is not None}
+        # A task's pipeline may lack some parameters of the text-to-image pipeline.
+        arguments = {**self._config.call_kwargs, **given}
+        return dict(  # raises if the config sets one of these three
+            prompt=prompt,
+            generator=torch.Generator("cpu").manual_seed(params.seed),
+            output_type="pt",
+            **{name: value for name, value in arguments.items() if name in parameters},
+        )
+
+    def restore_networks(self) -> None:
+        """Undo the changes to shared networks by a call that ended early or overlapped another."""
+        self._state.restore()
