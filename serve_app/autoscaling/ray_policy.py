@@ -30,7 +30,7 @@ from serve_app.autoscaling.policy import (
     decide,
 )
 from serve_app.errors import ConfigError
-from serve_app.metrics import (
+from serve_app.metrics.autoscaling import (
     DECISIVE_TERM,
     FORECAST_REPLICAS,
     MEASURED_COLD_START,

@@ -17,7 +17,7 @@ from serve_app.config import AppConfig
 from serve_app.deployments.router import ShortestOfSeveral
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.errors import ConfigError
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 from serve_app.protocol.events import (
     Completed,
     Event,

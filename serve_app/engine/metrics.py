@@ -13,7 +13,7 @@ from typing import Literal, TypeVar, get_args
 
 from serve_app import __version__
 from serve_app.engine.admission import Reason
-from serve_app.metrics import (
+from serve_app.metrics.engine import (
     ARRIVING,
     BACKLOG,
     BATCH_SIZE,
@@ -37,8 +37,8 @@ from serve_app.metrics import (
     STEPS,
     THROUGHPUT,
     UTILIZATION,
-    size_label,
 )
+from serve_app.metrics.labels import size_label
 from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import Sharing
 

@@ -15,14 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import Cancelled, DiffusionServeError
 from serve_app.gateway.schemas import PARTS, Timings
-from serve_app.metrics import (
-    FIRST_PARTIAL,
-    OPEN_REQUESTS,
-    OUTCOMES,
-    REQUEST,
-    REQUEST_PART,
-    REQUESTS,
-)
+from serve_app.metrics.gateway import FIRST_PARTIAL, OPEN_REQUESTS, REQUEST, REQUEST_PART, REQUESTS
+from serve_app.metrics.labels import OUTCOMES
 from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Queued, Timeline
 from serve_app.protocol.images import EncodedImage

@@ -25,7 +25,7 @@ from serve_app.gateway.schemas import (
     Kind,
     Usage,
 )
-from serve_app.metrics import REJECTIONS
+from serve_app.metrics.engine import REJECTIONS
 from serve_app.protocol.backend import GenerationBackend, GenerationEvent
 from serve_app.protocol.images import EncodedImage
 from serve_app.protocol.params import (

@@ -43,7 +43,7 @@ from serve_app.gateway.exposition import exposition
 from serve_app.gateway.requests_log import RequestLog, RequestRecord, record_of
 from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 from serve_app.protocol.events import Completed, Event, Step, Timeline
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.benchmarks.engine import hardware

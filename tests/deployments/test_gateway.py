@@ -23,7 +23,7 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
-from serve_app.metrics import HELD
+from serve_app.metrics.gateway import WAITING_FOR_REPLICA
 from serve_app.protocol.images import Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams
 
@@ -272,10 +272,10 @@ async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing:
     while growing.asked < 5:
         await asyncio.sleep(0)
     assert not task.done()
-    assert HELD._value.get() == 1
+    assert WAITING_FOR_REPLICA._value.get() == 1
     growing.grown = True
     assert await task == "picture"
-    assert HELD._value.get() == 0
+    assert WAITING_FOR_REPLICA._value.get() == 0
     assert [response.context.is_retry for response in responses] == [False, True]
 
 
@@ -301,7 +301,7 @@ async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
             assert caught.value.retry_after_s is not None
             # The start is overdue by then, by as long as it should have taken.
             assert caught.value.retry_after_s == pytest.approx(min(0.12, room_in_s - 0.2), abs=0.06)
-    assert HELD._value.get() == 0
+    assert WAITING_FOR_REPLICA._value.get() == 0
 
 
 async def test_it_does_not_wait_when_nothing_is_starting(growing: Growing) -> None:

@@ -13,7 +13,8 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from serve_app.deployments import scrape
 from serve_app.deployments.replicas import Replicas
 from serve_app.deployments.scrape import Scraper
-from serve_app.metrics import APPLICATION, Report
+from serve_app.metrics.export import Report
+from serve_app.metrics.registry import APPLICATION
 
 pytestmark = pytest.mark.anyio
 

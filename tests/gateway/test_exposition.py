@@ -11,7 +11,7 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.gateway.exposition import exposition
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 
 OPENMETRICS = (
     "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"

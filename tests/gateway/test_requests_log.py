@@ -19,7 +19,10 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import NOBODY, parts_since_arrival
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
-from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
+from serve_app.metrics.export import report
+from serve_app.metrics.gateway import REQUESTS
+from serve_app.metrics.labels import OUTCOMES, UNSERVED
+from serve_app.metrics.registry import GATEWAY
 from serve_app.protocol.params import Priority
 from tests.gateway.conftest import CONFIG, FakeBackend
 

@@ -15,7 +15,9 @@ from monitoring.panels import RATE
 from monitoring.replicas_and_gpus import GPU
 from monitoring.rules import SOURCE, alerts, rules
 from serve_app.errors import Overloaded
-from serve_app.metrics import RAY_GAUGES, UNSERVED, declared
+from serve_app.metrics.autoscaling import RAY_GAUGES
+from serve_app.metrics.labels import UNSERVED
+from serve_app.metrics.table import declared
 from tests.monitoring.series import FOREIGN, series_of
 
 pytestmark = pytest.mark.slow

@@ -24,7 +24,7 @@ from serve_app.engine.startup.certification import Certificate, largest_differen
 from serve_app.engine.startup.profile import Profile
 from serve_app.engine.startup.warmup import _found_with
 from serve_app.errors import ConfigError
-from serve_app.metrics import ENGINE
+from serve_app.metrics.registry import ENGINE
 from serve_app.protocol.events import Completed, Preview
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
