@@ -5,7 +5,7 @@ from serve_app.deadlines import GRACE_S
 
 
 def test_replicas_that_go_away_may_finish_what_they_took_in() -> None:
-    """A gateway may hold a request for a replica that is starting, before it is painted."""
+    """A gateway may hold a request for a replica that is starting, before it is generated."""
     args = {"engine": {"limits": {"max_deadline_s": 45}}, "gateway": {"max_hold_s": 200}}
     gateway = build(args)._bound_deployment
     [_, generator] = gateway.init_args

@@ -55,7 +55,7 @@ def test_a_few_that_differ_in_a_number_are_whole_and_the_others_are_counted(kept
 
     def fail(number: int) -> None:
         try:
-            raise RuntimeError(f"picture {number}")
+            raise RuntimeError(f"image {number}")
         except RuntimeError:
             ours.exception("request %d failed", number)
 

@@ -77,7 +77,7 @@ def _encode_result(
     result: GenerationResult, encoding: Encoding, timeline: Timeline | None
 ) -> EncodedImage:
     width, height = result.image.size  # waits for the device
-    copy_s = time.perf_counter() - result.ended_at
+    copy_s, timings = time.perf_counter() - result.ended_at, result.timings
     return EncodedImage(
         encoding.encode(result.image),
         result.params.seed,
@@ -85,10 +85,7 @@ def _encode_result(
         height,
         result.warnings,
         result.prompt_tokens,
-        result.queue_s,
-        result.encode_s,
-        result.denoise_s,
-        result.decode_s + copy_s,
+        timings._replace(decode_s=timings.decode_s + copy_s),
         timeline,
     )
 

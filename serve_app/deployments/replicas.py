@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentDetails
 
 from serve_app.deployments.ray_compat import REPLICA_STATES, deployment_details
+from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,6 @@ REFRESH_EVERY_S = 1.0
 """Least time between two calls of the controller. It is called only while a caller waits."""
 
 ANSWER_WITHIN_S = 2.0
-
-ASSUMED_COLD_START_S = 60.0
-"""Length of a start before one was observed. The autoscaling policy assumes the same."""
 
 _INTERVAL_SHARE = 0.1
 """Share of a start's length by which its observed end may be late."""
@@ -126,7 +124,7 @@ class Replicas:
             took_s = now - self._starting[replica_id]
             # It became ready at an unknown time between the two refreshes.
             if interval_s <= max(2 * REFRESH_EVERY_S, _INTERVAL_SHARE * took_s):
-                self._cold_start_s = took_s
+                self._cold_start_s = smoothed_cold_start(self._cold_start_s, took_s)
         self._starting = {
             replica.replica_id: replica.start_time_s
             for replica in details.replicas

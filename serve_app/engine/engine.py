@@ -62,6 +62,7 @@ from serve_app.protocol.events import (
     Event,
     Failed,
     GenerationResult,
+    GenerationTimings,
     Preview,
     Progress,
     Queued,
@@ -880,10 +881,12 @@ class Engine:
                 pixels=job.result,
                 warnings=request.warnings,
                 prompt_tokens=request.prompt_tokens,
-                queue_s=request.started_at - request.submitted_at,
-                encode_s=request.encoded_at - request.started_at,
-                denoise_s=request.denoised_at - request.encoded_at,
-                decode_s=now - request.denoised_at,
+                timings=GenerationTimings(
+                    queue_s=request.started_at - request.submitted_at,
+                    encode_s=request.encoded_at - request.started_at,
+                    denoise_s=request.denoised_at - request.encoded_at,
+                    decode_s=now - request.denoised_at,
+                ),
                 ended_at=now,
             )
             self._metrics.generated(request.size)

@@ -79,7 +79,7 @@ class RequestRecord:
                 timeline = replace(event, parts_s=parts_s)
             case EncodedImage():
                 now_s = self.age_s
-                parts_s = parts_since_arrival(now_s, event.age_s, event.parts_s)
+                parts_s = parts_since_arrival(now_s, event.age_s, event.timings)
                 self.timings = Timings.of((*parts_s, max(0.0, now_s - sum(parts_s))))
                 timeline = replace(event.timeline or Timeline(), parts_s=parts_s)
             case _:

@@ -123,7 +123,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
                 record.timelines[params.seed] = event
             if isinstance(event, Completed):
                 timeline = record.timelines[params.seed]
-                parts_s = (*timeline.parts_s, event.result.decode_s)
+                parts_s = (*timeline.parts_s, event.result.timings.decode_s)
                 record.timelines[params.seed] = replace(timeline, parts_s=parts_s)
                 trace.end()
             on_event(event)

@@ -113,11 +113,11 @@ async def generate(backend: ServeBackend, params: GenerationParams = PARAMS) -> 
 
 
 async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
-    backend, _ = backend_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "picture")
-    assert await generate(backend) == "picture"
+    backend, _ = backend_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "image")
+    assert await generate(backend) == "image"
     closing = raised_by_replica(Unavailable("closing"))
-    backend, _ = backend_of(closing, "picture")
-    assert await generate(backend) == "picture"
+    backend, _ = backend_of(closing, "image")
+    assert await generate(backend) == "image"
 
 
 async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
@@ -125,7 +125,7 @@ async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
     previews = [PartialImage(index, b"") for index in range(3)]
     backend, _ = backend_of(
         ["queued", previews[0], previews[1], ActorDiedError()],
-        ["queued again", *previews, "picture"],
+        ["queued again", *previews, "image"],
     )
     assert await events_of(backend) == [
         "queued",
@@ -133,7 +133,7 @@ async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
         previews[1],
         "queued again",
         previews[2],
-        "picture",
+        "image",
     ]
 
 
@@ -267,22 +267,22 @@ OVERLOADED = raised_by_replica(Overloaded("full.", None, 40.0, 8.0))
 
 
 async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing: Growing) -> None:
-    backend, responses = backend_of(OVERLOADED, "picture", status=growing)
+    backend, responses = backend_of(OVERLOADED, "image", status=growing)
     task = asyncio.ensure_future(generate(backend))
     while growing.asked < 5:
         await asyncio.sleep(0)
     assert not task.done()
     assert WAITING_FOR_REPLICA._value.get() == 1
     growing.grown = True
-    assert await task == "picture"
+    assert await task == "image"
     assert WAITING_FOR_REPLICA._value.get() == 0
     assert [response.context.is_retry for response in responses] == [False, True]
 
 
 async def test_or_for_room_in_the_one_that_refused_it(growing: Growing) -> None:
     full = raised_by_replica(Overloaded("full.", None, 0.02, 8.0))
-    backend, responses = backend_of(full, full, "picture", status=growing)
-    assert await generate(backend) == "picture"
+    backend, responses = backend_of(full, full, "image", status=growing)
+    assert await generate(backend) == "image"
     assert [one.context.is_retry for one in responses] == [False, True, True]
 
 
@@ -390,12 +390,12 @@ async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
 
 
 async def test_waiting_for_a_replica_is_no_part_of_generation() -> None:
-    """So a start may take longer than a picture may, and so may the next one, if that is lost."""
+    """So a start may take longer than a image may, and so may the next one, if that is lost."""
     answers = [0.2, "queued"]
-    backend, _ = backend_of([*answers, "picture"], max_deadline_s=0.1)
-    assert await generate(backend) == "picture"
-    backend, _ = backend_of([*answers, ActorDiedError()], [*answers, "picture"], max_deadline_s=0.1)
-    assert await generate(backend) == "picture"
+    backend, _ = backend_of([*answers, "image"], max_deadline_s=0.1)
+    assert await generate(backend) == "image"
+    backend, _ = backend_of([*answers, ActorDiedError()], [*answers, "image"], max_deadline_s=0.1)
+    assert await generate(backend) == "image"
 
 
 async def test_who_takes_too_long_to_be_generated_is_given_up() -> None:
@@ -405,7 +405,7 @@ async def test_who_takes_too_long_to_be_generated_is_given_up() -> None:
         await generate(backend)
     assert response.cancelled
     lost = ["queued", 0.15, ActorDiedError()]
-    backend, _ = backend_of(lost, [*lost[:2], "picture"], max_deadline_s=0.2)
+    backend, _ = backend_of(lost, [*lost[:2], "image"], max_deadline_s=0.2)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
         await generate(backend)
 
@@ -452,7 +452,7 @@ async def test_who_waits_for_the_first_replica_sees_it_start(
 
     for work in (generate, ServeBackend.describe):
         running = False
-        backend, _ = backend_of([0.2, "picture"] if work is generate else [0.2], status=first)
+        backend, _ = backend_of([0.2, "image"] if work is generate else [0.2], status=first)
         task = asyncio.ensure_future(work(backend))
         await asyncio.sleep(0.1)
         running = True

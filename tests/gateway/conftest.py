@@ -1,4 +1,4 @@
-"""A backend that paints at once, and the API in front of it."""
+"""A backend that generates at once, and the API in front of it."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.routes import create_api
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import Progress, Queued
+from serve_app.protocol.events import GenerationTimings, Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
@@ -54,7 +54,7 @@ INFO = ModelInfo(
 
 
 class FakeBackend:
-    """Paints plain pictures and remembers what it was asked for."""
+    """Generates plain images and remembers what it was asked for."""
 
     def __init__(self) -> None:
         self.asked: list[GenerationParams] = []
@@ -65,12 +65,13 @@ class FakeBackend:
         self.error_in_the_middle: Exception | None = None
         self.ready = True
         self.overloaded = False
-        self.parts_s = (0.25, 0.0625, 1.0, 0.125)
-        """That it says to have taken, the file apart, whatever it took."""
+        self.timings = GenerationTimings(0.25, 0.0625, 1.0, 0.125)
+        """Timings that it reports."""
         self.file_s = 0.5
+        """Reported time to encode the file."""
         self.cancelled = 0
         self.slow_seed: int | None = None
-        """Its picture never gets done."""
+        """Its image never gets done."""
         self.accepting = asyncio.Event()
         self.accepting.set()
 
@@ -107,8 +108,8 @@ class FakeBackend:
                 *image.size,
                 ("a warning",),
                 7,
-                *self.parts_s,
-                age_s=sum(self.parts_s) + self.file_s,
+                self.timings,
+                age_s=sum(self.timings) + self.file_s,
             )
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1

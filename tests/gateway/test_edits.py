@@ -1,4 +1,4 @@
-"""Pictures that come with a request: read as one sees them, or refused."""
+"""Images that come with a request: read as one sees them, or refused."""
 
 import io
 import json
@@ -66,7 +66,7 @@ async def test_a_image_without_a_mask_is_generated_over(
 
 
 async def test_what_is_sent_counts_as_it_is_generated_from(client: httpx.AsyncClient) -> None:
-    """At the size that is painted, once for each picture, as its description says."""
+    """At the size that is generated, once for each image, as its description says."""
     answer = (await edit(client, file_of(halves((640, 480))), n="2", size="48x32")).json()
     details = answer["usage"]["input_tokens_details"]
     assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
@@ -174,7 +174,7 @@ async def test_images_are_turned_as_pillow_turns_them(orientation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "size", "painted"),
+    ("given", "size", "generated"),
     [
         ((640, 480), None, "72x56"),  # as many pixels as the model's own size, about
         ((50, 30), None, "48x32"),
@@ -260,7 +260,7 @@ def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(mode: str) -> N
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A small file whose header promises a huge picture."""
+    """A small file whose header promises a huge image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(kind + data)

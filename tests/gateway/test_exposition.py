@@ -24,7 +24,7 @@ OPENMETRICS = (
 def replica(name: str, times: int) -> Report:
     """Of a registry as a replica has it, after its way through a pickle."""
     registry = CollectorRegistry()
-    Counter("pictures_total", "Some.", ["size"], registry=registry).labels("64").inc(times)
+    Counter("images_total", "Some.", ["size"], registry=registry).labels("64").inc(times)
     histogram = Histogram("wait_seconds", 'A "wait".', buckets=(0.1, 1), registry=registry)
     histogram.observe(0.5, {"request_id": f"call-{name}"})
     Gauge("nothing", "No child yet.", ["size"], registry=registry)
@@ -53,7 +53,7 @@ def test_every_replica_is_told_apart(count: int) -> None:
     assert len({family.name for family in families}) == len(families)
     assert len(families) == (3 if count else 0)
     values = samples(families)
-    assert [values["pictures_total", f"r{index}", None] for index in range(count)] == [
+    assert [values["images_total", f"r{index}", None] for index in range(count)] == [
         *map(float, range(count))
     ]
 
@@ -74,12 +74,12 @@ def test_openmetrics_has_the_request_behind_a_figure() -> None:
 
 def test_what_is_said_of_all_is_no_replicas() -> None:
     text, _ = exposition([Report(None, replica("x", 3).families)], "")
-    assert b'pictures_total{size="64"} 3.0' in text
+    assert b'images_total{size="64"} 3.0' in text
 
 
 def test_a_release_that_means_something_else_by_a_name_does_not_break_it() -> None:
     registry = CollectorRegistry()
-    Gauge("pictures", "Another kind.", registry=registry).set(7)
+    Gauge("images", "Another kind.", registry=registry).set(7)
     Gauge("wait_seconds", "Another kind.", registry=registry).set(7)
     text, _ = exposition([replica("a", 1), Report("b", list(registry.collect()))], OPENMETRICS)
     names = {
@@ -87,7 +87,7 @@ def test_a_release_that_means_something_else_by_a_name_does_not_break_it() -> No
         for family in openmetrics_families(text.decode())
         for sample in family.samples
     }
-    assert ("pictures", "b") not in names
+    assert ("images", "b") not in names
     assert ("wait_seconds", "b") not in names
 
 

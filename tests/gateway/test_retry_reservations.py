@@ -158,7 +158,7 @@ async def test_a_refused_request_that_comes_again_is_known(
     response = await post(client, body)
     assert error_of(response, 429)["code"] == "overloaded"
     assert response.headers["retry-after"] == "3"
-    # Both pictures of it go before the next one.
+    # Both images of it go before the next one.
     response = await post(client, body | {"seed": 1})
     assert response.headers["retry-after"] == str(3 + 20)
     assert {context.is_retry for context in backend.contexts} == {False}

@@ -1,4 +1,4 @@
-"""The HTTP API in front of a backend that paints at once: what goes in, what comes out."""
+"""The HTTP API in front of a backend that generates at once: what goes in, what comes out."""
 
 import asyncio
 import base64
@@ -396,7 +396,7 @@ async def test_compression_makes_files_smaller(client: httpx.AsyncClient) -> Non
 async def test_who_takes_too_long_is_given_up(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    backend.error = DeadlineExceeded("the picture was not done within 30 s, and was given up.")
+    backend.error = DeadlineExceeded("the image was not done within 30 s, and was given up.")
     response = await post(client, {"prompt": "x"})
     assert error_of(response, 504)["code"] == "deadline_exceeded"
     assert response.headers["x-should-retry"] == "false"

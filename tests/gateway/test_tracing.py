@@ -36,7 +36,7 @@ from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.tracing import Tracing
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import Queued, Step, Timeline
+from serve_app.protocol.events import GenerationTimings, Queued, Step, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.collector import collecting
@@ -76,13 +76,9 @@ class TracedBackend(FakeBackend):
         async with aclosing(generating) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
-                    queue_s, encode_s, denoise_s, decode_s = PARTS_S
                     event = replace(
                         event,
-                        queue_s=queue_s,
-                        encode_s=encode_s,
-                        denoise_s=denoise_s,
-                        decode_s=decode_s,
+                        timings=GenerationTimings(*PARTS_S),
                         timeline=Timeline(PARTS_S[:3], STEPS, MATES) if context.trace else None,
                         age_s=sum(PARTS_S),
                     )

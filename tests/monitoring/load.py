@@ -22,7 +22,7 @@ PAUSE_S = 1.0
 """A client looks at what it got for as long: all ask for less than two replicas can do."""
 
 TIGHT = 1.25
-"""Of the time that a picture takes alone: who names that as its deadline is in time with whoever
+"""Of the time that a image takes alone: who names that as its deadline is in time with whoever
 has nothing else to do, and is refused by the others."""
 
 TIGHT_EVERY = 8
@@ -37,7 +37,7 @@ def demo_of_two(port: int) -> dict[str, Any]:
 def _kinds(solo_s: float, outcomes: Collection[str]) -> Iterator[dict[str, Any]]:
     """Sizes, lengths and ways to ask, in turns.
 
-    ``solo_s``: what a picture of `STEPS` takes; ``outcomes``: those so far.
+    ``solo_s``: what a image of `STEPS` takes; ``outcomes``: those so far.
     """
     seeds = itertools.count()
     tight = {"num_inference_steps": STEPS, "deadline_s": TIGHT * solo_s}

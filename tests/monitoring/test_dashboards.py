@@ -25,7 +25,7 @@ LOAD_S = 15.0
 """At least."""
 
 KINDS = {"200", "400", "429", "hung up"}
-"""Of answers: painted, a mistake, refused, and nobody there any more."""
+"""Of answers: generated, a mistake, refused, and nobody there any more."""
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sent", "painted"),
+    ("sent", "generated"),
     [
         ((32, 48), (32, 48)),
         ((35, 44), (32, 48)),
