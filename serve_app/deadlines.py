@@ -4,7 +4,7 @@ Pure, over the application's configuration: Serve's deployments are built with i
 compares it with what a manifest grants its pods.
 """
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 
 GRACE_S = 10.0
 """Between the longest that a request may take and the end of a replica that is to go away."""

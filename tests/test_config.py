@@ -5,16 +5,18 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve_app.config import (
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.models import (
     DEMO_MODEL_DIR,
-    SERVE_DELAYS_S,
-    WORK_POLICY,
     AppConfig,
     GatewayConfig,
     ModelConfig,
-    check_model_folder,
-    foreign_policy,
     parse_app_config,
+)
+from serve_app.config.serve_file import (
+    SERVE_DELAYS_S,
+    WORK_POLICY,
+    foreign_policy,
     policy_kwargs,
     read_autoscaling,
     read_serve_config,

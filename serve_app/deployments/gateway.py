@@ -15,7 +15,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
+from serve_app.config.environment import KEYS_VARIABLE, keys_in_environment
+from serve_app.config.models import AppConfig
 from serve_app.deployments.ray_compat import (
     CancelledAsDisconnect,
     address_beyond_loopback,

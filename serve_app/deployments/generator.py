@@ -13,7 +13,7 @@ import ray
 import torch
 from ray import serve
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.deployments.router import ShortestOfSeveral
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.errors import ConfigError

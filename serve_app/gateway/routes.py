@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve_app import __version__
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import Cancelled, ModelNotFound
 from serve_app.gateway import page
 from serve_app.gateway.auth import KeyGuard, KeyRing

@@ -255,7 +255,7 @@ class ImagesResponse(BaseModel):
     warnings: list[str] = Field(description="Parts of the request without effect.")
 
 
-Kind = Literal["image_generation", "image_edit"]
+ImageOperation = Literal["image_generation", "image_edit"]
 """Prefix of event types."""
 
 

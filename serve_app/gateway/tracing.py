@@ -25,7 +25,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import __version__
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.schemas import RESPONSE
 from serve_app.protocol.events import GENERATION_PARTS, Timeline

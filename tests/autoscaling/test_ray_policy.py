@@ -10,7 +10,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from serve_app.autoscaling.ray_policy import WorkPolicy, load_of
-from serve_app.config import WORK_POLICY
+from serve_app.config.serve_file import WORK_POLICY
 from serve_app.protocol.load import ReplicaLoad
 
 DEPLOYMENT = DeploymentID("Generator", "diffusion-serve")

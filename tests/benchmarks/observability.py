@@ -34,7 +34,7 @@ import torch
 import typer
 from starlette.types import Receive, Scope, Send
 
-from serve_app.config import AppConfig, EngineConfig, ModelConfig
+from serve_app.config.models import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline

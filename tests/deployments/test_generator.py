@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.deployments import generator
 from serve_app.deployments.generator import Generator, check_assigned_gpus
 from serve_app.engine import engine as engine_module

@@ -8,7 +8,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.config import KEYS_VARIABLE
+from serve_app.config.environment import KEYS_VARIABLE
 from serve_app.gateway.auth import digest
 from tests.e2e.conftest import demo_config, free_port, start_serve
 from tests.waiting import wait_until

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from serve_app.config import EngineConfig, LimitsConfig
+from serve_app.config.models import EngineConfig, LimitsConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import NOISE_SCHEDULERS, LoadedPipeline
 from serve_app.engine.scheduling.policies import Fifo

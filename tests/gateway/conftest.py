@@ -11,7 +11,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
+from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import RequestRecord

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image, ImageOps
 
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.gateway.parsing import read_image
 from tests.gateway.conftest import LIMITS, FakeBackend, decoded, error_of
 
@@ -233,7 +233,7 @@ async def test_sixteen_bits_of_grey_are_read_as_eight(
 READ = """
 import re, sys
 from pathlib import Path
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.gateway.parsing import read_image
 
 def peak_bytes():  # of this process alone; getrusage remembers who started it

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.errors import Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import NOBODY, parts_since_arrival

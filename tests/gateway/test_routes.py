@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.config import GatewayConfig, ModelConfig
+from serve_app.config.models import GatewayConfig, ModelConfig
 from serve_app.errors import (
     DeadlineExceeded,
     DiffusionServeError,

@@ -29,7 +29,7 @@ from opentelemetry.trace import (
     format_trace_id,
 )
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api

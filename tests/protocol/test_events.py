@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from serve_app.config import EngineConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import LoadedPipeline
 from serve_app.engine.request import Request, link_batch_peers

@@ -22,7 +22,8 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from serve_app.config import ModelConfig, check_model_folder, find_loras
+from serve_app.config.model_files import check_model_folder, find_loras
+from serve_app.config.models import ModelConfig
 from serve_app.engine.batching.rendezvous import Site
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.fingerprint import Fingerprint, of_component

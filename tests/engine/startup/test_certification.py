@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.loader import LoadedPipeline

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from serve_app.config import EngineConfig, ModelConfig, SpeedConfig
+from serve_app.config.models import EngineConfig, ModelConfig, SpeedConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model import fingerprint
 from serve_app.engine.model.loader import LoadedPipeline
@@ -161,7 +161,7 @@ def test_another_process_takes_over(profile: Path) -> None:
     FAMILIES["stable-diffusion"]().save_pretrained(folder)
     program = (
         "import json, sys\n"
-        "from serve_app.config import EngineConfig, ModelConfig\n"
+        "from serve_app.config.models import EngineConfig, ModelConfig\n"
         "from serve_app.engine.engine import Engine\n"
         "model = ModelConfig.model_validate_json(sys.argv[1])\n"
         "with Engine.load(model, EngineConfig.model_validate_json(sys.argv[2])) as engine:\n"
