@@ -52,6 +52,7 @@ def test_the_wheel_has_what_a_server_needs_and_no_more(wheel: Path) -> None:
     for name in (
         "serve_app/py.typed",
         "serve_app/gateway/page/index.html",
+        "serve_app/gateway/page/main.js",
         "serve_app/demo/model/unet/diffusion_pytorch_model.safetensors",
         metadata,
     ):

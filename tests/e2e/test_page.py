@@ -386,7 +386,7 @@ def test_what_goes_wrong_is_said(open_page: Open) -> None:
     generate(page, "a red circle", steps=4)
     expect(page.locator("#seed-wrong")).to_have_text("seed must be prime.")
     expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
-    page.evaluate("blame('seed', 'twice.')")
+    page.evaluate("import('/page/validation.js').then(({ blame }) => blame('seed', 'twice.'))")
     expect(page.locator("#seed-wrong")).to_have_text("twice.")
     generate(page, "a red circle", steps=4)
     expect(page.locator("#lora-wrong")).to_have_count(1)
@@ -415,9 +415,9 @@ def test_it_asks_for_the_key_that_the_server_wants(open_page: Open, shots: Path)
         permissions=["clipboard-read", "clipboard-write"],
     )
     expect(page.locator("#key-dialog")).to_be_visible()
-    # Who does not want to give one is left alone.
+    # The dialog stays closed once it was dismissed.
     page.get_by_role("button", name="Not now").click()
-    expect(page.locator("#model")).to_have_text("This server asks for an API key.")
+    expect(page.locator("#model")).to_have_text("This server requires an API key.")
     page.clock.run_for(20_000)
     expect(page.locator("#key-dialog")).to_be_hidden()
     page.screenshot(path=shots / "no-key.png")

@@ -19,6 +19,7 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
+from serve_app.gateway import page
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import ImageGenerationRequest
@@ -477,16 +478,33 @@ async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
     assert backend.cancelled == 1
 
 
-async def test_the_page_is_one_document_that_may_load_nothing_else(
+async def assert_modules_are_served(client: httpx.AsyncClient, entry: str) -> None:
+    """Follow the imports of the page's modules, from the entry."""
+    found, pending = set(), [entry]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        response = await client.get(f"/{path}")
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/javascript")
+        imports = re.findall(r'^import .* from "\./([^"]+)";$', response.text, re.MULTILINE)
+        pending += {f"page/{name}" for name in imports} - found
+    assert len(found) == len(page.scripts())
+
+
+async def test_the_page_loads_only_its_own_style_and_modules(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await client.get("/")
     assert response.status_code == 200
     assert "default-src 'none'" in response.headers["content-security-policy"]
-    for tag in ("style", "script"):
-        text = response.text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    text = response.text.split("<style>")[1].split("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    assert "script-src 'self'" in response.headers["content-security-policy"]
+    [entry] = re.findall(r'<script type="module" src="([^"]+)">', response.text)
+    await assert_modules_are_served(client, entry)
+    error_of(await client.get("/page/style.css"), 404)
     config = CONFIG.model_copy(update={"gateway": GatewayConfig(page=False)})
     api = create_api(config, backend, KeyRing(None, None))
     async with httpx.AsyncClient(
