@@ -45,7 +45,7 @@ class Tracing:
     def __init__(self, config: AppConfig, provider: TracerProvider) -> None:
         self._model = config.model.id
         self._log_prompts = config.gateway.log_prompts
-        self._provider = provider
+        self.provider = provider
         self._tracer = provider.get_tracer("serve_app", __version__)
 
     @classmethod
@@ -68,7 +68,7 @@ class Tracing:
 
     def close(self, within_s: float = FLUSH_WITHIN_S) -> None:
         """Send the spans that are left."""
-        flush = threading.Thread(target=self._provider.shutdown, name="flush", daemon=True)
+        flush = threading.Thread(target=self.provider.shutdown, name="flush", daemon=True)
         flush.start()
         flush.join(within_s)
 

@@ -537,7 +537,7 @@ async def test_a_queue_that_is_full_drops_spans(
         for _ in range(30):
             await request(tracing)
         wait_until(lambda: collector.batches)
-        [processor] = tracing._provider._active_span_processor._span_processors
+        [processor] = tracing.provider._active_span_processor._span_processors
         queue: Any = vars(processor)["_batch_processor"]._queue
         assert len(queue) <= 16
         assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
@@ -550,7 +550,7 @@ async def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch
     def resource(**variables: str) -> dict[str, Any]:
         tracing = tracing_to("http://127.0.0.1:9", monkeypatch, **variables)
         tracing.close()
-        return dict(tracing._provider.resource.attributes)
+        return dict(tracing.provider.resource.attributes)
 
     found = resource()
     assert found["service.name"] == "diffusion-serve"
