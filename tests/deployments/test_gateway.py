@@ -449,7 +449,7 @@ async def test_a_request_that_waits_for_the_first_replica_measures_its_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.01)
-    started_at, running = time.time(), False
+    started_at, running = time.time() - 9.0, False
 
     async def first() -> Any:
         state = "RUNNING" if running else "STARTING"

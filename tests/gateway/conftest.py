@@ -57,7 +57,7 @@ class FakeBackend:
     """Generates plain images and remembers what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[GenerationParams] = []
+        self.received: list[GenerationParams] = []
         self.contexts: list[RequestContext] = []
         self.described_for: list[float | None] = []
         """The deadlines of those who wanted to know what the model takes."""
@@ -82,7 +82,7 @@ class FakeBackend:
         progress: bool = False,
         context: RequestContext = INITIAL,
     ) -> AsyncGenerator[GenerationEvent, None]:
-        self.asked.append(params)
+        self.received.append(params)
         self.contexts.append(context)
         assert params.width is not None
         assert params.height is not None

@@ -55,7 +55,7 @@ async def test_only_known_keys_are_let_in(backend: FakeBackend) -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert response.headers["x-should-retry"] == "false"
         error_of(await post(client, {"prompt": "x"}), 401)
-        assert backend.asked == []
+        assert backend.received == []
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
@@ -71,7 +71,7 @@ async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
         for path in ("/v1/models", "/sd/v1/models", "/nothing"):
             error_of(await client.get(path), 401)
         error_of(await post(client, body), 401)
-        assert backend.asked == []
+        assert backend.received == []
         client.headers = httpx.Headers(using("sk-plain"))
         assert (await post(client, body)).status_code == 200
         error_of(await post(client, {"prompt": "x" * LIMITS.max_body_bytes}), 413)
@@ -122,7 +122,7 @@ async def test_a_key_may_have_so_many_at_a_time_streams_included(backend: FakeBa
             return asyncio.ensure_future(coroutine)
 
         first = send(1)
-        while not backend.asked:
+        while not backend.received:
             await asyncio.sleep(0)
         response = await send(2)
         assert error_of(response, 429)["message"].startswith("the key 'narrow' may have 1")
@@ -203,7 +203,7 @@ async def test_pages_of_other_sites_may_not_use_a_server_without_keys(backend: F
             "/v1/images/generations", content='{"prompt": "x"}', headers=from_elsewhere
         )
         assert error_of(response, 403)["code"] == "cross_site"
-        assert backend.asked == []
+        assert backend.received == []
         assert (await client.get("/", headers=from_elsewhere)).status_code == 200  # by a link
         for site in ("same-origin", "same-site", "none"):
             response = await client.get("/v1/models", headers={"sec-fetch-site": site})

@@ -56,7 +56,7 @@ async def test_a_image_without_a_mask_is_generated_over(
 ) -> None:
     response = await edit(client, file_of(halves(), image_format), strength="0.5", seed="3")
     assert response.status_code == 200, response.text
-    [asked] = backend.asked
+    [asked] = backend.received
     assert (asked.task, asked.strength, asked.seed) == ("image-to-image", 0.5, 3)
     assert asked.image is not None
     left, right = asked.image.getpixel((8, 32)), asked.image.getpixel((56, 32))
@@ -80,7 +80,7 @@ async def test_what_is_transparent_in_the_mask_is_generated_anew(
 ) -> None:
     response = await edit(client, file_of(halves()), file_of(mask_of()))
     assert response.status_code == 200, response.text
-    [asked] = backend.asked
+    [asked] = backend.received
     assert asked.task == "inpainting"
     assert asked.mask_image is not None
     assert asked.mask_image.getpixel((8, 32)) == 255
@@ -108,15 +108,15 @@ async def test_every_field_of_a_form_is_understood(
         **{"lora[ink]": "0.5", "lora[pixel]": "1"},
     )
     assert response.status_code == 200, response.text
-    first, second = backend.asked
+    first, second = backend.received
     assert (first.width, first.height, first.num_inference_steps) == (48, 32, 9)
     assert (first.guidance_scale, first.noise_scheduler, first.deadline_s) == (2.5, "ddim", 20)
     assert first.lora == (("ink", 0.5), ("pixel", 1.0))
     assert second.seed == first.seed + 1
     await edit(client, file_of(halves()), lora='{"ink": 0.25}')
-    assert backend.asked[-1].lora == (("ink", 0.25),)
+    assert backend.received[-1].lora == (("ink", 0.25),)
     await edit(client, file_of(halves()), lora="ink")
-    assert backend.asked[-1].lora == (("ink", 1.0),)
+    assert backend.received[-1].lora == (("ink", 1.0),)
 
 
 async def test_edits_stream_events_of_their_own(client: httpx.AsyncClient) -> None:
@@ -137,7 +137,7 @@ async def test_a_photo_is_turned_as_its_camera_was(
     exif[0x0112] = 6  # turned by a quarter: what is stored left is shown on top
     response = await edit(client, file_of(halves((64, 32)), "jpeg", exif=exif))
     assert response.json()["size"] == "32x64"
-    image = backend.asked[0].image
+    image = backend.received[0].image
     assert image is not None
     top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
     assert top[0] > 200 > bottom[0]  # type: ignore[index, operator]
@@ -200,7 +200,7 @@ async def test_another_shape_is_cropped_rather_than_squeezed(
     mask = Image.new("RGBA", image.size, (0, 0, 0, 0))
     mask.paste((0, 0, 0, 255), (0, 0, 64, 64))
     await edit(client, file_of(image), file_of(mask), size="64x64")
-    asked = backend.asked[0]
+    asked = backend.received[0]
     assert asked.image is not None
     assert asked.mask_image is not None
     assert set(asked.image.get_flattened_data()) == {(255, 0, 0)}
@@ -211,7 +211,7 @@ async def test_transparent_parts_become_white(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     await edit(client, file_of(mask_of()))
-    image = backend.asked[0].image
+    image = backend.received[0].image
     assert image is not None
     assert image.getpixel((8, 32)) == (255, 255, 255)
     assert image.getpixel((56, 32)) == (0, 0, 0)
@@ -223,7 +223,7 @@ async def test_sixteen_bits_of_grey_are_read_as_eight(
     row = struct.pack("<64H", *(column * 1024 for column in range(64)))
     data = file_of(Image.frombytes("I;16", (64, 64), row * 64))
     assert (await edit(client, data)).status_code == 200
-    read = backend.asked[0].image
+    read = backend.received[0].image
     assert read is not None
     assert [read.getpixel((column, 5)) for column in (0, 20, 63)] == [
         (value, value, value) for value in (0, 80, 252)
@@ -324,7 +324,7 @@ async def test_what_cannot_be_used_is_refused_by_name(
     assert error["param"] == param
     assert message in error["message"]
     assert "0x" not in error["message"]
-    assert backend.asked == []
+    assert backend.received == []
 
 
 async def test_one_image_is_taken(client: httpx.AsyncClient) -> None:
@@ -367,7 +367,7 @@ async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, backend: FakeBacken
 
     for charset in ("", "; charset=utf-8", '; charset="UTF-8"'):
         assert (await answer(charset, "ä".encode())).status_code == 200
-        assert backend.asked[-1].prompt == "ä"
+        assert backend.received[-1].prompt == "ä"
     for name in ("undefined", "punycode", "utf-16", "idna", "x" * 1_000):
         error = error_of(await answer(f"; charset={name}", b"\xe9-x"), 400)
         assert f"in UTF-8, not '{name[:100]}'" in error["message"]

@@ -54,7 +54,7 @@ async def test_a_image_comes_back_in_the_wanted_format(
     assert image.format == image_format.upper()
     assert image.size == (48, 32)
     assert (body["size"], body["output_format"], data["seed"]) == ("48x32", image_format, 7)
-    assert backend.asked == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
+    assert backend.received == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
 
 
 async def test_defaults_are_the_models_and_the_seed_is_drawn(
@@ -63,7 +63,7 @@ async def test_defaults_are_the_models_and_the_seed_is_drawn(
     first, second = [(await post(client, {"prompt": "x"})).json() for _ in range(2)]
     assert first["size"] == "64x64"
     assert first["data"][0]["seed"] != second["data"][0]["seed"]
-    assert backend.asked[0].num_inference_steps == 20
+    assert backend.received[0].num_inference_steps == 20
 
 
 async def test_n_images_have_seeds_of_their_own(
@@ -141,7 +141,7 @@ async def test_bad_fields_are_named_with_what_is_allowed(
     assert param in error["message"]
     assert allowed in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert backend.asked == []
+    assert backend.received == []
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ async def test_adapters_are_named_with_or_without_scales(
 ) -> None:
     response = await post(client, {"prompt": "a", "lora": lora})
     assert response.status_code == 200, response.text
-    assert backend.asked[0].lora == adapters
+    assert backend.received[0].lora == adapters
 
 
 async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.AsyncClient) -> None:
@@ -265,7 +265,7 @@ async def test_long_bodies_are_refused_whatever_they_claim(
     for content in (body, in_pieces()):
         error = error_of(await client.post("/v1/images/generations", content=content), 413)
         assert "2000 bytes" in error["message"]
-    assert backend.asked == []
+    assert backend.received == []
 
 
 async def test_unknown_paths_and_methods_have_the_same_shape(client: httpx.AsyncClient) -> None:
@@ -365,7 +365,7 @@ async def test_quality_is_a_number_of_steps(
 ) -> None:
     response = await post(client, {"prompt": "x"} | change)
     assert response.json()["quality"] == quality
-    assert backend.asked[0].num_inference_steps == steps
+    assert backend.received[0].num_inference_steps == steps
 
 
 @pytest.mark.usefixtures("old")
@@ -452,7 +452,7 @@ async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
     async def receive() -> dict[str, Any]:
         if messages:
             return messages.pop()
-        while not backend.asked:
+        while not backend.received:
             await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 

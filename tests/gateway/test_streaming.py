@@ -69,7 +69,7 @@ async def test_previews_are_spread_over_the_steps(
     ):
         body = {"prompt": "x", "num_inference_steps": steps, "stream": True}
         events_of(await post(client, body | {"partial_images": count}))
-        assert backend.asked[-1].preview_steps == expected
+        assert backend.received[-1].preview_steps == expected
 
 
 async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
@@ -123,7 +123,7 @@ async def test_who_waits_long_gets_heartbeats_and_late_refusals_as_events(
     backend.accepting.clear()
     backend.error = Overloaded("full after all")
     answer = asyncio.ensure_future(post(client, {"prompt": "x", "stream": True}))
-    while not backend.asked:
+    while not backend.received:
         await asyncio.sleep(0.001)
     asyncio.get_running_loop().call_later(0.2, backend.accepting.set)
     response = await answer

@@ -377,7 +377,7 @@ async def test_who_goes_away_is_traced_up_to_there(backend: TracedBackend) -> No
     backend.slow_seed = 2
     backend.told = Timeline((1e-5,))
     asking = asyncio.create_task(gateway.post(n=2, seed=1))
-    while not (len(backend.asked) == 2 and backend.accepting.is_set()):
+    while not (len(backend.received) == 2 and backend.accepting.is_set()):
         await asyncio.sleep(0)
     for _ in range(200):  # the image of seed 1 gets done, as far as the loop decides
         await asyncio.sleep(0)
