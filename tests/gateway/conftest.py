@@ -1,4 +1,4 @@
-"""A backend that generates at once, and the API in front of it."""
+"""A fake backend that generates at once, and the API in front of it."""
 
 import asyncio
 import base64
@@ -54,13 +54,13 @@ INFO = ModelInfo(
 
 
 class FakeBackend:
-    """Generates plain images and remembers what it was asked for."""
+    """Generates plain images and records its requests."""
 
     def __init__(self) -> None:
         self.received: list[GenerationParams] = []
         self.contexts: list[RequestContext] = []
         self.described_for: list[float | None] = []
-        """The deadlines of those who wanted to know what the model takes."""
+        """Deadlines of the requests that the model was described for."""
         self.error: Exception | None = None
         self.error_in_the_middle: Exception | None = None
         self.ready = True
@@ -71,7 +71,7 @@ class FakeBackend:
         """Reported time to encode the file."""
         self.cancelled = 0
         self.slow_seed: int | None = None
-        """Its image never gets done."""
+        """Seed of an image that is never done."""
         self.accepting = asyncio.Event()
         self.accepting.set()
 
@@ -129,7 +129,7 @@ class FakeBackend:
 
 @pytest.fixture
 def old(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Requests that are as old as the backend says."""
+    """Make requests as old as the backend reports."""
     aged = property(lambda record: time.perf_counter() - record.received_at + 2.0)
     monkeypatch.setattr(RequestRecord, "age_s", aged)
 
@@ -152,7 +152,7 @@ async def post(client: httpx.AsyncClient, body: object) -> httpx.Response:
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error object, after checking that it has OpenAI's shape."""
+    """Return the error object, after checking that it has OpenAI's shape."""
     assert response.status_code == status, response.text
     body = response.json()
     assert body.keys() == {"error"}
