@@ -30,7 +30,7 @@ POINTS = 120
 
 @dataclass(frozen=True)
 class Curve:
-    """One series of a response, without NaN."""
+    """A series of a response, without NaN."""
 
     name: str
     points: list[tuple[float, float]]

@@ -36,7 +36,7 @@ SCALING = Dashboard(
         panel(
             "Replicas that the policy would need",
             (policy("needed_replicas", "by"), f"{WHOSE}: for {{{{by}}}}"),
-            (policy("forecast_replicas"), f"{WHOSE}: busy when one asked for now is there"),
+            (policy("forecast_replicas"), f"{WHOSE}: busy when one requested now is ready"),
         ),
         panel(
             "What decided",

@@ -4,7 +4,8 @@ from typing import Any, cast
 
 from ray.serve import Application, Deployment
 
-from serve_app.config import check_model_folder, parse_app_config
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.models import parse_app_config
 from serve_app.deadlines import graceful_shutdown_timeouts_s
 from serve_app.deployments.gateway import Gateway
 from serve_app.deployments.generator import Generator

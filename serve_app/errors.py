@@ -29,8 +29,8 @@ class DiffusionServeError(Exception):
     """Root of the tree.
 
     ``param`` names the field of the request that is wrong, if there is one. ``retry_after_s`` is
-    the time after which a retry may succeed, where a retry makes sense. The gateway writes it to
-    the header ``Retry-After``.
+    the time after which a retry may succeed, where a retry makes sense.
+    `serve_app.gateway.retry_after` passes it on to the client.
     """
 
     status: ClassVar[int] = 500

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling import cost

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from serve_app.config import DEMO_MODEL_DIR
+from serve_app.config.models import DEMO_MODEL_DIR
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 

@@ -19,7 +19,7 @@ import yaml
 from ray.serve.context import _set_global_client
 from ray.util import get_node_ip_address
 
-from serve_app.config import WORK_POLICY
+from serve_app.config.serve_file import WORK_POLICY
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]

@@ -4,8 +4,8 @@ from serve_app.app import build
 from serve_app.deadlines import GRACE_S
 
 
-def test_replicas_that_go_away_may_finish_what_they_took_in() -> None:
-    """A gateway may hold a request for a replica that is starting, before it is painted."""
+def test_stopping_replicas_may_finish_their_requests() -> None:
+    """In a gateway, a request may wait for a starting replica before it is generated."""
     args = {"engine": {"limits": {"max_deadline_s": 45}}, "gateway": {"max_hold_s": 200}}
     gateway = build(args)._bound_deployment
     [_, generator] = gateway.init_args
@@ -16,6 +16,6 @@ def test_replicas_that_go_away_may_finish_what_they_took_in() -> None:
     assert graces_s == [45 + GRACE_S, 200 + 45 + GRACE_S]
 
 
-def test_gateways_keep_off_nodes_that_come_and_go() -> None:
+def test_gateways_avoid_nodes_that_come_and_go() -> None:
     gateway = build({})._bound_deployment
     assert gateway.ray_actor_options["label_selector"] == {"diffusion-serve/gateway": "!no"}

@@ -5,16 +5,18 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve_app.config import (
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.models import (
     DEMO_MODEL_DIR,
-    SERVE_DELAYS_S,
-    WORK_POLICY,
     AppConfig,
     GatewayConfig,
     ModelConfig,
-    check_model_folder,
-    foreign_policy,
     parse_app_config,
+)
+from serve_app.config.serve_file import (
+    SERVE_DELAYS_S,
+    WORK_POLICY,
+    foreign_policy,
     policy_kwargs,
     read_autoscaling,
     read_serve_config,
@@ -24,12 +26,12 @@ from tests.serve_configs import SERVE_CONFIGS
 
 
 @pytest.mark.parametrize("path", SERVE_CONFIGS, ids=lambda path: path.name)
-def test_the_shipped_configs_are_right(path: Path) -> None:
+def test_the_shipped_configs_are_valid(path: Path) -> None:
     [config] = read_serve_config(path)
     check_model_folder(config.model)
 
 
-def test_nothing_need_be_said() -> None:
+def test_every_key_has_a_default() -> None:
     config = parse_app_config({})
     assert config == AppConfig()
     assert config.model.source == str(DEMO_MODEL_DIR)
@@ -54,14 +56,14 @@ def test_configs_are_frozen() -> None:
         (None, ["args"]),
     ],
 )
-def test_what_is_wrong_is_named(args: object, words: list[str]) -> None:
+def test_errors_name_the_wrong_key(args: object, words: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_app_config(args)
     for word in words:
         assert word in str(caught.value)
 
 
-def test_where_a_model_comes_from(tmp_path: Path) -> None:
+def test_the_source_of_a_model(tmp_path: Path) -> None:
     assert ModelConfig(id="org/name").source == "org/name"
     assert not ModelConfig(id="org/name").is_folder
     assert ModelConfig(id="m", path="org/name").source == "org/name"
@@ -88,7 +90,7 @@ def test_a_wrong_serve_config_is_explained(tmp_path: Path, content: str, words: 
         read_serve_config(tmp_path / "none.yaml")
 
 
-def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
+def test_the_kwargs_of_the_policy_are_found(tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
 
     def write(policy: object) -> None:
@@ -97,28 +99,28 @@ def test_what_a_deployment_tells_the_policy_is_found(tmp_path: Path) -> None:
         ours = {"import_path": "serve_app.app:build", "deployments": deployments}
         path.write_text(yaml.safe_dump({"applications": [ours]}))
 
-    def told() -> dict[str, object]:
+    def kwargs() -> dict[str, object]:
         [autoscaling] = read_autoscaling(path, "Generator")
         assert autoscaling["min_replicas"] == 0
         return policy_kwargs(autoscaling)
 
     write({"policy_function": WORK_POLICY, "policy_kwargs": {"hold_s": 3}})
-    assert told() == {"hold_s": 3}
+    assert kwargs() == {"hold_s": 3}
     write({"policy_function": WORK_POLICY})
-    assert told() == {}
-    for other in (None, {"policy_function": "somebody:else", "policy_kwargs": {"x": 1}}):
+    assert kwargs() == {}
+    for other in (None, {"policy_function": "another:policy", "policy_kwargs": {"x": 1}}):
         write(other)
-        assert told() == {}
+        assert kwargs() == {}
     write({"policy_function": WORK_POLICY, "policy_kwargs": [3]})
     with pytest.raises(ConfigError, match=r"policy_kwargs must be a mapping; it is \[3\]"):
-        told()
+        kwargs()
     write([3])
     with pytest.raises(ConfigError, match="must be mappings"):
-        told()
+        kwargs()
 
 
 @pytest.mark.parametrize("late", SERVE_DELAYS_S)
-def test_serve_must_not_wait_before_it_does_what_the_policy_says(late: str) -> None:
+def test_delays_of_serve_are_rejected(late: str) -> None:
     ours = {"policy": {"policy_function": WORK_POLICY}} | dict.fromkeys(SERVE_DELAYS_S, 0)
     assert policy_kwargs(ours) == {}
     default = f"{late} is {SERVE_DELAYS_S[late]}, Serve's default where it is not set: .* to 0"
@@ -126,14 +128,14 @@ def test_serve_must_not_wait_before_it_does_what_the_policy_says(late: str) -> N
         policy_kwargs({name: value for name, value in ours.items() if name != late})
     with pytest.raises(ConfigError, match=f"{late} is 5: Serve would wait"):
         policy_kwargs(ours | {late: 5})
-    theirs = {"policy": {"policy_function": "somebody:else"}}
+    theirs = {"policy": {"policy_function": "another:policy"}}
     assert policy_kwargs(theirs) == {}
 
 
-def test_a_policy_of_somebody_else_is_named() -> None:
+def test_another_policy_is_named() -> None:
     assert foreign_policy({}) is None
     assert foreign_policy({"policy": {"policy_function": WORK_POLICY}}) is None
-    assert foreign_policy({"policy": {"policy_function": "somebody:else"}}) == "somebody:else"
+    assert foreign_policy({"policy": {"policy_function": "another:policy"}}) == "another:policy"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_a_policy_of_somebody_else_is_named() -> None:
         ),
     ],
 )
-def test_adapters_that_cannot_work_are_refused(model: dict[str, object], message: str) -> None:
+def test_unusable_adapters_are_rejected(model: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_app_config({"model": model})
 
@@ -157,14 +159,14 @@ def test_adapters_that_cannot_work_are_refused(model: dict[str, object], message
 def test_tracing_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_app_config({"gateway": {"tracing": True}}).gateway.tracing
     exporter = "opentelemetry.exporter.otlp.proto.http"
-    monkeypatch.delitem(sys.modules, exporter, raising=False)  # tests that need it came before
+    monkeypatch.delitem(sys.modules, exporter, raising=False)  # earlier tests import it
     monkeypatch.setitem(sys.modules, exporter.rpartition(".")[0], None)
     with pytest.raises(ConfigError, match=r"pip install 'diffusion-serve\[tracing\]'"):
         parse_app_config({"gateway": {"tracing": True}})
     assert not parse_app_config({}).gateway.tracing
 
 
-def test_a_file_of_keys_may_be_named_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_may_name_the_key_file(monkeypatch: pytest.MonkeyPatch) -> None:
     assert GatewayConfig().keys_file is None
     monkeypatch.setenv("DIFFUSION_SERVE_KEYS_PATH", "/etc/diffusion-serve/keys.yaml")
     assert GatewayConfig().keys_file == Path("/etc/diffusion-serve/keys.yaml")

@@ -6,7 +6,7 @@ from serve_app import errors
 
 
 def _tree(root: type[errors.DiffusionServeError]) -> list[type[errors.DiffusionServeError]]:
-    # Ray derives classes of its own from ours while it carries them; those are not in the module.
+    # Ray derives its own classes from these to transport them; those are not in the module.
     children = [child for child in root.__subclasses__() if child.__module__ == errors.__name__]
     return [root, *(leaf for child in children for leaf in _tree(child))]
 

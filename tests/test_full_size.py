@@ -19,7 +19,7 @@ PUBLISHED: dict[str, tuple[Callable[[DiffusionPipeline], nn.Module], int]] = {
     "OpenCLIP bigG": (lambda tiny: full_size.clip_big_g(tiny.tokenizer), 694_659_840),
     "T5-XXL encoder": (lambda tiny: full_size.t5_xxl(tiny.tokenizer_2), 4_762_310_656),
 }
-"""How to build each network, given a pipeline with tokenizers, and how many weights it has."""
+"""The builder of each network, given a pipeline with tokenizers, and its number of weights."""
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,4 +1,4 @@
-"""What must be true of the files themselves."""
+"""Conditions on the files of the repository."""
 
 import re
 import tomllib
@@ -19,11 +19,11 @@ PINS = {
 
 
 CUDA_ONLY = ("nvidia-", "cuda-", "triton")
-"""What a CUDA build of torch brings along, at versions that torch itself fixes."""
+"""Packages that a CUDA build of torch brings along, at versions that torch fixes."""
 
 
 def _needed(names: list[str]) -> set[str]:
-    """Everything that the requirements need on this machine, at any depth."""
+    """Return all packages that the requirements need on this machine, at any depth."""
     seen: set[str] = set()
     queue = [Requirement(name) for name in names]
     done: set[tuple[str, frozenset[str]]] = set()
@@ -69,7 +69,7 @@ def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
     ],
     ids=str,
 )
-def test_links_lead_somewhere(path: Path) -> None:
+def test_local_links_have_targets(path: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)\)", (ROOT / path).read_text())
     local = [link for link in links if "://" not in link]
     missing = [link for link in local if not (ROOT / path.parent / link).exists()]

@@ -19,7 +19,7 @@ class Kept(logging.Handler):
 
 @pytest.fixture
 def kept() -> Iterator[Kept]:
-    """What comes out of the logger ``theirs``."""
+    """Collect the output of the logger ``theirs``."""
     handler, theirs = Kept(), logging.getLogger("theirs")
     theirs.addHandler(handler)
     theirs.propagate = False
@@ -27,7 +27,7 @@ def kept() -> Iterator[Kept]:
     theirs.removeHandler(handler)
 
 
-def test_the_same_warning_comes_once_and_says_how_often_it_was(kept: Kept) -> None:
+def test_a_repeated_warning_is_passed_once_with_its_count(kept: Kept) -> None:
     now = 100.0
     ours = logging.Logger("ours", logging.INFO)
     ours.addHandler(WithoutRepeats(logging.getLogger("theirs"), clock=lambda: now))
@@ -48,20 +48,20 @@ def test_the_same_warning_comes_once_and_says_how_often_it_was(kept: Kept) -> No
     ]
 
 
-def test_a_few_that_differ_in_a_number_are_whole_and_the_others_are_counted(kept: Kept) -> None:
+def test_some_variants_of_a_warning_pass_and_the_others_are_counted(kept: Kept) -> None:
     now = 100.0
     ours = logging.Logger("ours", logging.INFO)
     ours.addHandler(WithoutRepeats(logging.getLogger("theirs"), clock=lambda: now))
 
     def fail(number: int) -> None:
         try:
-            raise RuntimeError(f"picture {number}")
+            raise RuntimeError(f"image {number}")
         except RuntimeError:
             ours.exception("request %d failed", number)
 
     for number in range(1_000):
         fail(number)
-    ours.error("request %d failed", 7)  # the same words at another place
+    ours.error("request %d failed", 7)  # the same text at another place
     assert kept.messages == [
         *(f"request {number} failed" for number in range(MAX_VARIANTS - 1)),
         f"request {MAX_VARIANTS - 1} failed (more like it are left out for 30 s)",
@@ -73,8 +73,8 @@ def test_a_few_that_differ_in_a_number_are_whole_and_the_others_are_counted(kept
     assert kept.messages[-1] == f"request 1000 failed ({1_000 - MAX_VARIANTS} more like it before)"
 
 
-def test_what_is_no_warning_always_comes(kept: Kept) -> None:
-    """Such as the line of each request."""
+def test_other_levels_always_pass(kept: Kept) -> None:
+    """The line of each request is an example."""
     ours = logging.Logger("ours", logging.INFO)
     ours.addHandler(WithoutRepeats(logging.getLogger("theirs")))
     for number in range(1_000):
@@ -82,7 +82,7 @@ def test_what_is_no_warning_always_comes(kept: Kept) -> None:
     assert len(kept.messages) == 1_000
 
 
-def test_what_it_remembers_has_an_end(kept: Kept) -> None:
+def test_memory_is_bounded(kept: Kept) -> None:
     ours = logging.Logger("ours", logging.INFO)
     ours.addHandler(WithoutRepeats(logging.getLogger("theirs")))
     for number in [*range(1_000), 999, 0]:

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """``diffusion-serve`` of an environment that has the wheel, and this one's dependencies.
+    """Install the wheel beside this environment's dependencies; return its ``diffusion-serve``.
 
     A .pth file adds the folder of the dependencies to ``sys.path``. The editable install of the
     clone does not come along: Python reads .pth files of site folders only, and this is none.
@@ -46,12 +46,13 @@ def program(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     return folder / "bin" / "diffusion-serve"
 
 
-def test_the_wheel_has_what_a_server_needs_and_no_more(wheel: Path) -> None:
+def test_the_wheel_has_the_files_of_a_server_and_no_others(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     metadata = f"diffusion_serve-{__version__}.dist-info/METADATA"
     for name in (
         "serve_app/py.typed",
         "serve_app/gateway/page/index.html",
+        "serve_app/gateway/page/main.js",
         "serve_app/demo/model/unet/diffusion_pytorch_model.safetensors",
         metadata,
     ):

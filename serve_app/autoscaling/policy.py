@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 from serve_app.protocol.load import ReplicaLoad
 
 Term = Literal["min", "blind", "held", "batch", "arrivals", "backlog", "max"]
@@ -51,7 +52,7 @@ class ScalingParams:
     """Averaging time of the arrival rate."""
     hold_s: float = 30.0
     """Time that a surplus must last before removal; at least a third of a cold start."""
-    cold_start_s: float = 60.0
+    cold_start_s: float = ASSUMED_COLD_START_S
     """Time from requesting a replica until it can generate; assumed until one is measured."""
     mean_work_s: float = 2.0
     """Mean work of a request; assumed until one has arrived."""
@@ -121,9 +122,6 @@ class Decision:
         return f"{self.replicas} replicas, by {self.term}: {values}"
 
 
-_WEIGHT = 0.3
-"""Weight of a new cold-start measurement against the smoothed value."""
-
 _SLOWER = 2.0
 """Ratio of the slow averaging time to the fast one."""
 
@@ -144,7 +142,7 @@ def decide(load: Load, params: ScalingParams, state: PolicyState) -> tuple[Decis
     start if that is longer: a replica that is removed too early costs another cold start, and late
     requests. For the same reason, a replica that noise alone would request again is no surplus,
     unless the load clearly falls. The start of a first replica is not cancelled when no request
-    waits any more: clients have a Retry-After that ends when it is ready.
+    waits any more: clients return when it is ready.
     """
     state = _observed(load, params, state)
     cold_start_s = _cold_start(load, params, state)
@@ -168,9 +166,9 @@ def decide(load: Load, params: ScalingParams, state: PolicyState) -> tuple[Decis
     state = replace(state, wanted=(*recent, (load.at_s, wanted)))
     replicas = wanted
     if wanted < load.target:
-        held = min(load.target, state.wanted[0][1])
-        if held > replicas:
-            replicas, term = held, "held"
+        kept = min(load.target, state.wanted[0][1])
+        if kept > replicas:
+            replicas, term = kept, "held"
         if len(load.replicas) < load.running:
             # A replica without a report may be busy.
             replicas, term = load.target, "blind"
@@ -211,9 +209,7 @@ def _observed(load: Load, params: ScalingParams, state: PolicyState) -> PolicySt
     means = [one.mean_work_s for one in load.replicas if one.mean_work_s > 0]
     cold_start_s, starts = state.cold_start_s, list(state.starts)
     while starts and load.running >= starts[0].to:
-        took_s = load.at_s - starts.pop(0).at_s
-        known = took_s if cold_start_s is None else cold_start_s
-        cold_start_s = known + _WEIGHT * (took_s - known)
+        cold_start_s = smoothed_cold_start(cold_start_s, load.at_s - starts.pop(0).at_s)
     # The first decision takes the present target as needed.
     wanted = ((load.at_s, load.target),) if state.at_s is None else state.wanted
     return PolicyState(

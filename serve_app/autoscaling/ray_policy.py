@@ -30,7 +30,7 @@ from serve_app.autoscaling.policy import (
     decide,
 )
 from serve_app.errors import ConfigError
-from serve_app.metrics import (
+from serve_app.metrics.autoscaling import (
     DECISIVE_TERM,
     FORECAST_REPLICAS,
     MEASURED_COLD_START,
@@ -72,7 +72,8 @@ class WorkPolicy:
                 "finds such errors before they are deployed.",
                 error,
             )
-        self._state = PolicyState()
+        self.state = PolicyState()
+        """State after the last decision."""
         self._wanted: int | None = None
         self._all_known_at: float | None = None
         self._gauges = _Gauges()
@@ -85,7 +86,7 @@ class WorkPolicy:
             max_replicas=ctx.capacity_adjusted_max_replicas,
         )
         load = load_of(ctx)
-        decision, self._state = decide(load, params, _with_starts_of_serve(self._state, ctx))
+        decision, self.state = decide(load, params, _with_starts_of_serve(self.state, ctx))
         if decision.replicas != self._wanted:
             self._wanted = decision.replicas
             logger.info("%s/%s: %s", ctx.app_name, ctx.deployment_name, decision)

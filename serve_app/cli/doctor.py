@@ -30,7 +30,8 @@ def doctor(
     namespace: Annotated[
         str | None,
         typer.Option(
-            help="Of the service. The overlay's, the kubeconfig's or the one that has it, if none."
+            help="Namespace of the service. Default: the overlay's, the kubeconfig's, or the one "
+            "that has it."
         ),
     ] = None,
     overlay: Annotated[
@@ -38,7 +39,7 @@ def doctor(
         typer.Option(
             allow_dash=True,
             help="A rendered manifest that is to be applied ('-': from stdin): what KubeRay would "
-            "refuse of it, and with --cluster whether the cluster's nodes take its pods. What the "
+            "reject of it, and with --cluster whether the cluster's nodes take its pods. What the "
             "namespace holds, if none.",
         ),
     ] = None,

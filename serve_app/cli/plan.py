@@ -2,16 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from tqdm import tqdm
 
 from serve_app.config.serve_file import read_serve_config
 from serve_app.errors import ConfigError
-
-Routing = Literal["count", "work"]
-"""The routing that the simulator knows."""
+from serve_app.planner.cluster import ClusterParams, Routing
 
 
 def plan(
@@ -92,7 +90,6 @@ def plan(
     """Size a cluster before it is bought: replay arrivals in simulated time."""
     from serve_app.planner import comparison as planner
     from serve_app.planner import inputs
-    from serve_app.planner.cluster import ClusterParams
 
     try:
         if (trace is None) == (rate is None):

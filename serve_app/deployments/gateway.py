@@ -15,7 +15,8 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from serve_app.config import KEYS_VARIABLE, AppConfig, keys_in_environment
+from serve_app.config.environment import KEYS_VARIABLE, keys_in_environment
+from serve_app.config.models import AppConfig
 from serve_app.deployments.ray_compat import (
     CancelledAsDisconnect,
     address_beyond_loopback,
@@ -26,7 +27,8 @@ from serve_app.deployments.scrape import Scraper
 from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
-from serve_app.metrics import HELD, Report
+from serve_app.metrics.export import Report
+from serve_app.metrics.gateway import WAITING_FOR_REPLICA
 from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.images import Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
@@ -171,7 +173,7 @@ class ServeBackend:
             return False
         wanted = status.running + 1
         self._held += 1
-        HELD.set(self._held)
+        WAITING_FOR_REPLICA.set(self._held)
         try:
             while status.running < wanted and loop.time() < room_at:
                 if not status.coming or loop.time() > until:
@@ -181,7 +183,7 @@ class ServeBackend:
             return True
         finally:
             self._held -= 1
-            HELD.set(self._held)
+            WAITING_FOR_REPLICA.set(self._held)
 
     async def _events(
         self, params: GenerationParams, encoding: Encoding, progress: bool, context: RequestContext

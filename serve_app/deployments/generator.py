@@ -13,12 +13,12 @@ import ray
 import torch
 from ray import serve
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.deployments.router import ShortestOfSeveral
 from serve_app.engine.engine import Engine
 from serve_app.engine.stats import EngineStats
 from serve_app.errors import ConfigError
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 from serve_app.protocol.events import (
     Completed,
     Event,
@@ -78,7 +78,7 @@ def _encode_result(
     result: GenerationResult, encoding: Encoding, timeline: Timeline | None
 ) -> EncodedImage:
     width, height = result.image.size  # waits for the device
-    copy_s = time.perf_counter() - result.ended_at
+    copy_s, timings = time.perf_counter() - result.ended_at, result.timings
     return EncodedImage(
         encoding.encode(result.image),
         result.params.seed,
@@ -86,10 +86,7 @@ def _encode_result(
         height,
         result.warnings,
         result.prompt_tokens,
-        result.queue_s,
-        result.encode_s,
-        result.denoise_s,
-        result.decode_s + copy_s,
+        timings._replace(decode_s=timings.decode_s + copy_s),
         timeline,
     )
 

@@ -17,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentDetails
 
 from serve_app.deployments.ray_compat import REPLICA_STATES, deployment_details
+from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +25,6 @@ REFRESH_EVERY_S = 1.0
 """Least time between two calls of the controller. It is called only while a caller waits."""
 
 ANSWER_WITHIN_S = 2.0
-
-ASSUMED_COLD_START_S = 60.0
-"""Length of a start before one was observed. The autoscaling policy assumes the same."""
 
 _INTERVAL_SHARE = 0.1
 """Share of a start's length by which its observed end may be late."""
@@ -62,15 +60,20 @@ class Replicas:
     It is refreshed on demand, and by itself while a caller waits in `watched`.
     """
 
-    def __init__(self, fetch: Callable[[], Awaitable[DeploymentDetails]]) -> None:
-        """``fetch``: call of the controller; it may raise Ray's errors."""
+    def __init__(
+        self,
+        fetch: Callable[[], Awaitable[DeploymentDetails]],
+        cold_start_s: float | None = None,
+    ) -> None:
+        """Set the call of the controller, which may raise Ray's errors, and a known start time."""
         self._fetch = fetch
         self._lock = asyncio.Lock()
         self._refreshed_at: float | None = None
         self._status = ReplicaStatus(1, 0)  # a guess until the first answer
         self._updated_at = -math.inf  # in Unix time, as all below
         self._starting: dict[str, float] = {}  # since when
-        self._cold_start_s: float | None = None
+        self.cold_start_s = cold_start_s
+        """Smoothed duration of a start; None before one was observed."""
         self._waiting: set[object] = set()
         self._watch: asyncio.Task[None] | None = None
 
@@ -90,7 +93,7 @@ class Replicas:
             if self._refreshed_at is None or now - self._refreshed_at >= REFRESH_EVERY_S:
                 try:
                     async with asyncio.timeout(ANSWER_WITHIN_S):
-                        self._status = self._updated(await self._fetch(), time.time())
+                        self._status = self.observe(await self._fetch(), time.time())
                 except (RayError, RayServeException, TimeoutError) as error:
                     logger.warning("Serve's controller does not report its replicas: %r", error)
                 self._refreshed_at = time.monotonic()
@@ -119,14 +122,15 @@ class Replicas:
             await self.refresh()
             await asyncio.sleep(REFRESH_EVERY_S)
 
-    def _updated(self, details: DeploymentDetails, now: float) -> ReplicaStatus:
+    def observe(self, details: DeploymentDetails, now: float) -> ReplicaStatus:
+        """Learn from the controller's report at ``now``, in Unix time; return the status."""
         interval_s, self._updated_at = now - self._updated_at, now
         running = {replica.replica_id for replica in details.replicas if replica.state == "RUNNING"}
         for replica_id in running & self._starting.keys():
             took_s = now - self._starting[replica_id]
             # It became ready at an unknown time between the two refreshes.
             if interval_s <= max(2 * REFRESH_EVERY_S, _INTERVAL_SHARE * took_s):
-                self._cold_start_s = took_s
+                self.cold_start_s = smoothed_cold_start(self.cold_start_s, took_s)
         self._starting = {
             replica.replica_id: replica.start_time_s
             for replica in details.replicas
@@ -143,5 +147,5 @@ class Replicas:
 
     def _remaining_s(self, age_s: float) -> float:
         """Estimate the rest of a start. A long overdue start is likely to take longer still."""
-        known_s = self._cold_start_s or ASSUMED_COLD_START_S
+        known_s = self.cold_start_s or ASSUMED_COLD_START_S
         return max(known_s - age_s, age_s - (1 - _SPREAD) * known_s)

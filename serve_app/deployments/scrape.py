@@ -19,15 +19,9 @@ from ray.serve.handle import DeploymentHandle
 from serve_app import __version__
 from serve_app.deployments.ray_compat import call_all_replicas
 from serve_app.deployments.replicas import Replicas
-from serve_app.metrics import (
-    GATEWAY_INFO,
-    REPLICAS,
-    SCRAPE,
-    SCRAPED,
-    TARGET_REPLICAS,
-    Report,
-    report,
-)
+from serve_app.metrics.application import REPLICAS, SCRAPE, SCRAPED, TARGET_REPLICAS
+from serve_app.metrics.export import Report, report
+from serve_app.metrics.gateway import GATEWAY_INFO
 
 logger = logging.getLogger(__name__)
 

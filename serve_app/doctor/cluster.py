@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import yaml
 
-from serve_app.config import IMPORT_PATH
+from serve_app.config.serve_file import IMPORT_PATH
 from serve_app.doctor import (
     gateways,
     gpu_nodes,

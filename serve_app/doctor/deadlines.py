@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import IMPORT_PATH, parse_app_config
+from serve_app.config.models import parse_app_config
+from serve_app.config.serve_file import IMPORT_PATH
 from serve_app.deadlines import graceful_shutdown_timeouts_s, longest_requests_s
 from serve_app.doctor.kube import Object
 from serve_app.doctor.operator_rules.rule import Node, RayCluster, mapping, mappings

@@ -27,7 +27,7 @@ class Refused(NotReadable):
         self.status = status
 
 
-class Kind(NamedTuple):
+class ResourceKind(NamedTuple):
     """One kind of object as the API server serves it."""
 
     plural: str
@@ -42,7 +42,7 @@ class WritableCluster(Cluster):
         super().__init__(namespace, kubeconfig)
         self._served_kinds = cache(self._discover)
 
-    def kind(self, api_version: str, kind: str) -> Kind | None:
+    def kind(self, api_version: str, kind: str) -> ResourceKind | None:
         """The resource behind a kind; None if the API server does not serve it.
 
         Raises:
@@ -158,10 +158,10 @@ class WritableCluster(Cluster):
                 "Try `kubectl port-forward`: it takes the same way, and the same right.",
             ) from None
 
-    def _discover(self, api_version: str) -> dict[str, Kind]:
+    def _discover(self, api_version: str) -> dict[str, ResourceKind]:
         served = self.get(base(api_version)) or {}
         return {
-            one["kind"]: Kind(one["name"], one["namespaced"])
+            one["kind"]: ResourceKind(one["name"], one["namespaced"])
             for one in served.get("resources") or ()
             if "/" not in one["name"]
         }

@@ -18,7 +18,9 @@ import psutil
 import pynvml
 from packaging.requirements import Requirement
 
-from serve_app.config import ModelConfig, check_model_folder, machine_environment
+from serve_app.config.environment import machine_environment
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.models import ModelConfig
 from serve_app.doctor import driver, gpus, weights
 from serve_app.doctor.gpus import Gpu, Place
 from serve_app.doctor.report import Finding, failed, gib, ok, warning

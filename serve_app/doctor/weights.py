@@ -12,7 +12,7 @@ from pathlib import Path
 
 from huggingface_hub import constants
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.errors import ModelLoadError
 
 _FLOATS = ("F8", "F16", "BF16", "F32", "F64")

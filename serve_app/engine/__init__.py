@@ -2,7 +2,7 @@
 
 Needs no server::
 
-    from serve_app.config import EngineConfig, ModelConfig
+    from serve_app.config.models import EngineConfig, ModelConfig
     from serve_app.engine.engine import Engine
     from serve_app.protocol.params import GenerationParams
 

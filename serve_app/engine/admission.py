@@ -15,7 +15,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from serve_app.config import EngineConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.metrics import EngineMetrics, RejectionReason
 from serve_app.engine.predictor import Predictor
 from serve_app.engine.scheduler import Scheduler

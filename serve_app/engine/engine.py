@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.admission import AdmissionControl
 from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from serve_app.config import SpeedConfig
+from serve_app.config.models import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, NotMergeable
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.device import check_device, free_memory

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal, TypeVar, get_args
 
 from serve_app import __version__
-from serve_app.metrics import (
+from serve_app.metrics.engine import (
     ARRIVING,
     BACKLOG,
     BATCH_SIZE,
@@ -36,8 +36,8 @@ from serve_app.metrics import (
     STEPS,
     THROUGHPUT,
     UTILIZATION,
-    size_label,
 )
+from serve_app.metrics.labels import size_label
 from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import Sharing
 

@@ -31,6 +31,7 @@ from serve_app.protocol.events import (
     Event,
     Failed,
     GenerationResult,
+    GenerationTimings,
     Preview,
     Progress,
     Step,
@@ -227,10 +228,12 @@ class Runner:
             pixels=pixels,
             warnings=request.warnings,
             prompt_tokens=request.prompt_tokens,
-            queue_s=request.started_at - request.submitted_at,
-            encode_s=request.encoded_at - request.started_at,
-            denoise_s=request.denoised_at - request.encoded_at,
-            decode_s=now - request.denoised_at,
+            timings=GenerationTimings(
+                queue_s=request.started_at - request.submitted_at,
+                encode_s=request.encoded_at - request.started_at,
+                denoise_s=request.denoised_at - request.encoded_at,
+                decode_s=now - request.denoised_at,
+            ),
             ended_at=now,
         )
         self._metrics.generated(request.size)

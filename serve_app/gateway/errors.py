@@ -1,7 +1,6 @@
 """The one place where exceptions become HTTP responses, always in OpenAI's error object."""
 
 import logging
-import math
 from dataclasses import dataclass
 from types import UnionType
 from typing import Any
@@ -20,12 +19,10 @@ from serve_app.errors import (
     Unavailable,
 )
 from serve_app.gateway.requests_log import record_of, request_id
+from serve_app.gateway.retry_after import documented_headers, retry_headers
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
 
 logger = logging.getLogger(__name__)
-
-RETRY_AFTER_S = 5.0
-"""Retry time of an error that has none."""
 
 MOST_SHOWN = 100
 """Characters of a client's value that an error repeats."""
@@ -77,21 +74,12 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
     record = record_of(scope)
     record.failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
-    headers = {"traceparent": record.traceparent} if record.traceparent else {}
-    if status in (429, 503):
-        headers["Retry-After"] = _retry_after(ours)
-    elif status < 500 or status == 504:
-        # OpenAI's clients read it. A retry would fail again, or take as long again.
-        headers["x-should-retry"] = "false"
+    headers = retry_headers(ours)
+    if record.traceparent:
+        headers["traceparent"] = record.traceparent
     if isinstance(ours, InvalidKey):
         headers["WWW-Authenticate"] = "Bearer"
     return Problem(status, detail, given | headers)
-
-
-def _retry_after(error: DiffusionServeError) -> str:
-    """Format the header of an error: whole seconds, rounded up, at least one."""
-    seconds = RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s
-    return str(max(1, math.ceil(seconds)))
 
 
 class _HttpError(InvalidRequest):
@@ -170,14 +158,11 @@ def add_error_handlers(api: FastAPI) -> None:
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describe the error responses of an endpoint, for OpenAPI."""
-    retry_after = {
-        "Retry-After": {"schema": {"type": "integer"}, "description": "Seconds to wait."}
-    }
     return {
         status: {
             "model": ErrorResponse,
             "description": _REASONS[status],
-            "headers": retry_after if status in (429, 503) else {},
+            "headers": documented_headers(status),
         }
         for status in statuses
     }

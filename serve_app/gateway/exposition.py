@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from prometheus_client import Metric
 from prometheus_client.exposition import choose_encoder
 
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 
 Gather = Callable[[], Awaitable[Sequence[Report]]]
 """Function that gathers a report from every replica of the application."""

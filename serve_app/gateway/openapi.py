@@ -6,13 +6,13 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serve_app.config import AppConfig, LimitsConfig
+from serve_app.config.models import AppConfig, LimitsConfig
 from serve_app.gateway.schemas import (
     CompletedEvent,
     ErrorResponse,
     ImageEditRequest,
     ImageGenerationRequest,
-    Kind,
+    ImageOperation,
     PartialImageEvent,
     ProgressEvent,
 )
@@ -69,7 +69,7 @@ def edit_body(limits: LimitsConfig) -> dict[str, Any]:
     return _body("multipart/form-data", schema)
 
 
-def streamed(kind: Kind) -> dict[int | str, dict[str, Any]]:
+def streamed(kind: ImageOperation) -> dict[int | str, dict[str, Any]]:
     """Describe the streamed form of a successful answer.
 
     Its schema is that of one event, because OpenAPI 3.1 cannot describe a stream of events.

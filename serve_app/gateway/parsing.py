@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.errors import MOST_SHOWN, from_validation
 from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest

@@ -15,14 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.errors import Cancelled, DiffusionServeError
 from serve_app.gateway.schemas import PARTS, Timings
-from serve_app.metrics import (
-    FIRST_PARTIAL,
-    OPEN_REQUESTS,
-    OUTCOMES,
-    REQUEST,
-    REQUEST_PART,
-    REQUESTS,
-)
+from serve_app.metrics.gateway import FIRST_PARTIAL, OPEN_REQUESTS, REQUEST, REQUEST_PART, REQUESTS
+from serve_app.metrics.labels import OUTCOMES
 from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Queued, Timeline
 from serve_app.protocol.images import EncodedImage
@@ -85,7 +79,7 @@ class RequestRecord:
                 timeline = replace(event, parts_s=parts_s)
             case EncodedImage():
                 now_s = self.age_s
-                parts_s = parts_since_arrival(now_s, event.age_s, event.parts_s)
+                parts_s = parts_since_arrival(now_s, event.age_s, event.timings)
                 self.timings = Timings.of((*parts_s, max(0.0, now_s - sum(parts_s))))
                 timeline = replace(event.timeline or Timeline(), parts_s=parts_s)
             case _:

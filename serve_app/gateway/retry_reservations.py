@@ -1,4 +1,4 @@
-"""Retry reservations: a rejected request that returns after its ``Retry-After`` finds room.
+"""Retry reservations: a rejected request that returns after its retry time finds room.
 
 A rejected request gets a time at which there is room for it, after all earlier reservations. When
 it returns then, it is recognised by its content. The engine keeps a reserve of time for such
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from serve_app.errors import Overloaded
+from serve_app.gateway.retry_after import whole_seconds
 
 PACE = 0.7
 """Share of the time that is reserved. The rest is for unforeseen work, and for first attempts that
@@ -107,10 +108,10 @@ class RetryReservations:
         """
         self._expire()
         now = self._clock()
-        wait_s = rejection.retry_after_s or 0.0
+        room_in_s = rejection.retry_after_s or 0.0
         if not is_retry:
-            wait_s += self._work_s * self._share / PACE
-        wait_s = max(1, math.ceil(wait_s))
+            room_in_s += self._work_s * self._share / PACE
+        wait_s = whole_seconds(room_in_s)
         work_s = rejection.work_s * images
         if len(self._by_time) < MAX_RESERVATIONS:
             due_at = now + wait_s

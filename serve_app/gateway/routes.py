@@ -8,11 +8,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve_app import __version__
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import Cancelled, ModelNotFound
 from serve_app.gateway import page
 from serve_app.gateway.auth import KeyGuard, KeyRing
@@ -33,7 +34,7 @@ EDITS = "/v1/images/edits"
 
 GENERATION_ERRORS = documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
 
-OPEN = ("", "/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
+OPEN = ("", "/", "/page/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
 """Paths that need no key: health, the API's description and the page, to which "" leads."""
 
 
@@ -165,6 +166,19 @@ def create_api(
         @api.get("/", include_in_schema=False)
         async def show_page() -> HTMLResponse:
             return HTMLResponse(content, headers={"Content-Security-Policy": policy})
+
+        scripts = page.scripts()
+
+        @api.head("/page/{name}", include_in_schema=False)
+        @api.get("/page/{name}", include_in_schema=False)
+        async def show_script(name: str) -> Response:
+            if name not in scripts:
+                raise HTTPException(404)
+            return Response(
+                scripts[name],
+                headers={"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"},
+                media_type="text/javascript",
+            )
 
     return api
 

@@ -6,12 +6,16 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.events import GENERATION_PARTS
 from serve_app.protocol.images import Encoding, ImageFormat
 from serve_app.protocol.params import MAX_SEED, AdapterSet, ModelInfo
 
 Quality = Literal["low", "medium", "high"]
 
-PARTS = ("queue", "encode", "denoise", "decode", "response")
+RESPONSE = "response"
+"""The last part of a request: from the pixels to the last byte of the answer."""
+
+PARTS = (*GENERATION_PARTS, RESPONSE)
 """Parts of a request's time, in their order."""
 
 
@@ -251,7 +255,7 @@ class ImagesResponse(BaseModel):
     warnings: list[str] = Field(description="Parts of the request without effect.")
 
 
-Kind = Literal["image_generation", "image_edit"]
+ImageOperation = Literal["image_generation", "image_edit"]
 """Prefix of event types."""
 
 

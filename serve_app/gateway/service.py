@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Principal
 from serve_app.gateway.parsing import in_image_thread, read_image, read_mask
@@ -19,13 +19,13 @@ from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
     ImageEditRequest,
+    ImageOperation,
     ImageRequest,
     ImagesResponse,
     InputTokensDetails,
-    Kind,
     Usage,
 )
-from serve_app.metrics import REJECTIONS
+from serve_app.metrics.engine import REJECTIONS
 from serve_app.protocol.backend import GenerationBackend, GenerationEvent
 from serve_app.protocol.images import EncodedImage
 from serve_app.protocol.params import (
@@ -44,7 +44,7 @@ TOKEN_PX = 16
 class ImageJob:
     """A validated request, with everything that its answer repeats."""
 
-    kind: Kind
+    kind: ImageOperation
     body: ImageRequest
     images: tuple[GenerationParams, ...]
     """Resolved parameters, one for each image."""
@@ -92,7 +92,7 @@ class ImageService:
 
     async def prepare(
         self,
-        kind: Kind,
+        kind: ImageOperation,
         body: ImageRequest,
         record: RequestRecord,
         principal: Principal,

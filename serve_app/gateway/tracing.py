@@ -25,10 +25,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import __version__
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.gateway.requests_log import RequestRecord
-from serve_app.gateway.schemas import PARTS
-from serve_app.protocol.events import Timeline
+from serve_app.gateway.schemas import RESPONSE
+from serve_app.protocol.events import GENERATION_PARTS, Timeline
 from serve_app.protocol.params import GenerationParams
 
 logger = logging.getLogger(__name__)
@@ -38,8 +38,6 @@ FLUSH_WITHIN_S = 5.0
 
 _W3C = TraceContextTextMapPropagator()
 
-*_GENERATION, _RESPONSE = PARTS
-
 
 class Tracing:
     """Makes the spans of a gateway's requests."""
@@ -47,7 +45,7 @@ class Tracing:
     def __init__(self, config: AppConfig, provider: TracerProvider) -> None:
         self._model = config.model.id
         self._log_prompts = config.gateway.log_prompts
-        self._provider = provider
+        self.provider = provider
         self._tracer = provider.get_tracer("serve_app", __version__)
 
     @classmethod
@@ -70,7 +68,7 @@ class Tracing:
 
     def close(self, within_s: float = FLUSH_WITHIN_S) -> None:
         """Send the spans that are left."""
-        flush = threading.Thread(target=self._provider.shutdown, name="flush", daemon=True)
+        flush = threading.Thread(target=self.provider.shutdown, name="flush", daemon=True)
         flush.start()
         flush.join(within_s)
 
@@ -174,7 +172,7 @@ class RequestTrace:
                 span.set_attribute("diffusion_serve.prompt", first.prompt)
             generated_s = max([self._image(params) for params in record.images])
             if generated_s < math.inf:
-                response = self._child(span, _RESPONSE, generated_s)
+                response = self._child(span, RESPONSE, generated_s)
                 self._mark_error(response)
                 response.end(self._at(math.inf))
         self._mark_error(span)
@@ -193,7 +191,7 @@ class RequestTrace:
             replica, _ = self._record.engine_requests[params.seed]
             parent.set_attribute("diffusion_serve.replica", replica)
         at_s = 0.0
-        for part, took_s in zip(_GENERATION, (*timeline.parts_s, math.inf), strict=False):
+        for part, took_s in zip(GENERATION_PARTS, (*timeline.parts_s, math.inf), strict=False):
             if part == "denoise":
                 span = self._denoising(parent, timeline, at_s)
             else:

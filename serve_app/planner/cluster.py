@@ -49,7 +49,7 @@ class Sample:
 
 
 @dataclass
-class Outcome:
+class SimulationOutcome:
     """The result of one policy on one trace."""
 
     requests: int = 0

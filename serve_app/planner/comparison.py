@@ -14,7 +14,7 @@ from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import POLICIES
 from serve_app.errors import ConfigError
-from serve_app.planner.cluster import ClusterParams, Outcome, Sample
+from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
 from serve_app.planner.inputs import Family
 from serve_app.planner.replica import costs as costs_of
 from serve_app.planner.scalers import ByCount, ByWork, Fixed, Scaler
@@ -111,7 +111,7 @@ class Scenario:
         return _row(candidate, outcomes)
 
 
-def _row(candidate: Candidate, outcomes: Sequence[Outcome]) -> Row:
+def _row(candidate: Candidate, outcomes: Sequence[SimulationOutcome]) -> Row:
     waits_s = [wait_s for outcome in outcomes for wait_s in outcome.waits_s] or [0.0, 0.0]
     cuts = statistics.quantiles(waits_s, n=20, method="inclusive")
     requests = max(1, sum(outcome.requests for outcome in outcomes))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from serve_app.autoscaling.params import BOUNDS, read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config import foreign_policy, policy_kwargs, read_autoscaling
+from serve_app.config.serve_file import foreign_policy, policy_kwargs, read_autoscaling
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.errors import ConfigError
 from serve_app.planner.trace import Trace, drawn, parse_mix, poisson, read_arrivals

@@ -19,7 +19,7 @@ from random import Random
 
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import QueueEntry, RankedPolicy
-from serve_app.planner.cluster import ClusterParams, Outcome, Sample
+from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
 from serve_app.planner.replica import SimulatedReplica, SimulatedRequest, costs
 from serve_app.planner.scalers import ClusterView, Scaler
 from serve_app.planner.trace import Trace
@@ -63,7 +63,7 @@ class Simulator:
         self._waiting: deque[SimulatedRequest] = deque()
         self._outstanding = 0
         self._target = initial_replicas
-        self._outcome = Outcome(requests=len(trace.at_s))
+        self._outcome = SimulationOutcome(requests=len(trace.at_s))
         self._offered: deque[tuple[float, float]] = deque()
         self._offered_s = 0.0
         self._mean_work_s = 0.0
@@ -71,7 +71,7 @@ class Simulator:
             self._nodes += 1
             self._up.append(SimulatedReplica(next(self._numbers), 0.0, 0.0, scheduler()))
 
-    def run(self) -> Outcome:
+    def run(self) -> SimulationOutcome:
         """Run until all requests are done. The cluster is paid until then."""
         at_s, kinds, total = self._trace.at_s, self._trace.kinds, len(self._trace.at_s)
         slo_scale = self._params.slo_scale

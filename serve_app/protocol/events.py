@@ -62,6 +62,24 @@ class Preview(_Pixels):
     pixels: Tensor
 
 
+class GenerationTimings(NamedTuple):
+    """Duration of each part of one image's generation, in seconds, in the order of the parts."""
+
+    queue_s: float = 0.0
+    """Time from the submission to the start."""
+    encode_s: float = 0.0
+    """Time from there to the first denoiser call, to encode the prompt and the input image."""
+    denoise_s: float = 0.0
+    """Time from there to the end of the last denoiser call."""
+    decode_s: float = 0.0
+    """Time from there to the pixels. The device may still compute those of a `GenerationResult`;
+    for an `EncodedImage` they are copied to the host."""
+
+
+GENERATION_PARTS = tuple(field.removesuffix("_s") for field in GenerationTimings._fields)
+"""Names of the parts in metrics, logs and traces."""
+
+
 @dataclass(frozen=True)
 class GenerationResult(_Pixels):
     """A finished image."""
@@ -73,16 +91,10 @@ class GenerationResult(_Pixels):
     """Parts of the request without effect, such as the end of a prompt that is too long."""
     prompt_tokens: int
     """Tokens of the prompt that the model read; 0 if its tokenizer is unknown."""
-    queue_s: float
-    """Seconds from the submission to the start."""
-    encode_s: float
-    """Seconds from there to its first denoiser call, to encode the prompt and the input image."""
-    denoise_s: float
-    """Seconds from there to the end of its last denoiser call."""
-    decode_s: float
-    """Seconds from there to the pixels, which the device may still be computing."""
+    timings: GenerationTimings
     ended_at: float
-    """Time of that, by `time.perf_counter`. A reader of the pixels may wait for the device."""
+    """End of the decoding, by `time.perf_counter`. A reader of the pixels may wait for the
+    device."""
 
 
 class Step(NamedTuple):
@@ -102,7 +114,7 @@ class Timeline:
     """
 
     parts_s: tuple[float, ...] = ()
-    """Duration of each part that has ended, of queue, encode, denoise and decode."""
+    """Durations of the parts that have ended, in the order of `GenerationTimings`."""
     steps: tuple[Step, ...] = ()
     peers: tuple[str, ...] = ()
     """`RequestContext.trace` of batch peers, at most `MAX_PEERS`."""

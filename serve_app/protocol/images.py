@@ -1,12 +1,12 @@
 """Images as files. Encoding is slow next to a denoising step: keep it off the engine's thread."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from PIL import Image
 
-from serve_app.protocol.events import Timeline
+from serve_app.protocol.events import GenerationTimings, Timeline
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
@@ -50,17 +50,8 @@ class EncodedImage:
     height: int
     warnings: tuple[str, ...] = ()
     prompt_tokens: int = 0
-    queue_s: float = 0.0
-    encode_s: float = 0.0
-    denoise_s: float = 0.0
-    decode_s: float = 0.0
-    """Seconds until the pixels were copied to the host. `GenerationResult` defines the others."""
+    timings: GenerationTimings = field(default_factory=GenerationTimings)
     timeline: Timeline | None = None
     """Timeline of a traced request."""
     age_s: float = 0.0
     """Seconds since the submission when it left the replica."""
-
-    @property
-    def parts_s(self) -> tuple[float, float, float, float]:
-        """Durations of queue, encode, denoise and decode."""
-        return self.queue_s, self.encode_s, self.denoise_s, self.decode_s

@@ -8,7 +8,7 @@ from typing import Literal
 from PIL import ImageOps
 from PIL.Image import Image
 
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
 
 MAX_SEED = 2**63 - 1

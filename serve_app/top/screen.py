@@ -7,7 +7,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.metrics import (
+from serve_app.metrics.application import REPLICAS, SCRAPED, TARGET_REPLICAS
+from serve_app.metrics.engine import (
     ARRIVING,
     BACKLOG,
     BATCH_SIZE,
@@ -18,24 +19,23 @@ from serve_app.metrics import (
     DEVICE_MEMORY,
     ENGINE_INFO,
     ENGINE_REQUESTS,
-    GATEWAY_INFO,
-    HELD,
     IMAGES,
-    OPEN_REQUESTS,
     OUT_OF_MEMORY,
     REJECTIONS,
-    REPLICAS,
-    REQUEST,
-    REQUEST_PART,
-    REQUESTS,
-    SCRAPED,
     SHARING,
     STALL,
     STEPS,
-    TARGET_REPLICAS,
-    UNSERVED,
+)
+from serve_app.metrics.gateway import (
+    GATEWAY_INFO,
+    OPEN_REQUESTS,
+    REQUEST,
+    REQUEST_PART,
+    REQUESTS,
+    WAITING_FOR_REPLICA,
     WAITS_S,
 )
+from serve_app.metrics.labels import UNSERVED
 from serve_app.top.series import PROCESS_MEMORY, sample_name
 from serve_app.top.server import Server
 from serve_app.top.snapshot import WINDOW_S, Snapshot
@@ -104,7 +104,7 @@ def _waits(snapshot: Snapshot) -> str:
         half, most = (_wait(snapshot.rose.quantile(q, metric, **labels)) for q in (0.5, 0.95))
         return f"p50 {half}, p95 {most}"
 
-    waiting = snapshot.now.total(HELD) or 0
+    waiting = snapshot.now.total(WAITING_FOR_REPLICA) or 0
     return (
         f"in queue {quantiles(REQUEST_PART, part='queue')}; in all {quantiles(REQUEST)}"
         + f"; {waiting:.0f} waiting for a replica to start" * (waiting > 0)

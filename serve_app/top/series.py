@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.errors import ConfigError
-from serve_app.metrics import TARGET_REPLICAS
+from serve_app.metrics.application import TARGET_REPLICAS
 
 PROCESS_MEMORY = "process_resident_memory_bytes"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from serve_app.config import API_KEY_VARIABLE
+from serve_app.config.environment import API_KEY_VARIABLE
 from serve_app.errors import ConfigError, InvalidKey, Unavailable
 from serve_app.top.series import Series, parse, plain
 

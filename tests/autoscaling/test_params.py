@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config import policy_kwargs, read_autoscaling
+from serve_app.config.serve_file import policy_kwargs, read_autoscaling
 from serve_app.errors import ConfigError
 
 

@@ -10,7 +10,7 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from serve_app.autoscaling.ray_policy import WorkPolicy, load_of
-from serve_app.config import WORK_POLICY
+from serve_app.config.serve_file import WORK_POLICY
 from serve_app.protocol.load import ReplicaLoad
 
 DEPLOYMENT = DeploymentID("Generator", "diffusion-serve")
@@ -193,14 +193,14 @@ def test_a_first_start_that_serve_decided_is_measured() -> None:
     # Serve starts the first replica without calling the policy.
     up = {"last_scale_up_time": NOW + 1, "target": 1}
     policy(context({"a": LOAD}, at_s=NOW + 31, **up))  # type: ignore[arg-type]
-    assert policy._state.cold_start_s == pytest.approx(30)
-    assert not policy._state.starts
+    assert policy.state.cold_start_s == pytest.approx(30)
+    assert not policy.state.starts
 
 
 def test_a_start_before_the_first_decision_is_not_measured() -> None:
     policy = WorkPolicy()
     policy(context({"a": LOAD}, last_scale_up_time=NOW - 5_000))
-    assert policy._state.cold_start_s is None
+    assert policy.state.cold_start_s is None
 
 
 def test_the_first_decision_keeps_the_running_replicas() -> None:
@@ -218,10 +218,10 @@ def test_a_start_that_the_policy_decided_is_measured_once() -> None:
     assert wanted == 3
     up = {"target": 3, "last_scale_up_time": NOW + 0.05, "bounds": (0, 3)}
     policy(context(busy, at_s=NOW + 0.1, **up))  # type: ignore[arg-type]
-    assert [start.at_s for start in policy._state.starts] == [NOW]
+    assert [start.at_s for start in policy.state.starts] == [NOW]
     reports = dict.fromkeys("abc", LOAD)
     policy(context(reports, at_s=NOW + 20, **up))  # type: ignore[arg-type]
-    assert policy._state.cold_start_s == pytest.approx(20)
+    assert policy.state.cold_start_s == pytest.approx(20)
 
 
 def test_serve_builds_the_policy_from_a_config_file() -> None:

@@ -27,7 +27,7 @@ import typer
 
 from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config import EngineConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import OnTime
 from serve_app.planner.cluster import ClusterParams

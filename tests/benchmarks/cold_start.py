@@ -23,7 +23,7 @@ import psutil
 import torch
 import typer
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from tests.benchmarks.engine import hardware
 

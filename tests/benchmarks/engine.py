@@ -30,7 +30,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.model.loader import resolve_device
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import TOLERANCE

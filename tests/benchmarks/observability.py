@@ -33,7 +33,7 @@ import torch
 import typer
 from starlette.types import Receive, Scope, Send
 
-from serve_app.config import AppConfig, EngineConfig, ModelConfig
+from serve_app.config.models import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -42,7 +42,7 @@ from serve_app.gateway.exposition import exposition
 from serve_app.gateway.requests_log import RequestLog, RequestRecord, record_of
 from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 from serve_app.protocol.events import Completed, Event, Step, Timeline
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.benchmarks.engine import hardware
@@ -122,7 +122,7 @@ def _traced(tracing: Tracing, engine: Engine) -> Iterator[None]:
                 record.timelines[params.seed] = event
             if isinstance(event, Completed):
                 timeline = record.timelines[params.seed]
-                parts_s = (*timeline.parts_s, event.result.decode_s)
+                parts_s = (*timeline.parts_s, event.result.timings.decode_s)
                 record.timelines[params.seed] = replace(timeline, parts_s=parts_s)
                 trace.end()
             on_event(event)

@@ -21,7 +21,7 @@ import torch
 import typer
 from PIL import Image
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import Cancelled

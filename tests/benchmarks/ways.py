@@ -12,7 +12,7 @@ from random import Random
 import torch
 from torch import Tensor
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.events import Completed, Event, Failed

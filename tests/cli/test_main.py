@@ -1,4 +1,4 @@
-"""What all commands share: the version, shell completion, quick mistakes."""
+"""The common parts of all commands: the version, shell completion, quick failures."""
 
 from typer.testing import CliRunner
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from serve_app.app import build
-from serve_app.config import AppConfig, parse_app_config
+from serve_app.config.models import AppConfig, parse_app_config
 from tests.cluster.manifests import Manifests
 
 

@@ -18,7 +18,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app import __version__
 from serve_app.autoscaling.params import read_scaling_params
-from serve_app.config import parse_app_config, policy_kwargs
+from serve_app.config.models import parse_app_config
+from serve_app.config.serve_file import policy_kwargs
 from serve_app.doctor.deadlines import NO_GATEWAY
 from serve_app.doctor.placement import untolerated
 from serve_app.errors import ConfigError

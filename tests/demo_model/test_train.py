@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import GenerationParams

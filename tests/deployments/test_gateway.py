@@ -1,4 +1,4 @@
-"""What becomes of Ray's errors at the handle, on a handle that answers as told."""
+"""The backend behind a Serve handle, with scripted answers of the handle."""
 
 import asyncio
 import time
@@ -23,7 +23,7 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
-from serve_app.metrics import HELD
+from serve_app.metrics.registry import GATEWAY
 from serve_app.protocol.images import Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams
 from tests.fakes.serve_status import always, deployment_status, replica
@@ -35,13 +35,13 @@ DEPLOYMENT = DeploymentID(name="Generator", app_name="diffusion-serve")
 
 
 class Response:
-    """What a handle's ``remote`` returns: may be awaited, or iterated over, and cancelled."""
+    """The result of a handle's ``remote``: awaitable, iterable and cancellable."""
 
     def __init__(self, *answers: Any) -> None:
         self._answers = answers
         self.cancelled = False
         self.context = INITIAL
-        """Of the request that it answers."""
+        """Context of the request that it answers."""
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -57,7 +57,7 @@ class Response:
         if answer is None:
             await asyncio.Event().wait()
         for _ in range(3):
-            await asyncio.sleep(0)  # nobody answers at once
+            await asyncio.sleep(0)  # no answer is immediate
         if isinstance(answer, Exception):
             raise answer
         if isinstance(answer, float):
@@ -69,14 +69,21 @@ status_of_one = always(deployment_status(replica("a")))
 no_replicas = always(deployment_status(target=1))
 
 
+def waiting_for_replica() -> float | None:
+    return GATEWAY.get_sample_value("diffusion_serve_held_requests")
+
+
 def backend_of(
     *calls: Any,
     status: Any = status_of_one,
     max_hold_s: float = 120.0,
     max_deadline_s: float = 60.0,
+    known: Replicas | None = None,
 ) -> tuple[ServeBackend, list[Response]]:
-    """A backend whose handle answers so, one or several answers a call; ``None`` never comes, and
-    a number takes so many seconds."""
+    """Make a backend whose handle gives these answers, one or several for each call.
+
+    ``None`` is an answer that never comes, and a number one that takes so many seconds.
+    """
     responses = [Response(*(call if isinstance(call, list) else [call])) for call in calls]
     pending = iter(responses)
 
@@ -88,11 +95,11 @@ def backend_of(
 
     method = SimpleNamespace(remote=answer)
     handle: Any = SimpleNamespace(generate=method, describe=method, options=lambda stream: handle)
-    return ServeBackend(handle, max_hold_s, max_deadline_s, Replicas(status)), responses
+    return ServeBackend(handle, max_hold_s, max_deadline_s, known or Replicas(status)), responses
 
 
 def raised_by_replica(error: Exception) -> Exception:
-    """As Ray hands it to the caller."""
+    """Wrap an error as Ray passes it to the caller."""
     wrapped: Exception = RayTaskError("generate", "traceback", error).as_instanceof_cause()
     return wrapped
 
@@ -105,20 +112,20 @@ async def generate(backend: ServeBackend, params: GenerationParams = PARAMS) -> 
     return (await events_of(backend, params))[-1]
 
 
-async def test_a_request_outlives_the_replicas_that_it_loses() -> None:
-    backend, _ = backend_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "picture")
-    assert await generate(backend) == "picture"
+async def test_a_request_survives_the_loss_of_replicas() -> None:
+    backend, _ = backend_of(ActorDiedError(), ObjectLostError("id", None, "stack"), "image")
+    assert await generate(backend) == "image"
     closing = raised_by_replica(Unavailable("closing"))
-    backend, _ = backend_of(closing, "picture")
-    assert await generate(backend) == "picture"
+    backend, _ = backend_of(closing, "image")
+    assert await generate(backend) == "image"
 
 
-async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
-    """And no preview comes twice."""
+async def test_a_stream_continues_after_the_loss_of_its_replica() -> None:
+    """No preview is sent twice."""
     previews = [PartialImage(index, b"") for index in range(3)]
     backend, _ = backend_of(
         ["queued", previews[0], previews[1], ActorDiedError()],
-        ["queued again", *previews, "picture"],
+        ["queued again", *previews, "image"],
     )
     assert await events_of(backend) == [
         "queued",
@@ -126,11 +133,11 @@ async def test_a_stream_goes_on_after_its_replica_is_lost() -> None:
         previews[1],
         "queued again",
         previews[2],
-        "picture",
+        "image",
     ]
 
 
-async def test_who_stops_listening_cancels_the_work() -> None:
+async def test_closing_the_stream_cancels_the_work() -> None:
     backend, [response] = backend_of(["queued", None])
     events = backend.generate(PARAMS, Encoding())
     assert await anext(events) == "queued"
@@ -147,31 +154,32 @@ async def test_who_stops_listening_cancels_the_work() -> None:
         (DeploymentUnavailableError(DEPLOYMENT), "could not be started"),
     ],
 )
-async def test_what_stays_unavailable_says_so(answer: Exception, message: str) -> None:
+async def test_a_lasting_loss_of_replicas_is_unavailable(answer: Exception, message: str) -> None:
     backend, _ = backend_of(*[answer] * REPLICA_ATTEMPTS)
     with pytest.raises(Unavailable, match=message):
         await generate(backend)
 
 
 @pytest.mark.parametrize("work", [generate, ServeBackend.describe])
-async def test_a_full_queue_is_told_at_once(
+async def test_a_full_queue_rejects_at_once(
     work: Callable[[ServeBackend], Awaitable[Any]],
 ) -> None:
-    """And to come when the first replica should be there, where there is none."""
-    backend, _ = backend_of(BackPressureError(1, 1), "not asked for")
+    """Without a replica, the retry time is the start of the first one."""
+    backend, _ = backend_of(BackPressureError(1, 1), "not called")
     with pytest.raises(Overloaded, match="too many requests") as caught:
         await work(backend)
     assert caught.value.retry_after_s is None
-    backend, _ = backend_of(BackPressureError(1, 1), "not asked for", status=no_replicas)
-    backend._replicas._cold_start_s = 85.0
+    backend, _ = backend_of(
+        BackPressureError(1, 1), "not called", known=Replicas(no_replicas, 85.0)
+    )
     with pytest.raises(Overloaded, match="too many requests") as caught:
         await work(backend)
     assert caught.value.retry_after_s == 85.0
 
 
 @pytest.mark.parametrize("error", [InvalidRequest("no", "size"), GenerationFailed("no")])
-async def test_what_the_replica_raised_is_raised_as_it_was_and_once(error: Exception) -> None:
-    backend, _ = backend_of(raised_by_replica(error), "not asked for")
+async def test_an_error_of_the_replica_is_raised_unchanged_and_once(error: Exception) -> None:
+    backend, _ = backend_of(raised_by_replica(error), "not called")
     with pytest.raises(type(error)) as caught:
         await generate(backend)
     assert type(caught.value) is type(error)
@@ -199,7 +207,7 @@ async def test_a_replica_that_does_not_answer_is_not_ready(monkeypatch: pytest.M
     assert response.cancelled
 
 
-async def test_the_model_is_asked_for_once_and_readiness_each_time() -> None:
+async def test_the_model_is_described_once_and_readiness_checked_each_time() -> None:
     backend, _ = backend_of("model", ActorDiedError(), raised_by_replica(Unavailable("stopped")))
     assert await backend.describe() == "model"
     with pytest.raises(Unavailable, match="was lost"):
@@ -223,7 +231,7 @@ async def test_the_model_is_asked_for_once_and_readiness_each_time() -> None:
         (None, "every address"),
     ],
 )
-def test_addresses_beyond_this_machine_are_told_apart(
+def test_public_addresses_are_recognised(
     monkeypatch: pytest.MonkeyPatch, host: str | None, open_to: str | None
 ) -> None:
     client = SimpleNamespace(http_config=SimpleNamespace(host=host))
@@ -232,16 +240,16 @@ def test_addresses_beyond_this_machine_are_told_apart(
 
 
 class Growing:
-    """A deployment whose second replica starts to run when told."""
+    """A deployment whose second replica runs once ``grown`` is set."""
 
     def __init__(self) -> None:
         self.target = 2
         self.start_time_s = time.time()
         self.grown = False
-        self.asked = 0
+        self.calls = 0
 
     async def __call__(self) -> Any:
-        self.asked += 1
+        self.calls += 1
         replicas = [replica("a")]
         if self.target > 1:
             state = "RUNNING" if self.grown else "STARTING"
@@ -259,58 +267,58 @@ def growing(monkeypatch: pytest.MonkeyPatch) -> Growing:
 OVERLOADED = raised_by_replica(Overloaded("full.", None, 40.0, 8.0))
 
 
-async def test_a_refused_request_waits_for_the_replica_that_is_starting(growing: Growing) -> None:
-    backend, responses = backend_of(OVERLOADED, "picture", status=growing)
+async def test_a_rejected_request_waits_for_a_starting_replica(growing: Growing) -> None:
+    backend, responses = backend_of(OVERLOADED, "image", status=growing)
     task = asyncio.ensure_future(generate(backend))
-    while growing.asked < 5:
+    while growing.calls < 5:
         await asyncio.sleep(0)
     assert not task.done()
-    assert HELD._value.get() == 1
+    assert waiting_for_replica() == 1
     growing.grown = True
-    assert await task == "picture"
-    assert HELD._value.get() == 0
+    assert await task == "image"
+    assert waiting_for_replica() == 0
     assert [response.context.is_retry for response in responses] == [False, True]
 
 
-async def test_or_for_room_in_the_one_that_refused_it(growing: Growing) -> None:
+async def test_a_rejected_request_waits_for_room_in_the_same_replica(growing: Growing) -> None:
     full = raised_by_replica(Overloaded("full.", None, 0.02, 8.0))
-    backend, responses = backend_of(full, full, "picture", status=growing)
-    assert await generate(backend) == "picture"
+    backend, responses = backend_of(full, full, "image", status=growing)
+    assert await generate(backend) == "image"
     assert [one.context.is_retry for one in responses] == [False, True, True]
 
 
-async def test_it_waits_no_longer_than_it_may(growing: Growing) -> None:
-    """And is then told what is true then: of the replica, and of the one that refused it."""
+async def test_the_wait_for_a_replica_is_limited(growing: Growing) -> None:
+    """The rejection then has the retry time at that moment."""
     for room_in_s in (40.0, 0.4):
         full = raised_by_replica(Overloaded("full.", None, room_in_s, 8.0))
         for max_hold_s, deadline_s in ((0.2, None), (60.0, 0.2)):
-            growing.asked = 0
+            growing.calls = 0
             growing.start_time_s = time.time()
-            backend, _ = backend_of(full, status=growing, max_hold_s=max_hold_s)
-            backend._replicas._cold_start_s = 0.1
+            backend, _ = backend_of(full, max_hold_s=max_hold_s, known=Replicas(growing, 0.1))
             with pytest.raises(Overloaded, match="full") as caught:
                 await generate(backend, replace(PARAMS, deadline_s=deadline_s))
-            assert growing.asked > 2
+            assert growing.calls > 2
             assert caught.value.retry_after_s is not None
             # The start is overdue by then, by as long as it should have taken.
             assert caught.value.retry_after_s == pytest.approx(min(0.12, room_in_s - 0.2), abs=0.06)
-    assert HELD._value.get() == 0
+    assert waiting_for_replica() == 0
 
 
-async def test_it_does_not_wait_when_nothing_is_starting(growing: Growing) -> None:
+async def test_without_a_starting_replica_there_is_no_wait(growing: Growing) -> None:
     growing.target = 1
     backend, _ = backend_of(OVERLOADED, status=growing)
     with pytest.raises(Overloaded) as caught:
         await generate(backend)
     assert (caught.value.retry_after_s, caught.value.work_s) == (pytest.approx(40.0, abs=0.1), 8.0)
-    assert growing.asked < 10  # looks within a second are one
+    assert growing.calls < 10  # calls within a second are merged
 
 
-async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
+async def test_the_retry_time_is_the_start_of_the_next_replica(
     growing: Growing,
 ) -> None:
-    """Where it may not wait for it; and three replicas do the work in a third of the time."""
-    status = Replicas(growing)
+    """Three replicas then do the work in a third of the time."""
+    fetch: Callable[[], Awaitable[Any]] = growing
+    status = Replicas(lambda: fetch())
     growing.start_time_s = time.time() - 9.0
     await status.refresh()
     growing.grown = True
@@ -323,26 +331,24 @@ async def test_it_comes_again_when_the_replica_that_is_starting_is_there(
         started = replica("c", "STARTING", time.time() - 1.0)
         return deployment_status(replica("a"), replica("b"), started, target=4)
 
-    status._fetch = three
+    fetch = three
     seen = await status.refresh()
     assert (seen.running, seen.coming) == (2, 2)
     assert seen.ready_in_s == pytest.approx(8.0, abs=0.5)
-    backend, _ = backend_of(OVERLOADED, max_hold_s=5.0)
-    backend._replicas = status
+    backend, _ = backend_of(OVERLOADED, max_hold_s=5.0, known=status)
     with pytest.raises(Overloaded) as caught:
         await generate(backend)
     assert caught.value.retry_after_s == pytest.approx(8.0, abs=0.5)
     assert caught.value.work_s == pytest.approx(8.0 / 3)
-    # Before the third is there, it does nothing of what is promised.
+    # The third replica does not count before it runs.
     soon = raised_by_replica(Overloaded("full.", None, 2.0, 8.0))
-    backend, _ = backend_of(soon, max_hold_s=5.0)
-    backend._replicas = status
+    backend, _ = backend_of(soon, max_hold_s=5.0, known=status)
     with pytest.raises(Overloaded) as caught:
         await generate(backend)
     assert (caught.value.retry_after_s, caught.value.work_s) == (pytest.approx(2.0, abs=0.1), 4.0)
 
 
-async def test_a_controller_that_does_not_answer_holds_nobody(
+async def test_a_silent_controller_delays_no_request(
     growing: Growing, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def lost() -> Any:
@@ -354,16 +360,15 @@ async def test_a_controller_that_does_not_answer_holds_nobody(
     assert "does not report its replicas" in caplog.text
 
 
-async def test_a_deadline_that_is_too_short_is_for_the_engine_to_judge() -> None:
-    """The description promises no 5xx for a deadline of next to nothing."""
+async def test_the_engine_decides_about_short_deadlines() -> None:
+    """The API never answers 5xx to a very short deadline."""
     backend, _ = backend_of(InvalidRequest("deadline_s is too short.", "deadline_s"))
     with pytest.raises(InvalidRequest, match="too short"):
         await generate(backend, replace(PARAMS, deadline_s=5e-324))
 
 
-async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
-    """For as long as the request may take, on a gateway that has just started too; and then it is
-    told when that replica should be there."""
+async def test_the_wait_for_the_first_replica_is_limited() -> None:
+    """The limit is the request's, on a new gateway too. The error has the start as retry time."""
     works: list[Callable[[ServeBackend], Awaitable[Any]]] = [
         generate,
         ServeBackend.describe,
@@ -371,8 +376,9 @@ async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
         lambda backend: backend.describe(0.02),
     ]
     for work, max_hold_s in zip(works, (0.02, 0.02, 60.0, 60.0), strict=True):
-        backend, [response] = backend_of(None, status=no_replicas, max_hold_s=max_hold_s)
-        backend._replicas._cold_start_s = 85.0
+        backend, [response] = backend_of(
+            None, max_hold_s=max_hold_s, known=Replicas(no_replicas, 85.0)
+        )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(deployment, "FIRST_ANSWER_WITHIN_S", 0.02)
             with pytest.raises(Unavailable, match=r"no replica was ready within 0\.02 s") as caught:
@@ -382,61 +388,60 @@ async def test_the_first_replica_is_waited_for_and_no_longer() -> None:
 
 
 async def test_waiting_for_a_replica_is_no_part_of_generation() -> None:
-    """So a start may take longer than a picture may, and so may the next one, if that is lost."""
+    """A start may take longer than an image may, also the start of a replacement."""
     answers = [0.2, "queued"]
-    backend, _ = backend_of([*answers, "picture"], max_deadline_s=0.1)
-    assert await generate(backend) == "picture"
-    backend, _ = backend_of([*answers, ActorDiedError()], [*answers, "picture"], max_deadline_s=0.1)
-    assert await generate(backend) == "picture"
+    backend, _ = backend_of([*answers, "image"], max_deadline_s=0.1)
+    assert await generate(backend) == "image"
+    backend, _ = backend_of([*answers, ActorDiedError()], [*answers, "image"], max_deadline_s=0.1)
+    assert await generate(backend) == "image"
 
 
-async def test_who_takes_too_long_to_be_generated_is_given_up() -> None:
-    """On several replicas together as on one."""
+async def test_a_generation_that_takes_too_long_is_cancelled() -> None:
+    """The limit counts the time on all replicas."""
     backend, [response] = backend_of(["queued", None], max_deadline_s=0.05)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s"):
         await generate(backend)
     assert response.cancelled
     lost = ["queued", 0.15, ActorDiedError()]
-    backend, _ = backend_of(lost, [*lost[:2], "picture"], max_deadline_s=0.2)
+    backend, _ = backend_of(lost, [*lost[:2], "image"], max_deadline_s=0.2)
     with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
         await generate(backend)
 
 
-async def test_a_start_is_learnt_from_who_looks_while_it_ends(growing: Growing) -> None:
-    """Not from who looks an hour later, for it may have ended any time before."""
+async def test_a_start_is_measured_only_if_its_end_is_observed(growing: Growing) -> None:
+    """Seen an hour later, the start may have ended at any time before."""
     now = 1e9
     status = Replicas(growing)
     growing.start_time_s = now - 9.0
-    status._updated(await growing(), now)
+    status.observe(await growing(), now)
     growing.grown = True
-    status._updated(await growing(), now + 3_600)
-    assert status._cold_start_s is None
+    status.observe(await growing(), now + 3_600)
+    assert status.cold_start_s is None
     growing.grown = False
-    status._updated(await growing(), now + 79.0)
+    status.observe(await growing(), now + 79.0)
     growing.grown = True
-    status._updated(await growing(), now + 81.0)
-    assert status._cold_start_s == 90.0
+    status.observe(await growing(), now + 81.0)
+    assert status.cold_start_s == 90.0
 
 
-async def test_the_longer_a_start_is_overdue_the_longer_it_is_said_to_take(
+async def test_the_expected_rest_of_an_overdue_start_grows(
     growing: Growing,
 ) -> None:
     now = growing.start_time_s
     status = Replicas(growing)
-    assert status._updated(await growing(), now + 20.0).ready_in_s == 40.0  # none was seen yet
-    status._cold_start_s = 90.0
-    said_s = [
-        status._updated(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
+    assert status.observe(await growing(), now + 20.0).ready_in_s == 40.0  # none was observed yet
+    status.cold_start_s = 90.0
+    estimates_s = [
+        status.observe(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
     ]
-    assert said_s == [60.0, 9.0, 18.0, 48.0, 228.0]
+    assert estimates_s == [60.0, 9.0, 18.0, 48.0, 228.0]
 
 
-async def test_who_waits_for_the_first_replica_sees_it_start(
+async def test_a_request_that_waits_for_the_first_replica_measures_its_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """So that the gateway knows the next time how long that takes."""
     monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.01)
-    started_at, running = time.time(), False
+    started_at, running = time.time() - 9.0, False
 
     async def first() -> Any:
         state = "RUNNING" if running else "STARTING"
@@ -444,12 +449,14 @@ async def test_who_waits_for_the_first_replica_sees_it_start(
 
     for work in (generate, ServeBackend.describe):
         running = False
-        backend, _ = backend_of([0.2, "picture"] if work is generate else [0.2], status=first)
+        known = Replicas(first)
+        backend, _ = backend_of([0.2, "image"] if work is generate else [0.2], known=known)
+        before = len(asyncio.all_tasks())
         task = asyncio.ensure_future(work(backend))
         await asyncio.sleep(0.1)
         running = True
         await task
-        watch = backend._replicas._watch
-        assert watch is not None
-        await asyncio.wait_for(watch, 5)  # it stops by itself
-        assert backend._replicas._cold_start_s is not None
+        async with asyncio.timeout(5):
+            while len(asyncio.all_tasks()) > before:  # the observation stops by itself
+                await asyncio.sleep(0.01)
+        assert known.cold_start_s is not None

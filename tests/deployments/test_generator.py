@@ -1,20 +1,21 @@
 import logging
 import re
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import torch
+from torch import nn
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.deployments import generator
 from serve_app.deployments.generator import Generator, check_assigned_gpus
 from serve_app.engine import admission, runner
 from serve_app.engine import engine as engine_module
-from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError
@@ -37,11 +38,11 @@ def test_an_assigned_gpu_that_torch_cannot_use_is_explained() -> None:
         check_assigned_gpus(["0", "3"], "auto")
 
 
-def test_without_an_assigned_gpu_nothing_is_asked_of_torch() -> None:
+def test_without_an_assigned_gpu_torch_is_not_used() -> None:
     check_assigned_gpus([], "auto")
 
 
-def test_a_gpu_that_the_config_does_not_want_stops_nobody(
+def test_an_unwanted_gpu_is_only_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     check_assigned_gpus(["0", "3"], "cpu")
@@ -56,8 +57,8 @@ class Replica:
         self._generator: Any = object.__new__(Generator.func_or_class)
         self._generator._replica, self._generator._engine = "r1", engine
 
-    async def generate(self, *asked: Any) -> AsyncGenerator[GenerationEvent, None]:
-        async for event in self._generator.generate(*asked):
+    async def generate(self, *args: Any) -> AsyncGenerator[GenerationEvent, None]:
+        async for event in self._generator.generate(*args):
             yield event
 
     async def describe(self, deadline_s: float | None = None) -> ModelInfo:
@@ -68,8 +69,24 @@ class Replica:
         await self.describe()
 
 
+@contextmanager
+def broken_denoiser(pipeline: LoadedPipeline) -> Iterator[None]:
+    """Make every denoiser call fail."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("broken")
+
+    [denoiser] = pipeline.denoisers.values()
+    layer = next(part for part in denoiser.modules() if isinstance(part, nn.Conv2d))
+    hook = layer.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 async def ask(engine: Engine, **body: Any) -> tuple[httpx.Response, float]:
-    """The answer of a gateway before it, and what its client waited for."""
+    """Send a request through a gateway; return the answer and the client's waiting time."""
     api = create_api(AppConfig(model=DEMO), Replica(engine), KeyRing(None, None))
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -80,13 +97,13 @@ async def ask(engine: Engine, **body: Any) -> tuple[httpx.Response, float]:
 
 @pytest.mark.anyio
 @pytest.mark.parametrize("off_s", [-7.0, 7.0])
-async def test_a_clock_that_is_off_moves_no_part_of_a_request(
+async def test_a_wrong_clock_changes_no_timing(
     demo_pipeline: LoadedPipeline,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     off_s: float,
 ) -> None:
-    """The replica's machine has been up for longer, and its clock was never set right."""
+    """The replica's machine has another uptime and a wrong clock."""
     there = SimpleNamespace(
         time=lambda: time.time() + off_s, perf_counter=lambda: time.perf_counter() + 1_000
     )
@@ -108,17 +125,10 @@ async def test_a_clock_that_is_off_moves_no_part_of_a_request(
 
 @pytest.mark.anyio
 async def test_the_line_of_a_request_leads_to_its_traceback(
-    demo_pipeline: LoadedPipeline,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
-    with Engine(demo_pipeline, DEMO, FIFO) as engine:
-
-        def broken(rendezvous: Rendezvous, call: Any) -> Any:
-            raise RuntimeError("broken")
-
-        monkeypatch.setattr(Rendezvous, "forward", broken)
+    with Engine(demo_pipeline, DEMO, FIFO) as engine, broken_denoiser(demo_pipeline):
         response, _ = await ask(engine)
     assert response.status_code == 500
     [line] = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]

@@ -25,21 +25,21 @@ DEPLOYMENT = DeploymentID("Generator", "diffusion-serve")
 
 @dataclass
 class Replica:
-    """What Serve asks of a running replica."""
+    """The interface of a running replica that Serve's router uses."""
 
     name: str
     ongoing: int
     max_ongoing_requests: int = 256
     node_id: str = "node"
     availability_zone: str | None = None
-    asked: int = 0
+    probes: int = 0
 
     @property
     def replica_id(self) -> ReplicaID:
         return ReplicaID(self.name, DEPLOYMENT)
 
     async def get_queue_len(self, *, deadline_s: float) -> int:
-        self.asked += 1
+        self.probes += 1
         return self.ongoing
 
 
@@ -59,7 +59,7 @@ async def choose(chooser: ShortestOfSeveral) -> Replica:
 
 
 @pytest.mark.anyio
-async def test_the_one_with_the_fewest_requests_is_taken() -> None:
+async def test_the_replica_with_the_fewest_requests_is_chosen() -> None:
     replicas: Any = [Replica(str(number), ongoing=5) for number in range(CHOICES - 1)]
     replicas.append(Replica("quiet", ongoing=1))
     chooser = router()
@@ -69,23 +69,23 @@ async def test_the_one_with_the_fewest_requests_is_taken() -> None:
 
 
 @pytest.mark.anyio
-async def test_what_is_known_is_not_asked_for() -> None:
+async def test_a_cached_queue_length_is_not_probed() -> None:
     replicas: Any = [Replica(str(number), ongoing=0) for number in range(4)]
     chooser = router()
     chooser.update_replicas(replicas)
     await choose(chooser)
-    asked = sum(replica.asked for replica in replicas)
+    probes = sum(replica.probes for replica in replicas)
     for _ in range(12):
         chosen = await choose(chooser)
         chooser.on_send_request(chosen.replica_id)
-    assert sum(replica.asked for replica in replicas) == asked
-    # Sent one by one to whoever has the fewest, they are spread evenly.
+    assert sum(replica.probes for replica in replicas) == probes
+    # One by one, each goes to the replica with the fewest: the result is even.
     known = [chooser.replica_queue_len_cache.get(replica.replica_id) for replica in replicas]
     assert known == [3] * 4
 
 
 @pytest.mark.anyio
-async def test_of_many_no_more_than_so_many_are_compared() -> None:
+async def test_the_number_of_compared_replicas_is_limited() -> None:
     replicas: Any = [Replica(str(number), ongoing=number) for number in range(3 * CHOICES)]
     chooser = router()
     chooser.update_replicas(replicas)
@@ -110,18 +110,18 @@ async def test_a_full_replica_gets_nothing() -> None:
     assert {(await choose(chooser)).name for _ in range(10)} == {"busy"}
 
 
-def test_it_is_simulated_as_it_is() -> None:
+def test_the_simulator_draws_as_many_replicas() -> None:
     assert (ClusterParams().routing, ClusterParams().choices) == ("count", CHOICES)
     options = signature(plan).parameters
     assert [options[name].default for name in ("routing", "choices")] == ["count", CHOICES]
 
 
-def test_serve_takes_it_from_a_config() -> None:
+def test_serve_accepts_the_router_in_a_config() -> None:
     config = RequestRouterConfig(request_router_class=ShortestOfSeveral)  # type: ignore[arg-type]
     assert config.request_router_class == "serve_app.deployments.router.ShortestOfSeveral"
     assert config.get_request_router_class().__name__ == "ShortestOfSeveral"
 
 
-def test_the_generator_has_it() -> None:
+def test_the_generator_uses_the_router() -> None:
     config = Generator._deployment_config.request_router_config  # type: ignore[attr-defined]
     assert config.get_request_router_class().__name__ == "ShortestOfSeveral"

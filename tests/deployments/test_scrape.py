@@ -1,4 +1,4 @@
-"""Who is asked, and who is waited for. With real replicas: tests/e2e/test_metrics.py."""
+"""Scrapes with scripted replicas. tests/e2e/test_metrics.py has real ones."""
 
 import asyncio
 from collections.abc import Callable
@@ -13,14 +13,15 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from serve_app.deployments import scrape
 from serve_app.deployments.replicas import Replicas
 from serve_app.deployments.scrape import Scraper
-from serve_app.metrics import APPLICATION, Report
+from serve_app.metrics.export import Report
+from serve_app.metrics.registry import APPLICATION
 from tests.fakes.serve_status import always, deployment_status, replica
 
 pytestmark = pytest.mark.anyio
 
 
 class Answer:
-    """What one replica makes of the question: a report, an error, or nothing at all."""
+    """The answer of one replica: a report, an error, or none."""
 
     def __init__(self, outcome: Report | Exception | None) -> None:
         self._outcome = outcome
@@ -43,11 +44,11 @@ class Handle:
     def __init__(self, name: str, *outcomes: Report | Exception | None) -> None:
         self.deployment_name = name
         self.answers = [Answer(outcome) for outcome in outcomes]
-        self.asked = 0
+        self.calls = 0
 
     def broadcast(self, method: str) -> Any:
         assert method == "metrics"
-        self.asked += 1
+        self.calls += 1
 
         async def results() -> list[Answer]:
             if not self.answers:
@@ -75,7 +76,9 @@ def scraped(deployment: str, answer: str) -> float | None:
     return counted("scraped_replicas", deployment=deployment, answer=answer)
 
 
-async def test_who_dies_or_hangs_is_left_out_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_dead_and_hanging_replicas_are_counted_as_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(scrape, "ANSWER_WITHIN_S", 0.05)
     generator = Handle("Generator", Report("a", []), ActorDiedError(), None)
     gateway = Handle("Gateway", Report("own", []), Report("other", []))
@@ -91,28 +94,28 @@ async def test_who_dies_or_hangs_is_left_out_and_counted(monkeypatch: pytest.Mon
     assert counted("target_replicas") == 5
 
 
-async def test_a_gateway_without_replicas_answers_for_itself() -> None:
+async def test_a_gateway_without_replicas_reports_itself() -> None:
     reports = await scraper_of(Handle("Gateway"), Handle("Generator")).gather()
     assert [one.replica for one in reports] == [None, "own"]
     assert (scraped("Generator", "answered"), scraped("Generator", "silent")) == (0, 0)
     assert scraped("Gateway", "answered") == 1
 
 
-async def test_many_who_ask_at_once_ask_the_replicas_once() -> None:
+async def test_concurrent_scrapes_share_one_answer() -> None:
     generator = Handle("Generator", Report("a", []))
     scraper = scraper_of(Handle("Gateway"), generator, "RUNNING")
     first, *others = await asyncio.gather(*(scraper.gather() for _ in range(20)))
-    assert generator.asked == 1
+    assert generator.calls == 1
     assert all(other is first for other in others)
     await scraper.gather()
-    assert generator.asked == 2
+    assert generator.calls == 2
 
 
-async def test_who_goes_away_takes_the_answer_from_nobody() -> None:
+async def test_a_cancelled_scrape_does_not_cancel_the_others() -> None:
     generator = Handle("Generator", Report("a", []))
     scraper = scraper_of(Handle("Gateway"), generator, "RUNNING")
     impatient, patient = (asyncio.create_task(scraper.gather()) for _ in range(2))
     await asyncio.sleep(0)
     impatient.cancel()
     assert [one.replica for one in await patient] == [None, "own", "a"]
-    assert generator.asked == 1
+    assert generator.calls == 1

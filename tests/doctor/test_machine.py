@@ -17,7 +17,7 @@ import pynvml
 import pytest
 from huggingface_hub import constants
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.doctor import driver, machine
 from serve_app.doctor.driver import TorchBuild
 from serve_app.doctor.gpus import Place

@@ -7,7 +7,7 @@ import httpx
 import openai
 import pytest
 
-from serve_app.config import KEYS_VARIABLE
+from serve_app.config.environment import KEYS_VARIABLE
 from serve_app.gateway.auth import digest
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until

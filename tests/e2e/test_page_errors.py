@@ -53,7 +53,7 @@ def test_errors_are_shown_at_their_fields(open_page: Open) -> None:
     generate(page, "a red circle", steps=4)
     expect(page.locator("#seed-wrong")).to_have_text("seed must be prime.")
     expect(page.locator("#seed")).to_have_attribute("aria-invalid", "true")
-    page.evaluate("blame('seed', 'twice.')")
+    page.evaluate("import('/page/validation.js').then(({ blame }) => blame('seed', 'twice.'))")
     expect(page.locator("#seed-wrong")).to_have_text("twice.")
     generate(page, "a red circle", steps=4)
     expect(page.locator("#lora-wrong")).to_have_count(1)
@@ -84,7 +84,7 @@ def test_it_asks_for_the_key_that_the_server_requires(open_page: Open, shots: Pa
     expect(page.locator("#key-dialog")).to_be_visible()
     # A user who declines is not asked again.
     page.get_by_role("button", name="Not now").click()
-    expect(page.locator("#model")).to_have_text("This server asks for an API key.")
+    expect(page.locator("#model")).to_have_text("This server requires an API key.")
     page.clock.run_for(20_000)
     expect(page.locator("#key-dialog")).to_be_hidden()
     page.screenshot(path=shots / "no-key.png")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from serve_app.config import EngineConfig, LimitsConfig
+from serve_app.config.models import EngineConfig, LimitsConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -110,9 +110,9 @@ def test_events_cover_the_whole_request(demo_engine: Engine) -> None:
     assert result.pixels.shape == (3, 64, 64)
     assert result.image.size == (64, 64)
     assert result.params == params(num_inference_steps=4)
-    assert result.queue_s >= 0
-    assert result.denoise_s > 0
-    assert result.decode_s > 0
+    assert result.timings.queue_s >= 0
+    assert result.timings.denoise_s > 0
+    assert result.timings.decode_s > 0
     assert result.prompt_tokens > 4
 
 
@@ -685,7 +685,7 @@ def test_time_on_the_way_counts_for_the_deadline(demo_pipeline: LoadedPipeline) 
         )
         while not isinstance(event, Completed):
             event = inbox.get(timeout=30)
-        assert event.result.queue_s < 3  # timings do not use the clocks of two machines
+        assert event.result.timings.queue_s < 3  # timings do not use the clocks of two machines
 
 
 def test_low_priority_work_yields_at_the_next_step_and_fills_idle_time(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest

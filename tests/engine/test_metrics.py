@@ -5,12 +5,14 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.config import EngineConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
-from serve_app.metrics import ENGINE, SIZES, report
+from serve_app.metrics.export import report
+from serve_app.metrics.labels import SIZES
+from serve_app.metrics.registry import ENGINE
 from serve_app.protocol.events import Completed, Event, Progress
 from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import GenerationParams

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import largest_difference

@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator
 
 from PIL import Image
 
-from serve_app.config import AppConfig, EngineConfig, LimitsConfig, ModelConfig
+from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import Progress, Queued
+from serve_app.protocol.events import GenerationTimings, Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
@@ -48,7 +48,7 @@ class FakeBackend:
     """A generation backend that returns plain red images at once and records its calls."""
 
     def __init__(self) -> None:
-        self.asked: list[GenerationParams] = []
+        self.received: list[GenerationParams] = []
         self.contexts: list[RequestContext] = []
         self.described_for: list[float | None] = []
         """Deadlines given to `describe`."""
@@ -56,8 +56,8 @@ class FakeBackend:
         self.error_in_the_middle: Exception | None = None
         self.ready = True
         self.overloaded = False
-        self.parts_s = (0.25, 0.0625, 1.0, 0.125)
-        """Reported seconds of queueing, encoding, denoising and decoding."""
+        self.timings = GenerationTimings(0.25, 0.0625, 1.0, 0.125)
+        """Reported timings."""
         self.file_s = 0.5
         """Reported duration of encoding the file."""
         self.cancelled = 0
@@ -73,7 +73,7 @@ class FakeBackend:
         progress: bool = False,
         context: RequestContext = INITIAL,
     ) -> AsyncGenerator[GenerationEvent, None]:
-        self.asked.append(params)
+        self.received.append(params)
         self.contexts.append(context)
         assert params.width is not None
         assert params.height is not None
@@ -99,8 +99,8 @@ class FakeBackend:
                 *image.size,
                 ("a warning",),
                 7,
-                *self.parts_s,
-                age_s=sum(self.parts_s) + self.file_s,
+                self.timings,
+                age_s=sum(self.timings) + self.file_s,
             )
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1

@@ -41,7 +41,7 @@ async def post(client: httpx.AsyncClient, body: object) -> httpx.Response:
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error object, after checking that it has OpenAI's shape."""
+    """Return the error object, after checking that it has OpenAI's shape."""
     assert response.status_code == status, response.text
     body = response.json()
     assert body.keys() == {"error"}

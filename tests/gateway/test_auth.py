@@ -1,4 +1,4 @@
-"""Keys: who is let in, how often, how many at a time."""
+"""API keys: authentication, rate limits and concurrency limits."""
 
 import asyncio
 import io
@@ -38,7 +38,7 @@ def using(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
-async def test_only_known_keys_are_let_in(backend: FakeBackend) -> None:
+async def test_only_known_keys_are_admitted(backend: FakeBackend) -> None:
     async with client_of(backend, KeyRing(None, PLAIN)) as client:
         for headers in (
             {},
@@ -56,14 +56,14 @@ async def test_only_known_keys_are_let_in(backend: FakeBackend) -> None:
                 assert response.headers["www-authenticate"] == "Bearer"
                 assert response.headers["x-should-retry"] == "false"
         error_of(await post(client, {"prompt": "x"}), 401)
-        assert backend.asked == []
+        assert backend.received == []
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
 
 
-async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
-    """As Serve has it with ``route_prefix: /sd``: the path still has the prefix."""
+async def test_a_route_prefix_opens_no_path(backend: FakeBackend) -> None:
+    """The path that Serve passes on has its ``route_prefix``, here /sd."""
     body = {"prompt": "x"}
     image = io.BytesIO()
     Image.effect_noise((100, 100), 90).save(image, "png")
@@ -72,7 +72,7 @@ async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
         for path in ("/v1/models", "/sd/v1/models", "/nothing"):
             error_of(await client.get(path), 401)
         error_of(await post(client, body), 401)
-        assert backend.asked == []
+        assert backend.received == []
         client.headers = httpx.Headers(using("sk-plain"))
         assert (await post(client, body)).status_code == 200
         error_of(await post(client, {"prompt": "x" * LIMITS.max_body_bytes}), 413)
@@ -83,7 +83,7 @@ async def test_a_prefix_opens_nothing(backend: FakeBackend) -> None:
         client.headers = httpx.Headers()
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
-        page = await client.get("http://test/sd")  # whose links are relative
+        page = await client.get("http://test/sd")  # its links are relative
         assert page.headers["location"] == "http://test/sd/"
 
 
@@ -98,7 +98,7 @@ async def test_the_name_of_the_key_is_in_the_log_and_the_key_is_not(
     assert "sk-plain" not in caplog.text
 
 
-async def test_a_key_may_send_so_many_a_minute(backend: FakeBackend) -> None:
+async def test_the_rate_of_a_key_is_limited(backend: FakeBackend) -> None:
     async with client_of(backend, KeyRing(None, PLAIN + RATED)) as client:
         statuses = []
         for _ in range(4):
@@ -111,7 +111,7 @@ async def test_a_key_may_send_so_many_a_minute(backend: FakeBackend) -> None:
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
 
 
-async def test_a_key_may_have_so_many_at_a_time_streams_included(backend: FakeBackend) -> None:
+async def test_the_concurrency_of_a_key_is_limited_including_streams(backend: FakeBackend) -> None:
     backend.slow_seed = 1
     async with client_of(backend, KeyRing(None, NARROW)) as client:
         body = {"prompt": "x", "seed": 1, "stream": True}
@@ -123,7 +123,7 @@ async def test_a_key_may_have_so_many_at_a_time_streams_included(backend: FakeBa
             return asyncio.ensure_future(coroutine)
 
         first = send(1)
-        while not backend.asked:
+        while not backend.received:
             await asyncio.sleep(0)
         response = await send(2)
         assert error_of(response, 429)["message"].startswith("the key 'narrow' may have 1")
@@ -132,7 +132,7 @@ async def test_a_key_may_have_so_many_at_a_time_streams_included(backend: FakeBa
         assert (await send(2)).status_code == 200
 
 
-async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
+async def test_a_changed_file_is_read_again_and_a_broken_one_ignored(
     backend: FakeBackend,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -169,10 +169,10 @@ async def test_a_changed_file_is_read_again_and_a_broken_one_is_not_heeded(
         path.unlink()
         assert await status("sk-narrow") == 200
         write("[]")
-        assert await status("sk-narrow") == 401  # and not: open to all
+        assert await status("sk-narrow") == 401  # not open to all
 
 
-async def test_a_reading_that_failed_is_tried_again(
+async def test_a_failed_read_is_retried(
     backend: FakeBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(auth, "REREAD_EVERY_S", 0.0)
@@ -197,14 +197,14 @@ async def test_a_reading_that_failed_is_tried_again(
     assert statuses == [401, 200]
 
 
-async def test_pages_of_other_sites_may_not_use_a_server_without_keys(backend: FakeBackend) -> None:
+async def test_other_sites_may_not_use_a_server_without_keys(backend: FakeBackend) -> None:
     from_elsewhere = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
     async with client_of(backend, KeyRing(None, None)) as client:
         response = await client.post(
             "/v1/images/generations", content='{"prompt": "x"}', headers=from_elsewhere
         )
         assert error_of(response, 403)["code"] == "cross_site"
-        assert backend.asked == []
+        assert backend.received == []
         assert (await client.get("/", headers=from_elsewhere)).status_code == 200  # by a link
         for site in ("same-origin", "same-site", "none"):
             response = await client.get("/v1/models", headers={"sec-fetch-site": site})
@@ -239,12 +239,12 @@ def test_wrong_entries_are_named_and_never_repeated(
         assert "sk-secret" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.yaml cannot be read"):
         KeyRing(tmp_path / "nothing.yaml", None)
 
 
-async def test_the_description_asks_for_a_key_where_the_server_does(backend: FakeBackend) -> None:
+async def test_the_api_description_requires_a_key_if_the_server_does(backend: FakeBackend) -> None:
     for keys in (KeyRing(None, PLAIN), KeyRing(None, None)):
         async with client_of(backend, keys) as client:
             described = (await client.get("/openapi.json")).json()

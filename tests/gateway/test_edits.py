@@ -1,4 +1,4 @@
-"""Pictures that come with a request: read as one sees them, or refused."""
+"""Input images and masks: decoded as viewers show them, or rejected."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image, ImageOps
 
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.gateway.parsing import read_image
 from tests.fakes.backend import LIMITS, FakeBackend
 from tests.gateway.conftest import decoded, error_of
@@ -27,14 +27,14 @@ def file_of(image: Image.Image, image_format: str = "png", **options: Any) -> by
 
 
 def halves(size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """Red on the left, blue on the right."""
+    """Make an image that is red on the left and blue on the right."""
     image = Image.new("RGB", size, "blue")
     image.paste("red", (0, 0, size[0] // 2, size[1]))
     return image
 
 
 def mask_of(size: tuple[int, int] = (64, 64)) -> Image.Image:
-    """Transparent on the left."""
+    """Make a mask that is transparent on the left."""
     mask = Image.new("RGBA", size, (0, 0, 0, 255))
     mask.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
     return mask
@@ -52,22 +52,22 @@ async def edit(
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-async def test_a_image_without_a_mask_is_generated_over(
+async def test_an_image_without_a_mask_is_generated_over(
     client: httpx.AsyncClient, backend: FakeBackend, image_format: str
 ) -> None:
     response = await edit(client, file_of(halves(), image_format), strength="0.5", seed="3")
     assert response.status_code == 200, response.text
-    [asked] = backend.asked
-    assert (asked.task, asked.strength, asked.seed) == ("image-to-image", 0.5, 3)
-    assert asked.image is not None
-    left, right = asked.image.getpixel((8, 32)), asked.image.getpixel((56, 32))
+    [received] = backend.received
+    assert (received.task, received.strength, received.seed) == ("image-to-image", 0.5, 3)
+    assert received.image is not None
+    left, right = received.image.getpixel((8, 32)), received.image.getpixel((56, 32))
     assert left[0] > 200 > right[0]  # type: ignore[index, operator]
     assert decoded(response.json()["data"][0]["b64_json"]).size == (64, 64)
     assert response.json()["usage"]["input_tokens_details"]["image_tokens"] == 16
 
 
-async def test_what_is_sent_counts_as_it_is_generated_from(client: httpx.AsyncClient) -> None:
-    """At the size that is painted, once for each picture, as its description says."""
+async def test_input_tokens_count_at_the_generated_size(client: httpx.AsyncClient) -> None:
+    """Tokens count at the generated size, once for each image, as the API description says."""
     answer = (await edit(client, file_of(halves((640, 480))), n="2", size="48x32")).json()
     details = answer["usage"]["input_tokens_details"]
     assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
@@ -76,19 +76,19 @@ async def test_what_is_sent_counts_as_it_is_generated_from(client: httpx.AsyncCl
     assert "size that is generated; once for each generated image" in described
 
 
-async def test_what_is_transparent_in_the_mask_is_generated_anew(
+async def test_the_transparent_part_of_the_mask_is_generated_anew(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await edit(client, file_of(halves()), file_of(mask_of()))
     assert response.status_code == 200, response.text
-    [asked] = backend.asked
-    assert asked.task == "inpainting"
-    assert asked.mask_image is not None
-    assert asked.mask_image.getpixel((8, 32)) == 255
-    assert asked.mask_image.getpixel((56, 32)) == 0
+    [received] = backend.received
+    assert received.task == "inpainting"
+    assert received.mask_image is not None
+    assert received.mask_image.getpixel((8, 32)) == 255
+    assert received.mask_image.getpixel((56, 32)) == 0
 
 
-async def test_every_field_of_a_form_is_understood(
+async def test_every_field_of_a_form_is_parsed(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await edit(
@@ -109,18 +109,18 @@ async def test_every_field_of_a_form_is_understood(
         **{"lora[ink]": "0.5", "lora[pixel]": "1"},
     )
     assert response.status_code == 200, response.text
-    first, second = backend.asked
+    first, second = backend.received
     assert (first.width, first.height, first.num_inference_steps) == (48, 32, 9)
     assert (first.guidance_scale, first.noise_scheduler, first.deadline_s) == (2.5, "ddim", 20)
     assert first.lora == (("ink", 0.5), ("pixel", 1.0))
     assert second.seed == first.seed + 1
     await edit(client, file_of(halves()), lora='{"ink": 0.25}')
-    assert backend.asked[-1].lora == (("ink", 0.25),)
+    assert backend.received[-1].lora == (("ink", 0.25),)
     await edit(client, file_of(halves()), lora="ink")
-    assert backend.asked[-1].lora == (("ink", 1.0),)
+    assert backend.received[-1].lora == (("ink", 1.0),)
 
 
-async def test_edits_stream_events_of_their_own(client: httpx.AsyncClient) -> None:
+async def test_edits_stream_their_own_events(client: httpx.AsyncClient) -> None:
     response = await edit(
         client, file_of(halves()), stream="true", partial_images="2", progress="true"
     )
@@ -131,21 +131,21 @@ async def test_edits_stream_events_of_their_own(client: httpx.AsyncClient) -> No
     ] + ["image_edit.completed"]
 
 
-async def test_a_photo_is_turned_as_its_camera_was(
+async def test_a_photo_is_turned_by_its_exif_orientation(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by a quarter: what is stored left is shown on top
+    exif[0x0112] = 6  # a quarter turn: the stored left side is shown on top
     response = await edit(client, file_of(halves((64, 32)), "jpeg", exif=exif))
     assert response.json()["size"] == "32x64"
-    image = backend.asked[0].image
+    image = backend.received[0].image
     assert image is not None
     top, bottom = image.getpixel((16, 8)), image.getpixel((16, 56))
     assert top[0] > 200 > bottom[0]  # type: ignore[index, operator]
 
 
 def exif_with(tag: int, kind: int, value: int) -> bytes:
-    """A quarter turn, and one more entry as it is."""
+    """Make EXIF data with a quarter turn and one more entry."""
     entries = struct.pack("<HHIIHHII", 0x0112, 3, 1, 6, tag, kind, 1, value)
     return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + struct.pack("<I", 0)
 
@@ -185,7 +185,7 @@ async def test_images_are_turned_as_pillow_turns_them(orientation: int) -> None:
         ((640, 480), "auto", "72x56"),
     ],
 )
-async def test_a_image_is_fitted_to_what_the_model_takes(
+async def test_an_image_is_fitted_to_the_sizes_of_the_model(
     client: httpx.AsyncClient, given: tuple[int, int], size: str | None, generated: str
 ) -> None:
     fields = {} if size is None else {"size": size}
@@ -201,30 +201,30 @@ async def test_another_shape_is_cropped_rather_than_squeezed(
     mask = Image.new("RGBA", image.size, (0, 0, 0, 0))
     mask.paste((0, 0, 0, 255), (0, 0, 64, 64))
     await edit(client, file_of(image), file_of(mask), size="64x64")
-    asked = backend.asked[0]
-    assert asked.image is not None
-    assert asked.mask_image is not None
-    assert set(asked.image.get_flattened_data()) == {(255, 0, 0)}
-    assert asked.mask_image.getextrema() == (255, 255)
+    received = backend.received[0]
+    assert received.image is not None
+    assert received.mask_image is not None
+    assert set(received.image.get_flattened_data()) == {(255, 0, 0)}
+    assert received.mask_image.getextrema() == (255, 255)
 
 
 async def test_transparent_parts_become_white(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     await edit(client, file_of(mask_of()))
-    image = backend.asked[0].image
+    image = backend.received[0].image
     assert image is not None
     assert image.getpixel((8, 32)) == (255, 255, 255)
     assert image.getpixel((56, 32)) == (0, 0, 0)
 
 
-async def test_sixteen_bits_of_grey_are_read_as_eight(
+async def test_grey_images_of_16_bits_are_read_as_8_bits(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     row = struct.pack("<64H", *(column * 1024 for column in range(64)))
     data = file_of(Image.frombytes("I;16", (64, 64), row * 64))
     assert (await edit(client, data)).status_code == 200
-    read = backend.asked[0].image
+    read = backend.received[0].image
     assert read is not None
     assert [read.getpixel((column, 5)) for column in (0, 20, 63)] == [
         (value, value, value) for value in (0, 80, 252)
@@ -234,10 +234,10 @@ async def test_sixteen_bits_of_grey_are_read_as_eight(
 READ = """
 import re, sys
 from pathlib import Path
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.gateway.parsing import read_image
 
-def peak_bytes():  # of this process alone; getrusage remembers who started it
+def peak_bytes():  # of this process alone; getrusage includes its parent
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
 data, before = sys.stdin.buffer.read(), peak_bytes()
@@ -247,7 +247,7 @@ print(*read_image(data, LimitsConfig()).size, peak_bytes() - before)
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB", "LA"])
 def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(mode: str) -> None:
-    """All of one color, the largest that is let in: a few kilobytes."""
+    """The file has one color and the largest allowed size, in a few kilobytes."""
     side = 4_096
     assert LimitsConfig().max_image_pixels == side * side
     data = file_of(Image.new(mode, (side, side)))
@@ -261,7 +261,7 @@ def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(mode: str) -> N
 
 
 def png_that_claims(width: int, height: int) -> bytes:
-    """A small file whose header promises a huge picture."""
+    """Make a small file whose header declares a huge image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = zlib.crc32(kind + data)
@@ -308,7 +308,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         (file_of(halves()), None, {"seed[a]": "1"}, "seed", "integer"),
     ],
 )
-async def test_what_cannot_be_used_is_refused_by_name(
+async def test_unusable_images_are_rejected_by_field(
     client: httpx.AsyncClient,
     backend: FakeBackend,
     image: bytes | None,
@@ -325,10 +325,10 @@ async def test_what_cannot_be_used_is_refused_by_name(
     assert error["param"] == param
     assert message in error["message"]
     assert "0x" not in error["message"]
-    assert backend.asked == []
+    assert backend.received == []
 
 
-async def test_one_image_is_taken(client: httpx.AsyncClient) -> None:
+async def test_more_than_one_image_is_rejected(client: httpx.AsyncClient) -> None:
     image = file_of(halves())
     for names in (("image", "image"), ("image[]", "image[]"), ("image", "image[]")):
         response = await client.post(
@@ -343,7 +343,7 @@ async def test_one_image_is_taken(client: httpx.AsyncClient) -> None:
     assert response.status_code == 200
 
 
-async def test_an_upload_may_be_longer_than_json_and_not_endless(
+async def test_uploads_have_a_limit_of_their_own(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     noise = Image.effect_noise((200, 200), 90)
@@ -353,7 +353,7 @@ async def test_an_upload_may_be_longer_than_json_and_not_endless(
     assert "200000 bytes" in error["message"]
 
 
-async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+async def test_a_form_must_be_utf_8(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     image = file_of(halves()).replace(b"\r\n--", b"")
 
     async def answer(charset: str, prompt: bytes) -> httpx.Response:
@@ -368,13 +368,13 @@ async def test_a_form_is_in_utf_8(client: httpx.AsyncClient, backend: FakeBacken
 
     for charset in ("", "; charset=utf-8", '; charset="UTF-8"'):
         assert (await answer(charset, "ä".encode())).status_code == 200
-        assert backend.asked[-1].prompt == "ä"
+        assert backend.received[-1].prompt == "ä"
     for name in ("undefined", "punycode", "utf-16", "idna", "x" * 1_000):
         error = error_of(await answer(f"; charset={name}", b"\xe9-x"), 400)
         assert f"in UTF-8, not '{name[:100]}'" in error["message"]
 
 
-async def test_another_kind_of_body_is_refused(client: httpx.AsyncClient) -> None:
+async def test_other_content_types_are_rejected(client: httpx.AsyncClient) -> None:
     response = await client.post("/v1/images/edits", content=json.dumps({"prompt": "x"}))
     assert "multipart/form-data" in error_of(response, 400)["message"]
     headers = {"content-type": "multipart/form-data; boundary=x"}

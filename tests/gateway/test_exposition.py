@@ -1,4 +1,4 @@
-"""One text of many reports, read by prometheus_client's own parsers."""
+"""The merged text of several reports, read by prometheus_client's parsers."""
 
 import pickle
 from typing import Any
@@ -11,28 +11,28 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve_app.gateway.exposition import exposition
-from serve_app.metrics import Report, report
+from serve_app.metrics.export import Report, report
 
 OPENMETRICS = (
     "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,"
     "application/openmetrics-text;version=0.0.1;q=0.4,text/plain;version=1.0.0;"
     "escaping=allow-utf-8;q=0.3,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
 )
-"""What Prometheus 3 sends."""
+"""The Accept header of Prometheus 3."""
 
 
 def replica(name: str, times: int) -> Report:
-    """Of a registry as a replica has it, after its way through a pickle."""
+    """Make the report of a replica's registry, pickled and unpickled."""
     registry = CollectorRegistry()
-    Counter("pictures_total", "Some.", ["size"], registry=registry).labels("64").inc(times)
+    Counter("images_total", "Some.", ["size"], registry=registry).labels("64").inc(times)
     histogram = Histogram("wait_seconds", 'A "wait".', buckets=(0.1, 1), registry=registry)
     histogram.observe(0.5, {"request_id": f"call-{name}"})
     Gauge("nothing", "No child yet.", ["size"], registry=registry)
     Enum("mode", "One of two.", states=["on", "off"], registry=registry).state("off")
-    said: Report = pickle.loads(pickle.dumps(Report(name, list(registry.collect()))))
-    for family in said.families:
+    travelled: Report = pickle.loads(pickle.dumps(Report(name, list(registry.collect()))))
+    for family in travelled.families:
         family.samples = [one for one in family.samples if not one.name.endswith("_created")]
-    return said
+    return travelled
 
 
 def samples(families: Any) -> dict[tuple[str, str | None, str | None], float]:
@@ -45,7 +45,7 @@ def samples(families: Any) -> dict[tuple[str, str | None, str | None], float]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 40])
-def test_every_replica_is_told_apart(count: int) -> None:
+def test_every_sample_names_its_replica(count: int) -> None:
     reports = [replica(f"r{index}", index) for index in range(count)]
     text, media_type = exposition(reports, "")
     assert media_type == "text/plain; version=0.0.4; charset=utf-8"
@@ -53,12 +53,12 @@ def test_every_replica_is_told_apart(count: int) -> None:
     assert len({family.name for family in families}) == len(families)
     assert len(families) == (3 if count else 0)
     values = samples(families)
-    assert [values["pictures_total", f"r{index}", None] for index in range(count)] == [
+    assert [values["images_total", f"r{index}", None] for index in range(count)] == [
         *map(float, range(count))
     ]
 
 
-def test_openmetrics_has_the_request_behind_a_figure() -> None:
+def test_openmetrics_has_the_request_as_exemplar() -> None:
     text, media_type = exposition([replica("a", 1), replica("b", 2)], OPENMETRICS)
     assert media_type.startswith("application/openmetrics-text; version=1.0.0")
     assert text.endswith(b"# EOF\n")
@@ -72,14 +72,14 @@ def test_openmetrics_has_the_request_behind_a_figure() -> None:
     assert exemplars == [("a", "call-a", 0.5), ("b", "call-b", 0.5)]
 
 
-def test_what_is_said_of_all_is_no_replicas() -> None:
+def test_metrics_of_the_application_name_no_replica() -> None:
     text, _ = exposition([Report(None, replica("x", 3).families)], "")
-    assert b'pictures_total{size="64"} 3.0' in text
+    assert b'images_total{size="64"} 3.0' in text
 
 
-def test_a_release_that_means_something_else_by_a_name_does_not_break_it() -> None:
+def test_a_release_with_another_type_for_a_name_is_tolerated() -> None:
     registry = CollectorRegistry()
-    Gauge("pictures", "Another kind.", registry=registry).set(7)
+    Gauge("images", "Another kind.", registry=registry).set(7)
     Gauge("wait_seconds", "Another kind.", registry=registry).set(7)
     text, _ = exposition([replica("a", 1), Report("b", list(registry.collect()))], OPENMETRICS)
     names = {
@@ -87,11 +87,11 @@ def test_a_release_that_means_something_else_by_a_name_does_not_break_it() -> No
         for family in openmetrics_families(text.decode())
         for sample in family.samples
     }
-    assert ("pictures", "b") not in names
+    assert ("images", "b") not in names
     assert ("wait_seconds", "b") not in names
 
 
-def test_both_formats_hold_all_that_is_declared() -> None:
+def test_both_formats_contain_all_declared_metrics() -> None:
     reports = [report("engine", "a"), report("gateway", "b")]
     plain, _ = exposition(reports, "text/plain")
     openmetrics, _ = exposition(reports, OPENMETRICS)

@@ -1,4 +1,4 @@
-"""What stands before Serve's proxy, with its own middleware in between; the rest is in e2e."""
+"""The middleware in front of Serve's proxy, with Serve's own in between; tests/e2e has the rest."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("log_stays_ours")]
 
 
 class Proxy:
-    """Answers as told, with Serve's own messages, and remembers what it was sent."""
+    """Gives scripted answers in Serve's own messages, and records the requests."""
 
     def __init__(self, *answer: Any) -> None:
         self._answer = answer
@@ -58,7 +58,7 @@ async def test_plain_text_becomes_an_error_object(status: int, kind: str) -> Non
     assert "Path not found" not in response.text
 
 
-async def test_other_answers_pass_as_they_are() -> None:
+async def test_other_answers_pass_unchanged() -> None:
     for status, body in ((200, "all good"), (404, {"error": "of an application"})):
         messages = convert_object_to_asgi_messages(body, status_code=status)
         response = await ask(Proxy(*messages))
@@ -68,7 +68,7 @@ async def test_other_answers_pass_as_they_are() -> None:
     assert (await ask(Proxy(*messages), "/-/healthz")).text == "draining"
 
 
-async def test_what_serve_would_obey_does_not_reach_it() -> None:
+async def test_control_headers_do_not_reach_serve() -> None:
     proxy = Proxy(*convert_object_to_asgi_messages("fine"))
     given = {
         "x-request-timeout-seconds": b"0.01",
@@ -82,7 +82,7 @@ async def test_what_serve_would_obey_does_not_reach_it() -> None:
 
 
 @pytest.mark.parametrize("given", [b"", b"\xe9", b"a b", b"x" * 201, b"a\tb"])
-async def test_an_id_that_is_none_is_replaced(given: bytes) -> None:
+async def test_an_invalid_request_id_is_replaced(given: bytes) -> None:
     proxy = Proxy(*convert_object_to_asgi_messages("fine"))
     response = await ask(proxy, headers={"x-request-id": given})
     [drawn] = response.headers.get_list("x-request-id")
@@ -90,7 +90,7 @@ async def test_an_id_that_is_none_is_replaced(given: bytes) -> None:
     assert [value for name, value in proxy.headers if name == b"x-request-id"] == [drawn.encode()]
 
 
-async def test_a_proxy_that_fails_says_so_once_and_in_this_shape() -> None:
+async def test_a_failing_proxy_answers_once_with_an_error_object() -> None:
     response = await ask(Proxy(UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "secret")))
     message = error_of(response, 500)["message"]
     assert response.headers["x-request-id"] in message

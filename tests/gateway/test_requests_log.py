@@ -1,4 +1,4 @@
-"""What is counted and logged of requests, through the whole gateway."""
+"""Metrics and log lines of requests, through the whole gateway."""
 
 import asyncio
 import hashlib
@@ -13,13 +13,16 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from serve_app.config import ModelConfig
+from serve_app.config.models import ModelConfig
 from serve_app.errors import Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.requests_log import NOBODY, parts_since_arrival
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
-from serve_app.metrics import GATEWAY, OUTCOMES, REQUESTS, UNSERVED, report
+from serve_app.metrics.export import report
+from serve_app.metrics.gateway import REQUESTS
+from serve_app.metrics.labels import OUTCOMES, UNSERVED
+from serve_app.metrics.registry import GATEWAY
 from serve_app.protocol.params import Priority
 from tests.fakes.backend import CONFIG, FakeBackend
 
@@ -44,16 +47,14 @@ def keys(folder: Path, per_minute: int) -> KeyRing:
 
 
 def client_of(backend: FakeBackend, model: str, ring: KeyRing | None = None) -> httpx.AsyncClient:
-    """Of a gateway whose series no other test counts in."""
+    """Make the client of a gateway with series of its own."""
     config = CONFIG.model_copy(update={"model": ModelConfig(id=model)})
     api = create_api(config, backend, ring or KeyRing(None, None))
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://test")
 
 
-async def test_requests_count_by_what_became_of_them_and_whose_they_are(
-    backend: FakeBackend, tmp_path: Path
-) -> None:
+async def test_requests_count_by_outcome_and_key(backend: FakeBackend, tmp_path: Path) -> None:
     def count(key: str, outcome: str, priority: Priority = "interactive") -> float:
         return sample("requests_total", "counted", key=key, outcome=outcome, priority=priority)
 
@@ -68,7 +69,7 @@ async def test_requests_count_by_what_became_of_them_and_whose_they_are(
             theirs = {"Authorization": "Bearer sk-night"}
             await client.post(PATH, json={"prompt": "x"}, headers=theirs)
     assert count("night", "completed", "batch") == 1
-    assert count("night", "rate_limit_exceeded", "batch") == 1  # not let in, and known all the same
+    assert count("night", "rate_limit_exceeded", "batch") == 1  # rejected, but known
     assert count("one", "completed") == 1
     assert count("one", "invalid_value") == 1
     assert count("one", "rate_limit_exceeded") == 1
@@ -76,10 +77,8 @@ async def test_requests_count_by_what_became_of_them_and_whose_they_are(
     assert sample("request_seconds_count", "counted") == 2
 
 
-async def test_counters_are_there_before_what_they_count(
-    backend: FakeBackend, tmp_path: Path
-) -> None:
-    """Prometheus sees no rise in a series that begins with a 1."""
+async def test_counters_exist_before_the_first_event(backend: FakeBackend, tmp_path: Path) -> None:
+    """To Prometheus, a series that begins with a 1 has not increased."""
     async with client_of(backend, "unused", keys(tmp_path, 3)) as client:
         await client.get("/health")
     of_all = [("one", "interactive"), ("night", "batch"), (NOBODY, "interactive")]
@@ -100,7 +99,7 @@ async def test_counters_are_there_before_what_they_count(
         assert GATEWAY.get_sample_value(name, {"model": "open to all", **labels}) == 0
 
 
-async def test_open_requests_are_those_that_have_come_and_not_ended(
+async def test_open_requests_have_arrived_and_not_ended(
     backend: FakeBackend, tmp_path: Path
 ) -> None:
     def still() -> tuple[float, ...]:
@@ -121,7 +120,7 @@ async def test_open_requests_are_those_that_have_come_and_not_ended(
                 client.post(PATH, json={"prompt": "x"} | body, headers=headers)
             )
 
-        backend.accepting.clear()  # as when no replica is there
+        backend.accepting.clear()  # as without any replica
         done, streamed, gone, batch = (
             ask("one"),
             ask("one", stream=True),
@@ -140,29 +139,29 @@ async def test_open_requests_are_those_that_have_come_and_not_ended(
     assert still() == (0, 0)
 
 
-async def test_who_finds_the_queue_full_is_counted_as_refused(backend: FakeBackend) -> None:
-    async def refuse(error: Overloaded, **body: Any) -> None:
+async def test_a_full_queue_counts_as_a_rejection(backend: FakeBackend) -> None:
+    async def reject(error: Overloaded, **body: Any) -> None:
         backend.error = error
         response = await client.post(PATH, json={"prompt": "x"} | body)
         assert response.status_code == 429
 
     async with client_of(backend, "full") as client:
-        await refuse(Overloaded("an engine's own refusal", None, 3.0, 1.0))
+        await reject(Overloaded("an engine's own rejection", None, 3.0, 1.0))
         assert (
             GATEWAY.get_sample_value(
                 "diffusion_serve_refusals_total", {"model": "full", "reason": "queue"}
             )
             == 0
         )
-        await refuse(Overloaded("Serve's queue", retry_after_s=9.0), n=2)
-        await refuse(Overloaded("Serve's queue"), stream=True)
+        await reject(Overloaded("Serve's queue", retry_after_s=9.0), n=2)
+        await reject(Overloaded("Serve's queue"), stream=True)
         assert sample("refusals_total", "full", reason="queue") == 3
-        backend.overloaded = True  # before the first replica has said what the model takes
-        await refuse(Overloaded("not asked for"), n=4)
+        backend.overloaded = True  # before the first replica has described the model
+        await reject(Overloaded("not called"), n=4)
         assert sample("refusals_total", "full", reason="queue") == 7
 
 
-async def test_refusals_and_failures_count_by_their_codes(backend: FakeBackend) -> None:
+async def test_rejections_and_failures_count_by_their_codes(backend: FakeBackend) -> None:
     async with client_of(backend, "failed") as client:
         for error in (Overloaded("full", retry_after_s=3.0), RuntimeError("a bug")):
             backend.error = error
@@ -175,7 +174,7 @@ async def test_refusals_and_failures_count_by_their_codes(backend: FakeBackend) 
 
 
 @pytest.mark.usefixtures("old")
-async def test_parts_add_up_to_the_whole(backend: FakeBackend) -> None:
+async def test_parts_add_up_to_the_total(backend: FakeBackend) -> None:
     async with client_of(backend, "parts") as client:
         timings = (await client.post(PATH, json={"prompt": "x"})).json()["timings"]
         assert timings.keys() == {*(f"{part}_s" for part in PARTS), "total_s"}
@@ -185,7 +184,7 @@ async def test_parts_add_up_to_the_whole(backend: FakeBackend) -> None:
         assert timings[f"{part}_s"] == seconds
         assert sample("request_part_seconds_sum", "parts", part=part) == 2 * seconds
         assert sample("request_part_seconds_count", "parts", part=part) == 2
-    assert timings["queue_s"] >= 0.25  # the backend's, and the way to it
+    assert timings["queue_s"] >= 0.25  # the backend's time and the way to it
     assert timings["response_s"] >= 0.5
     assert sum(timings[f"{part}_s"] for part in PARTS) == pytest.approx(timings["total_s"])
     sums = [sample("request_part_seconds_sum", "parts", part=part) for part in PARTS]
@@ -196,13 +195,13 @@ async def test_parts_add_up_to_the_whole(backend: FakeBackend) -> None:
 @pytest.mark.parametrize(
     ("now_s", "age_s", "parts"),
     [
-        (10.0, 6.0, (4.5, 1.0, 3.0, 1.0)),  # and half a second for the file
+        (10.0, 6.0, (4.5, 1.0, 3.0, 1.0)),  # half a second is for the file
         (10.0, 0.0, (10.0, 0.0, 0.0, 0.0)),
         (5.5, 6.0, (0.5, 1.0, 3.0, 1.0)),
         (3.0, 6.0, (0.5, 1.0, 1.5, 0.0)),
     ],
 )
-def test_what_a_replica_does_not_account_for_was_waiting(
+def test_unaccounted_time_counts_as_queue(
     now_s: float, age_s: float, parts: tuple[float, ...]
 ) -> None:
     assert parts_since_arrival(now_s, age_s, (0.5, 1.0, 3.0, 1.0)) == pytest.approx(parts)
@@ -210,7 +209,7 @@ def test_what_a_replica_does_not_account_for_was_waiting(
 
 
 @pytest.mark.usefixtures("old")
-async def test_every_request_is_one_line(
+async def test_every_request_logs_one_line(
     backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
@@ -244,7 +243,7 @@ async def fuzzed(backend: FakeBackend, tmp_path: Path) -> AsyncIterator[httpx.As
         yield client
 
 
-async def test_no_request_can_make_a_series_of_its_own(fuzzed: httpx.AsyncClient) -> None:
+async def test_no_request_can_make_a_new_series(fuzzed: httpx.AsyncClient) -> None:
     draw = random.Random(7)
 
     def series() -> int:
@@ -271,7 +270,7 @@ async def test_no_request_can_make_a_series_of_its_own(fuzzed: httpx.AsyncClient
             await fuzzed.post(draw.choice([PATH, f"{PATH}/{word}"]), json=body, headers=headers)
 
     await send(1)
-    # Every outcome once, so that all series are there that there can be.
+    # Every outcome once, so that all possible series exist.
     for outcome in OUTCOMES:
         for key in ("one", "night", NOBODY):
             for priority in get_args(Priority):
@@ -281,7 +280,7 @@ async def test_no_request_can_make_a_series_of_its_own(fuzzed: httpx.AsyncClient
     assert series() == before < 400
 
 
-async def test_no_id_of_a_client_breaks_what_prometheus_reads(backend: FakeBackend) -> None:
+async def test_no_request_id_breaks_the_exposition(backend: FakeBackend) -> None:
     async with client_of(backend, "exemplars") as client:
         for name in ('a"} 1 # {', "x" * 200, "call-42"):
             await client.post(PATH, json={"prompt": "x"}, headers={"x-request-id": name})

@@ -1,4 +1,4 @@
-"""The HTTP API in front of a backend that paints at once: what goes in, what comes out."""
+"""The HTTP API in front of a fake backend: requests and responses."""
 
 import asyncio
 import base64
@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.config import GatewayConfig, ModelConfig
+from serve_app.config.models import GatewayConfig, ModelConfig
 from serve_app.errors import (
     DeadlineExceeded,
     DiffusionServeError,
@@ -19,6 +19,7 @@ from serve_app.errors import (
     Overloaded,
     Unavailable,
 )
+from serve_app.gateway import page
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import ImageGenerationRequest
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.anyio
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-async def test_a_image_comes_back_in_the_wanted_format(
+async def test_an_image_has_the_requested_format(
     client: httpx.AsyncClient, backend: FakeBackend, image_format: str
 ) -> None:
     response = await post(
@@ -54,19 +55,19 @@ async def test_a_image_comes_back_in_the_wanted_format(
     assert image.format == image_format.upper()
     assert image.size == (48, 32)
     assert (body["size"], body["output_format"], data["seed"]) == ("48x32", image_format, 7)
-    assert backend.asked == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
+    assert backend.received == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
 
 
-async def test_defaults_are_the_models_and_the_seed_is_drawn(
+async def test_defaults_are_the_models_and_the_seed_is_random(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     first, second = [(await post(client, {"prompt": "x"})).json() for _ in range(2)]
     assert first["size"] == "64x64"
     assert first["data"][0]["seed"] != second["data"][0]["seed"]
-    assert backend.asked[0].num_inference_steps == 20
+    assert backend.received[0].num_inference_steps == 20
 
 
-async def test_n_images_have_seeds_of_their_own(
+async def test_each_of_n_images_has_its_own_seed(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await post(client, {"prompt": "x", "n": 4, "seed": MAX_SEED - 1})
@@ -76,7 +77,7 @@ async def test_n_images_have_seeds_of_their_own(
     assert all(0 <= seed <= MAX_SEED for seed in seeds)
 
 
-async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClient) -> None:
+async def test_a_body_without_a_content_type_is_parsed(client: httpx.AsyncClient) -> None:
     response = await client.post(
         "/v1/images/generations",
         content='{"prompt": "x"}',
@@ -127,7 +128,7 @@ async def test_curl_without_a_content_type_is_understood(client: httpx.AsyncClie
         ({"strength": 0.5}, "strength", "unknown field"),
     ],
 )
-async def test_bad_fields_are_named_with_what_is_allowed(
+async def test_errors_name_the_field_and_the_allowed_values(
     client: httpx.AsyncClient,
     backend: FakeBackend,
     change: dict[str, Any],
@@ -141,7 +142,7 @@ async def test_bad_fields_are_named_with_what_is_allowed(
     assert param in error["message"]
     assert allowed in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert backend.asked == []
+    assert backend.received == []
 
 
 @pytest.mark.parametrize(
@@ -158,21 +159,21 @@ async def test_bad_fields_are_named_with_what_is_allowed(
     ],
     ids=repr,
 )
-async def test_what_is_not_a_json_object_is_a_400(
+async def test_a_body_that_is_no_json_object_is_a_400(
     client: httpx.AsyncClient, content: bytes
 ) -> None:
     error = error_of(await client.post("/v1/images/generations", content=content), 400)
     assert "JSON" in error["message"]
 
 
-async def test_infinities_are_refused(client: httpx.AsyncClient) -> None:
+async def test_infinities_are_rejected(client: httpx.AsyncClient) -> None:
     for number in ("NaN", "Infinity", "1e999"):
         content = f'{{"prompt": "x", "guidance_scale": {number}}}'
         error = error_of(await client.post("/v1/images/generations", content=content), 400)
         assert error["param"] == "guidance_scale"
 
 
-async def test_null_is_a_field_left_out(client: httpx.AsyncClient, backend: FakeBackend) -> None:
+async def test_null_means_the_default(client: httpx.AsyncClient, backend: FakeBackend) -> None:
     body = dict.fromkeys(ImageGenerationRequest.model_fields.keys() - {"prompt"})
     response = await post(client, {"prompt": "x"} | body)
     assert response.status_code == 200, response.text
@@ -201,10 +202,12 @@ async def test_adapters_are_named_with_or_without_scales(
 ) -> None:
     response = await post(client, {"prompt": "a", "lora": lora})
     assert response.status_code == 200, response.text
-    assert backend.asked[0].lora == adapters
+    assert backend.received[0].lora == adapters
 
 
-async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.AsyncClient) -> None:
+async def test_an_unknown_adapter_is_a_404_that_names_the_known_ones(
+    client: httpx.AsyncClient,
+) -> None:
     error = error_of(await post(client, {"prompt": "a", "lora": "oil"}), 404)
     assert error["param"] == "lora"
     assert error["code"] == "lora_not_found"
@@ -221,7 +224,7 @@ async def test_an_unknown_adapter_is_a_404_with_those_there_are(client: httpx.As
         (3, "lora"),
     ],
 )
-async def test_other_adapters_are_a_400(
+async def test_invalid_adapters_are_a_400(
     client: httpx.AsyncClient, lora: object, param: str
 ) -> None:
     error = error_of(await post(client, {"prompt": "a", "lora": lora}), 400)
@@ -229,7 +232,7 @@ async def test_other_adapters_are_a_400(
     assert "dict[" not in error["message"]
 
 
-async def test_errors_repeat_no_more_than_a_line_of_what_was_sent(
+async def test_errors_repeat_at_most_a_line_of_the_request(
     client: httpx.AsyncClient,
 ) -> None:
     long = "x" * 1_500
@@ -253,7 +256,7 @@ async def test_another_model_is_a_404(client: httpx.AsyncClient) -> None:
     assert "'demo'" in error["message"]
 
 
-async def test_long_bodies_are_refused_whatever_they_claim(
+async def test_long_bodies_are_rejected_whatever_their_header(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     body = json.dumps({"prompt": "x" * 3_000}).encode()
@@ -265,17 +268,19 @@ async def test_long_bodies_are_refused_whatever_they_claim(
     for content in (body, in_pieces()):
         error = error_of(await client.post("/v1/images/generations", content=content), 413)
         assert "2000 bytes" in error["message"]
-    assert backend.asked == []
+    assert backend.received == []
 
 
-async def test_unknown_paths_and_methods_have_the_same_shape(client: httpx.AsyncClient) -> None:
+async def test_unknown_paths_and_methods_have_the_same_error_object(
+    client: httpx.AsyncClient,
+) -> None:
     assert "/v2" in error_of(await client.get("/v2"), 404)["message"]
     response = await client.get("/v1/images/generations")
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
 
 
-async def test_the_inside_of_a_failure_stays_inside(
+async def test_details_of_a_failure_are_not_sent(
     client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures: list[Exception] = [GenerationFailed("/secret/path"), RuntimeError("/secret/path")]
@@ -286,7 +291,7 @@ async def test_the_inside_of_a_failure_stays_inside(
     assert "/secret/path" in caplog.text
 
 
-async def test_unavailable_says_when_to_come_back(
+async def test_unavailable_has_a_retry_time(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     backend.error = Unavailable("no replica")
@@ -300,7 +305,7 @@ async def test_unavailable_says_when_to_come_back(
     assert "x-should-retry" not in response.headers
 
 
-async def test_readiness_follows_the_replicas_and_liveness_does_not(
+async def test_readiness_depends_on_replicas_and_liveness_does_not(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     assert (await client.get("/ready")).json() == {"status": "ok"}
@@ -313,13 +318,13 @@ async def test_readiness_follows_the_replicas_and_liveness_does_not(
     assert (await client.get("/health")).json() == {"status": "ok"}
 
 
-async def test_probes_may_ask_for_the_head_alone(client: httpx.AsyncClient) -> None:
+async def test_probes_may_use_head_requests(client: httpx.AsyncClient) -> None:
     for path in ("/", "/health", "/ready"):
         response = await client.head(path)
         assert (response.status_code, response.content) == (200, b"")
 
 
-async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
+async def test_models_describe_their_options(client: httpx.AsyncClient) -> None:
     body = (await client.get("/v1/models")).json()
     assert body["object"] == "list"
     [model] = body["data"]
@@ -330,7 +335,7 @@ async def test_models_say_what_they_take(client: httpx.AsyncClient) -> None:
     assert error_of(await client.get("/v1/models/sd"), 404)["code"] == "model_not_found"
 
 
-async def test_names_of_the_hub_have_a_slash(backend: FakeBackend) -> None:
+async def test_model_names_may_have_a_slash(backend: FakeBackend) -> None:
     name = "stabilityai/stable-diffusion-xl-base-1.0"
     config = CONFIG.model_copy(update={"model": ModelConfig(id=name)})
     api = create_api(config, backend, KeyRing(None, None))
@@ -356,7 +361,7 @@ async def test_names_of_the_hub_have_a_slash(backend: FakeBackend) -> None:
         ({"quality": "high", "num_inference_steps": 3}, "high", 3),
     ],
 )
-async def test_quality_is_a_number_of_steps(
+async def test_quality_sets_the_number_of_steps(
     client: httpx.AsyncClient,
     backend: FakeBackend,
     change: dict[str, Any],
@@ -365,11 +370,11 @@ async def test_quality_is_a_number_of_steps(
 ) -> None:
     response = await post(client, {"prompt": "x"} | change)
     assert response.json()["quality"] == quality
-    assert backend.asked[0].num_inference_steps == steps
+    assert backend.received[0].num_inference_steps == steps
 
 
 @pytest.mark.usefixtures("old")
-async def test_the_answer_says_what_it_cost(client: httpx.AsyncClient) -> None:
+async def test_the_answer_has_usage_and_timings(client: httpx.AsyncClient) -> None:
     answer = (await post(client, {"prompt": "x", "n": 2, "size": "48x24"})).json()
     assert answer["usage"] == {
         "input_tokens": 14,
@@ -394,16 +399,16 @@ async def test_compression_makes_files_smaller(client: httpx.AsyncClient) -> Non
     assert lengths[0] < lengths[1]
 
 
-async def test_who_takes_too_long_is_given_up(
+async def test_a_generation_that_takes_too_long_is_a_504(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
-    backend.error = DeadlineExceeded("the picture was not done within 30 s, and was given up.")
+    backend.error = DeadlineExceeded("the image was not done within 30 s; it was cancelled.")
     response = await post(client, {"prompt": "x"})
     assert error_of(response, 504)["code"] == "deadline_exceeded"
     assert response.headers["x-should-retry"] == "false"
 
 
-async def test_who_asks_before_the_model_is_known_waits_for_that_as_long_as_for_the_image(
+async def test_the_deadline_also_limits_the_wait_for_the_model(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     assert (await post(client, {"prompt": "x", "deadline_s": 10})).status_code == 200
@@ -411,7 +416,7 @@ async def test_who_asks_before_the_model_is_known_waits_for_that_as_long_as_for_
     assert backend.described_for == [10.0, None]
 
 
-async def test_failures_of_ours_are_told_with_the_number_of_the_request(
+async def test_server_errors_name_the_request_id(
     client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.error = RuntimeError("a bug")
@@ -423,7 +428,7 @@ async def test_failures_of_ours_are_told_with_the_number_of_the_request(
 
 
 @pytest.mark.parametrize("logged", [False, True])
-async def test_prompts_are_in_the_log_only_if_asked_for(
+async def test_prompts_are_logged_only_if_configured(
     backend: FakeBackend, caplog: pytest.LogCaptureFixture, logged: bool
 ) -> None:
     caplog.set_level("INFO")
@@ -441,10 +446,10 @@ async def test_prompts_are_in_the_log_only_if_asked_for(
     assert ("private" in caplog.text) == logged
 
 
-async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
+async def test_a_disconnect_is_noticed_without_serve(
     backend: FakeBackend,
 ) -> None:
-    """Which it does not for clients that send it x-request-disconnect-disabled."""
+    """Serve does not notify for clients that send x-request-disconnect-disabled."""
     backend.slow_seed = 1
     body = json.dumps({"prompt": "x", "seed": 1}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]
@@ -452,7 +457,7 @@ async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
     async def receive() -> dict[str, Any]:
         if messages:
             return messages.pop()
-        while not backend.asked:
+        while not backend.received:
             await asyncio.sleep(0)
         return {"type": "http.disconnect"}
 
@@ -478,16 +483,33 @@ async def test_a_client_that_goes_away_is_noticed_though_serve_does_not_tell(
     assert backend.cancelled == 1
 
 
-async def test_the_page_is_one_document_that_may_load_nothing_else(
+async def assert_modules_are_served(client: httpx.AsyncClient, entry: str) -> None:
+    """Follow the imports of the page's modules, from the entry."""
+    found, pending = set(), [entry]
+    while pending:
+        path = pending.pop()
+        found.add(path)
+        response = await client.get(f"/{path}")
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/javascript")
+        imports = re.findall(r'^import .* from "\./([^"]+)";$', response.text, re.MULTILINE)
+        pending += {f"page/{name}" for name in imports} - found
+    assert len(found) == len(page.scripts())
+
+
+async def test_the_page_loads_only_its_own_style_and_modules(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     response = await client.get("/")
     assert response.status_code == 200
     assert "default-src 'none'" in response.headers["content-security-policy"]
-    for tag in ("style", "script"):
-        text = response.text.split(f"<{tag}>")[1].split(f"</{tag}>")[0]
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert f"{tag}-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    text = response.text.split("<style>")[1].split("</style>")[0]
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    assert f"style-src 'sha256-{digest}'" in response.headers["content-security-policy"]
+    assert "script-src 'self'" in response.headers["content-security-policy"]
+    [entry] = re.findall(r'<script type="module" src="([^"]+)">', response.text)
+    await assert_modules_are_served(client, entry)
+    error_of(await client.get("/page/style.css"), 404)
     config = CONFIG.model_copy(update={"gateway": GatewayConfig(page=False)})
     api = create_api(config, backend, KeyRing(None, None))
     async with httpx.AsyncClient(
@@ -505,7 +527,7 @@ async def test_the_documentation_needs_no_other_host(client: httpx.AsyncClient) 
         assert (await client.get(address)).status_code == 200
 
 
-async def test_when_one_of_n_fails_the_others_are_dropped(
+async def test_when_one_of_n_images_fails_the_others_are_cancelled(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     backend.slow_seed = 1

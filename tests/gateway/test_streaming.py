@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 
 
 def events_of(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
-    """(event, data) of each; comments are left out."""
+    """Return (event, data) of each event, without comments."""
     assert response.status_code == 200, response.text
     assert response.headers["content-type"].startswith("text/event-stream")
     events = []
@@ -70,10 +70,10 @@ async def test_previews_are_spread_over_the_steps(
     ):
         body = {"prompt": "x", "num_inference_steps": steps, "stream": True}
         events_of(await post(client, body | {"partial_images": count}))
-        assert backend.asked[-1].preview_steps == expected
+        assert backend.received[-1].preview_steps == expected
 
 
-async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
+async def test_progress_is_sent_on_request_only(client: httpx.AsyncClient) -> None:
     body = {"prompt": "x", "stream": True, "partial_images": 1}
     names = [name for name, _ in events_of(await post(client, body))]
     assert "image_generation.progress" not in names
@@ -94,7 +94,7 @@ async def test_progress_is_for_who_asks(client: httpx.AsyncClient) -> None:
     assert generating["total_steps"] == waiting["total_steps"] == 20
 
 
-async def test_what_is_refused_at_once_has_a_status_of_its_own(
+async def test_an_immediate_rejection_has_its_own_status(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
     backend.error = Overloaded("full.", retry_after_s=3)
@@ -103,7 +103,7 @@ async def test_what_is_refused_at_once_has_a_status_of_its_own(
     assert response.headers["retry-after"] == "3"
 
 
-async def test_what_fails_later_is_an_event(
+async def test_a_later_failure_is_an_event(
     client: httpx.AsyncClient, backend: FakeBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     backend.error_in_the_middle = GenerationFailed("/secret")
@@ -116,7 +116,7 @@ async def test_what_fails_later_is_an_event(
     assert "/secret" in caplog.text
 
 
-async def test_who_waits_long_gets_heartbeats_and_late_refusals_as_events(
+async def test_a_long_wait_gets_heartbeats_and_a_late_rejection_is_an_event(
     client: httpx.AsyncClient, backend: FakeBackend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streaming, "ACCEPTED_WITHIN_S", 0.01)
@@ -124,7 +124,7 @@ async def test_who_waits_long_gets_heartbeats_and_late_refusals_as_events(
     backend.accepting.clear()
     backend.error = Overloaded("full after all")
     answer = asyncio.ensure_future(post(client, {"prompt": "x", "stream": True}))
-    while not backend.asked:
+    while not backend.received:
         await asyncio.sleep(0.001)
     asyncio.get_running_loop().call_later(0.2, backend.accepting.set)
     response = await answer
@@ -133,7 +133,7 @@ async def test_who_waits_long_gets_heartbeats_and_late_refusals_as_events(
     assert (name, data["error"]["message"]) == ("error", "full after all")
 
 
-async def test_a_client_that_goes_away_frees_the_place(backend: FakeBackend) -> None:
+async def test_a_disconnect_cancels_the_generation(backend: FakeBackend) -> None:
     backend.slow_seed = 1
     body = json.dumps({"prompt": "x", "seed": 1, "stream": True, "progress": True}).encode()
     messages = [{"type": "http.request", "body": body, "more_body": False}]

@@ -29,14 +29,14 @@ from opentelemetry.trace import (
     format_trace_id,
 )
 
-from serve_app.config import AppConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.gateway.tracing import Tracing
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import Queued, Step, Timeline
+from serve_app.protocol.events import GenerationTimings, Queued, Step, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.collector import collecting
@@ -49,21 +49,21 @@ PATH = "/v1/images/generations"
 
 TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
-MATES = tuple(f"00-{number:032x}-{number:016x}-01" for number in (1, 2))
+PEERS = tuple(f"00-{number:032x}-{number:016x}-01" for number in (1, 2))
 
 PARTS_S = (1e-5, 2e-5, 4e-5, 1e-5)
-"""Shorter than any request."""
+"""Durations that are shorter than any request."""
 
 STEPS = (Step(1e-5, 1), Step(2e-5, 3), Step(4e-5, 2))
 
 
 class TracedBackend(FakeBackend):
-    """Says what an engine says of a request that is traced."""
+    """Reports timelines like an engine with a traced request."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.told: Timeline | None = None
-        """On the way, once it is queued."""
+        self.timeline: Timeline | None = None
+        """Timeline that is sent after `Queued`."""
 
     async def generate(
         self,
@@ -76,25 +76,21 @@ class TracedBackend(FakeBackend):
         async with aclosing(generating) as events:
             async for event in events:
                 if isinstance(event, EncodedImage):
-                    queue_s, encode_s, denoise_s, decode_s = PARTS_S
                     event = replace(
                         event,
-                        queue_s=queue_s,
-                        encode_s=encode_s,
-                        denoise_s=denoise_s,
-                        decode_s=decode_s,
-                        timeline=Timeline(PARTS_S[:3], STEPS, MATES) if context.trace else None,
+                        timings=GenerationTimings(*PARTS_S),
+                        timeline=Timeline(PARTS_S[:3], STEPS, PEERS) if context.trace else None,
                         age_s=sum(PARTS_S),
                     )
                 elif isinstance(event, Queued):
                     event = replace(event, replica="engine-1", number=12)
                 yield event
-                if isinstance(event, Queued) and self.told is not None:
-                    yield self.told
+                if isinstance(event, Queued) and self.timeline is not None:
+                    yield self.timeline
 
 
 class Gateway:
-    """One that is traced, and the spans that it made."""
+    """A gateway with tracing, and its spans."""
 
     def __init__(
         self,
@@ -125,7 +121,7 @@ class Gateway:
         return span
 
     def below(self, parent: ReadableSpan) -> list[ReadableSpan]:
-        """In the order in which they began."""
+        """Return the spans in the order of their start."""
         of_it = [
             one
             for one in self.spans
@@ -153,7 +149,7 @@ def names(spans: list[ReadableSpan]) -> list[str]:
 
 
 def assert_fills(parts: list[ReadableSpan], start: int | None, end: int | None) -> None:
-    """One after another, from beginning to end."""
+    """Check that the parts follow each other, from beginning to end."""
     for before, after in itertools.pairwise(parts):
         assert before.end_time == after.start_time
     assert (parts[0].start_time, parts[-1].end_time) == (start, end)
@@ -193,14 +189,14 @@ async def test_the_parts_of_an_image_fill_its_request(backend: TracedBackend) ->
     assert len(gateway.spans) == 1 + len(PARTS)
     assert_fills(parts, server.start_time, server.end_time)
     took_ns = [(part.end_time or 0) - (part.start_time or 0) for part in parts]
-    told_ns = [response.json()["timings"][f"{part}_s"] * 1e9 for part in PARTS[:-1]]
-    assert took_ns[:-1] == pytest.approx(told_ns, abs=2)
-    assert took_ns[0] > 10_000  # the gateway's own time is in there as well
+    reported_ns = [response.json()["timings"][f"{part}_s"] * 1e9 for part in PARTS[:-1]]
+    assert took_ns[:-1] == pytest.approx(reported_ns, abs=2)
+    assert took_ns[0] > 10_000  # it includes the gateway's own time
     assert took_ns[1:4] == pytest.approx([20_000, 40_000, 10_000], abs=1)
     assert "secret" not in "".join(span.to_json() for span in gateway.spans)
 
 
-async def test_steps_are_events_and_batch_mates_are_linked(backend: TracedBackend) -> None:
+async def test_steps_are_events_and_batch_peers_are_linked(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
     await gateway.post()
     [denoise] = [span for span in gateway.spans if span.name == "denoise"]
@@ -235,7 +231,7 @@ async def test_each_of_several_images_is_a_child_span(backend: TracedBackend) ->
     assert response.end_time == server.end_time
 
 
-async def test_the_trace_of_the_client_goes_on(backend: TracedBackend) -> None:
+async def test_the_trace_of_the_client_continues(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
     response = await gateway.post({"traceparent": PARENT, "tracestate": "vendor=opaque"})
     server = gateway.server
@@ -264,7 +260,9 @@ async def test_the_trace_of_the_client_goes_on(backend: TracedBackend) -> None:
     ],
     ids=str,
 )
-async def test_what_is_no_traceparent_begins_a_trace(backend: TracedBackend, headers: Any) -> None:
+async def test_an_invalid_traceparent_begins_a_new_trace(
+    backend: TracedBackend, headers: Any
+) -> None:
     gateway = Gateway(backend)
     response = await gateway.post(headers)
     assert response.status_code == 200
@@ -276,7 +274,7 @@ async def test_what_is_no_traceparent_begins_a_trace(backend: TracedBackend, hea
 HEADER = st.text(st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"))
 
 
-def test_no_header_is_an_error(backend: TracedBackend) -> None:
+def test_no_trace_header_is_an_error(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
 
     @given(traceparent=st.just(PARENT) | HEADER, tracestate=HEADER)
@@ -293,19 +291,17 @@ def test_no_header_is_an_error(backend: TracedBackend) -> None:
 
 
 @pytest.mark.parametrize("by", ["client", "server"])
-async def test_a_trace_that_nobody_keeps_costs_the_engine_nothing(
-    backend: TracedBackend, by: str
-) -> None:
+async def test_an_unsampled_trace_collects_no_timeline(backend: TracedBackend, by: str) -> None:
     gateway = Gateway(backend, sampler=ParentBased(ALWAYS_OFF) if by == "server" else None)
     headers = {"traceparent": f"{PARENT[:-2]}00"} if by == "client" else None
     response = await gateway.post(headers)
-    # Whoever reads the answer may know it all the same.
+    # The answer has the trace nevertheless.
     assert not int(response.headers["traceparent"][-2:], 16) & TraceFlags.SAMPLED
     assert [context.trace for context in backend.contexts] == [""]
     assert gateway.spans == []
 
 
-async def test_without_tracing_there_is_no_sign_of_it(backend: TracedBackend) -> None:
+async def test_without_tracing_there_is_no_trace_header(backend: TracedBackend) -> None:
     api = create_api(CONFIG, backend, KeyRing(None, None))
     transport = httpx.ASGITransport(api)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -323,13 +319,13 @@ def test_without_tracing_nothing_is_imported_for_it() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
-async def test_a_refused_request_has_waited(backend: TracedBackend) -> None:
+async def test_a_rejected_request_has_a_queue_part(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
     backend.error = Overloaded("full", retry_after_s=3.0)
     response = await gateway.post()
     assert response.status_code == 429
     server = gateway.server
-    assert server.status.status_code is StatusCode.UNSET  # it is not the server's fault
+    assert server.status.status_code is StatusCode.UNSET  # it is no server error
     assert attributes(server)["http.response.status_code"] == 429
     assert attributes(server)["diffusion_serve.outcome"] == "overloaded"
     parts = gateway.below(server)
@@ -351,11 +347,11 @@ async def test_a_wrong_request_has_no_parts(backend: TracedBackend) -> None:
     [(GenerationFailed("secret"), "generation_failed"), (RuntimeError("secret"), "internal_error")],
 )
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_failure_is_in_the_part_where_it_happened(
+async def test_a_failure_marks_the_part_where_it_happened(
     backend: TracedBackend, error: Exception, outcome: str, stream: bool
 ) -> None:
     gateway = Gateway(backend)
-    backend.told = Timeline((1e-5, 2e-5), STEPS[:1], MATES[:1])
+    backend.timeline = Timeline((1e-5, 2e-5), STEPS[:1], PEERS[:1])
     backend.error_in_the_middle = error
     response = await gateway.post(stream=stream)
     server = gateway.server
@@ -376,14 +372,14 @@ async def test_a_failure_is_in_the_part_where_it_happened(
     assert "secret" not in "".join(span.to_json() for span in gateway.spans)
 
 
-async def test_who_goes_away_is_traced_up_to_there(backend: TracedBackend) -> None:
+async def test_a_cancelled_request_is_traced_up_to_its_end(backend: TracedBackend) -> None:
     gateway = Gateway(backend)
     backend.slow_seed = 2
-    backend.told = Timeline((1e-5,))
+    backend.timeline = Timeline((1e-5,))
     asking = asyncio.create_task(gateway.post(n=2, seed=1))
-    while not (len(backend.asked) == 2 and backend.accepting.is_set()):
+    while not (len(backend.received) == 2 and backend.accepting.is_set()):
         await asyncio.sleep(0)
-    for _ in range(200):  # the image of seed 1 gets done, as far as the loop decides
+    for _ in range(200):  # lets the loop finish the image with seed 1
         await asyncio.sleep(0)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -402,15 +398,15 @@ async def test_who_goes_away_is_traced_up_to_there(backend: TracedBackend) -> No
     assert_fills(parts, server.start_time, server.end_time)
 
 
-async def test_what_a_lost_replica_did_is_waiting(backend: TracedBackend) -> None:
-    """Another one began anew, and counts from when the request was sent."""
+async def test_the_time_of_a_lost_replica_counts_as_queue(backend: TracedBackend) -> None:
+    """The next replica starts again; its time counts from the sending of the request."""
 
     class Relay(TracedBackend):
         async def generate(
             self, *args: Any, **options: Any
         ) -> AsyncGenerator[GenerationEvent, None]:
             yield Queued(0, 1.0)
-            yield Timeline((1e-5, 2e-5), STEPS, MATES)
+            yield Timeline((1e-5, 2e-5), STEPS, PEERS)
             yield Queued(0, 1.0)
             raise GenerationFailed("there as well")
 
@@ -420,8 +416,8 @@ async def test_what_a_lost_replica_did_is_waiting(backend: TracedBackend) -> Non
     assert queue.name == "queue"
 
 
-async def test_a_clock_that_runs_faster_puts_no_part_outside_of_its_request() -> None:
-    gateway = Gateway(FakeBackend())  # which says that it took more than a second
+async def test_a_faster_clock_puts_no_part_outside_its_request() -> None:
+    gateway = Gateway(FakeBackend())  # it reports more than a second
     await gateway.post()
     server = gateway.server
     parts = gateway.below(server)
@@ -433,14 +429,14 @@ async def test_a_clock_that_runs_faster_puts_no_part_outside_of_its_request() ->
         assert (span.end_time or 0) <= server.end_time
 
 
-async def test_prompts_are_traced_only_for_who_asks(backend: TracedBackend) -> None:
+async def test_prompts_are_traced_only_if_configured(backend: TracedBackend) -> None:
     gateway_config = CONFIG.gateway.model_copy(update={"log_prompts": True})
     gateway = Gateway(backend, CONFIG.model_copy(update={"gateway": gateway_config}))
     await gateway.post()
     assert attributes(gateway.server)["diffusion_serve.prompt"] == "secret"
 
 
-async def test_the_log_leads_to_the_trace(
+async def test_the_log_line_names_the_trace(
     backend: TracedBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
@@ -449,7 +445,7 @@ async def test_the_log_leads_to_the_trace(
     assert vars(line)["trace_id"] == TRACE_ID
 
 
-# ---- to the collector ----------------------------------------------------------------------------
+# ---- the collector ----------------------------------------------------------------------------
 
 
 def tracing_to(url: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> Tracing:
@@ -460,7 +456,7 @@ def tracing_to(url: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> T
 
 
 async def request(tracing: Tracing) -> float:
-    """What one took."""
+    """Return the duration of one request."""
     api = create_api(CONFIG, TracedBackend(), KeyRing(None, None), traced=tracing.middleware)
     transport = httpx.ASGITransport(api)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -470,11 +466,11 @@ async def request(tracing: Tracing) -> float:
 
 
 def wait_until_flushed() -> None:
-    """For those that did not wait for it themselves."""
+    """Wait for exports in the background."""
     wait_until(lambda: all(thread.name != "flush" for thread in threading.enumerate()))
 
 
-async def test_what_is_left_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_last_spans_are_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     with collecting() as collector:
         tracing = tracing_to(collector.url, monkeypatch, OTEL_BSP_SCHEDULE_DELAY="3600000")
         await request(tracing)
@@ -483,7 +479,7 @@ async def test_what_is_left_is_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) 
         assert len(collector.batches) == 1
 
 
-async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(
+async def test_a_hanging_collector_delays_neither_requests_nor_the_end(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with collecting() as collector:
@@ -491,7 +487,7 @@ async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(
         tracing = tracing_to(collector.url, monkeypatch)
         await request(tracing)
         wait_until(lambda: collector.batches)
-        assert await request(tracing) < 5.0  # while a batch is on its way; the exporter waits 10 s
+        assert await request(tracing) < 5.0  # while a batch is being sent; the exporter waits 10 s
         started_at = perf_counter()
         tracing.close(within_s=0.2)
         assert perf_counter() - started_at < 5.0
@@ -499,7 +495,7 @@ async def test_a_collector_that_hangs_holds_up_neither_requests_nor_the_end(
         wait_until_flushed()
 
 
-async def test_a_collector_that_is_away_is_said_once(
+async def test_an_unreachable_collector_is_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -513,25 +509,25 @@ async def test_a_collector_that_is_away_is_said_once(
         await request(tracing)
         wait_until(lambda: "accepts traces again" in caplog.text)
         tracing.close()
-    said = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
-    assert [one.levelname for one in said] == ["WARNING", "INFO"]
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in said[0].getMessage()
-    assert "code: 400" in said[0].getMessage()
+    logged = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
+    assert [one.levelname for one in logged] == ["WARNING", "INFO"]
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in logged[0].getMessage()
+    assert "code: 400" in logged[0].getMessage()
     assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
 
 
-async def test_who_is_not_there_is_named(
+async def test_an_unreachable_collector_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tracing = tracing_to("http://127.0.0.1:9", monkeypatch, OTEL_EXPORTER_OTLP_TIMEOUT="2.5")
     await request(tracing)
     tracing.close()
-    [said] = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
-    assert "127.0.0.1" in said.getMessage()
-    assert "refused" in said.getMessage()
+    [logged] = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
+    assert "127.0.0.1" in logged.getMessage()
+    assert "refused" in logged.getMessage()
 
 
-async def test_a_queue_that_is_full_drops_spans(
+async def test_a_full_queue_drops_spans(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with collecting() as collector:
@@ -541,7 +537,7 @@ async def test_a_queue_that_is_full_drops_spans(
         for _ in range(30):
             await request(tracing)
         wait_until(lambda: collector.batches)
-        [processor] = tracing._provider._active_span_processor._span_processors
+        [processor] = tracing.provider._active_span_processor._span_processors
         queue: Any = vars(processor)["_batch_processor"]._queue
         assert len(queue) <= 16
         assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
@@ -554,7 +550,7 @@ async def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch
     def resource(**variables: str) -> dict[str, Any]:
         tracing = tracing_to("http://127.0.0.1:9", monkeypatch, **variables)
         tracing.close()
-        return dict(tracing._provider.resource.attributes)
+        return dict(tracing.provider.resource.attributes)
 
     found = resource()
     assert found["service.name"] == "diffusion-serve"
@@ -566,8 +562,8 @@ async def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch
     tracing.close()
 
 
-def test_the_exporter_complains_where_it_is_listened_to() -> None:
-    """To the logger of its module: another would be heard of each batch."""
+def test_warnings_of_the_exporter_reach_the_filter() -> None:
+    """The exporter warns on its module's logger; `LoggedOnce` filters no other."""
     exporter = OTLPSpanExporter("http://127.0.0.1:9/v1/traces")
     assert vars(exporter)["_client"]._logger.name == type(exporter).__module__
     exporter.shutdown()

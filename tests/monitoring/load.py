@@ -12,32 +12,31 @@ import httpx
 from tests.serve_process import scaled_demo
 
 PARAMS = {"target_utilization": 0.5, "smoothing_s": 5, "hold_s": 60, "cold_start_s": 5}
-"""Two replicas for what these clients bring, decided within seconds."""
+"""Scaling parameters that request a second replica for this load within seconds."""
 
 CLIENTS = 3
 
 STEPS = 10
 
 PAUSE_S = 1.0
-"""A client looks at what it got for as long: all ask for less than two replicas can do."""
+"""Pause of a client between two requests: the load is less than two replicas can serve."""
 
 TIGHT = 1.25
-"""Of the time that a picture takes alone: who names that as its deadline is in time with whoever
-has nothing else to do, and is refused by the others."""
+"""Deadline in multiples of the solo seconds: an idle replica meets it, and others reject it."""
 
 TIGHT_EVERY = 8
-"""Turns, once one was refused: of what is promised, one of twenty may be."""
+"""Turns between two such requests, once one was rejected: the SLO allows one of twenty."""
 
 
 def demo_of_two(port: int) -> dict[str, Any]:
-    """One replica or two, by the work that waits, on CPUs that they share."""
+    """Configure one replica or two, by the waiting work, on shared CPUs."""
     return scaled_demo(port, (1, 2), {"num_gpus": 0, "num_cpus": 0.4}, PARAMS)
 
 
 def _kinds(solo_s: float, outcomes: Collection[str]) -> Iterator[dict[str, Any]]:
-    """Sizes, lengths and ways to ask, in turns.
+    """Yield requests of several sizes, lengths and kinds, in turns.
 
-    ``solo_s``: what a picture of `STEPS` takes; ``outcomes``: those so far.
+    ``solo_s``: solo seconds of an image of `STEPS`; ``outcomes``: outcomes so far.
     """
     seeds = itertools.count()
     tight = {"num_inference_steps": STEPS, "deadline_s": TIGHT * solo_s}
@@ -47,17 +46,20 @@ def _kinds(solo_s: float, outcomes: Collection[str]) -> Iterator[dict[str, Any]]
         {"num_inference_steps": 30, "stream": True, "partial_images": 2},
         {"num_inference_steps": 30, "n": 2},
         {"num_inference_steps": 20, "size": "96x64"},
-        {"num_inference_steps": 200, "deadline_s": 0.01},  # a mistake: nobody can be so quick
+        {
+            "num_inference_steps": 200,
+            "deadline_s": 0.01,
+        },  # an invalid deadline: no engine is so fast
         {"num_inference_steps": 40, "hang_up": True},
     ]
     for turn in itertools.count():
-        asked = [tight] if turn % TIGHT_EVERY == 0 or "429" not in outcomes else []
-        for way in ways[:3] + asked + ways[3:]:
+        extra = [tight] if turn % TIGHT_EVERY == 0 or "429" not in outcomes else []
+        for way in ways[:3] + extra + ways[3:]:
             yield {"prompt": "a red circle", "seed": next(seeds), "deadline_s": 90} | way
 
 
 def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
-    """What became of it; a client that hangs up does so within its first steps."""
+    """Send a request; return its outcome. A client that hangs up does so in the first steps."""
     hang_up = body.pop("hang_up", False)
     if not hang_up:
         response = client.post("/v1/images/generations", json=body)
@@ -70,7 +72,7 @@ def _ask(client: httpx.Client, body: dict[str, Any]) -> str:
 
 
 class MixedLoad:
-    """Some clients, each with one request after the other; a context manager."""
+    """Several clients, each with one request after the other; a context manager."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -80,7 +82,7 @@ class MixedLoad:
         self._pool = concurrent.futures.ThreadPoolExecutor(CLIENTS)
         self._clients: list[concurrent.futures.Future[None]] = []
         self.outcomes: Counter[str] = Counter()
-        """How many came out how: statuses, and "hung up"."""
+        """Number of requests by outcome: a status, or "hung up"."""
 
     def __enter__(self) -> "MixedLoad":
         self._kinds = _kinds(self._solo_s(), self.outcomes)
@@ -94,7 +96,7 @@ class MixedLoad:
             client.result()
 
     def _solo_s(self) -> float:
-        """By the server's own clock."""
+        """Measure the solo seconds by the server's clock."""
         body = {"prompt": "a red circle", "seed": 0, "num_inference_steps": STEPS}
         answer = httpx.post(f"{self._url}/v1/images/generations", json=body, timeout=120)
         timings = answer.raise_for_status().json()["timings"]

@@ -1,4 +1,4 @@
-"""A real Prometheus with the project's configuration, watching a server of a test."""
+"""A real Prometheus with the project's configuration that scrapes a test's server."""
 
 import contextlib
 import shutil
@@ -24,25 +24,25 @@ SCRAPE_EVERY_S = 1.0
 
 @dataclass(frozen=True)
 class Prometheus:
-    """One that runs."""
+    """A running Prometheus."""
 
     url: str
 
     def get(self, path: str, **params: Any) -> Any:
-        """What its API answers; what it does not understand is a failure with its words."""
+        """Return an answer of its API; fail with its message on an error."""
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
         assert answer.status_code == 200, f"{params}: {answer.text}"
         return answer.json()["data"]
 
     def value(self, query: str) -> float | None:
-        """Of the first series, if there is one."""
+        """Return the value of the first series, if there is one."""
         result = self.get("query", query=query)["result"]
         return float(result[0]["value"][1]) if result else None
 
 
 @contextlib.contextmanager
 def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
-    """With the project's own configuration, but for addresses, and looking every second."""
+    """Start it with the project's configuration, other addresses and an interval of a second."""
     folder = Path(tempfile.mkdtemp(prefix="dp"))
     (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
     config = yaml.safe_load(CONFIG.read_text())
@@ -81,7 +81,7 @@ def start_prometheus(url: str, running: ServeProcess) -> Iterator[Prometheus]:
     try:
         wait_until(ready, deadline_s=30, every_s=0.1, what="Prometheus")
         prometheus = Prometheus(f"http://{address}")
-        # What is counted before the first look has not risen.
+        # Counts before the first scrape are no increase.
         wait_until(
             lambda: prometheus.value('up{job="diffusion-serve"} == 1'),
             deadline_s=30,

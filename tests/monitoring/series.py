@@ -1,4 +1,4 @@
-"""What the queries of dashboards and rules name, and where what is not exported here comes from."""
+"""Series in the queries of dashboards and rules, and the exporters of those from elsewhere."""
 
 import re
 
@@ -12,15 +12,15 @@ FOREIGN = {
     "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE": "dcgm-exporter",
     "diffusion_serve_device_memory_bytes": "replicas on a GPU",
     "kuberay_service_condition_ready": "the KubeRay operator",
-    "ray_cluster_failed_nodes": "Ray's autoscaler, of a node that failed",
-    "ray_cluster_pending_nodes": "Ray's autoscaler, of a node that is coming",
-    "ray_serve_replica_shutdown_duration_ms_count": "Serve's controller, of a replica that ended",
+    "ray_cluster_failed_nodes": "Ray's autoscaler, for a node that failed",
+    "ray_cluster_pending_nodes": "Ray's autoscaler, for a node that is starting",
+    "ray_serve_replica_shutdown_duration_ms_count": "Serve's controller, for a replica that ended",
 }
-"""Series that a demo on one machine without a GPU cannot have, with who exports them."""
+"""Series that a demo on one machine without a GPU cannot have, with their exporters."""
 
 _NO_SERIES = (
     r'"[^"]*"',  # texts
-    r"{[^}]*}",  # labels that are asked for
+    r"{[^}]*}",  # label matchers
     r"\[[^\]]*\]",  # ranges
     r"\b(by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)",
     r"\boffset\s+\w+",
@@ -30,7 +30,7 @@ _NO_SERIES = (
 
 
 def series_of(expr: str) -> set[str]:
-    """The names in an expression of PromQL."""
+    """Return the series in an expression of PromQL."""
     for pattern in _NO_SERIES:
         expr = re.sub(pattern, " ", expr)
     return set(re.findall(r"[a-zA-Z_:][\w:]*", expr))

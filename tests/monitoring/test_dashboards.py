@@ -22,15 +22,15 @@ from tests.waiting import wait_until
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
 
 LOAD_S = 15.0
-"""At least."""
+"""Least duration of the load."""
 
 KINDS = {"200", "400", "429", "hung up"}
-"""Of answers: painted, a mistake, refused, and nobody there any more."""
+"""Outcomes that must occur: generated, invalid, rejected, and a client that went away."""
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A Prometheus that has seen all kinds of answers and a second replica, and sees more."""
+    """A Prometheus that has scraped all outcomes and a second replica, and continues."""
 
     prometheus: Prometheus
     window: Window
@@ -56,7 +56,7 @@ def watched(report: Callable[[str], None]) -> Iterator[Watched]:
                     ),
                     deadline_s=90,
                     every_s=0.5,
-                    what="all kinds of answers, a refusal that the rules see, a second replica",
+                    what="all kinds of answers, a rejection that the rules see, a second replica",
                 )
                 report(f"watched for {monotonic() - started_at:.0f} s: {dict(load.outcomes)}")
                 window = Window(started_s, time.time(), SCRAPE_EVERY_S, 10 * SCRAPE_EVERY_S)
@@ -65,7 +65,7 @@ def watched(report: Callable[[str], None]) -> Iterator[Watched]:
         running.stop()
 
 
-def test_every_query_shows_what_is_exported(watched: Watched) -> None:
+def test_every_query_has_data(watched: Watched) -> None:
     exported = set(watched.prometheus.get("label/__name__/values"))
     assert exported.isdisjoint(FOREIGN), "these are exported here after all"
     unknown, empty = [], []
@@ -95,12 +95,12 @@ def test_a_client_that_hangs_up_is_no_failure(watched: Watched) -> None:
     assert not {"internal_error", "generation_failed"} & outcomes
 
 
-def test_alerts_are_looked_at_and_stay_quiet(watched: Watched) -> None:
+def test_alerts_are_evaluated_and_do_not_fire(watched: Watched) -> None:
     groups = watched.prometheus.get("rules", type="alert")["groups"]
-    looked_at = {rule["name"]: rule for group in groups for rule in group["rules"]}
-    assert looked_at.keys() == alerts().keys()
+    evaluated = {rule["name"]: rule for group in groups for rule in group["rules"]}
+    assert evaluated.keys() == alerts().keys()
     assert {
-        name: rule["lastError"] for name, rule in looked_at.items() if rule["health"] != "ok"
+        name: rule["lastError"] for name, rule in evaluated.items() if rule["health"] != "ok"
     } == {}
     fired = watched.prometheus.get(
         "query_range",
@@ -110,8 +110,7 @@ def test_alerts_are_looked_at_and_stay_quiet(watched: Watched) -> None:
         step=SCRAPE_EVERY_S,
     )
     assert fired["result"] == []
-    # Nor would one fire if all stayed as it is: there is a moment under this load in which none is
-    # waiting for its time to be over.
+    # No alert is pending all the time either: under this load there is a moment without any.
     wait_until(
         lambda: not watched.prometheus.get("alerts")["alerts"],
         deadline_s=120,

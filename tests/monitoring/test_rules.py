@@ -15,7 +15,9 @@ from monitoring.panels import RATE
 from monitoring.replicas_and_gpus import GPU
 from monitoring.rules import SOURCE, alerts, rules
 from serve_app.errors import Overloaded
-from serve_app.metrics import RAY_GAUGES, UNSERVED, declared
+from serve_app.metrics.autoscaling import RAY_GAUGES
+from serve_app.metrics.labels import UNSERVED
+from serve_app.metrics.table import declared
 from tests.monitoring.series import FOREIGN, series_of
 
 pytestmark = pytest.mark.slow
@@ -43,7 +45,7 @@ def plain(tmp_path: Path) -> Path:
     return path
 
 
-def test_rules_and_the_local_configuration_are_right(plain: Path, tmp_path: Path) -> None:
+def test_rules_and_the_local_configuration_are_valid(plain: Path, tmp_path: Path) -> None:
     promtool("check", "rules", plain)
     for folder in ("build", "monitoring"):
         (tmp_path / folder).mkdir()
@@ -54,7 +56,7 @@ def test_rules_and_the_local_configuration_are_right(plain: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("alert", ALERTS)
-def test_alerts_fire_when_they_should_and_only_then(alert: str, plain: Path) -> None:
+def test_alerts_fire_in_their_scenarios_only(alert: str, plain: Path) -> None:
     """``alerts/ALERT.yaml`` has at least a case in which it fires and one in which it does not."""
     source = UNIT_TESTS / f"{alert}.yaml"
     cases = yaml.safe_load(source.read_text())["tests"]
@@ -64,11 +66,11 @@ def test_alerts_fire_when_they_should_and_only_then(alert: str, plain: Path) -> 
     promtool("test", "rules", shutil.copy(source, plain.parent))
 
 
-def test_no_unit_test_is_of_an_alert_that_is_gone() -> None:
+def test_every_scenario_belongs_to_an_alert() -> None:
     assert {path.stem for path in UNIT_TESTS.iterdir()} == ALERTS.keys()
 
 
-def test_every_alert_has_its_section_in_the_runbook_and_none_is_left_over() -> None:
+def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
     text = RUNBOOK.read_text()
     sections = re.findall(r"^## (DiffusionServe\w+)$", text, re.M)
     assert sections == list(ALERTS)
@@ -81,7 +83,7 @@ def test_every_alert_has_its_section_in_the_runbook_and_none_is_left_over() -> N
             assert part in section, f"{name} has no {part}"
 
 
-def test_failures_are_all_that_the_server_is_to_blame_for() -> None:
+def test_failures_are_the_outcomes_that_the_server_causes() -> None:
     named = [set(found.split("|")) for found in re.findall(r'outcome=~"(.*?)"', SOURCE.read_text())]
     assert named == [set(UNSERVED)] * 2 + [set(UNSERVED) - {Overloaded.code}]
 
@@ -90,7 +92,7 @@ def _rule_expressions() -> list[str]:
     return [rule["expr"] for group in rules()["groups"] for rule in group["rules"]]
 
 
-def test_rules_and_dashboards_name_only_series_that_somebody_exports() -> None:
+def test_every_series_of_rules_and_dashboards_has_an_exporter() -> None:
     ours = {f"ray_{gauge.name}" for gauge in RAY_GAUGES}
     for metric in declared():
         [family] = metric.describe()
@@ -115,7 +117,7 @@ def test_rules_and_dashboards_name_only_series_that_somebody_exports() -> None:
     shown = [query.expr for dashboard in DASHBOARDS for query in dashboard.queries]
     named = set().union(*map(series_of, [*shown, *_rule_expressions()]))
     assert named <= ours | recorded | others
-    assert FOREIGN.keys() <= named, "nobody asks for them any more"
+    assert FOREIGN.keys() <= named, "no query uses them any more"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What Serve says of replicas that fail to start while another runs, as the alerts count on it."""
+"""Serve's metrics of failing starts beside a running replica, on which the alerts depend."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ ENDED = "ray_serve_replica_shutdown_duration_ms_count"
 
 
 def counted(running: ServeProcess) -> dict[str, float]:
-    """Of the deployment, by the names of series, summed over what else they are told apart by."""
+    """Return the deployment's series, each summed over its other labels."""
     found: dict[str, float] = {}
     discovery = running.folder / "ray" / "prom_metrics_service_discovery.json"
     if not discovery.exists():
@@ -28,7 +28,7 @@ def counted(running: ServeProcess) -> dict[str, float]:
         try:
             text = httpx.get(f"http://{target}/metrics", timeout=10).text
         except httpx.TransportError:
-            continue  # it is just starting
+            continue  # it is starting
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if sample.labels.get("deployment") == "Lonely":
@@ -36,7 +36,7 @@ def counted(running: ServeProcess) -> dict[str, float]:
     return found
 
 
-def test_starts_that_fail_beside_a_replica_that_runs_are_counted(tmp_path: Path) -> None:
+def test_failing_starts_beside_a_running_replica_are_counted(tmp_path: Path) -> None:
     application = {
         "name": "lonely",
         "import_path": "tests.monitoring.lonely:build",
@@ -46,14 +46,14 @@ def test_starts_that_fail_beside_a_replica_that_runs_are_counted(tmp_path: Path)
     running = start_serve(config | {"applications": [application]}, {"PYTHONPATH": str(ROOT)})
     try:
         wait_until(
-            lambda: (said := counted(running)).get(ENDED, 0) >= 3 and HEALTHY in said,
+            lambda: (values := counted(running)).get(ENDED, 0) >= 3 and HEALTHY in values,
             deadline_s=90,
             every_s=1,
             what="replicas that end",
         )
-        said = counted(running)
+        values = counted(running)
     finally:
         running.stop()
-    assert said[READY] == 1
-    assert said[HEALTHY] == 1
-    assert said[STATUS] in (3, 4), "neither failed nor unhealthy: it is the counts that tell"
+    assert values[READY] == 1
+    assert values[HEALTHY] == 1
+    assert values[STATUS] in (3, 4), "neither failed nor unhealthy: only the counts show it"

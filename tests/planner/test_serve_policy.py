@@ -10,7 +10,7 @@ from ray.serve import autoscaling_policy
 from ray.serve._private.common import DeploymentID
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from serve_app.config import SERVE_DELAYS_S
+from serve_app.config.serve_file import SERVE_DELAYS_S
 from serve_app.planner.serve_policy import QueueParams, QueuePolicy
 
 

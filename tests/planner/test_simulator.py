@@ -10,7 +10,7 @@ from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel, Measurement
 from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.scheduling.policies import Fifo, OnTime, RankedPolicy
-from serve_app.planner.cluster import ClusterParams, Outcome
+from serve_app.planner.cluster import ClusterParams, SimulationOutcome
 from serve_app.planner.replica import costs
 from serve_app.planner.scalers import ByCount, ByWork, ClusterView, Fixed, Scaler
 from serve_app.planner.serve_policy import QueueParams
@@ -37,7 +37,7 @@ def run(
     scheduler: type[RankedPolicy] = OnTime,
     max_batch_size: int = 1,
     **params: object,
-) -> Outcome:
+) -> SimulationOutcome:
     cluster = ClusterParams(**params)  # type: ignore[arg-type]
     trace = Trace(at_s, kinds)
     return Simulator(trace, model(max_batch_size), scheduler, scaler, cluster, replicas).run()

@@ -1,13 +1,13 @@
-"""What a traced request is told of its way."""
+"""Timelines of traced requests."""
 
+import itertools
 import queue
 from dataclasses import replace
 from typing import Any
 
-import pytest
+from torch import nn
 
-from serve_app.config import EngineConfig
-from serve_app.engine.batching.rendezvous import Rendezvous
+from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.request import Request, link_batch_peers
@@ -26,8 +26,8 @@ from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.conftest import DEMO, FIFO
 
 
-class Asked:
-    """A request, and what is heard of it."""
+class Submitted:
+    """A request and its events."""
 
     def __init__(self, engine: Engine, trace: str = "mine", **options: Any) -> None:
         given = {"width": 64, "height": 64, "num_inference_steps": 6} | options
@@ -36,18 +36,18 @@ class Asked:
         self.number = engine.submit(params, self._events.put, RequestContext(trace=trace))
 
     def until(self, kind: type[Event]) -> list[Event]:
-        """What comes up to the first of this kind."""
-        heard: list[Event] = []
-        while not heard or not isinstance(heard[-1], kind):
-            heard.append(self._events.get(timeout=60))
-        return heard
+        """Return the events up to the first of this kind."""
+        received: list[Event] = []
+        while not received or not isinstance(received[-1], kind):
+            received.append(self._events.get(timeout=60))
+        return received
 
     def to_the_end(self) -> tuple[list[Timeline], Completed | Failed]:
-        heard: list[Event] = []
-        while not heard or not isinstance(heard[-1], Completed | Failed):
-            heard.append(self._events.get(timeout=60))
-        timelines = [event for event in heard if isinstance(event, Timeline)]
-        last = heard[-1]
+        received: list[Event] = []
+        while not received or not isinstance(received[-1], Completed | Failed):
+            received.append(self._events.get(timeout=60))
+        timelines = [event for event in received if isinstance(event, Timeline)]
+        last = received[-1]
         assert isinstance(last, Completed | Failed)
         return timelines, last
 
@@ -57,51 +57,51 @@ def result_of(last: Event) -> GenerationResult:
     return last.result
 
 
-def test_each_part_is_told_when_it_has_ended(demo_engine: Engine) -> None:
-    timelines, last = Asked(demo_engine).to_the_end()
+def test_a_timeline_follows_each_part_that_ends(demo_engine: Engine) -> None:
+    timelines, last = Submitted(demo_engine).to_the_end()
     result = result_of(last)
     assert [len(timeline.parts_s) for timeline in timelines] == [1, 2, 3, 3]
     end = timelines[-1]
-    assert end.parts_s == (result.queue_s, result.encode_s, result.denoise_s)
+    assert end.parts_s == result.timings[:3]
     assert [step.batch_size for step in end.steps] == [1] * 6
     ended_s = [step.ended_s for step in end.steps]
     assert ended_s == sorted(ended_s)
     assert ended_s[0] > 0
-    assert ended_s[-1] == result.denoise_s
+    assert ended_s[-1] == result.timings.denoise_s
     assert end.peers == ()
 
 
-def test_who_is_not_traced_is_told_nothing_of_it(demo_engine: Engine) -> None:
-    timelines, last = Asked(demo_engine, trace="").to_the_end()
+def test_a_request_without_trace_gets_no_timeline(demo_engine: Engine) -> None:
+    timelines, last = Submitted(demo_engine, trace="").to_the_end()
     assert isinstance(last, Completed)
     assert timelines == []
 
 
-def test_batch_mates_know_each_other(demo_pipeline: LoadedPipeline) -> None:
+def test_requests_of_a_batch_are_peers(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
-        first = Asked(engine, "first", num_inference_steps=60)
+        first = Submitted(engine, "first", num_inference_steps=60)
         first.until(Progress)
-        others = [Asked(engine, name) for name in ("second", "third", "")]
-        elsewhere = Asked(engine, "elsewhere", width=32, height=32)  # in no batch of theirs
+        others = [Submitted(engine, name) for name in ("second", "third", "")]
+        elsewhere = Submitted(engine, "elsewhere", width=32, height=32)  # in none of their batches
         ends = {name: one.to_the_end()[0] for name, one in zip("23-", others, strict=True)}
-        alone = elsewhere.to_the_end()[0][-1]
-        whole = first.to_the_end()[0][-1]
-    assert sorted(whole.peers) == ["second", "third"]
+        separate = elsewhere.to_the_end()[0][-1]
+        complete = first.to_the_end()[0][-1]
+    assert sorted(complete.peers) == ["second", "third"]
     assert {"first"} < {*ends["2"][-1].peers} <= {"first", "third"}
     assert ends["-"] == []
-    assert alone.peers == ()
-    sizes = [step.batch_size for step in whole.steps]
+    assert separate.peers == ()
+    sizes = [step.batch_size for step in complete.steps]
     assert len(sizes) == 60
     assert sizes[0] == 1
-    assert max(sizes) == 4  # who is not traced counts as well
+    assert max(sizes) == 4  # requests without trace count too
     assert sum(sizes) == 60 + 3 * 6
 
 
-def test_who_is_dropped_is_told_how_far_it_came(demo_pipeline: LoadedPipeline) -> None:
+def test_a_cancelled_request_gets_its_timeline(demo_pipeline: LoadedPipeline) -> None:
     with Engine(demo_pipeline, DEMO, EngineConfig(max_running=1)) as engine:
-        running = Asked(engine, num_inference_steps=100)
+        running = Submitted(engine, num_inference_steps=100)
         running.until(Progress)
-        waiting = Asked(engine)
+        waiting = Submitted(engine)
         waiting.until(Queued)
         engine.cancel(waiting.number)
         engine.cancel(running.number)
@@ -115,28 +115,28 @@ def test_who_is_dropped_is_told_how_far_it_came(demo_pipeline: LoadedPipeline) -
     assert generated[-1].steps
 
 
-def test_who_fails_is_told_where(
-    demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_request_gets_its_timeline(demo_pipeline: LoadedPipeline) -> None:
+    [denoiser] = demo_pipeline.denoisers.values()
+    layer = next(part for part in denoiser.modules() if isinstance(part, nn.Conv2d))
+    calls = itertools.count(1)
+
+    def fail_third(*_: object) -> None:
+        if next(calls) == 3:
+            raise RuntimeError("broken")
+
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
-        forward, calls = Rendezvous.forward, 0
-
-        def broken(rendezvous: Rendezvous, call: Any) -> Any:
-            nonlocal calls
-            calls += call.site in demo_pipeline.denoisers
-            if calls == 3:
-                raise RuntimeError("broken")
-            return forward(rendezvous, call)
-
-        monkeypatch.setattr(Rendezvous, "forward", broken)
-        timelines, last = Asked(engine).to_the_end()
+        hook = layer.register_forward_pre_hook(fail_third)
+        try:
+            timelines, last = Submitted(engine).to_the_end()
+        finally:
+            hook.remove()
     assert isinstance(last, Failed)
     assert isinstance(last.error, GenerationFailed)
     assert len(timelines[-1].parts_s) == 2
     assert len(timelines[-1].steps) == 2
 
 
-def test_no_more_mates_are_kept_than_are_told() -> None:
+def test_the_number_of_peers_is_limited() -> None:
     params = GenerationParams("x", 1, num_inference_steps=4)
 
     def one(trace: str) -> Request:

@@ -11,7 +11,7 @@ PIXELS = render(Scene("white", (SceneObject("star", "red", 0.5, 0.5, 0.3),)), 96
 
 
 @pytest.mark.parametrize("image_format", IMAGE_FORMATS)
-def test_what_is_encoded_can_be_read_again(image_format: ImageFormat) -> None:
+def test_encoded_images_can_be_decoded(image_format: ImageFormat) -> None:
     with Image.open(io.BytesIO(Encoding(image_format).encode(Image.fromarray(PIXELS)))) as image:
         assert image.format == image_format.upper()
         decoded = np.asarray(image.convert("RGB")).astype(int)

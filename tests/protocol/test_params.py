@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve_app.config import LimitsConfig
+from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
 from serve_app.protocol.params import MAX_SEED, AdapterSet, GenerationParams, ModelInfo, _near
 
@@ -55,7 +55,7 @@ def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
         ((3, 3), (16, 16)),
         ((48, 96), (32, 64)),  # as many pixels as the model's own size, in its shape
         ((4000, 3000), (48, 32)),
-        ((1, 20_000), (16, 128)),  # cut: the shorter side is a multiple, and no side too long
+        ((1, 20_000), (16, 128)),  # cropped: the shorter side is a multiple, and no side too long
         ((20_000, 1), (128, 16)),
         ((16, 120), (16, 128)),
         ((3_000, 9), (128, 16)),
@@ -72,7 +72,7 @@ def test_the_size_of_an_image_is_the_default(
 
 
 @given(st.integers(1, 30_000), st.integers(1, 30_000))
-def test_an_image_of_any_shape_has_a_size_that_is_on_offer(width: int, height: int) -> None:
+def test_an_image_of_any_shape_has_a_supported_size(width: int, height: int) -> None:
     for limits in (MODEL.limits, LimitsConfig(max_pixels=1024, max_side_px=40)):
         size = _near((width, height), (64, 32), 16, limits)
         assert all(side % 16 == 0 and 16 <= side <= limits.max_side_px for side in size)
@@ -140,7 +140,7 @@ def test_previews_are_spread_over_the_steps_that_run(
         ({"width": 528, "height": 16}, "size", "over 512 pixels"),
     ],
 )
-def test_what_is_not_on_offer_is_refused_by_name(
+def test_unsupported_values_are_rejected_by_field(
     change: dict[str, object], param: str, allowed: str
 ) -> None:
     params = dataclasses.replace(GenerationParams("a cat", 1), **change)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ def test_what_is_not_on_offer_is_refused_by_name(
     assert caught.value.param == param
 
 
-def test_a_negative_prompt_is_refused_where_it_would_be_ignored() -> None:
+def test_a_negative_prompt_is_rejected_where_it_has_no_effect() -> None:
     model = dataclasses.replace(MODEL, takes_negative_prompt=False)
     with pytest.raises(InvalidRequest, match="takes no negative_prompt"):
         GenerationParams("a cat", 1, negative_prompt="dog").resolved(model)
@@ -182,7 +182,7 @@ def test_a_server_without_adapters_says_so() -> None:
         GenerationParams("a", 1, lora=(("ink", 1.0),)).resolved(replace(MODEL, loras=()))
 
 
-def test_images_are_brought_to_the_size_where_they_are_submitted() -> None:
+def test_images_are_resized_on_submission() -> None:
     resolved = GenerationParams("a", 1, width=64, height=32, image=IMAGE.convert("P")).resolved(
         MODEL
     )
@@ -191,7 +191,7 @@ def test_images_are_brought_to_the_size_where_they_are_submitted() -> None:
     assert resolved.strength == 0.5
 
 
-def test_broken_and_huge_images_are_refused() -> None:
+def test_broken_and_huge_images_are_rejected() -> None:
     file = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(file, "png")
     broken = Image.open(io.BytesIO(file.getvalue()[:-400]))
@@ -203,7 +203,7 @@ def test_broken_and_huge_images_are_refused() -> None:
         GenerationParams("a", 1, image=IMAGE).resolved(replace(MODEL, limits=limits))
 
 
-def test_half_a_character_is_refused() -> None:
+def test_half_a_character_is_rejected() -> None:
     for name in ("prompt", "negative_prompt"):
         with pytest.raises(InvalidRequest, match="not valid Unicode") as caught:
             GenerationParams(**({"prompt": "a", "seed": 1} | {name: "a\ud800"})).resolved(MODEL)

@@ -18,7 +18,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
-from serve_app.config import API_KEY_VARIABLE
+from serve_app.config.environment import API_KEY_VARIABLE
 from serve_app.top import Server
 from tests.serve_process import free_port
 from tests.top.scrapes import AFTER

@@ -35,7 +35,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from serve_app.config import DEMO_MODEL_DIR
+from serve_app.config.models import DEMO_MODEL_DIR
 from serve_app.demo.tokenizer import MAX_TOKENS, build_tokenizer
 from serve_app.errors import ConfigError
 from tools.demo_model.scenes import (

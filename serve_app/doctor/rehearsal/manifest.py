@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config import KEYS_PATH_VARIABLE, KEYS_VARIABLE
+from serve_app.config.environment import KEYS_PATH_VARIABLE, KEYS_VARIABLE
 from serve_app.doctor.kube import Object
 from serve_app.errors import ConfigError
 

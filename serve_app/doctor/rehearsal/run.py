@@ -11,9 +11,9 @@ from serve_app.doctor.rehearsal.session import Session, Stop
 from serve_app.doctor.rehearsal.waiting import Clock, SystemClock, Waiter
 from serve_app.doctor.report import Finding, failed
 
-Step = Callable[[Session], Finding]
+RehearsalStep = Callable[[Session], Finding]
 
-_STEPS: tuple[tuple[str, str, Step], ...] = (
+_STEPS: tuple[tuple[str, str, RehearsalStep], ...] = (
     ("preflight", "CRDs, operator, earlier rehearsals", start.preflight),
     ("apply", "the overlay, into a namespace of its own", start.apply),
     ("RayCluster", "the operator makes one", start.ray_cluster),
@@ -61,7 +61,7 @@ class _Run:
             self._step(_COUNT, "delete", "all that was created", cleanup.delete)
         return self._findings
 
-    def _step(self, number: int, name: str, does: str, step: Step) -> bool:
+    def _step(self, number: int, name: str, does: str, step: RehearsalStep) -> bool:
         """Run one step; whether the next one makes sense."""
         waiter = self._session.waiter
         waiter.tell(f"{number}/{_COUNT} {name}: {does}")

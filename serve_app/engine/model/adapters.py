@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from serve_app.config import is_path
+from serve_app.config.models import is_path
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import AdapterSet
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from serve_app import __version__
-from serve_app.config import generation_environment
+from serve_app.config.environment import generation_environment
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from serve_app.config import ModelConfig, check_model_folder
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.models import ModelConfig
 from serve_app.engine.model.networks import denoisers_of, networks_of
 from serve_app.engine.model.speed import speed_up
 from serve_app.errors import ConfigError, ModelLoadError

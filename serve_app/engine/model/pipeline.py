@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from serve_app.config import ModelConfig, find_loras
+from serve_app.config.model_files import find_loras
+from serve_app.config.models import ModelConfig
 from serve_app.engine.model import inspection
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.call_hooks import (

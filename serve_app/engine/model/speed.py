@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve_app.config import SpeedConfig
+from serve_app.config.models import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
 from serve_app.engine.scheduling.cost import Size

@@ -5,7 +5,7 @@ import time
 from typing import Literal, get_args
 
 from serve_app.engine.timer import wait_for_device
-from serve_app.metrics import COLD_START
+from serve_app.metrics.engine import COLD_START
 
 logger = logging.getLogger(__name__)
 

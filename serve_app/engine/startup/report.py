@@ -2,7 +2,7 @@
 
 import logging
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import Certificate

@@ -1,4 +1,4 @@
-"""The demo page: one document, made of three files in this folder."""
+"""The demo page: one document with its style, and the JavaScript modules that it imports."""
 
 import base64
 import hashlib
@@ -9,19 +9,19 @@ _FOLDER = Path(__file__).parent
 
 def render() -> tuple[str, str]:
     """Return the document, and a content security policy that allows nothing else."""
-    html, style, script = (
-        (_FOLDER / name).read_text(encoding="utf-8")
-        for name in ("index.html", "style.css", "script.js")
+    html, style = (
+        (_FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", "style.css")
     )
-    document = html.replace("/* style.css */", style).replace("/* script.js */", script)
+    document = html.replace("/* style.css */", style)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = (
         "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
-        f"style-src {_source(style)}; script-src {_source(script)}; "
+        f"style-src 'sha256-{digest}'; script-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
     return document, policy
 
 
-def _source(text: str) -> str:
-    digest = hashlib.sha256(text.encode()).digest()
-    return f"'sha256-{base64.b64encode(digest).decode()}'"
+def scripts() -> dict[str, str]:
+    """Return the text of each module by its file name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in _FOLDER.glob("*.js")}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from serve_app.config import KEYS_PATH_VARIABLE
+from serve_app.config.environment import KEYS_PATH_VARIABLE
 from serve_app.doctor.kube_write import WritableCluster
 from serve_app.doctor.rehearsal.manifest import prepare
 from serve_app.doctor.rehearsal.run import rehearse

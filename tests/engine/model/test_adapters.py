@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from serve_app.config import DEMO_MODEL_DIR, ModelConfig
+from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import largest_difference

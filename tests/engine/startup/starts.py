@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling.cost import CostModel

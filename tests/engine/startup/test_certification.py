@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serve_app.config import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import largest_difference
 from serve_app.errors import ModelLoadError
-from serve_app.metrics import report
+from serve_app.metrics.export import report
 from serve_app.protocol.events import Completed, Progress
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO, FIFO

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from serve_app.config import EngineConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import Certificate, largest_difference
 from serve_app.engine.startup.profile import Profile
 from serve_app.engine.startup.warmup import startup_fingerprint
 from serve_app.errors import ConfigError
-from serve_app.metrics import ENGINE
+from serve_app.metrics.registry import ENGINE
 from serve_app.protocol.events import Completed, Preview
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
@@ -112,7 +112,7 @@ def test_another_process_reuses_the_profile(tmp_path: Path) -> None:
     FAMILIES["stable-diffusion"]().save_pretrained(folder)
     program = (
         "import logging, sys\n"
-        "from serve_app.config import EngineConfig, ModelConfig\n"
+        "from serve_app.config.models import EngineConfig, ModelConfig\n"
         "from serve_app.engine.engine import Engine\n"
         "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
         "model = ModelConfig.model_validate_json(sys.argv[1])\n"
@@ -193,7 +193,9 @@ def test_the_duration_of_a_start_is_reported(log: pytest.LogCaptureFixture) -> N
     }
     assert seconds.pop("compile") == 0
     assert all(value is not None and value > 0 for value in seconds.values())
-    assert sum(value for value in seconds.values() if value) == pytest.approx(engine.cold_start_s)
+    assert sum(value for value in seconds.values() if value) == pytest.approx(
+        engine.cold_start.total_s
+    )
     [line] = [line for line in log.messages if "ready after" in line]
-    assert line.startswith(f"model timed: ready after {engine.cold_start_s:.2f} s: load ")
+    assert line.startswith(f"model timed: ready after {engine.cold_start.total_s:.2f} s: load ")
     assert line.endswith("; nothing reused, because engine.profile_path is not set")
