@@ -18,7 +18,7 @@ import pytest
 import ray
 from PIL import Image
 
-from serve_app.deployments.gateway import ServeBackend
+from serve_app.deployments.backend import ServeBackend
 from serve_app.engine.stats import EngineStats
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.images import Encoding

@@ -12,9 +12,9 @@ from ray.exceptions import ActorDiedError, ObjectLostError, RayTaskError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from serve_app.deployments import gateway as deployment
+from serve_app.deployments import backend as deployment
 from serve_app.deployments import ray_compat, replicas
-from serve_app.deployments.gateway import REPLICA_ATTEMPTS, ServeBackend
+from serve_app.deployments.backend import REPLICA_ATTEMPTS, ServeBackend
 from serve_app.deployments.replicas import Replicas
 from serve_app.errors import (
     DeadlineExceeded,
@@ -157,6 +157,12 @@ async def test_closing_the_stream_cancels_the_work() -> None:
 async def test_a_lasting_loss_of_replicas_is_unavailable(answer: Exception, message: str) -> None:
     backend, _ = backend_of(*[answer] * REPLICA_ATTEMPTS)
     with pytest.raises(Unavailable, match=message):
+        await generate(backend)
+
+
+async def test_a_model_that_could_not_be_started_is_not_tried_again() -> None:
+    backend, _ = backend_of(DeploymentUnavailableError(DEPLOYMENT))
+    with pytest.raises(Unavailable, match="could not be started"):
         await generate(backend)
 
 
