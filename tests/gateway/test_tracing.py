@@ -1,158 +1,52 @@
 """The spans of requests, through the whole gateway and OpenTelemetry's own SDK."""
 
 import asyncio
-import itertools
 import logging
 import subprocess
 import sys
-import threading
-from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
-from dataclasses import replace
-from time import perf_counter
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from opentelemetry.trace import (
-    SpanKind,
     StatusCode,
     TraceFlags,
     format_span_id,
     format_trace_id,
 )
 
-from serve_app.config.models import AppConfig
 from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
-from serve_app.gateway.tracing import Tracing
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import GenerationTimings, Queued, Step, Timeline
-from serve_app.protocol.images import EncodedImage, Encoding
-from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
-from tests.collector import collecting
+from serve_app.protocol.events import Queued, Timeline
 from tests.fakes.backend import CONFIG, FakeBackend
-from tests.waiting import wait_until
+from tests.gateway.traced import (
+    PARENT,
+    PARENT_ID,
+    PATH,
+    PEERS,
+    STEPS,
+    TRACE_ID,
+    Gateway,
+    TracedBackend,
+    assert_fills,
+    attributes,
+    context,
+    names,
+)
 
 pytestmark = pytest.mark.anyio
-
-PATH = "/v1/images/generations"
-
-TRACE_ID, PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-PARENT = f"00-{TRACE_ID}-{PARENT_ID}-01"
-PEERS = tuple(f"00-{number:032x}-{number:016x}-01" for number in (1, 2))
-
-PARTS_S = (1e-5, 2e-5, 4e-5, 1e-5)
-"""Durations that are shorter than any request."""
-
-STEPS = (Step(1e-5, 1), Step(2e-5, 3), Step(4e-5, 2))
-
-
-class TracedBackend(FakeBackend):
-    """Reports timelines like an engine with a traced request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.timeline: Timeline | None = None
-        """Timeline that is sent after `Queued`."""
-
-    async def generate(
-        self,
-        params: GenerationParams,
-        encoding: Encoding,
-        progress: bool = False,
-        context: RequestContext = INITIAL,
-    ) -> AsyncGenerator[GenerationEvent, None]:
-        generating = super().generate(params, encoding, progress, context)
-        async with aclosing(generating) as events:
-            async for event in events:
-                if isinstance(event, EncodedImage):
-                    event = replace(
-                        event,
-                        timings=GenerationTimings(*PARTS_S),
-                        timeline=Timeline(PARTS_S[:3], STEPS, PEERS) if context.trace else None,
-                        age_s=sum(PARTS_S),
-                    )
-                elif isinstance(event, Queued):
-                    event = replace(event, replica="engine-1", number=12)
-                yield event
-                if isinstance(event, Queued) and self.timeline is not None:
-                    yield self.timeline
-
-
-class Gateway:
-    """A gateway with tracing, and its spans."""
-
-    def __init__(
-        self,
-        backend: FakeBackend,
-        config: AppConfig = CONFIG,
-        sampler: Sampler | None = None,
-    ) -> None:
-        self.exporter = InMemorySpanExporter()
-        provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
-        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
-        tracing = Tracing(config, provider)
-        self.api = create_api(config, backend, KeyRing(None, None), traced=tracing.middleware)
-
-    async def post(
-        self, headers: Mapping[str, str] | list[tuple[str, str]] | None = None, **body: Any
-    ) -> httpx.Response:
-        transport = httpx.ASGITransport(self.api, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(PATH, json={"prompt": "secret"} | body, headers=headers)
-
-    @property
-    def spans(self) -> list[ReadableSpan]:
-        return list(self.exporter.get_finished_spans())
-
-    @property
-    def server(self) -> ReadableSpan:
-        [span] = [one for one in self.spans if one.kind is SpanKind.SERVER]
-        return span
-
-    def below(self, parent: ReadableSpan) -> list[ReadableSpan]:
-        """Return the spans in the order of their start."""
-        of_it = [
-            one
-            for one in self.spans
-            if one.parent and one.parent.span_id == context(parent).span_id
-        ]
-        return sorted(of_it, key=lambda one: (one.start_time, one.end_time))
 
 
 @pytest.fixture
 def backend() -> TracedBackend:
     return TracedBackend()
-
-
-def context(span: ReadableSpan) -> Any:
-    assert span.context is not None
-    return span.context
-
-
-def attributes(span: ReadableSpan) -> dict[str, Any]:
-    return dict(span.attributes or {})
-
-
-def names(spans: list[ReadableSpan]) -> list[str]:
-    return [span.name for span in spans]
-
-
-def assert_fills(parts: list[ReadableSpan], start: int | None, end: int | None) -> None:
-    """Check that the parts follow each other, from beginning to end."""
-    for before, after in itertools.pairwise(parts):
-        assert before.end_time == after.start_time
-    assert (parts[0].start_time, parts[-1].end_time) == (start, end)
 
 
 async def test_the_parts_of_an_image_fill_its_request(backend: TracedBackend) -> None:
@@ -443,127 +337,3 @@ async def test_the_log_line_names_the_trace(
     await Gateway(backend).post({"traceparent": PARENT})
     [line] = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]
     assert vars(line)["trace_id"] == TRACE_ID
-
-
-# ---- the collector ----------------------------------------------------------------------------
-
-
-def tracing_to(url: str, monkeypatch: pytest.MonkeyPatch, **variables: str) -> Tracing:
-    settings = {"OTEL_EXPORTER_OTLP_ENDPOINT": url, "OTEL_BSP_SCHEDULE_DELAY": "10", **variables}
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    return Tracing.to_collector(CONFIG, "gateway-1")
-
-
-async def request(tracing: Tracing) -> float:
-    """Return the duration of one request."""
-    api = create_api(CONFIG, TracedBackend(), KeyRing(None, None), traced=tracing.middleware)
-    transport = httpx.ASGITransport(api)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        started_at = perf_counter()
-        assert (await client.post(PATH, json={"prompt": "x"})).status_code == 200
-        return perf_counter() - started_at
-
-
-def wait_until_flushed() -> None:
-    """Wait for exports in the background."""
-    wait_until(lambda: all(thread.name != "flush" for thread in threading.enumerate()))
-
-
-async def test_the_last_spans_are_sent_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    with collecting() as collector:
-        tracing = tracing_to(collector.url, monkeypatch, OTEL_BSP_SCHEDULE_DELAY="3600000")
-        await request(tracing)
-        assert not collector.batches
-        tracing.close()
-        assert len(collector.batches) == 1
-
-
-async def test_a_hanging_collector_delays_neither_requests_nor_the_end(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with collecting() as collector:
-        collector.answering.clear()
-        tracing = tracing_to(collector.url, monkeypatch)
-        await request(tracing)
-        wait_until(lambda: collector.batches)
-        assert await request(tracing) < 5.0  # while a batch is being sent; the exporter waits 10 s
-        started_at = perf_counter()
-        tracing.close(within_s=0.2)
-        assert perf_counter() - started_at < 5.0
-        collector.answering.set()
-        wait_until_flushed()
-
-
-async def test_an_unreachable_collector_is_logged_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    with collecting() as collector:
-        collector.status = 400
-        tracing = tracing_to(collector.url, monkeypatch)
-        for batches in (1, 2, 3):
-            await request(tracing)
-            wait_until(lambda batches=batches: len(collector.batches) >= batches)
-        collector.status = 200
-        await request(tracing)
-        wait_until(lambda: "accepts traces again" in caplog.text)
-        tracing.close()
-    logged = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
-    assert [one.levelname for one in logged] == ["WARNING", "INFO"]
-    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in logged[0].getMessage()
-    assert "code: 400" in logged[0].getMessage()
-    assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
-
-
-async def test_an_unreachable_collector_is_named(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    tracing = tracing_to("http://127.0.0.1:9", monkeypatch, OTEL_EXPORTER_OTLP_TIMEOUT="2.5")
-    await request(tracing)
-    tracing.close()
-    [logged] = [one for one in caplog.records if one.name == "serve_app.gateway.tracing"]
-    assert "127.0.0.1" in logged.getMessage()
-    assert "refused" in logged.getMessage()
-
-
-async def test_a_full_queue_drops_spans(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with collecting() as collector:
-        collector.answering.clear()
-        limits = {"OTEL_BSP_MAX_QUEUE_SIZE": "16", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "16"}
-        tracing = tracing_to(collector.url, monkeypatch, **limits)
-        for _ in range(30):
-            await request(tracing)
-        wait_until(lambda: collector.batches)
-        [processor] = tracing.provider._active_span_processor._span_processors
-        queue: Any = vars(processor)["_batch_processor"]._queue
-        assert len(queue) <= 16
-        assert not [one for one in caplog.records if one.name.startswith("opentelemetry")]
-        tracing.close(within_s=0.2)
-        collector.answering.set()
-        wait_until_flushed()
-
-
-async def test_the_environment_names_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    def resource(**variables: str) -> dict[str, Any]:
-        tracing = tracing_to("http://127.0.0.1:9", monkeypatch, **variables)
-        tracing.close()
-        return dict(tracing.provider.resource.attributes)
-
-    found = resource()
-    assert found["service.name"] == "diffusion-serve"
-    assert found["service.instance.id"] == "gateway-1"
-    found = resource(OTEL_SERVICE_NAME="images", OTEL_RESOURCE_ATTRIBUTES="deployment=blue")
-    assert (found["service.name"], found["deployment"]) == ("images", "blue")
-    tracing = tracing_to("http://127.0.0.1:9", monkeypatch, OTEL_SDK_DISABLED="true")
-    await request(tracing)
-    tracing.close()
-
-
-def test_warnings_of_the_exporter_reach_the_filter() -> None:
-    """The exporter warns on its module's logger; `LoggedOnce` filters no other."""
-    exporter = OTLPSpanExporter("http://127.0.0.1:9/v1/traces")
-    assert vars(exporter)["_client"]._logger.name == type(exporter).__module__
-    exporter.shutdown()

@@ -1,0 +1,14 @@
+"""Fixtures of the deployments."""
+
+import pytest
+
+from serve_app.deployments import backend as deployment
+from serve_app.deployments import replicas
+from tests.fakes.serve_handle import Growing
+
+
+@pytest.fixture
+def growing(monkeypatch: pytest.MonkeyPatch) -> Growing:
+    monkeypatch.setattr(deployment, "REFRESH_EVERY_S", 0.001)
+    monkeypatch.setattr(replicas, "REFRESH_EVERY_S", 0.0)
+    return Growing()

@@ -1,0 +1,37 @@
+"""The observed starts of replicas."""
+
+import pytest
+
+from serve_app.deployments.replicas import Replicas
+from tests.fakes.serve_handle import Growing
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_a_start_is_measured_only_if_its_end_is_observed(growing: Growing) -> None:
+    """Seen an hour later, the start may have ended at any time before."""
+    now = 1e9
+    status = Replicas(growing)
+    growing.start_time_s = now - 9.0
+    status.observe(await growing(), now)
+    growing.grown = True
+    status.observe(await growing(), now + 3_600)
+    assert status.cold_start_s is None
+    growing.grown = False
+    status.observe(await growing(), now + 79.0)
+    growing.grown = True
+    status.observe(await growing(), now + 81.0)
+    assert status.cold_start_s == 90.0
+
+
+async def test_the_expected_rest_of_an_overdue_start_grows(
+    growing: Growing,
+) -> None:
+    now = growing.start_time_s
+    status = Replicas(growing)
+    assert status.observe(await growing(), now + 20.0).ready_in_s == 40.0  # none was observed yet
+    status.cold_start_s = 90.0
+    estimates_s = [
+        status.observe(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
+    ]
+    assert estimates_s == [60.0, 9.0, 18.0, 48.0, 228.0]
