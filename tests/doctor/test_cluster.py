@@ -79,13 +79,13 @@ def test_nobody_there_is_one_failure(api: FakeApi, tmp_path: Path) -> None:
 
 def test_a_server_without_tls_is_a_trouble_of_certificates(api: FakeApi, tmp_path: Path) -> None:
     findings = _look(api.kubeconfig(tmp_path, url=api.url.replace("http:", "https:")))
-    assert "fetch the kubeconfig anew" in findings["cluster"].advice
+    assert "get a new kubeconfig" in findings["cluster"].advice
 
 
 def test_credentials_that_have_run_out_are_one_failure(api: FakeApi, tmp_path: Path) -> None:
     findings = _look(api.kubeconfig(tmp_path, token="old"))
     assert list(findings) == ["cluster"]
-    assert "does not know who asks: Unauthorized" in findings["cluster"].found
+    assert "rejects the credentials: Unauthorized" in findings["cluster"].found
     assert "log in again" in findings["cluster"].advice
 
 
@@ -620,7 +620,7 @@ def test_an_overlay_is_compared_before_it_is_applied(api: FakeApi, kubeconfig: P
 def test_an_amount_that_is_none_is_a_mistake_of_the_manifest(kubeconfig: Path) -> None:
     limits = {"memory": "32 GB"}
     wrong = service(pod={"containers": [{"name": "w", "resources": {"limits": limits}}]})
-    with pytest.raises(ConfigError, match="'32 GB' is no amount"):
+    with pytest.raises(ConfigError, match="'32 GB' is not an amount"):
         _look(kubeconfig, overlay=[wrong])
 
 

@@ -132,7 +132,7 @@ def test_each_is_read_by_its_name_and_what_is_optional_is_not(
 ) -> None:
     api.put("secrets", secret("a", "k"))
     api.put("rayservices.ray.io", _with(**_env("a", "k")))
-    assert _look(kubeconfig)["Secrets"].found == "a: there, with what is needed of them"
+    assert _look(kubeconfig)["Secrets"].found == "a: there, with the needed keys"
     api.put("rayservices.ray.io", _with(**_env("b", "k", optional=True)))
     assert "Secrets" not in _look(kubeconfig)
     assert [path for path in api.asked if "secrets" in path] == [

@@ -7,8 +7,8 @@ the RayClusters end; then the namespace.
 from collections.abc import Callable
 from typing import TypeVar
 
-from serve_app.doctor.kube import NotReadable
-from serve_app.doctor.kube_write import WritableCluster, base
+from serve_app.doctor.kube import NotReadable, base
+from serve_app.doctor.kube_write import WritableCluster
 from serve_app.doctor.rehearsal.manifest import MARK, MARKED
 from serve_app.doctor.rehearsal.session import Session
 from serve_app.doctor.rehearsal.waiting import OUTAGE_S

@@ -10,8 +10,8 @@ import http.client
 import io
 import json
 
-from serve_app.doctor.kube import NotReadable
-from serve_app.doctor.kube_write import WritableCluster, base
+from serve_app.doctor.kube import NotReadable, base
+from serve_app.doctor.kube_write import WritableCluster
 
 BODY = {"prompt": "a rehearsal", "n": 1, "seed": 7}
 PATH = "/v1/images/generations"

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.doctor import pending
-from serve_app.doctor.kube import NotReadable, Object
-from serve_app.doctor.kube_write import WritableCluster, base
+from serve_app.doctor.kube import NotReadable, Object, base
+from serve_app.doctor.kube_write import WritableCluster
 from serve_app.doctor.report import Finding
 
 HASH = "ray.io/hash-without-replicas-and-workers-to-delete"

@@ -1,4 +1,4 @@
-"""A rehearsal from its first step to its last; the namespace is deleted whatever happens."""
+"""Runs a rehearsal from its first step to its last; the namespace is deleted whatever happens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,9 +11,10 @@ from serve_app.doctor.rehearsal.session import Session, Stop
 from serve_app.doctor.rehearsal.waiting import Clock, SystemClock, Waiter
 from serve_app.doctor.report import Finding, failed
 
-Step = Callable[[Session], Finding]
+RehearsalStep = Callable[[Session], Finding]
+"""One step: it acts on the cluster and returns its finding, or raises `Stop`."""
 
-_STEPS: tuple[tuple[str, str, Step], ...] = (
+_STEPS: tuple[tuple[str, str, RehearsalStep], ...] = (
     ("preflight", "CRDs, operator, earlier rehearsals", start.preflight),
     ("apply", "the overlay, into a namespace of its own", start.apply),
     ("RayCluster", "the operator makes one", start.ray_cluster),
@@ -33,10 +34,10 @@ def rehearse(
     tell: Callable[[str], None],
     clock: Clock | None = None,
 ) -> list[Finding]:
-    """Run every step and return what each found; ``tell`` takes each line as it happens.
+    """Run every step and return its findings; ``tell`` receives each line as it happens.
 
     The namespace is deleted on Ctrl-C and on errors as well. A second Ctrl-C ends the deletion, and
-    the last finding says what is left.
+    the last finding names the rest.
     """
     run = _Run(Session(cluster, manifest, Waiter(clock or SystemClock(), tell)))
     return run.all_steps()
@@ -61,8 +62,8 @@ class _Run:
             self._step(_COUNT, "delete", "all that was created", cleanup.delete)
         return self._findings
 
-    def _step(self, number: int, name: str, does: str, step: Step) -> bool:
-        """Run one step; whether the next one makes sense."""
+    def _step(self, number: int, name: str, does: str, step: RehearsalStep) -> bool:
+        """Run one step; return whether the next one makes sense."""
         waiter = self._session.waiter
         waiter.tell(f"{number}/{_COUNT} {name}: {does}")
         started_s = waiter.elapsed_s()

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from serve_app.doctor import kuberay
-from serve_app.doctor.kube import NotReadable, Object
-from serve_app.doctor.kube_write import base
+from serve_app.doctor.kube import NotReadable, Object, base
 from serve_app.doctor.rehearsal.cleanup import NAMESPACES, leftovers
 from serve_app.doctor.rehearsal.observer import HASH, Kubelet, Placement
 from serve_app.doctor.rehearsal.session import (
