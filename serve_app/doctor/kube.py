@@ -116,7 +116,7 @@ class Cluster:
             self.name = "the cluster of this pod"
             own_namespace = _namespace_of_this_pod()
         self.namespace: str = namespace or own_namespace or "default"
-        self.namespace_is_asked_for = namespace is not None
+        self.namespace_is_requested = namespace is not None
         self._client = client.ApiClient(settings)
         self.host: str = settings.host
         # Several checks read the same objects.

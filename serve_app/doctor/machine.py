@@ -126,8 +126,8 @@ def _check_model(wanted: Wanted, check: str, memory: tuple[int, int] | None) -> 
             check,
             f"the memory that {model.source} needs is unknown: its weights are not here",
             f"Fetch them (`hf download {model.source}`) and run the doctor again, or read their "
-            "size on the model's page: in bfloat16 they take 2 bytes a parameter, and must leave room "
-            "for images.",
+            "size on the model's page: in bfloat16 they take 2 bytes a parameter, and must leave "
+            "room for images.",
         )
         return
     yield check_memory(check, model, parts, memory, on_gpu=not wanted.cpu)

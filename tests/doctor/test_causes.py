@@ -331,8 +331,8 @@ CASES = [
         "the operator refuses the RayService",
         _refused,
         "RayService sdxl",
-        "refused by the operator: The RayService spec is invalid",
-        "Mend the field that is named and apply it again",
+        "rejected by the operator: The RayService spec is invalid",
+        "Correct the named field and apply it again",
         never=("delete",),
     ),
     Case(
@@ -340,7 +340,7 @@ CASES = [
         _no_operator,
         "KubeRay operator",
         "not available",
-        "Nothing is done about RayServices until it runs",
+        "No RayService is handled until it runs",
         never=("delete",),
     ),
     Case(

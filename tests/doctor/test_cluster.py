@@ -227,7 +227,7 @@ def test_other_namespaces_may_not_be_looked_at(api: FakeApi, kubeconfig: Path) -
     api.refusals = {"/apis/ray.io/v1/rayservices": 403}
     finding = _look(kubeconfig)["RayService"]
     assert finding.outcome == "warning"
-    assert "namespace pictures, and other namespaces may not be looked at" in finding.found
+    assert "namespace pictures, and other namespaces may not be read" in finding.found
     assert "--namespace NAMESPACE" in finding.advice
 
 
@@ -296,7 +296,7 @@ def test_an_upgrade_is_of_the_release_that_is_there(api: FakeApi, kubeconfig: Pa
     assert "helm upgrade rays kuberay/" in _look(kubeconfig)["KubeRay operator"].advice
     api.put("deployments.apps", operator(":v1.5.1"))
     advice_by_hand = _look(kubeconfig)["KubeRay operator"].advice
-    assert "did not come with Helm" in advice_by_hand
+    assert "Helm did not install it" in advice_by_hand
     assert "helm upgrade" not in advice_by_hand
     assert "helm install" not in advice_by_hand
 
@@ -330,7 +330,7 @@ def test_crds_must_be_served(
         ([operator(available=0)], "failed", "not available", "describe pod"),
         ([operator(":v1.5.1")], "failed", "older than 1.7.0", "helm show crds"),
         ([operator(":v1.8.0")], "warning", "newer than 1.7.0", "notes"),
-        ([operator("@sha256:0")], "warning", "version is not to be seen", "Make sure"),
+        ([operator("@sha256:0")], "warning", "version is unknown", "Make sure"),
         ([operator(":v1.7.2")], "ok", "system/kuberay-operator", ""),
     ],
 )
@@ -418,7 +418,7 @@ def test_another_version_of_ray_is_warned_of(api: FakeApi, kubeconfig: Path) -> 
     api.put("rayservices.ray.io", other)
     finding = _look(kubeconfig)["Ray version"]
     assert finding.outcome == "warning"
-    assert finding.found == f"sdxl says 2.9.0, here is {RAY}"
+    assert finding.found == f"sdxl has 2.9.0, this machine {RAY}"
 
 
 # GPU nodes.
@@ -699,7 +699,7 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
         (
             pod("p", conditions=[{"type": "PodScheduled", "status": "True"}]),
             "warning",
-            "placed",
+            "on a node",
             "takes minutes",
         ),
         (waiting("p", "ImagePullBackOff", "denied"), "failed", "ImagePullBackOff: denied", "tag"),
@@ -732,7 +732,7 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
         ),
         (ended("p", 137, "Error"), "failed", "code 137 (Error)", "memory limit"),
         (ended("p", 1, "Error"), "failed", "code 1 (Error)", "pictures logs POD -c ray-head`"),
-        (ended("p", 1, "Error", phase="Running"), "failed", "code 1 (Error)", "says why"),
+        (ended("p", 1, "Error", phase="Running"), "failed", "code 1 (Error)", "shows the reason"),
         (
             pod("p", phase="Failed", reason="Evicted", message="low"),
             "failed",

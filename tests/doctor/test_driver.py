@@ -125,7 +125,7 @@ def test_known_errors_have_their_own_advice(message: str, advice: str) -> None:
 
 def test_a_crash_is_told() -> None:
     finding = try_kernel(_saying("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
-    assert "killed by signal 11; it says nothing" in finding.found
+    assert "killed by signal 11; it printed nothing" in finding.found
 
 
 def test_a_process_that_finds_no_gpu_fails() -> None:

@@ -130,7 +130,7 @@ def test_what_nvml_does_not_tell_is_no_fault() -> None:
     ("gpu", "words"),
     [
         (FakeGpu(processes=2, free=4 * GIB), "2 other processes compute on it, 20.0 GiB in use"),
-        (FakeGpu(free=4 * GIB), "20.0 GiB in use by nobody who can be seen"),
+        (FakeGpu(free=4 * GIB), "20.0 GiB in use by no visible process"),
         (FakeGpu(mps=1, processes=1), "Multi-Process Service"),
     ],
 )

@@ -126,7 +126,7 @@ def test_the_api_servers_kinds_may_not_be_refused_silently(
             "not accepted by gateway.envoyproxy.io/gatewayclass-controller: InvalidParameters: x",
             "helm install envoy-gateway",
         ),
-        ([gateway_class("eg-internal")], "no controller has looked at it", "envoy-gateway"),
+        ([gateway_class("eg-internal")], "no controller has handled it", "envoy-gateway"),
     ],
 )
 def test_the_class_must_be_accepted(

@@ -60,11 +60,11 @@ MUTATIONS = [
         {f"{GROUP}/priority": 10, f"{C}/rayVersion": "2.55.9"},
     ),
     Mutation(
-        "v2_is_asked_for_in_one_place",
+        "v2_is_requested_in_one_place",
         {f"{HEAD_POD}/containers/0/env/-": variable("RAY_enable_autoscaler_v2")},
     ),
     Mutation(
-        "v2_is_asked_for_in_one_place",
+        "v2_is_requested_in_one_place",
         NO_AUTOSCALER
         | {f"{HEAD_POD}/containers/0/env/-": variable("RAY_enable_autoscaler_v2", "true")},
     ),
@@ -123,7 +123,7 @@ MUTATIONS = [
         frozenset({"RayClusterNetworkPolicy"}),
     ),
     Mutation(
-        "fault_tolerance_is_asked_for_in_one_place",
+        "fault_tolerance_is_requested_in_one_place",
         {"/metadata/annotations/ray.io~1ft-enabled": "true"},
     ),
     Mutation(

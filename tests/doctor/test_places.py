@@ -51,5 +51,5 @@ def test_pods_of_others_may_not_be_looked_at(api: FakeApi, kubeconfig: Path) -> 
     finding = _place(kubeconfig)
     assert finding.outcome == "ok"
     assert finding.found.startswith(
-        "1 of 2 nodes can take its pods when empty; what is free is not"
+        "1 of 2 nodes can take its pods when empty; the free room is unknown"
     )

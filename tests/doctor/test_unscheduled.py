@@ -105,7 +105,7 @@ def test_without_the_pods_of_others_nodes_count_as_empty_and_that_is_said() -> N
     message = "1 Insufficient nvidia.com/gpu."
     finding = _why(unscheduled("p", message, **WORKER), node("gpu-1", gpus=1))
     assert "1 node (gpu-1) would take it when empty" in finding.found
-    assert "may not be looked at" in finding.found
+    assert "may not be read" in finding.found
     assert finding.advice.startswith("All GPUs of the nodes that fit are taken.")
 
 
@@ -113,7 +113,7 @@ def test_without_the_nodes_no_cause_is_made_up() -> None:
     message = "1 node(s) had untolerated taint {spot: }, 1 Insufficient nvidia.com/gpu."
     finding = _why(unscheduled("p", message, **WORKER), readable=False)
     assert finding.found == f"pending: {message}"
-    assert "may not be looked at" in finding.advice
+    assert "may not be read" in finding.advice
     assert "tolerations:" not in finding.advice
 
 

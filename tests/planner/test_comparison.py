@@ -68,7 +68,7 @@ def test_a_steady_rate_needs_no_trace() -> None:
     ("arguments", "reason"),
     [
         ([], "either --trace or --rate"),
-        (["--rate", 1], "say what requests ask for with --mix"),
+        (["--rate", 1], "give the kinds of requests with --mix"),
         (["--rate", 0, "--mix", "512x512/20:1"], "must be over 0"),
         (["--rate", 1, "--mix", "512x512/20:1", "--policy", "luck"], "--policy is 'luck'"),
         (["--rate", 1, "--mix", "512"], "the mix has '512'"),

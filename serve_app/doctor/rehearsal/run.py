@@ -31,15 +31,15 @@ _COUNT = len(_STEPS) + 1
 def rehearse(
     cluster: WritableCluster,
     manifest: Manifest,
-    tell: Callable[[str], None],
+    emit: Callable[[str], None],
     clock: Clock | None = None,
 ) -> list[Finding]:
-    """Run every step and return its findings; ``tell`` receives each line as it happens.
+    """Run every step and return its findings; ``emit`` receives each line as it happens.
 
     The namespace is deleted on Ctrl-C and on errors as well. A second Ctrl-C ends the deletion, and
     the last finding names the rest.
     """
-    run = _Run(Session(cluster, manifest, Waiter(clock or SystemClock(), tell)))
+    run = _Run(Session(cluster, manifest, Waiter(clock or SystemClock(), emit)))
     return run.all_steps()
 
 
@@ -65,7 +65,7 @@ class _Run:
     def _step(self, number: int, name: str, does: str, step: RehearsalStep) -> bool:
         """Run one step; return whether the next one makes sense."""
         waiter = self._session.waiter
-        waiter.tell(f"{number}/{_COUNT} {name}: {does}")
+        waiter.emit(f"{number}/{_COUNT} {name}: {does}")
         started_s = waiter.elapsed_s()
         goes_on = True
         try:
@@ -84,4 +84,4 @@ class _Run:
 
     def _add(self, finding: Finding) -> None:
         self._findings.append(finding)
-        self._session.waiter.tell(f"  {finding.outcome}: {finding.check}: {finding.found}")
+        self._session.waiter.emit(f"  {finding.outcome}: {finding.check}: {finding.found}")
