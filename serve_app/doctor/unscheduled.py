@@ -159,10 +159,7 @@ def _advice_on_applying(pod: Object, services: Sequence[Object]) -> str:
     owners = [one for one in services if name.startswith(f"{one['metadata']['name']}-")]
     if not owners or any(is_ready(one) for one in owners):
         return change
-    return (
-        f"{change} Or, since it is not ready, delete the RayService and apply "
-        "it again."
-    )
+    return f"{change} Or, since it is not ready, delete the RayService and apply it again."
 
 
 def _autoscaler(events: Sequence[Object]) -> str | None:

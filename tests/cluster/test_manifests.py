@@ -43,7 +43,7 @@ def copy(tmp_path: Path) -> Path:
 def named_combinations() -> list[list[str]]:
     """By the README: alternatives by commas, components by plus signs."""
     text = (CLUSTER / "README.md").read_text()
-    sentence = text[text.index("Combinations that are checked:") :].partition("\n\n")[0]
+    sentence = text[text.index("Checked combinations:") :].partition("\n\n")[0]
     found = [
         re.findall("`([a-z0-9-]+)`", part)
         for part in sentence.replace(" alone", "").split(",")
