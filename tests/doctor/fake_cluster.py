@@ -179,9 +179,9 @@ class FakeApi:
         return 200, answer
 
     def kubeconfig(self, folder: Path, token: str = TOKEN, url: str | None = None) -> Path:
-        """A file for the official client, whose context has the namespace `pictures`."""
+        """A file for the official client, whose context has the namespace `images`."""
         path = folder / "kubeconfig"
-        context = {"cluster": "fake", "user": "jane", "namespace": "pictures"}
+        context = {"cluster": "fake", "user": "jane", "namespace": "images"}
         path.write_text(
             yaml.safe_dump(
                 {
@@ -269,7 +269,7 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
     pod["containers"] = [first | {"env": [*first.get("env", []), drain]}, *others]
     return {
         "kind": "RayService",
-        "metadata": {"name": "sdxl", "namespace": "pictures"},
+        "metadata": {"name": "sdxl", "namespace": "images"},
         "spec": {
             "serveConfigV2": "applications: [{import_path: 'serve_app.app:build'}]",
             "rayClusterDeletionDelaySeconds": 1000,
@@ -302,13 +302,13 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
 
 def pod(name: str, **status: Any) -> Object:
     return {
-        "metadata": {"name": name, "namespace": "pictures"},
+        "metadata": {"name": name, "namespace": "images"},
         "spec": {"containers": [{"name": "main"}]},
         "status": {"phase": "Pending"} | status,
     }
 
 
-def on(node: str, name: str, namespace: str = "pictures", **requests: str) -> Object:
+def on(node: str, name: str, namespace: str = "images", **requests: str) -> Object:
     """A pod that runs on ``node`` and takes ``requests`` of it."""
     running = pod(name, phase="Running")
     running["metadata"]["namespace"] = namespace
@@ -335,7 +335,7 @@ def unscheduled(
 
 def secret(name: str, *keys: str) -> Object:
     return {
-        "metadata": {"name": name, "namespace": "pictures"},
+        "metadata": {"name": name, "namespace": "images"},
         "data": dict.fromkeys(keys, "aGlkZGVu"),
     }
 
@@ -378,8 +378,8 @@ def event(
 ) -> Object:
     """Of the object ``name``."""
     return {
-        "metadata": {"name": f"{name}.{minute}", "namespace": "pictures"},
-        "involvedObject": {"kind": kind, "name": name, "namespace": "pictures"},
+        "metadata": {"name": f"{name}.{minute}", "namespace": "images"},
+        "involvedObject": {"kind": kind, "name": name, "namespace": "images"},
         "type": type_,
         "reason": reason,
         "message": message,
@@ -390,7 +390,7 @@ def event(
 def claim(phase: str = "Pending", **spec: str) -> Object:
     return {
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "weights", "namespace": "pictures"},
+        "metadata": {"name": "weights", "namespace": "images"},
         "spec": spec,
         "status": {"phase": phase},
     }

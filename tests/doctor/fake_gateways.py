@@ -21,7 +21,7 @@ def gateway(name: str, *conditions: Object, address: str | None = None) -> Objec
     addresses = [{"type": "IPAddress", "value": address}] if address else []
     return {
         "kind": "Gateway",
-        "metadata": {"name": name, "namespace": "pictures"},
+        "metadata": {"name": name, "namespace": "images"},
         "spec": {"gatewayClassName": "eg-internal", "listeners": []},
         "status": {"conditions": list(conditions), "addresses": addresses},
     }

@@ -283,9 +283,9 @@ CASES = [
         "the Secret api-keys is missing, before it is applied",
         _no_keys,
         "Secret api-keys",
-        "not in namespace pictures, and needed with the key keys.yaml by the pods of sdxl gpu",
+        "not in namespace images, and needed with the key keys.yaml by the pods of sdxl gpu",
         "Make it:\n  diffusion-serve key first-app > keys.yaml\n"
-        "  kubectl -n pictures create secret generic api-keys --from-file=keys.yaml",
+        "  kubectl -n images create secret generic api-keys --from-file=keys.yaml",
     ),
     Case(
         "no Gateway API, before an incremental RayService is applied",

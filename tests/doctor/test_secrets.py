@@ -109,7 +109,7 @@ def test_a_secret_of_ones_own_is_made_with_the_keys_that_are_needed(
 ) -> None:
     finding = _look(kubeconfig, [_with(**_env("mine", "k"))])["Secret mine"]
     assert finding.advice == (
-        "Make it:\n  kubectl -n pictures create secret generic mine --from-literal=k=…"
+        "Make it:\n  kubectl -n images create secret generic mine --from-literal=k=…"
     )
 
 
@@ -136,7 +136,7 @@ def test_each_is_read_by_its_name_and_what_is_optional_is_not(
     api.put("rayservices.ray.io", _with(**_env("b", "k", optional=True)))
     assert "Secrets" not in _look(kubeconfig)
     assert [path for path in api.asked if "secrets" in path] == [
-        "/api/v1/namespaces/pictures/secrets/a"
+        "/api/v1/namespaces/images/secrets/a"
     ]
 
 
@@ -149,7 +149,7 @@ def test_secrets_that_may_not_be_read_are_named_with_the_least_that_is_to_be_gra
     findings = _look(kubeconfig, [_with(**_env("a", "k")), second])
     finding = findings["Secrets"]
     assert finding.outcome == "warning"
-    assert "kubectl -n pictures get secret a redis\n" in finding.advice
+    assert "kubectl -n images get secret a redis\n" in finding.advice
     assert "--verb=get --resource=secrets --resource-name=a --resource-name=redis" in finding.advice
     assert "--user=jane" in finding.advice
     assert "failed" not in {one.outcome for one in findings.values()}

@@ -128,7 +128,7 @@ class Trainer:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, steps, peak)
-            # Seeded by the step, so that an interrupted run draws the same numbers as an unbroken one.
+            # Seeded by the step, so that an interrupted run draws the same numbers.
             torch.manual_seed(self.recipe.seed * 1_000_003 + step)
             yield step, bar
             if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
