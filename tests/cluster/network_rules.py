@@ -70,13 +70,13 @@ def ports_have_one_name(manifests: Manifests) -> Iterator[str]:
 
 
 def _addresses(endpoint: dict[str, Any]) -> list[str]:
-    """Of a monitor: what it asks instead of what was found."""
+    """Return the addresses that a monitor scrapes instead of the discovered ones."""
     relabelings = endpoint.get("relabelings", [])
     return [one["replacement"] for one in relabelings if one["targetLabel"] == "__address__"]
 
 
 def the_application_is_read_once(manifests: Manifests) -> Iterator[str]:
-    """A cluster: each gateway answers for all of it, and all would count it several times."""
+    """Require one target per cluster: each gateway answers for all, so several count twice."""
     ray = [pod for pod in manifests.pods if pod.document["kind"] == "RayService"]
     monitors = manifests.of_kind("PodMonitor")
     of_application = []
@@ -97,7 +97,7 @@ def the_application_is_read_once(manifests: Manifests) -> Iterator[str]:
 
 
 def neighbours_are_reached(manifests: Manifests) -> Iterator[str]:
-    """Services, routes and policies name each other right, and the network lets them through."""
+    """Require that services, routes and policies match, and that the network allows them."""
     name = manifests.service["metadata"]["name"]
     services = {one["metadata"]["name"]: one for one in manifests.of_kind("Service")}
     redis = manifests.cluster.get("gcsFaultToleranceOptions", {}).get("redisAddress")
@@ -173,7 +173,7 @@ def neighbours_are_reached(manifests: Manifests) -> Iterator[str]:
 
 
 def the_way_in_is_wide_enough(manifests: Manifests) -> Iterator[str]:
-    """Envoy's own limits are 15 s, and no bound of the body; clients' headers come through."""
+    """Require limits and header filters. Envoy's defaults: 15 s, unbounded bodies, all headers."""
     incremental = "upgradeStrategy" in manifests.service["spec"]
     routes = manifests.of_kind("HTTPRoute")
     if not routes and not incremental:

@@ -71,7 +71,7 @@ def _secret_references(
 
 
 def secrets_are_made_first(manifests: Manifests) -> Iterator[str]:
-    """README.md makes what an overlay needs before it applies it, and keys before their Secret."""
+    """Require that README.md creates keys, then Secrets, before it applies the overlay."""
     text = (manifests.root / "README.md").read_text()
     steps, applied, _ = text.partition(
         f"kubectl apply -k cluster/overlays/{manifests.folder.name}\n"

@@ -37,7 +37,7 @@ def gateway_class(name: str, *conditions: Object) -> Object:
 
 
 def incremental(one: Object) -> Object:
-    """The same RayService, upgraded step by step."""
+    """Return the RayService with incremental upgrades."""
     options = {"gatewayClassName": "eg-internal", "stepSizePercent": 25, "intervalSeconds": 60}
     strategy = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": options}
     return one | {"spec": one["spec"] | {"upgradeStrategy": strategy}}

@@ -45,7 +45,7 @@ class Case:
     found: str
     advice: str
     never: tuple[str, ...] = ()
-    """What no advice of the whole report may say."""
+    """Text that no advice of the report may contain."""
 
     def __str__(self) -> str:
         return self.cluster

@@ -44,10 +44,10 @@ def test_a_manifest_is_checked_among_the_rows(api: FakeApi, kubeconfig: Path) ->
     assert right["sdxl operator"].outcome == right["sdxl deadlines"].outcome == "ok"
 
 
-# The way to the cluster.
+# The connection.
 
 
-def test_nobody_there_is_one_failure(api: FakeApi, tmp_path: Path) -> None:
+def test_an_unreachable_server_is_one_failure(api: FakeApi, tmp_path: Path) -> None:
     path = api.kubeconfig(tmp_path, url="http://127.0.0.1:1")
     findings = findings_of(path)
     assert list(findings) == ["cluster"]
@@ -68,7 +68,7 @@ def test_credentials_that_have_run_out_are_one_failure(api: FakeApi, tmp_path: P
 
 
 @pytest.mark.parametrize("content", [None, "{", "apiVersion: v1\nkind: Config\n"])
-def test_no_kubeconfig_is_told(tmp_path: Path, content: str | None) -> None:
+def test_no_kubeconfig_is_reported(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "kubeconfig"
     if content is not None:
         path.write_text(content)
@@ -77,7 +77,7 @@ def test_no_kubeconfig_is_told(tmp_path: Path, content: str | None) -> None:
     assert "KUBECONFIG" in raised.value.advice
 
 
-def test_what_may_not_be_looked_at_fails_alone_and_says_who_grants_it(
+def test_a_forbidden_list_fails_alone_with_the_command_that_grants_it(
     api: FakeApi, kubeconfig: Path
 ) -> None:
     api.refusals = dict.fromkeys(("nodes", "deployments.apps", "pods"), 403)
@@ -101,7 +101,7 @@ def test_what_may_not_be_looked_at_fails_alone_and_says_who_grants_it(
     assert findings["device plugin"].outcome == "ok"
 
 
-def test_a_server_in_trouble_is_told(api: FakeApi, kubeconfig: Path) -> None:
+def test_an_error_of_the_server_is_reported(api: FakeApi, kubeconfig: Path) -> None:
     api.refusals = {"nodes": 500}
     findings = findings_of(kubeconfig)
     assert (
@@ -110,7 +110,7 @@ def test_a_server_in_trouble_is_told(api: FakeApi, kubeconfig: Path) -> None:
     assert "kubectl get nodes`" in findings["GPU nodes"].advice
 
 
-def test_the_version_may_be_refused(api: FakeApi, kubeconfig: Path) -> None:
+def test_a_rejected_version_is_one_failure(api: FakeApi, kubeconfig: Path) -> None:
     api.refusals = {"version": 403}
     assert findings_of(kubeconfig)["cluster"].outcome == "failed"
 
@@ -137,7 +137,7 @@ def test_the_role_that_is_advised_covers_all_that_is_read(api: FakeApi, kubeconf
     assert asked == set(READ)
 
 
-# Which namespace.
+# The namespace.
 
 
 def _in(namespace: str, of_ours: bool = True) -> Object:
@@ -165,7 +165,7 @@ def test_the_service_is_found_in_another_namespace_than_the_kubeconfigs(
     assert findings["pod p"].outcome == "failed"
 
 
-def test_a_namespace_that_is_asked_for_is_kept_and_the_right_one_told(
+def test_a_requested_namespace_is_kept_and_the_right_one_named(
     api: FakeApi, kubeconfig: Path
 ) -> None:
     findings = findings_of(kubeconfig, namespace="default")
@@ -185,7 +185,7 @@ def test_several_services_are_not_chosen_among(api: FakeApi, kubeconfig: Path) -
     assert "--namespace a\n" in finding.advice
 
 
-def test_where_nothing_is_applied_yet_the_overlay_is_asked_for(
+def test_without_a_service_the_advice_is_to_compare_the_overlay(
     api: FakeApi, kubeconfig: Path
 ) -> None:
     api.put("rayservices.ray.io", _in("elsewhere", of_ours=False))
@@ -200,7 +200,7 @@ def test_where_nothing_is_applied_yet_the_overlay_is_asked_for(
     assert not findings.keys() & {"pods", "storage"}  # none of none is no answer
 
 
-def test_other_namespaces_may_not_be_looked_at(api: FakeApi, kubeconfig: Path) -> None:
+def test_other_namespaces_may_not_be_read(api: FakeApi, kubeconfig: Path) -> None:
     api.put("rayservices.ray.io")
     api.refusals = {"/apis/ray.io/v1/rayservices": 403}
     finding = findings_of(kubeconfig)["RayService"]
@@ -209,14 +209,14 @@ def test_other_namespaces_may_not_be_looked_at(api: FakeApi, kubeconfig: Path) -
     assert "--namespace NAMESPACE" in finding.advice
 
 
-def test_services_that_may_not_be_looked_at_fail(api: FakeApi, kubeconfig: Path) -> None:
+def test_services_that_may_not_be_read_fail(api: FakeApi, kubeconfig: Path) -> None:
     api.refusals = {"rayservices.ray.io": 403}
     findings = findings_of(kubeconfig)
     assert "kubectl auth can-i list rayservices.ray.io" in findings["RayService"].found
     assert findings["GPU nodes"].outcome == "ok"
 
 
-def test_an_overlay_says_its_namespace() -> None:
+def test_an_overlay_names_its_namespace() -> None:
     overlay = read_overlay(
         "\n---\n".join(
             yaml.safe_dump(one)
@@ -236,7 +236,9 @@ def test_an_overlay_says_its_namespace() -> None:
     assert choose_namespace([nowhere], "-", "x") == "x"
 
 
-def test_our_manifests_are_known_by_what_they_import(api: FakeApi, kubeconfig: Path) -> None:
+def test_manifests_of_this_project_are_recognized_by_their_import_path(
+    api: FakeApi, kubeconfig: Path
+) -> None:
     api.put("rayservices.ray.io", render(ROOT / "cluster" / "overlays" / "single-gpu").service)
     findings = findings_of(kubeconfig)
     assert findings["cluster"].found.endswith("namespace diffusion-serve")
@@ -250,9 +252,6 @@ def test_before_it_is_applied_its_namespace_has_no_pods(api: FakeApi, kubeconfig
     assert findings_of(kubeconfig)["pods"].outcome == "warning"  # a service has none
 
 
-# KubeRay.
-
-
 def test_an_overlay_is_compared_before_it_is_applied(api: FakeApi, kubeconfig: Path) -> None:
     api.put("rayservices.ray.io")
     findings = findings_of(kubeconfig, overlay=[service(pod={"tolerations": []})])
@@ -260,7 +259,7 @@ def test_an_overlay_is_compared_before_it_is_applied(api: FakeApi, kubeconfig: P
     assert "RayService" not in findings
 
 
-def test_an_amount_that_is_none_is_a_mistake_of_the_manifest(kubeconfig: Path) -> None:
+def test_a_malformed_amount_is_an_error_of_the_manifest(kubeconfig: Path) -> None:
     limits = {"memory": "32 GB"}
     wrong = service(pod={"containers": [{"name": "w", "resources": {"limits": limits}}]})
     with pytest.raises(ConfigError, match="'32 GB' is not an amount"):
@@ -330,6 +329,3 @@ def test_a_claim_may_come_with_the_overlay(api: FakeApi, kubeconfig: Path) -> No
     del coming["status"]
     findings = findings_of(kubeconfig, overlay=[service(claim="weights"), coming])
     assert findings["claim weights"].outcome == "ok"
-
-
-# Pods that do not run.

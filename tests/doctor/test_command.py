@@ -30,7 +30,7 @@ def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_is_told_so() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     done = _doctor()
     assert done.returncode == 1, done.stderr
     assert "no NVIDIA driver" in done.stdout

@@ -74,7 +74,7 @@ def test_no_gpu_node_is_as_it_should_be_while_the_groups_are_empty(
     assert findings_of(kubeconfig)["GPU nodes"].outcome == "failed"
 
 
-def test_gpus_that_nobody_can_have_fail(api: FakeApi, kubeconfig: Path) -> None:
+def test_gpus_without_allocatable_devices_fail(api: FakeApi, kubeconfig: Path) -> None:
     seen = {"nvidia.com/gpu.present": "true"}
     api.put("nodes", node("sick", capacity=4), node("unplugged", **seen))
     finding = findings_of(kubeconfig)["GPU nodes"]
@@ -98,7 +98,7 @@ def test_parts_of_gpus_count_as_gpus(api: FakeApi, kubeconfig: Path) -> None:
         {"nvidia.com/gpu.replicas": "4"},
     ],
 )
-def test_shared_gpus_are_warned_of(api: FakeApi, kubeconfig: Path, label: dict[str, str]) -> None:
+def test_shared_gpus_are_warnings(api: FakeApi, kubeconfig: Path, label: dict[str, str]) -> None:
     alone = {"nvidia.com/gpu.sharing-strategy": "none", "nvidia.com/gpu.replicas": "1"}
     api.put("nodes", node("gpu-1", gpus=4, **label), node("gpu-2", gpus=1, **alone))
     finding = findings_of(kubeconfig)["GPU sharing"]
@@ -106,7 +106,7 @@ def test_shared_gpus_are_warned_of(api: FakeApi, kubeconfig: Path, label: dict[s
     assert finding.found.startswith("gpu-1: ")
 
 
-def test_nodes_without_labels_of_feature_discovery_are_warned_of(
+def test_nodes_without_labels_of_feature_discovery_are_warnings(
     api: FakeApi, kubeconfig: Path
 ) -> None:
     bare = node("gpu-1", gpus=1)
@@ -133,14 +133,16 @@ def test_a_missing_toleration_is_written_out(api: FakeApi, kubeconfig: Path) -> 
     )
 
 
-def test_a_toleration_is_missed_where_nothing_is_selected(api: FakeApi, kubeconfig: Path) -> None:
+def test_a_missing_toleration_is_found_without_a_node_selector(
+    api: FakeApi, kubeconfig: Path
+) -> None:
     """As in KubeRay's own samples: nodes without a GPU are too small, and that is not the fault."""
     api.put("rayservices.ray.io", service(pod={"tolerations": [], "nodeSelector": {}}))
     finding = findings_of(kubeconfig)["sdxl gpu"]
     assert finding.found == "it does not tolerate nvidia.com/gpu=present:NoSchedule (gpu-1)"
 
 
-def test_all_that_is_wrong_at_once_is_told(api: FakeApi, kubeconfig: Path) -> None:
+def test_all_causes_are_reported_together(api: FakeApi, kubeconfig: Path) -> None:
     api.put("nodes", node("gpu-1", gpus=1))
     limits = {"nvidia.com/gpu": 4}
     container = {"name": "w", "resources": {"limits": limits}}
@@ -165,14 +167,14 @@ def test_a_cordoned_node_is_no_matter_of_tolerations(api: FakeApi, kubeconfig: P
     assert "kubectl uncordon gpu-1" in finding.advice
 
 
-def test_another_gpu_than_the_one_selected_is_told(api: FakeApi, kubeconfig: Path) -> None:
+def test_another_gpu_than_the_one_selected_is_reported(api: FakeApi, kubeconfig: Path) -> None:
     api.put("nodes", node("a", gpus=1, **{"nvidia.com/gpu.product": "NVIDIA-H100-80GB-HBM3"}))
     finding = findings_of(kubeconfig)["sdxl gpu"]
     assert finding.outcome == "failed"
     assert "Nodes here have NVIDIA-H100-80GB-HBM3" in finding.advice
 
 
-def test_labels_of_others_are_named(api: FakeApi, kubeconfig: Path) -> None:
+def test_labels_of_other_nodes_are_named(api: FakeApi, kubeconfig: Path) -> None:
     api.put("rayservices.ray.io", service(pod={"nodeSelector": {"pool": "gpu"}}))
     finding = findings_of(kubeconfig)["sdxl gpu"]
     assert finding.found == "no node has pool=gpu"
@@ -181,7 +183,7 @@ def test_labels_of_others_are_named(api: FakeApi, kubeconfig: Path) -> None:
     assert findings_of(kubeconfig)["sdxl gpu"].found == "there are no nodes"
 
 
-def test_a_pod_that_is_larger_than_any_node_is_told(api: FakeApi, kubeconfig: Path) -> None:
+def test_a_pod_that_is_larger_than_any_node_is_reported(api: FakeApi, kubeconfig: Path) -> None:
     limits = {"nvidia.com/gpu": 2, "memory": "30Gi", "cpu": 16}
     api.put(
         "rayservices.ray.io",

@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def _lines(commands: str) -> list[str]:
-    """One each, whatever the indentation and the breaks of lines."""
+    """Return the commands, one per line, without indentation and line breaks."""
     return [" ".join(line.split()) for line in commands.replace("\\\n", " ").splitlines()]
 
 
-def test_kuberay_is_installed_as_the_platforms_page_says() -> None:
+def test_the_platforms_page_installs_kuberay_the_same_way() -> None:
     page = _lines((ROOT / "cluster" / "platform" / "README.md").read_text())
     assert len(_lines(INSTALL)) == 2
     assert set(_lines(INSTALL)) <= set(page)
@@ -111,7 +111,7 @@ def _not_ready(reason: str, message: str) -> Object:
         ),
     ],
 )
-def test_what_kuberay_says_of_a_service_is_shown(
+def test_kuberays_status_of_a_service_is_shown(
     api: FakeApi, kubeconfig: Path, status: Object, outcome: str, found: str
 ) -> None:
     api.put("rayservices.ray.io", service(status))
@@ -121,9 +121,7 @@ def test_what_kuberay_says_of_a_service_is_shown(
 
 
 @pytest.mark.parametrize("reason", ["ValidationFailed", "InitializingTimeout"])
-def test_what_kuberay_has_given_up_is_not_said_twice(
-    api: FakeApi, kubeconfig: Path, reason: str
-) -> None:
+def test_a_failed_service_is_reported_once(api: FakeApi, kubeconfig: Path, reason: str) -> None:
     api.put("rayservices.ray.io", service(_not_ready(reason, "why")))
     api.put("pods")
     findings = findings_of(kubeconfig)
@@ -155,13 +153,10 @@ def test_pods_that_cannot_be_made_are_shown(api: FakeApi, kubeconfig: Path) -> N
     assert "RayCluster ok" not in findings
 
 
-def test_another_version_of_ray_is_warned_of(api: FakeApi, kubeconfig: Path) -> None:
+def test_another_version_of_ray_is_a_warning(api: FakeApi, kubeconfig: Path) -> None:
     other = service()
     other["spec"]["rayClusterConfig"]["rayVersion"] = "2.9.0"
     api.put("rayservices.ray.io", other)
     finding = findings_of(kubeconfig)["Ray version"]
     assert finding.outcome == "warning"
     assert finding.found == f"sdxl has 2.9.0, this machine {RAY}"
-
-
-# GPU nodes.

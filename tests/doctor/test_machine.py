@@ -44,7 +44,7 @@ class Usage(NamedTuple):
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """Makes every disk as full as it is told."""
+    """Set the usage of every disk."""
 
     def set_usage(used: int, free: int) -> None:
         usage = Usage(used + free, used, free)
@@ -55,7 +55,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 @pytest.fixture
 def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A torch for GPUs, and a kernel that runs: neither is here."""
+    """Pretend a torch for GPUs and a kernel that runs."""
     monkeypatch.setattr(driver, "installed_torch", lambda: TorchBuild("2.13.0+cu130", (13, 0)))
     monkeypatch.setattr(driver, "try_kernel", lambda: ok("kernel", "torch computes on cuda:0"))
 
@@ -82,7 +82,7 @@ def test_an_old_driver_fails_and_the_kernel_is_tried_all_the_same() -> None:
     assert "kernel" in findings
 
 
-def test_without_a_driver_nothing_else_is_asked_of_gpus() -> None:
+def test_without_a_driver_no_other_gpu_check_runs() -> None:
     nvml = FakeNvml(init_error=pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
     findings = _look(Wanted(ModelConfig(), 1, cpu=False), Place({}, False, False), nvml)
     assert findings["gpu"].outcome == "failed"
@@ -96,7 +96,7 @@ def test_a_torch_for_the_cpu_is_not_tried_on_a_gpu(monkeypatch: pytest.MonkeyPat
     assert not findings.keys() & {"driver", "kernel"}
 
 
-def test_with_cpu_no_gpu_is_looked_for() -> None:
+def test_with_cpu_no_gpu_is_checked() -> None:
     nvml = FakeNvml(init_error=pynvml.NVML_ERROR_UNKNOWN)
     findings = _look(Wanted(ModelConfig(), 0, cpu=True), HOST, nvml)
     assert findings["gpu"].outcome == "ok"
@@ -140,7 +140,7 @@ def test_the_smallest_gpu_must_hold_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cuda_torch")
-def test_what_a_model_needs_that_is_not_here_is_not_known(
+def test_the_memory_of_a_missing_model_is_unknown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -165,7 +165,7 @@ PARTS = [Component("text_encoder", 2 * GIB, 0), Component("transformer", 6 * GIB
         (4, 4, "failed", "They cannot fit. Take a GPU with more memory."),
     ],
 )
-def test_memory_is_compared_and_what_would_fit_is_named(
+def test_memory_is_compared_and_fitting_options_are_named(
     total: int, free: int, outcome: str, advice: str
 ) -> None:
     memory = (total * GIB, free * GIB)
@@ -180,7 +180,7 @@ def test_halving_the_precision_is_named_where_it_is_full() -> None:
     assert "set model.dtype: bfloat16 (16.0 GiB)" in finding.advice
 
 
-def test_a_cpu_is_told_of_larger_machines_only() -> None:
+def test_advice_for_a_cpu_names_no_gpu_options() -> None:
     finding = check_memory("memory", ModelConfig(id="x", path="a/b"), PARTS, (GIB, GIB), False)
     assert finding.outcome == "failed"
     assert "model.speed" not in finding.advice
@@ -235,7 +235,7 @@ def test_a_cache_that_may_not_be_written_fails(
         (POD, "emptyDir: {medium: Memory}"),
     ],
 )
-def test_little_shared_memory_is_warned_of(
+def test_little_shared_memory_is_a_warning(
     disk: Callable[[int, int], None], place: Place, advice: str
 ) -> None:
     disk(0, 64 * 2**20)
@@ -252,8 +252,8 @@ def test_shared_memory_may_be_missing(tmp_path: Path) -> None:
     assert finding.outcome == "warning"
 
 
-def test_shared_memory_is_what_ray_takes(disk: Callable[[int, int], None]) -> None:
-    """Ray's own arithmetic, for machines from small to large."""
+def test_shared_memory_follows_rays_arithmetic(disk: Callable[[int, int], None]) -> None:
+    """Compare with Ray's own arithmetic, for machines from small to large."""
     from ray._private import utils
 
     for memory_gib, shm_gib in ((2, 1), (8, 8), (64, 4), (512, 256), (2048, 1024)):
@@ -265,7 +265,7 @@ def test_shared_memory_is_what_ray_takes(disk: Callable[[int, int], None]) -> No
         assert (outcome == "ok") == (shm_gib * GIB >= store), (memory_gib, shm_gib)
 
 
-def test_packages_are_compared_with_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_are_compared_with_the_requirements(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["ray[serve]~=2.60.0", "torch~=2.13.0", "no-such-extra; extra == 'quantize'"]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: asked)
     finding = check_packages()
@@ -278,7 +278,7 @@ def test_packages_are_compared_with_what_is_asked_for(monkeypatch: pytest.Monkey
     assert "no-such-package is missing" in finding.found
 
 
-def test_a_project_that_is_not_installed_is_told() -> None:
+def test_a_project_that_is_not_installed_is_reported() -> None:
     assert check_packages("no-such-project").outcome == "warning"
 
 
@@ -287,12 +287,12 @@ def _place(address: str) -> Place:
 
 
 @pytest.mark.parametrize("address", ["", "local", "auto"])
-def test_no_cluster_of_ray_is_asked_where_none_is_named(address: str) -> None:
+def test_without_an_address_no_ray_cluster_is_checked(address: str) -> None:
     assert check_ray_cluster(_place(address)).outcome == "ok"
     assert check_ray_cluster(HOST).outcome == "ok"
 
 
-def test_a_dashboards_address_tells_no_versions() -> None:
+def test_a_dashboards_address_is_a_warning() -> None:
     finding = check_ray_cluster(_place("http://head:8265"))
     assert finding.outcome == "warning"
     assert "HOST:6379" in finding.advice
@@ -300,13 +300,13 @@ def test_a_dashboards_address_tells_no_versions() -> None:
 
 @pytest.fixture
 def head() -> Iterator[str]:
-    """Somebody who listens; what Ray says there is up to the test."""
+    """Listen on a port; the test decides Ray's answer."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def test_versions_of_a_cluster_are_compared(head: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With what `head` prints; tests/e2e asks a real cluster."""
+    """Use the output of `head`; tests/e2e has a real cluster."""
     theirs = {
         "ray_version": importlib.metadata.version("ray"),
         "python_version": platform.python_version(),
@@ -343,7 +343,7 @@ def test_a_cluster_that_does_not_answer_fails(head: str, monkeypatch: pytest.Mon
     assert "no answer in 60 s" in check_ray_cluster(_place(head)).found
 
 
-def test_an_address_where_nobody_listens_fails_at_once() -> None:
+def test_an_address_without_a_listener_fails_at_once() -> None:
     assert "HOST:PORT" in check_ray_cluster(_place("head")).found
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -354,7 +354,7 @@ def test_an_address_where_nobody_listens_fails_at_once() -> None:
 
 
 @pytest.mark.parametrize(("place", "outcome"), [(CONTAINER, "warning"), (POD, "failed")])
-def test_an_image_without_wget_is_told_of_kuberays_probes(
+def test_an_image_without_wget_fails_kuberays_probes(
     place: Place, outcome: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "wget" else f"/bin/{name}")
@@ -376,7 +376,7 @@ def test_an_image_without_wget_is_told_of_kuberays_probes(
         ),
     ],
 )
-def test_what_a_container_uses_is_not_free_and_its_cached_files_are(
+def test_used_memory_of_a_container_is_not_free_and_its_cache_is(
     tmp_path: Path, limit: str, used: str, cached: str
 ) -> None:
     mib = 2**20

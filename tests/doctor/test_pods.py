@@ -67,7 +67,7 @@ ROOT = Path(__file__).parents[2]
         ),
     ],
 )
-def test_a_pod_that_does_not_run_says_why(
+def test_a_pod_that_does_not_run_is_explained(
     api: FakeApi, kubeconfig: Path, stuck: Object, outcome: str, found: str, advice: str
 ) -> None:
     api.put("pods", stuck, pod("runs", phase="Running"), pod("done", phase="Succeeded"))
@@ -80,7 +80,7 @@ def test_a_pod_that_does_not_run_says_why(
 @pytest.mark.parametrize(
     ("code", "reason", "memory"), [(137, "OOMKilled", True), (1, "Error", False)]
 )
-def test_a_container_that_ends_again_and_again_says_how(
+def test_a_crash_loop_shows_its_exit_code(
     api: FakeApi, kubeconfig: Path, code: int, reason: str, memory: bool
 ) -> None:
     looping = waiting("p", "CrashLoopBackOff", phase="Running")
@@ -101,9 +101,7 @@ def test_alike_pods_have_one_row(api: FakeApi, kubeconfig: Path) -> None:
     assert "pods" not in findings
 
 
-def test_pods_that_ended_well_or_are_on_their_way_out_are_no_fault(
-    api: FakeApi, kubeconfig: Path
-) -> None:
+def test_succeeded_and_terminating_pods_are_no_failure(api: FakeApi, kubeconfig: Path) -> None:
     leaving = ended("p", 143, "Error")
     leaving["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00+00:00"
     api.put("pods", leaving, ended("q", 0, "Completed", phase="Running"))
@@ -129,7 +127,7 @@ _NO_SECRET = 'MountVolume.SetUp failed for volume "keys" : secret "api-keys" not
         ("failed to sync configmap cache: timed out", "warning", "tries again"),
     ],
 )
-def test_what_a_node_says_of_its_pod_is_told(
+def test_a_nodes_events_explain_its_pod(
     api: FakeApi, kubeconfig: Path, message: str, outcome: str, advice: str
 ) -> None:
     api.put("pods", _PLACED)
@@ -145,7 +143,7 @@ def test_what_a_node_says_of_its_pod_is_told(
     assert advice in finding.advice
 
 
-def test_the_cause_is_told_and_not_what_comes_of_it(api: FakeApi, kubeconfig: Path) -> None:
+def test_the_cause_is_reported_and_not_its_consequences(api: FakeApi, kubeconfig: Path) -> None:
     api.put("pods", _PLACED)
     of_it = event("p", "FailedMount", "Unable to attach or mount volumes: timed out", minute=9)
     api.put("events", of_it, event("p", "FailedMount", _NO_SECRET, minute=2))
@@ -162,7 +160,7 @@ def test_the_cause_is_told_and_not_what_comes_of_it(api: FakeApi, kubeconfig: Pa
         [event("p", "FailedScheduling", "3 Insufficient memory.", minute=1)],
     ],
 )
-def test_what_hindered_a_pod_before_is_over(
+def test_earlier_obstacles_of_a_pod_do_not_count(
     api: FakeApi, kubeconfig: Path, events: list[Object]
 ) -> None:
     api.put("pods", _PLACED)
@@ -172,7 +170,7 @@ def test_what_hindered_a_pod_before_is_over(
     assert "takes minutes" in finding.advice
 
 
-def test_events_that_may_not_be_looked_at_hide_no_pod(api: FakeApi, kubeconfig: Path) -> None:
+def test_forbidden_events_hide_no_pod(api: FakeApi, kubeconfig: Path) -> None:
     api.put("pods", _PLACED)
     api.refusals = {"events": 403}
     findings = findings_of(kubeconfig)
@@ -180,8 +178,8 @@ def test_events_that_may_not_be_looked_at_hide_no_pod(api: FakeApi, kubeconfig: 
     assert findings["pod p"].outcome == "warning"
 
 
-def test_pods_that_kuberay_has_replaced_are_told_of(api: FakeApi, kubeconfig: Path) -> None:
-    """By its events, in the words of KubeRay 1.7 and of the API types' String()."""
+def test_pods_that_kuberay_has_replaced_are_reported(api: FakeApi, kubeconfig: Path) -> None:
+    """Use events in the words of KubeRay 1.7 and of the API types' String()."""
 
     def deleted(name: str, state: str, minute: int) -> Object:
         message = (

@@ -1,7 +1,7 @@
 """Scenes of the demo model: their content, their captions and their pixels.
 
-A `Scene` is the ground truth. `sample_scene` draws one, `caption` describes it and `render` draws its
-pixels. The trainer, the judge and the tests all use these three, so that a prompt and its image
+A `Scene` is the ground truth. `sample_scene` draws one, `caption` describes it and `render` draws
+its pixels. The trainer, the judge and the tests all use these three, so that a prompt and its image
 cannot drift apart.
 """
 
