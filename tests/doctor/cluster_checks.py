@@ -19,3 +19,8 @@ def findings_of(
         findings = list(look(cluster, cpu, overlay))
     assert len({finding.check for finding in findings}) == len(findings)
     return {finding.check: finding for finding in findings}
+
+
+def command_lines(commands: str) -> list[str]:
+    """Return the commands, one per line, without indentation and line breaks."""
+    return [" ".join(line.split()) for line in commands.replace("\\\n", " ").splitlines()]

@@ -37,12 +37,8 @@ def _check(model: str, content: dict[str, Any]) -> None:
 
 BUILT_IN = {
     "v1": (
-        "ConfigMap",
-        "Namespace",
-        "PersistentVolumeClaim",
-        "Secret",
-        "Service",
-        "ServiceAccount",
+        *("ConfigMap", "Namespace", "PersistentVolumeClaim", "Secret"),
+        *("Service", "ServiceAccount"),
     ),
     "apps/v1": ("DaemonSet", "Deployment", "StatefulSet"),
     "networking.k8s.io/v1": ("NetworkPolicy",),

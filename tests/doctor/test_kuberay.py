@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.doctor.kuberay import INSTALL
-from tests.doctor.cluster_checks import findings_of
+from tests.doctor.cluster_checks import command_lines, findings_of
 from tests.doctor.fake_cluster import (
     RAY,
     FakeApi,
@@ -18,22 +18,17 @@ from tests.doctor.fake_cluster import (
 ROOT = Path(__file__).parents[2]
 
 
-def _lines(commands: str) -> list[str]:
-    """Return the commands, one per line, without indentation and line breaks."""
-    return [" ".join(line.split()) for line in commands.replace("\\\n", " ").splitlines()]
-
-
 def test_the_platforms_page_installs_kuberay_the_same_way() -> None:
-    page = _lines((ROOT / "cluster" / "platform" / "README.md").read_text())
-    assert len(_lines(INSTALL)) == 2
-    assert set(_lines(INSTALL)) <= set(page)
+    page = command_lines((ROOT / "cluster" / "platform" / "README.md").read_text())
+    assert len(command_lines(INSTALL)) == 2
+    assert set(command_lines(INSTALL)) <= set(page)
     assert sum("install kuberay-operator" in line for line in page) == 1
 
 
 def test_an_upgrade_is_of_the_release_that_is_there(api: FakeApi, kubeconfig: Path) -> None:
     api.put("deployments.apps", operator(":v1.5.1", release="kuberay-operator"))
-    advice = _lines(findings_of(kubeconfig)["KubeRay operator"].advice)
-    install = _lines(INSTALL)[1].replace(" install ", " upgrade ")
+    advice = command_lines(findings_of(kubeconfig)["KubeRay operator"].advice)
+    install = command_lines(INSTALL)[1].replace(" install ", " upgrade ")
     assert advice[-1] == install.replace("kuberay-operator --create-namespace", "system")
     api.put("deployments.apps", operator(":v1.5.1", release="rays"))
     assert "helm upgrade rays kuberay/" in findings_of(kubeconfig)["KubeRay operator"].advice
