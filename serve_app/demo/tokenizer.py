@@ -6,21 +6,21 @@ from itertools import pairwise
 from transformers import CLIPTokenizer
 
 MAX_TOKENS = 32
-"""Tokens a prompt may have, start and end marks included; longer ones are cut."""
+"""Longest prompt in tokens, start and end marks included; longer ones are cut."""
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 
 
 def _byte_characters() -> list[str]:
-    """Printable stand-ins for the 256 bytes, as in byte-level BPE (Radford et al., 2019)."""
+    """Return printable stand-ins for the 256 bytes, as in byte-level BPE (Radford et al., 2019)."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     spare = iter(range(0x100, 0x200))
     return [chr(byte) if byte in kept else chr(next(spare)) for byte in range(256)]
 
 
 def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al., 2016), run until each word is a single piece."""
+    """Learn merges by byte-pair encoding (Sennrich et al., 2016) until each word is one piece."""
     pieces = [[*word[:-1], word[-1] + _WORD_END] for word in words]
     merges: list[tuple[str, str]] = []
     while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
@@ -34,9 +34,9 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer(words: list[str]) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in CLIP's format, in which each of ``words`` is a single token.
+    """Build a byte-level BPE tokenizer in CLIP's format, with one token for each of ``words``.
 
-    Any other text falls apart into shorter pieces, at worst into bytes, so nothing is unknown.
+    Any other text splits into shorter pieces, at worst into bytes, so nothing is unknown.
     """
     characters = _byte_characters()
     merges = _learn_merges(words)

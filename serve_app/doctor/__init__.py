@@ -1,7 +1,7 @@
-"""``diffusion-serve doctor``: what stands between a machine or a cluster and a picture.
+"""``diffusion-serve doctor``: what keeps a machine or a cluster from serving images.
 
-Looks before anything is started, and says what to do about what it finds. It changes nothing,
-except with ``--rehearse``, which creates a namespace and deletes it again. Knows the configuration
-and nothing else of this project; neither torch nor Ray is imported where the command runs, only in
+The checks run before anything is started, and each failure comes with advice. They change nothing,
+except with ``--rehearse``, which creates a namespace and deletes it again. They import only the
+configuration of this project; neither torch nor Ray is imported where the command runs, only in
 processes that may hang or crash without harm.
 """

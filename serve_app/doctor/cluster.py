@@ -1,4 +1,4 @@
-"""The checks of a Kubernetes cluster: before pods are paid for, and of those that are there."""
+"""The checks of a Kubernetes cluster, before pods cost money and while they run."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -23,13 +23,13 @@ from serve_app.errors import ConfigError
 _DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 _COMMAND = "diffusion-serve doctor --cluster"
 _BEFORE = (
-    "Before anything is applied, let it be compared:\n"
+    "Before you apply anything, compare it with the cluster:\n"
     f"  kubectl kustomize cluster/overlays/production | {_COMMAND} --overlay -"
 )
 
 
 def read_overlay(text: str, name: str) -> list[Object]:
-    """The objects of a rendered manifest. Raises `ConfigError` without a whole RayService."""
+    """Parse a rendered manifest. Raises `ConfigError` without a complete RayService."""
     try:
         objects = [one for one in yaml.safe_load_all(text) if one]
     except yaml.YAMLError as error:
@@ -49,11 +49,11 @@ def read_overlay(text: str, name: str) -> list[Object]:
     return objects
 
 
-def choose_namespace(overlay: Sequence[Object], name: str, asked_for: str | None) -> str | None:
-    """Where ``overlay`` goes, read from ``name``; None if nothing says it.
+def choose_namespace(overlay: Sequence[Object], name: str, requested: str | None) -> str | None:
+    """Return the namespace of ``overlay``, read from ``name``; None if nothing names it.
 
     Raises:
-        ConfigError: if it goes into several, or into another than the one that is asked for.
+        ConfigError: if it has several, or another than ``requested``.
     """
     found = {one["metadata"].get("namespace") for one in overlay if one["kind"] == "RayService"}
     if len(found) > 1:
@@ -62,18 +62,18 @@ def choose_namespace(overlay: Sequence[Object], name: str, asked_for: str | None
             "give one overlay at a time."
         )
     [own] = found
-    if own is not None and asked_for not in (None, own):
+    if own is not None and requested not in (None, own):
         raise ConfigError(
-            f"--namespace is {asked_for}, and {name} is for namespace {own}: leave --namespace out."
+            f"--namespace is {requested}, and {name} is for namespace {own}: leave --namespace out."
         )
-    return own or asked_for
+    return own or requested
 
 
 def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -> Iterator[Finding]:
-    """Every check. ``cpu``: no GPU is expected; ``overlay``: what is to be applied.
+    """Run every check. ``cpu``: no GPU is expected; ``overlay``: the objects to apply.
 
-    Without an overlay, what the namespace holds is looked at instead; where that is nothing of ours
-    and no namespace was asked for, ``cluster`` turns to the one that has our service.
+    Without an overlay, the objects of the namespace are checked. If it has no service of this
+    project and no namespace was requested, ``cluster`` switches to the one that has it.
     """
     try:
         version = cluster.version()
@@ -114,7 +114,7 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
         ("refusals", lambda: kuberay.check_refusals(cluster)),
         ("pods", lambda: pods.check_pods(cluster, overlay is not None)),
         ("Gateways", lambda: gateways.check_gateways(cluster)),
-        # Last, since what keeps a service from being ready has been said by then.
+        # Last: the rows above give the causes that keep a service from being ready.
         ("services", lambda: kuberay.check_services(cluster)),
     ]
     for name, check in checks:
@@ -128,13 +128,13 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
 
 
 def _find_service(cluster: Cluster) -> Finding | None:
-    """Turns to the namespace of our service; what is to be said where that is not to be found.
+    """Switch to the namespace of this project's service; return a finding where there is none.
 
     Raises `NotReadable`.
     """
 
     def ours(everywhere: bool) -> list[Object]:
-        # By their Serve config, whatever they are called.
+        # Found by their Serve config: their names are free.
         return [
             one
             for one in cluster.list("rayservices.ray.io", everywhere)
@@ -151,12 +151,12 @@ def _find_service(cluster: Cluster) -> Finding | None:
     except NotReadable:
         return warning(
             check,
-            f"{here}, and other namespaces may not be looked at",
+            f"{here}, and other namespaces may not be read",
             f"If it is in another, name that:\n  {_COMMAND} --namespace NAMESPACE\n{_BEFORE}",
         )
     if not others:
         return warning(check, f"{here}, nor in any other", _BEFORE)
-    if len(others) == 1 and not cluster.namespace_is_asked_for:
+    if len(others) == 1 and not cluster.namespace_is_requested:
         cluster.namespace = others[0]
         return None
     return failed(
@@ -170,7 +170,7 @@ def _find_service(cluster: Cluster) -> Finding | None:
 def _check_storage(
     cluster: Cluster, services: Sequence[Object], overlay: Sequence[Object] | None
 ) -> Iterator[Finding]:
-    """Each claim that a pod template names, and the StorageClass that it needs."""
+    """Check each claim that a pod template names, and its StorageClass."""
     names = {
         volume["persistentVolumeClaim"]["claimName"]
         for service in services

@@ -1,8 +1,8 @@
-"""The chain of deadlines of a RayService: what ends first when pods go, and what must end later.
+"""The chain of deadlines of a RayService: the order in which requests, replicas and pods end.
 
-A request < the grace of the replica that has it <= the drain of its node < the grace of its pod <
+A request < the grace of its replica <= the drain of its node < the grace of its pod <
 the delay after which the old Ray cluster of an upgrade is deleted. Where a link is out of order,
-requests are cut off. Pure: reads a RayService as the API has it.
+requests are cut off. Pure: reads a RayService as the API returns it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from serve_app.errors import ConfigError
 
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 NO_GATEWAY = {"diffusion-serve/gateway": "no"}
-"""Labels of a worker group that gateways keep off."""
+"""Labels of a worker group without gateways."""
 
 _CONFIG = "spec.serveConfigV2"
 _DELAY = "spec.rayClusterDeletionDelaySeconds"
@@ -39,7 +39,7 @@ class Link:
     seconds: float
     advice: str = ""
     may_equal: bool = False
-    """Whether it may be as long as the link before it."""
+    """True if it may be as long as the link before it."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,10 @@ Chain = tuple[Link, ...]
 
 
 def chains(service: Object) -> list[Chain]:
-    """Each deployment's chain in each worker group where its replicas may be, then the head's.
+    """Build each deployment's chain in each worker group of its replicas, then the head's.
 
     Raises:
-        ConfigError: if there is no Serve config of ours, or it or a duration is wrong.
+        ConfigError: if this project's Serve config is missing, or it or a duration is wrong.
     """
     cluster = RayCluster(
         mapping(mapping(service.get("spec")).get("rayClusterConfig")),
@@ -90,21 +90,21 @@ def chains(service: Object) -> list[Chain]:
 
 
 def misorders(service: Object) -> Iterator[Misorder]:
-    """Each link that is out of order, once. Raises `ConfigError` as `chains` does."""
+    """Yield each link that is out of order, once. Raises `ConfigError` as `chains` does."""
     seen = set()
     for chain in chains(service):
         for before, link in pairwise(chain):
             in_order = before.seconds < link.seconds or (
                 link.may_equal and before.seconds == link.seconds
             )
-            # Every chain of a group ends alike.
+            # All chains of a group share their last links.
             if not in_order and (link.field, before.field) not in seen:
                 seen.add((link.field, before.field))
                 yield Misorder(link, before)
 
 
 def as_text(chain: Chain) -> str:
-    """``the longest request 420 < ... < the deletion delay 600``."""
+    """Format a chain: ``the longest request 420 < ... < the deletion delay 600``."""
     first, *others = chain
     signs = ("<=" if link.may_equal else "<" for link in others)
     return " ".join(
@@ -133,7 +133,7 @@ def _applications(service: Object) -> list[Mapping[str, Any]]:
 
 
 def _replicas(application: Mapping[str, Any]) -> Iterator[tuple[str, Link, Link]]:
-    """Each deployment: its name, its longest request and the grace of its replicas."""
+    """Yield each deployment's name, longest request and grace of its replicas."""
     config = parse_app_config(application.get("args") or {})
     longest_s, graces_s = longest_requests_s(config), graceful_shutdown_timeouts_s(config)
     limits = {"Generator": "max_deadline_s", "Gateway": "max_hold_s and max_deadline_s"}
@@ -155,7 +155,7 @@ def _replicas(application: Mapping[str, Any]) -> Iterator[tuple[str, Link, Link]
 
 
 def _pod(node: Node) -> tuple[Link, Link]:
-    """The drain of the Ray node, and the grace of its pod."""
+    """Return the drain of the Ray node, and the grace of its pod."""
     group = node.path.rpartition(".")[2]
     drain = f"{node.variables_path}.{DRAIN_VARIABLE}"
     grace = f"{node.pod_path}.terminationGracePeriodSeconds"

@@ -1,4 +1,4 @@
-"""Whether driver, torch and GPU fit together: by their versions, and by trying."""
+"""Checks that driver, torch and GPU fit together, by their versions and by a trial."""
 
 import ast
 import importlib.metadata
@@ -14,20 +14,21 @@ from serve_app.doctor.gpus import Driver
 from serve_app.doctor.report import Finding, failed, ok, warning
 
 OLDEST_DRIVER = {12: 525, 13: 580}
-"""By CUDA's major version, of those that torch 2.13 is built with: NVIDIA's table for minor version
-compatibility, by which a program built with any CUDA of a major version runs on every driver from
-there on."""
+"""Oldest driver by CUDA's major version, for the builds of torch 2.13.
+
+From NVIDIA's table for minor version compatibility: a program built with any CUDA of a major
+version runs on this driver and newer ones."""
 
 
 @dataclass(frozen=True)
 class TorchBuild:
     version: str
     cuda: tuple[int, int] | None
-    """The CUDA that it was built with; None of a build for the CPU."""
+    """CUDA version of the build; None for a CPU build."""
 
 
 def installed_torch() -> TorchBuild | None:
-    """Read from torch's files, for importing it takes seconds; None if it is not installed."""
+    """Read torch's build from its files, since an import takes seconds; None if not installed."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -47,7 +48,7 @@ def installed_torch() -> TorchBuild | None:
 
 
 def check_torch(torch: TorchBuild | None) -> Finding:
-    """Whether this torch was built for a GPU."""
+    """Check that this torch was built for a GPU."""
     if torch is None:
         return failed("torch", "not installed", "Install this project: `pip install .`")
     if torch.cuda is None:
@@ -56,15 +57,15 @@ def check_torch(torch: TorchBuild | None) -> Finding:
             f"torch {torch.version} has no CUDA in it: a build for the CPU (or for other GPUs)",
             "Install a CUDA build of the same version, as the image `gpu` has; on Linux, "
             f"`pip install torch=={torch.version.split('+')[0]}` from PyPI is one. For the CPU, "
-            "say --cpu.",
+            "add --cpu.",
         )
     return ok("torch", f"torch {torch.version}, built with CUDA {_dotted(torch.cuda)}")
 
 
 def check_driver(driver: Driver, cuda: tuple[int, int]) -> Finding:
-    """Whether the driver is new enough for a torch that was built with ``cuda``."""
+    """Check that the driver is new enough for a torch that was built with ``cuda``."""
     branch = int(driver.version.split(".")[0])
-    # A CUDA that is newer than the table needs a driver that is newer, too.
+    # A CUDA newer than the table needs a newer driver too.
     oldest = OLDEST_DRIVER.get(cuda[0], max(OLDEST_DRIVER.values()))
     offers = "" if driver.cuda is None else f" (CUDA {_dotted(driver.cuda)})"
     found = f"driver {driver.version}{offers}, CUDA {cuda[0]}.x needs {oldest} or newer"
@@ -97,7 +98,7 @@ def check_driver(driver: Driver, cuda: tuple[int, int]) -> Finding:
 
 
 def try_kernel(command: Sequence[str] | None = None, timeout_s: float = 120.0) -> Finding:
-    """Let another process multiply matrices on each GPU, as ``command`` or as `kernel` does it."""
+    """Multiply matrices on each GPU in another process: ``command``, or else `kernel`."""
     process = subprocess.Popen(
         command or [sys.executable, "-m", "serve_app.doctor.kernel"],
         stdin=subprocess.DEVNULL,
@@ -111,7 +112,7 @@ def try_kernel(command: Sequence[str] | None = None, timeout_s: float = 120.0) -
         process.kill()
         try:
             process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:  # it hangs inside the driver, where no signal comes
+        except subprocess.TimeoutExpired:  # it hangs inside the driver, which no signal reaches
             for pipe in (process.stdout, process.stderr):
                 if pipe is not None:
                     pipe.close()
@@ -124,12 +125,12 @@ def try_kernel(command: Sequence[str] | None = None, timeout_s: float = 120.0) -
     if process.returncode == 0 and output:
         return ok("kernel", "torch computes on " + ", ".join(output.splitlines()))
     lines = [line for line in errors.splitlines() if line.strip()]
-    said = lines[-1].strip() if lines else "it says nothing"
+    details = lines[-1].strip() if lines else "it printed nothing"
     if process.returncode < 0:
-        said = f"killed by signal {-process.returncode}; {said}"
+        details = f"killed by signal {-process.returncode}; {details}"
     elif process.returncode == 0:
-        said = "it finds no GPU"
-    return failed("kernel", f"torch cannot: {said}", _advice_on(errors))
+        details = "it finds no GPU"
+    return failed("kernel", f"torch cannot: {details}", _advice_on(errors))
 
 
 _KNOWN = (
@@ -149,7 +150,7 @@ _KNOWN = (
     ),
     (
         r"driver version is insufficient|driver on your system is too old|forward compatibility",
-        "Update the host's driver; the row `driver` says to which.",
+        "Update the host's driver; the row `driver` names the version.",
     ),
     (
         r"busy or unavailable",

@@ -1,7 +1,7 @@
-"""Whether each node takes a pod now, and what keeps the others from it.
+"""Compares a pod with each node: whether it fits now, and the reasons against it.
 
-Pure: reads pod specs, nodes and pods as the API has them. One judgement for pods that are pending
-and for those that an overlay is going to bring.
+Pure: reads pod specs, nodes and pods as the API returns them. The same comparison serves pending
+pods and those of an overlay.
 """
 
 import re
@@ -15,7 +15,7 @@ from serve_app.doctor.kube import Object
 _CONDITION = re.compile(
     r"node\.(cloudprovider\.)?kubernetes\.io/|ToBeDeletedByClusterAutoscaler$|karpenter\.sh/disrupt"
 )
-"""Taints that say how a node is, and not whom it is for: no pod template should tolerate them."""
+"""Taints for the state of a node, not for its users: no pod template should tolerate them."""
 
 _CONTROL_PLANE = re.compile(r"node-role\.kubernetes\.io/(control-plane|master)$")
 
@@ -26,12 +26,12 @@ _NAMED = {
 }
 
 _PODS = "pods"
-"""A node's allocatable counts pods as a resource, of which each pod takes one."""
+"""Resource in a node's allocatable of which each pod takes one."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """A pod that runs on a node, with what it asks for."""
+    """A pod that runs on a node, with its requests."""
 
     name: str
     namespace: str
@@ -39,7 +39,7 @@ class Holder:
 
 
 class Occupancy:
-    """What the pods of all namespaces take of each node."""
+    """The resources that pods of all namespaces use on each node."""
 
     def __init__(self, pods: Iterable[Object]) -> None:
         self._of_node: dict[str, list[Holder]] = {}
@@ -53,7 +53,7 @@ class Occupancy:
                 )
 
     def of(self, node: str, resource: str) -> list[Holder]:
-        """Return the pods that take of ``resource`` on ``node``, those that take most first."""
+        """Return the pods that use ``resource`` on ``node``, the largest first."""
         holders = [one for one in self._of_node.get(node, ()) if one.requests.get(resource)]
         return sorted(holders, key=lambda one: (-one.requests[resource], one.name))
 
@@ -63,30 +63,30 @@ class Occupancy:
 
 @dataclass(frozen=True)
 class Fit:
-    """What keeps a pod off a node; nothing does where all is empty."""
+    """The reasons that keep a pod off a node; the pod fits where all are empty."""
 
     node: str
     labels: tuple[str, ...] = ()
-    """Selected on, and not the node's."""
+    """Required labels that the node lacks."""
     taints: tuple[tuple[str, str, str], ...] = ()
-    """Not tolerated: key, value and effect of each."""
+    """Taints that are not tolerated: key, value and effect of each."""
     condition: tuple[str, ...] = ()
-    """As `cordoned`: the node takes no new pods for the time being."""
+    """Reason why the node takes no new pods at the moment, as `cordoned`."""
     absent: tuple[str, ...] = ()
     """Resources of which the node has none at all."""
     small: tuple[str, ...] = ()
-    """Resources of which the node has less than is asked for, even when it is empty."""
+    """Resources of which the node has less than requested, even when it is empty."""
     short: tuple[tuple[str, Decimal], ...] = ()
-    """Resources that other pods have taken, and how much more of each would have to be free."""
+    """Resources that other pods use, with the missing amount of each."""
 
     @property
     def takes(self) -> bool:
-        """Whether the pod can go there now."""
+        """True if the pod fits there now."""
         return self.takes_when_free and not self.short
 
     @property
     def takes_when_free(self) -> bool:
-        """Whether the pod can go there once other pods make room."""
+        """True if the pod fits there once other pods make room."""
         return not (self.labels or self.taints or self.condition or self.absent or self.small)
 
     @property
@@ -96,8 +96,8 @@ class Fit:
 
     @property
     def _cost(self) -> int:
-        # What has to be done about the dearest reason decides: wait, uncordon, tolerate, ask for
-        # less, have another kind of node, have a GPU at all. A control plane is for no such pod.
+        # The most expensive remedy decides: wait, uncordon, tolerate, request
+        # less, have another kind of node, have a GPU at all. A control plane is never a choice.
         reserved = any(_CONTROL_PLANE.match(key) for key, _, _ in self.taints)
         reasons = (
             self.short,

@@ -1,7 +1,7 @@
-"""Gateways of the Gateway API: whether traffic can get in.
+"""Checks of the Gateway API's Gateways: whether traffic can enter.
 
-A RayService is Ready once its replicas answer, even if its Gateway has no address: nobody reaches
-it then, and a later incremental upgrade stands still at 0 %.
+A RayService is Ready once its replicas answer, even if its Gateway has no address. Then no client
+reaches it, and a later incremental upgrade stands still at 0 %.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ _APPLY_CLASSES = "  kubectl apply -f cluster/platform/gatewayclass.yaml"
 def check_classes(
     cluster: Cluster, services: Sequence[Object], overlay: Sequence[Object] | None
 ) -> Iterator[Finding]:
-    """Each GatewayClass that is named must exist and be accepted by its controller."""
+    """Check that each named GatewayClass exists and is accepted by its controller."""
     wanted = {
         (options.get("gatewayClassName") or "", f"RayService {one['metadata']['name']}")
         for one in services
@@ -72,14 +72,14 @@ def check_classes(
 
 
 def check_gateways(cluster: Cluster) -> Iterator[Finding]:
-    """Each Gateway of the namespace must be programmed, those that KubeRay makes as well."""
+    """Check that each Gateway of the namespace is programmed, KubeRay's own included."""
     if not cluster.kinds(GATEWAY_API):
         return
     services = cluster.list("rayservices.ray.io", everywhere=False)
     gateways = cluster.list(_GATEWAYS, everywhere=False)
     names = {_name(one) for one in gateways}
     for service in services:
-        # One without any status has not been looked at; a row of its own says so.
+        # No controller has handled one without a status; a row of its own reports it.
         if is_incremental(service) and service.get("status"):
             name = gateway_name(service)
             if name not in names:
@@ -87,7 +87,7 @@ def check_gateways(cluster: Cluster) -> Iterator[Finding]:
                     f"Gateway {name}",
                     f"KubeRay has not made it for RayService {_name(service)}",
                     "It makes one only with its feature gate RayServiceIncrementalUpgrade, which "
-                    "cluster/platform/kuberay-operator.yaml sets; the operator's log says more.",
+                    "cluster/platform/kuberay-operator.yaml sets; the operator's log has details.",
                 )
     for gateway in gateways:
         yield _check_gateway(cluster, gateway)
@@ -104,7 +104,7 @@ def _check_gateway(cluster: Cluster, gateway: Object) -> Finding:
         return failed(
             check,
             f"not accepted: {_said(accepted)}",
-            f"Mend what is named: `kubectl describe gateway {_name(gateway)}` shows which listener "
+            f"Correct its cause: `kubectl describe gateway {_name(gateway)}` shows which listener "
             "or parameter it is, and its GatewayClass must be accepted.",
         )
     found = f"not programmed: {_said(programmed)}"
@@ -114,7 +114,7 @@ def _check_gateway(cluster: Cluster, gateway: Object) -> Finding:
             found,
             "Its Service of type LoadBalancer has no address: `kubectl get services "
             "--all-namespaces --selector gateway.envoyproxy.io/owning-gateway-name="
-            f"{_name(gateway)}` and its events say why (no load balancers in this cluster, a "
+            f"{_name(gateway)}` and its events show why (no load balancers in this cluster, a "
             "quota). Where it need be reached from inside only, take the class eg-internal.",
         )
     if programmed.get("reason") == "NoResources":
@@ -137,9 +137,9 @@ def _check_gateway(cluster: Cluster, gateway: Object) -> Finding:
 
 
 def _advice_on_controller(cluster: Cluster, controller: str | None) -> str:
-    """Say what to do where the controller has not done its part: is it there at all?"""
+    """Advise on a controller that has not acted: it may be missing."""
     if controller not in (None, _CONTROLLER):
-        return f"Look whether {controller} runs, and at its log: nobody else answers for the class."
+        return f"Check that {controller} runs, and its log: no other controller handles the class."
     try:
         running = [
             one
@@ -178,8 +178,8 @@ def _conditions(one: Object) -> dict[str, Object]:
 
 
 def _said(condition: Object) -> str:
-    said = ": ".join(condition[key] for key in ("reason", "message") if condition.get(key))
-    return said or "no controller has looked at it"
+    details = ": ".join(condition[key] for key in ("reason", "message") if condition.get(key))
+    return details or "no controller has handled it"
 
 
 def _name(one: Object) -> str:

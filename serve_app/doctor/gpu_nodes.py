@@ -1,4 +1,4 @@
-"""GPU nodes of a cluster: what they offer, and whether the service's pods can go there."""
+"""Checks of a cluster's GPU nodes: the device plugin, and the GPUs that nodes offer."""
 
 import re
 from collections import Counter
@@ -41,7 +41,7 @@ def check_device_plugin(cluster: Cluster) -> Iterator[Finding]:
             yield warning(
                 check,
                 found,
-                "It selects no node: right while all GPU nodes are away, else look at its "
+                "It selects no node: right while all GPU nodes are away, else check its "
                 "nodeSelector and affinity (with feature discovery it waits for the label "
                 "nvidia.com/gpu.present or feature.node.kubernetes.io/pci-10de.present).",
             )

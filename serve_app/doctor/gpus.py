@@ -1,6 +1,6 @@
-"""The GPUs of this machine, as NVIDIA's management library (NVML) tells of them.
+"""The GPUs of this machine, as NVIDIA's management library (NVML) reports them.
 
-NVML needs the driver and no CUDA, and answers at once where torch would take seconds to say less.
+NVML needs the driver and no CUDA, and answers at once; torch takes seconds and reports less.
 """
 
 import re
@@ -15,11 +15,11 @@ from serve_app.doctor.report import Finding, failed, gib, ok, warning
 
 @dataclass(frozen=True)
 class Place:
-    """Where this runs, which decides what is to be done."""
+    """The environment of this process, which decides the advice."""
 
     environment: Mapping[str, str]
     device_files: bool
-    """Whether there is a /dev/nvidia0 or another."""
+    """True if /dev/nvidia0 or another exists."""
     container: bool
 
     @property
@@ -47,7 +47,7 @@ class MigInstance:
 
 @dataclass(frozen=True)
 class Gpu:
-    """None stands for what this GPU or its driver does not tell."""
+    """One GPU. None stands for a value that it or its driver does not report."""
 
     index: int
     name: str
@@ -55,16 +55,16 @@ class Gpu:
     free_bytes: int | None
     mig: bool
     mig_pending: bool
-    """What the mode becomes when the GPU is reset."""
+    """MIG mode after the next reset of the GPU."""
     instances: tuple[MigInstance, ...]
     processes: int | None
-    """With work on it; those of other containers are often not to be seen."""
+    """Count of processes with work on it; those of other containers are often invisible."""
     mps: bool
-    """Whether some of them share it through CUDA's Multi-Process Service."""
+    """True if some of them share it through CUDA's Multi-Process Service."""
 
     @property
     def usable_bytes(self) -> tuple[int, int] | None:
-        """(total, free) of the largest part that one process can have."""
+        """(total, free) bytes of the largest part that one process can use."""
         if self.mig:
             parts = [(part.total_bytes, part.free_bytes) for part in self.instances]
             return max(parts, default=None)
@@ -75,13 +75,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
+    """The NVIDIA driver."""
+
     version: str
-    """As 580.95.05."""
+    """Version such as 580.95.05."""
     cuda: tuple[int, int] | None
-    """The CUDA that its library offers; more than the driver's own with the package cuda-compat."""
+    """CUDA version that its library offers; newer than the driver's own with cuda-compat."""
 
 
-_UNTOLD = (
+_NOT_REPORTED = (
     pynvml.NVML_ERROR_NOT_SUPPORTED,
     pynvml.NVML_ERROR_NO_PERMISSION,
     pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
@@ -89,25 +91,25 @@ _UNTOLD = (
 )
 
 
-def _ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What NVML says; None where it does not say that of this GPU."""
+def _query(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call NVML; return None for a value that it does not report for this GPU."""
     try:
         return function(*arguments)
     except pynvml.NVMLError as error:
-        if error.value in _UNTOLD:
+        if error.value in _NOT_REPORTED:
             return None
         raise
 
 
 def read(nvml: Any) -> tuple[Driver, list[Gpu]]:
-    """The driver, and all GPUs that this process may see.
+    """Read the driver and all GPUs that are visible to this process.
 
-    ``nvml`` is `pynvml`, or what stands in for it. Raises `pynvml.NVMLError` where NVML does not
+    ``nvml`` is `pynvml`, or a stand-in. Raises `pynvml.NVMLError` where NVML does not
     work at all or a GPU does not answer.
     """
     nvml.nvmlInit()
     try:
-        cuda = _ask(nvml.nvmlSystemGetCudaDriverVersion_v2)
+        cuda = _query(nvml.nvmlSystemGetCudaDriverVersion_v2)
         driver = Driver(
             nvml.nvmlSystemGetDriverVersion(),
             None if cuda is None else (cuda // 1000, cuda % 1000 // 10),
@@ -119,9 +121,9 @@ def read(nvml: Any) -> tuple[Driver, list[Gpu]]:
 
 def _read_gpu(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
-    memory = _ask(nvml.nvmlDeviceGetMemoryInfo, handle)
-    mig, mig_pending = _ask(nvml.nvmlDeviceGetMigMode, handle) or (0, 0)
-    processes = _ask(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
+    memory = _query(nvml.nvmlDeviceGetMemoryInfo, handle)
+    mig, mig_pending = _query(nvml.nvmlDeviceGetMigMode, handle) or (0, 0)
+    processes = _query(nvml.nvmlDeviceGetComputeRunningProcesses, handle)
     return Gpu(
         index=index,
         name=nvml.nvmlDeviceGetName(handle),
@@ -131,16 +133,16 @@ def _read_gpu(nvml: Any, index: int) -> Gpu:
         mig_pending=bool(mig_pending),
         instances=tuple(_read_instances(nvml, handle)) if mig else (),
         processes=None if processes is None else len(processes),
-        mps=bool(_ask(nvml.nvmlDeviceGetMPSComputeRunningProcesses, handle)),
+        mps=bool(_query(nvml.nvmlDeviceGetMPSComputeRunningProcesses, handle)),
     )
 
 
 def _read_instances(nvml: Any, handle: Any) -> Iterator[MigInstance]:
-    for index in range(_ask(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
+    for index in range(_query(nvml.nvmlDeviceGetMaxMigDeviceCount, handle) or 0):
         try:
             instance = nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
         except pynvml.NVMLError as error:
-            # Gaps between instances, and those of others.
+            # Gaps between instances, and other users' instances.
             if error.value in (pynvml.NVML_ERROR_NOT_FOUND, pynvml.NVML_ERROR_NO_PERMISSION):
                 continue
             raise
@@ -148,7 +150,7 @@ def _read_instances(nvml: Any, handle: Any) -> Iterator[MigInstance]:
         yield MigInstance(nvml.nvmlDeviceGetName(instance), memory.total, memory.free)
 
 
-_ON_PURPOSE = "If no GPU is wanted here, say so with --cpu."
+_CPU_ONLY = "If this machine needs no GPU, add --cpu."
 
 
 _RUNTIME = (
@@ -159,36 +161,36 @@ _RUNTIME = (
 )
 
 
-def _give_it_one(place: Place) -> str:
+def _advice_on_missing(place: Place) -> str:
     if place.kubernetes and place.allotted is not None and not place.device_files:
         return (
-            f"The container is to have {place.allotted} (NVIDIA_VISIBLE_DEVICES, which the device "
-            f"plugin sets), and its runtime has not brought it in. {_RUNTIME}"
+            f"The device plugin assigned {place.allotted} to the container "
+            f"(NVIDIA_VISIBLE_DEVICES), and its runtime has not added it. {_RUNTIME}"
         )
     if place.kubernetes:
         advice = (
-            "Give the container a GPU, and look at the nodes with `diffusion-serve doctor "
-            f"--cluster`. {_ON_PURPOSE}\n"
+            "Give the container a GPU, and check the nodes with `diffusion-serve doctor "
+            f"--cluster`. {_CPU_ONLY}\n"
             "  resources: {limits: {nvidia.com/gpu: 1}}"
         )
-        return advice if place.device_files else f"{advice}\nIf it asks for one: {_RUNTIME}"
+        return advice if place.device_files else f"{advice}\nIf it requests one: {_RUNTIME}"
     if place.container:
         return (
             "Start the container with `docker run --gpus all`. The host needs the NVIDIA driver "
-            f"and the NVIDIA Container Toolkit (`nvidia-smi` and `nvidia-ctk` there). {_ON_PURPOSE}"
+            f"and the NVIDIA Container Toolkit (`nvidia-smi` and `nvidia-ctk` there). {_CPU_ONLY}"
         )
     return (
-        "Install the NVIDIA driver, reboot, and look whether `nvidia-smi` lists the GPU; `lspci` "
-        f"shows whether the machine has one. {_ON_PURPOSE}"
+        "Install the NVIDIA driver, reboot, and check that `nvidia-smi` lists the GPU; `lspci` "
+        f"shows whether the machine has one. {_CPU_ONLY}"
     )
 
 
 def explain(error: pynvml.NVMLError, place: Place) -> Finding:
-    """Why NVML does not work, as far as its error and the device files tell."""
+    """Explain why NVML does not work, from its error and the device files."""
     devices = "/dev/nvidia* is there" if place.device_files else "there is no /dev/nvidia*"
     if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND and not place.device_files:
         return failed(
-            "gpu", f"no NVIDIA driver: no libnvidia-ml.so.1, {devices}", _give_it_one(place)
+            "gpu", f"no NVIDIA driver: no libnvidia-ml.so.1, {devices}", _advice_on_missing(place)
         )
     if error.value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND:
         return failed(
@@ -205,11 +207,12 @@ def explain(error: pynvml.NVMLError, place: Place) -> Finding:
     if error.value == pynvml.NVML_ERROR_DRIVER_NOT_LOADED:
         return failed(
             "gpu",
-            f"the NVIDIA kernel module is not loaded or not to be reached: {devices}",
-            _give_it_one(place)
+            f"the NVIDIA kernel module is not loaded or cannot be reached: {devices}",
+            _advice_on_missing(place)
             if place.container or place.kubernetes
-            else "Load it with `sudo modprobe nvidia`. If that fails, `dmesg` says why: a module "
-            "that was not built for this kernel, or not signed for Secure Boot. " + _ON_PURPOSE,
+            else "Load it with `sudo modprobe nvidia`. If that fails, `dmesg` gives the reason: a "
+            "module that was not built for this kernel, or not signed for Secure Boot. "
+            + _CPU_ONLY,
         )
     if error.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
         return failed(
@@ -226,41 +229,41 @@ def explain(error: pynvml.NVMLError, place: Place) -> Finding:
         return failed(
             "gpu",
             "this user may not open /dev/nvidia*",
-            "Look at `ls -l /dev/nvidia*` and `id`: the user, or one of its groups, must be able "
+            "Check `ls -l /dev/nvidia*` and `id`: the user, or one of its groups, must be able "
             "to read and write them.",
         )
     if error.value == pynvml.NVML_ERROR_UNKNOWN and place.container:
         return failed(
             "gpu",
             "NVML: Unknown Error; the container has lost its GPU",
-            "Delete the container or pod and start it anew. It comes from `systemctl "
-            "daemon-reload` on the host, which takes from running containers what Docker did not "
-            "give them itself; with CDI, as the GPU Operator has it from 25.10 on, it does not.",
+            "Delete the container or pod and start it anew. The cause is `systemctl "
+            "daemon-reload` on the host, which removes devices that Docker did not add itself "
+            "from running containers; CDI, the GPU Operator's default from 25.10 on, avoids it.",
         )
     if error.value in (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED):
         return failed(
             "gpu",
             f"a GPU does not answer: {error}",
             "Look for Xid errors in the host's `dmesg`, take the machine out of service (`kubectl "
-            "drain`), and reboot it; if that comes again, the card is broken.",
+            "drain`), and reboot it; if it happens again, the card is broken.",
         )
     return failed(
         "gpu",
         f"NVML does not work: {error} ({devices})",
         "Run `nvidia-smi` here and on the host, and look for NVRM in the host's `dmesg`. "
-        + _ON_PURPOSE,
+        + _CPU_ONLY,
     )
 
 
 def check_visible(gpus: list[Gpu], place: Place) -> Finding | None:
-    """What hides all GPUs, if something does."""
+    """Return a finding if no GPU is visible, or all are hidden from torch."""
     if not gpus:
         wanted = place.environment.get("NVIDIA_VISIBLE_DEVICES")
         return failed(
             "gpu",
             "the driver works and shows no GPU"
             + ("" if wanted is None else f"; NVIDIA_VISIBLE_DEVICES is {wanted!r}"),
-            _give_it_one(place),
+            _advice_on_missing(place),
         )
     visible = place.environment.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and visible.strip() in ("", "-1", "NoDevFiles"):
@@ -268,16 +271,16 @@ def check_visible(gpus: list[Gpu], place: Place) -> Finding | None:
             "gpu",
             f"{len(gpus)} here, and CUDA_VISIBLE_DEVICES={visible!r} hides them from torch",
             f"Unset CUDA_VISIBLE_DEVICES, or name GPUs in it, as CUDA_VISIBLE_DEVICES=0. "
-            f"{_ON_PURPOSE}",
+            f"{_CPU_ONLY}",
         )
     return None
 
 
 def check_gpu(gpu: Gpu) -> Iterator[Finding]:
-    """Its name and memory, MIG, and whether others use it."""
+    """Check a GPU's memory, its MIG mode and other processes on it."""
     check = f"gpu {gpu.index}"
     if gpu.total_bytes is None or gpu.free_bytes is None:
-        yield ok(check, f"{gpu.name}, memory not told")
+        yield ok(check, f"{gpu.name}, memory unknown")
     else:
         yield ok(check, f"{gpu.name}, {gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} free")
     yield _check_mig(gpu)
@@ -309,15 +312,15 @@ def _check_mig(gpu: Gpu) -> Finding:
     sizes = ", ".join(f"{part.name} ({gib(part.free_bytes)} free)" for part in gpu.instances)
     return warning(
         check,
-        f"on, {len(gpu.instances)} to be seen: {sizes}",
+        f"on, {len(gpu.instances)} visible: {sizes}",
         "A replica gets one instance, with that much memory and compute, and never two: CUDA uses "
-        "the first, or the one that CUDA_VISIBLE_DEVICES=MIG-UUID names. On Kubernetes ask for it "
+        "the first, or the one that CUDA_VISIBLE_DEVICES=MIG-UUID names. On Kubernetes request it "
         "as the component `mig` does.",
     )
 
 
 _IN_USE_BYTES = 2**30
-"""More than a driver with an idle context takes for itself."""
+"""Memory above that of a driver with an idle context."""
 
 
 def _check_sharing(gpu: Gpu) -> Finding:
@@ -327,8 +330,8 @@ def _check_sharing(gpu: Gpu) -> Finding:
         used = gpu.total_bytes - gpu.free_bytes
     advice = (
         "Give each replica a GPU of its own: time-slicing and MPS do not keep one process's "
-        "memory from another, and who comes last runs out of it. `nvidia-smi` on the host lists "
-        "all processes; on Kubernetes look at the node's label nvidia.com/gpu.sharing-strategy."
+        "memory from another, and the last one runs out of it. `nvidia-smi` on the host lists "
+        "all processes; on Kubernetes check the node's label nvidia.com/gpu.sharing-strategy."
     )
     if gpu.mps:
         return warning(check, "processes share it through CUDA's Multi-Process Service", advice)
@@ -337,5 +340,5 @@ def _check_sharing(gpu: Gpu) -> Finding:
             check, f"{gpu.processes} other processes compute on it, {gib(used)} in use", advice
         )
     if used > _IN_USE_BYTES:
-        return warning(check, f"{gib(used)} in use by nobody who can be seen from here", advice)
-    return ok(check, "nobody else uses it")
+        return warning(check, f"{gib(used)} in use by no visible process", advice)
+    return ok(check, "no other process uses it")

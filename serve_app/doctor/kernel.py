@@ -1,7 +1,7 @@
-"""Whether torch can really run a kernel: a process of its own, which may hang or crash.
+"""Runs a kernel with torch, in a process of its own, which may hang or crash.
 
-`python -m serve_app.doctor.kernel [DEVICE ...]`, by default on each GPU that torch sees. Prints a
-line for each.
+`python -m serve_app.doctor.kernel [DEVICE ...]`, by default on each GPU that torch sees. It prints
+one line for each.
 """
 
 import sys
@@ -10,10 +10,10 @@ import torch
 
 
 def multiply(device: str) -> str:
-    """A product of matrices, in the precision that models run in; says on what it ran.
+    """Multiply matrices in the precision of models; return the device's name.
 
     Raises:
-        RuntimeError: if it comes out wrong.
+        RuntimeError: if the product is wrong.
     """
     ones = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
     product = (ones @ ones).float().cpu()
@@ -28,7 +28,7 @@ def multiply(device: str) -> str:
 if __name__ == "__main__":
     devices = sys.argv[1:]
     if not devices:
-        torch.cuda.init()  # says why, where device_count() only says 0
+        torch.cuda.init()  # raises with the reason, where device_count() only returns 0
         devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     for device in devices:
-        print(multiply(device))  # noqa: T201  # its answer to who started it
+        print(multiply(device))  # noqa: T201  # the parent reads it

@@ -1,7 +1,7 @@
-"""Kinds that an overlay needs, against those that the API server serves.
+"""Compares the kinds that an overlay needs with those that the API server serves.
 
-`kubectl apply` refuses an object of an unknown kind, and KubeRay cannot make one either: of an
-incremental upgrade it makes a Gateway and an HTTPRoute itself.
+`kubectl apply` rejects an object of an unknown kind, and KubeRay cannot create one either: for an
+incremental upgrade it creates a Gateway and an HTTPRoute itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,14 +24,14 @@ INSTALL_GATEWAY = (
     "      --namespace envoy-gateway-system --create-namespace\n"
     "  kubectl apply -f cluster/platform/gatewayclass.yaml"
 )
-"""As cluster/platform/README.md has them."""
+"""Commands of cluster/platform/README.md."""
 
 _GATEWAY_GROUPS = ("gateway.networking.k8s.io", "gateway.envoyproxy.io")
 
 
 @dataclass(frozen=True)
 class _Needed:
-    """An object that is to be made."""
+    """An object that will be created."""
 
     api_version: str
     kind: str
@@ -48,20 +48,20 @@ class _Needed:
 
 
 def is_incremental(service: Object) -> bool:
-    """Tell whether KubeRay is to make a Gateway for the RayService."""
+    """Return whether KubeRay creates a Gateway for the RayService."""
     strategy = service["spec"].get("upgradeStrategy") or {}
     return bool(strategy.get("type") == "NewClusterWithIncrementalUpgrade")
 
 
 def gateway_name(service: Object) -> str:
-    """Return what KubeRay calls the Gateway of an incremental RayService."""
+    """Return KubeRay's name for the Gateway of an incremental RayService."""
     return f"{service['metadata']['name']}-gateway"
 
 
 def check_kinds(
     cluster: Cluster, services: Sequence[Object], overlay: Sequence[Object] | None
 ) -> Iterator[Finding]:
-    """Look up each kind, which everybody may. ray.io has rows of its own."""
+    """Look up each kind, which needs no rights. ray.io has rows of its own."""
     needed = [
         _Needed(str(one.get("apiVersion", "")), str(one["kind"]), str(_name(one)))
         for one in overlay or ()
@@ -74,11 +74,11 @@ def check_kinds(
             _Needed(GATEWAY_API, "HTTPRoute", f"{name}-httproute", by_kuberay=True),
         ]
     needed = [one for one in needed if one.api_version and one.group != "ray.io"]
-    coming = _coming(overlay or ())
+    brought = _brought_kinds(overlay or ())
     missing = [
         one
         for one in needed
-        if (one.api_version, one.kind) not in coming
+        if (one.api_version, one.kind) not in brought
         and one.kind not in cluster.kinds(one.api_version)
     ]
     if not missing:
@@ -121,7 +121,7 @@ def check_kinds(
         )
 
 
-def _coming(overlay: Sequence[Object]) -> set[tuple[str, str]]:
+def _brought_kinds(overlay: Sequence[Object]) -> set[tuple[str, str]]:
     """Return the kinds that the overlay brings itself."""
     return {
         (f"{one['spec']['group']}/{version['name']}", one["spec"]["names"]["kind"])

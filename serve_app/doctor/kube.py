@@ -1,7 +1,7 @@
 """Reads the objects of a Kubernetes cluster as plain mappings, through the official client.
 
-Beside `kube_write` the one importer of that client, which is an extra. Reads only, and answers for
-what goes wrong on the way: no kubeconfig, nobody there, no rights.
+The client is an extra, and only `kube_write` imports it too. Failures become exceptions with
+advice: no kubeconfig, no answer, no rights.
 """
 
 import json
@@ -9,14 +9,14 @@ import re
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import yaml
 
 from serve_app.errors import ConfigError
 
 Object = dict[str, Any]
-"""As the API has it, in JSON."""
+"""An object as the API returns it in JSON."""
 
 READ = (
     "daemonsets.apps",
@@ -31,7 +31,7 @@ READ = (
     "rayservices.ray.io",
     "storageclasses.storage.k8s.io",
 )
-"""All that is listed of a cluster. Secrets are read one by one, by name: see `secret_keys`."""
+"""All resources that the doctor lists. Secrets are read one by one: see `secret_keys`."""
 
 _VERSIONS = {
     "apps": "v1",
@@ -41,14 +41,14 @@ _VERSIONS = {
 }
 ROLE = "diffusion-serve-doctor"
 _TIMEOUT_S = (5.0, 30.0)
-"""To connect, and to answer."""
+"""Limits for the connection and for the answer."""
 
 
 _OF_NO_NAMESPACE = ("gatewayclasses", "nodes", "storageclasses")
 
 
 class NotReadable(Exception):
-    """A read that did not come about: what happened, and what to do."""
+    """A failed read: ``found`` is the failure, ``advice`` what to do."""
 
     def __init__(self, found: str, advice: str) -> None:
         super().__init__(found, advice)
@@ -57,7 +57,7 @@ class NotReadable(Exception):
 
 
 class Unreachable(NotReadable):
-    """Of the whole cluster, so that nothing else need be tried."""
+    """A failure of the whole cluster, so that nothing else need be tried."""
 
 
 class Forbidden(NotReadable):
@@ -68,15 +68,22 @@ class Forbidden(NotReadable):
         self.user = user
 
 
+class Kind(NamedTuple):
+    """One kind of object as the API server serves it."""
+
+    plural: str
+    namespaced: bool
+
+
 class Cluster:
-    """Of the current context, or of the cluster that this pod runs in."""
+    """The cluster of the current context, or the one that this pod runs in."""
 
     def __init__(self, namespace: str | None = None, kubeconfig: Path | None = None) -> None:
-        """``kubeconfig`` goes before KUBECONFIG and ~/.kube/config.
+        """Connect; ``kubeconfig`` overrides KUBECONFIG and ~/.kube/config.
 
         Raises:
             ConfigError: if the official client is not installed.
-            Unreachable: if nothing says which cluster.
+            Unreachable: if no cluster is configured.
         """
         try:
             from kubernetes import client, config
@@ -103,19 +110,19 @@ class Cluster:
             except config.ConfigException:
                 raise Unreachable(
                     f"no cluster is configured: {' '.join(str(error).split())}",
-                    "Look at `kubectl config get-contexts`, choose one with `kubectl config "
+                    "Run `kubectl config get-contexts`, choose one with `kubectl config "
                     "use-context`, or name the file in KUBECONFIG.",
                 ) from None
             self.name = "the cluster of this pod"
             own_namespace = _namespace_of_this_pod()
         self.namespace: str = namespace or own_namespace or "default"
-        self.namespace_is_asked_for = namespace is not None
+        self.namespace_is_requested = namespace is not None
         self._client = client.ApiClient(settings)
         self.host: str = settings.host
-        # Several checks look at the same objects.
+        # Several checks read the same objects.
         self._list = cache(self._read)
-        self.kinds = cache(self._kinds)
-        """Kinds that the API server serves in an ``apiVersion``, empty if none: `_kinds`."""
+        self.kinds = cache(self._discover)
+        """Kinds that the API server serves in an ``apiVersion``, by name; empty if none."""
 
     def __enter__(self) -> Self:
         return self
@@ -124,14 +131,14 @@ class Cluster:
         self._client.close()
 
     def version(self) -> str:
-        """Of the API server. Raises `Unreachable`."""
+        """Return the version of the API server. Raises `Unreachable`."""
         try:
             return str(self._get("/version", "version", "").get("gitVersion", "unknown"))
         except NotReadable as error:
             raise Unreachable(error.found, error.advice) from None
 
     def served(self, group: str) -> dict[str, tuple[str, ...]]:
-        """Resources of an API group by version; empty if there is none. Raises `NotReadable`."""
+        """Return an API group's resources by version, empty if none. Raises `NotReadable`."""
         versions = self._get(f"/apis/{group}", group, "").get("versions") or ()
         return {
             version: tuple(
@@ -143,11 +150,14 @@ class Cluster:
             for version in (one["version"] for one in versions)
         }
 
-    def _kinds(self, api_version: str) -> frozenset[str]:
-        """Read the kinds of ``api_version``, which everybody may. Raises `NotReadable`."""
-        path = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
-        resources = self._get(path, api_version, "").get("resources") or ()
-        return frozenset(str(one["kind"]) for one in resources)
+    def _discover(self, api_version: str) -> dict[str, Kind]:
+        """Read the kinds of ``api_version``, which needs no rights. Raises `NotReadable`."""
+        resources = self._get(base(api_version), api_version, "").get("resources") or ()
+        return {
+            one["kind"]: Kind(one["name"], one["namespaced"])
+            for one in resources
+            if "/" not in one["name"]
+        }
 
     def secret_keys(self, name: str) -> frozenset[str] | None:
         """Return the keys of one Secret of the namespace, None if there is no such Secret.
@@ -159,9 +169,9 @@ class Cluster:
         return frozenset(secret.get("data") or ()) if secret else None
 
     def list(self, resource: str, everywhere: bool = True) -> tuple[Object, ...]:
-        """All objects of ``resource``, named as in `READ`; of the namespace unless ``everywhere``.
+        """List the objects of ``resource`` (see `READ`); of the namespace unless ``everywhere``.
 
-        Empty where the cluster does not know the resource. Raises `NotReadable`.
+        The result is empty where the cluster has no such resource. Raises `NotReadable`.
         """
         return self._list(resource, None if everywhere else self.namespace)
 
@@ -192,7 +202,7 @@ class Cluster:
         if response.status == 404:
             return {}
         if response.status >= 400:
-            raise self._refused(response.status, body, resource, f"{verb} {resource}{scope}")
+            raise self._rejection(response.status, body, resource, f"{verb} {resource}{scope}")
         content: Object = json.loads(body)
         return content
 
@@ -203,31 +213,26 @@ class Cluster:
         if isinstance(reason, SSLError):
             advice = (
                 "The API server shows another certificate than the kubeconfig expects, or this "
-                "one shows none: fetch the kubeconfig anew from whoever runs the cluster."
+                "one shows none: get a new kubeconfig from the cluster's administrator."
             )
         else:
             advice = (
-                "Look whether `kubectl version` answers from here: the context may be of a "
+                "Check that `kubectl version` answers from here: the context may name a "
                 "cluster that is gone, or need a VPN or a proxy."
             )
         return Unreachable(f"{self.host} ({self.name}) cannot be reached: {reason}", advice)
 
-    def _refused(self, status: int, body: bytes, resource: str, question: str) -> NotReadable:
-        try:
-            message = str(json.loads(body)["message"])
-        except (ValueError, KeyError, TypeError):
-            message = body[:200].decode(errors="replace")
+    def _rejection(self, status: int, body: bytes, resource: str, question: str) -> NotReadable:
+        message, user = read_error(body)
         if status == 401:
             return Unreachable(
-                f"{self.host} ({self.name}) does not know who asks: {message}",
-                "The credentials of the kubeconfig have run out: log in again, and look whether "
+                f"{self.host} ({self.name}) rejects the credentials: {message}",
+                "The credentials of the kubeconfig have run out: log in again, and check that "
                 "`kubectl auth whoami` answers.",
             )
         if status == 403:
-            match = re.search(r'User "([^"]+)"', message)
-            user = match[1] if match else "USER"
             return Forbidden(
-                f"may not be looked at: `kubectl auth can-i {question}` says no",
+                f"may not be read: `kubectl auth can-i {question}` answers no",
                 "Have an administrator grant it:\n"
                 f"  kubectl create clusterrole {ROLE} --verb=list "
                 f"--resource={','.join(self._known(resource))}\n"
@@ -236,20 +241,24 @@ class Cluster:
             )
         return NotReadable(
             f"the API server answers {status}: {message}",
-            f"Ask the same with `kubectl get {question.partition(' ')[2]}`; if that fails too, it "
-            "is the API server's trouble.",
+            f"Try `kubectl get {question.partition(' ')[2]}`; if that fails too, the fault is the "
+            "API server's.",
         )
 
-    def _known(self, asked: str) -> tuple[str, ...]:
-        """Return what of `READ` the cluster has: kubectl refuses a role for anything else."""
+    def _known(self, requested: str) -> tuple[str, ...]:
+        """Return the part of `READ` that the cluster has: kubectl rejects a role for others."""
         known = []
         for resource in READ:
             group = resource.partition(".")[2]
             try:
-                if group and not self.kinds(f"{group}/{_VERSIONS[group]}") and resource != asked:
+                if (
+                    group
+                    and not self.kinds(f"{group}/{_VERSIONS[group]}")
+                    and resource != requested
+                ):
                     continue
             except NotReadable:
-                pass  # rather one too many than one too few
+                pass  # one too many is better than one too few
             known.append(resource)
         return tuple(known)
 
@@ -259,25 +268,41 @@ def _namespace_of_this_pod() -> str | None:
     return file.read_text().strip() if file.is_file() else None
 
 
+def base(api_version: str, namespace: str | None = None) -> str:
+    """Return the path of an API version, or of a namespace in it."""
+    root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
+    return root if namespace is None else f"{root}/namespaces/{namespace}"
+
+
+def read_error(body: bytes) -> tuple[str, str]:
+    """Return the message of an error of the API server, and the user that it names or "USER"."""
+    try:
+        message = str(json.loads(body)["message"])
+    except (ValueError, KeyError, TypeError):
+        message = body[:200].decode(errors="replace")
+    user = re.search(r'User "([^"]+)"', message)
+    return message, user[1] if user else "USER"
+
+
 def full_name(item: Object) -> str:
-    """Namespace and name."""
+    """Return namespace and name."""
     return f"{item['metadata']['namespace']}/{item['metadata']['name']}"
 
 
 def images(workload: Object) -> list[str]:
-    """Of a deployment's or daemonset's containers."""
+    """Return the images of a deployment's or daemonset's containers."""
     containers = workload["spec"]["template"]["spec"]["containers"]
     return [str(container.get("image", "")) for container in containers]
 
 
 def amount_of(quantity: str | int | float) -> Decimal:
-    """Of a resource, as `500m` or `32Gi`. Raises `ConfigError` for what a manifest has wrong."""
+    """Parse an amount of a resource, as `500m` or `32Gi`. Raises `ConfigError`."""
     from kubernetes.utils.quantity import parse_quantity
 
     try:
         amount: Decimal = parse_quantity(quantity)
     except ValueError:
         raise ConfigError(
-            f"{quantity!r} is no amount of a resource; Kubernetes writes 500m, 2 or 32Gi."
+            f"{quantity!r} is not an amount of a resource; Kubernetes writes 500m, 2 or 32Gi."
         ) from None
     return amount

@@ -1,22 +1,19 @@
 """Changes the objects of a Kubernetes cluster, for the rehearsal alone.
 
-Every read is fresh and every write goes by server-side apply with strict field validation: the API
+Every read is fresh, and every write is a server-side apply with strict field validation: the API
 server names a misspelt field instead of dropping it.
 """
 
 import json
-import re
-from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from serve_app.doctor.kube import Cluster, NotReadable, Object
+from serve_app.doctor.kube import Cluster, Kind, NotReadable, Object, base, read_error
 
 FIELD_MANAGER = "diffusion-serve-rehearsal"
 """Owner of the applied fields, as `kubectl get --show-managed-fields` shows it."""
 
 _TIMEOUT_S = (5.0, 30.0)
-"""To connect, and to answer."""
+"""Limits for the connection and for the answer."""
 
 
 class Refused(NotReadable):
@@ -27,43 +24,31 @@ class Refused(NotReadable):
         self.status = status
 
 
-class ResourceKind(NamedTuple):
-    """One kind of object as the API server serves it."""
-
-    plural: str
-    namespaced: bool
-
-
 class WritableCluster(Cluster):
     """A cluster whose objects can be created, applied and deleted, and are read anew each time."""
 
-    def __init__(self, namespace: str | None = None, kubeconfig: Path | None = None) -> None:
-        """See `Cluster`."""
-        super().__init__(namespace, kubeconfig)
-        self._served_kinds = cache(self._discover)
-
-    def kind(self, api_version: str, kind: str) -> ResourceKind | None:
-        """The resource behind a kind; None if the API server does not serve it.
+    def kind(self, api_version: str, kind: str) -> Kind | None:
+        """Return the resource behind a kind; None if the API server does not serve it.
 
         Raises:
-            NotReadable: if the API server cannot be asked.
+            NotReadable: if the API server does not answer.
         """
-        return self._served_kinds(api_version).get(kind)
+        return self.kinds(api_version).get(kind)
 
     def lives_in_namespace(self, one: Object) -> bool | None:
-        """Whether the kind of an object belongs to a namespace; None if it is not served."""
+        """Return whether the kind of an object has namespaces; None if it is not served."""
         kind = self.kind(one["apiVersion"], one["kind"])
         return None if kind is None else kind.namespaced
 
     def get(self, path: str, **query: str) -> Object | None:
-        """The object or list at ``path``; None if there is none. Raises `NotReadable`."""
+        """Read the object or list at ``path``; None if there is none. Raises `NotReadable`."""
         status, body = self.send("GET", path, query=query)
         if status == 404:
             return None
         return self._object("get", path, status, body)
 
     def items(self, path: str, **query: str) -> list[Object]:
-        """All objects below ``path``; none where the resource is not served."""
+        """List the objects below ``path``; none where the resource is not served."""
         return list((self.get(path, **query) or {}).get("items") or ())
 
     def create(self, path: str, body: Object) -> Object:
@@ -75,7 +60,7 @@ class WritableCluster(Cluster):
         """Apply an object of a namespace; with ``dry_run`` it is checked and nothing is stored.
 
         Raises:
-            NotReadable: if its kind is not served, or with the API server's own words.
+            NotReadable: if its kind is not served, or with the API server's own message.
         """
         api_version, name = body["apiVersion"], body["metadata"]["name"]
         if (kind := self.kind(api_version, body["kind"])) is None:
@@ -115,7 +100,7 @@ class WritableCluster(Cluster):
         query: dict[str, str] | None = None,
         timeout_s: float = _TIMEOUT_S[1],
     ) -> tuple[int, bytes]:
-        """Send one request; the answer's status and body. Raises `Unreachable`."""
+        """Send one request; return the answer's status and body. Raises `Unreachable`."""
         from urllib3.exceptions import HTTPError
 
         headers = {"Accept": "application/json"}
@@ -155,48 +140,29 @@ class WritableCluster(Cluster):
             raise Refused(
                 error.status or 0,
                 f"no port forward to pod {pod}: {reason}",
-                "Try `kubectl port-forward`: it takes the same way, and the same right.",
+                "Try `kubectl port-forward`: it uses the same route and the same right.",
             ) from None
-
-    def _discover(self, api_version: str) -> dict[str, ResourceKind]:
-        served = self.get(base(api_version)) or {}
-        return {
-            one["kind"]: ResourceKind(one["name"], one["namespaced"])
-            for one in served.get("resources") or ()
-            if "/" not in one["name"]
-        }
 
     def _object(self, verb: str, path: str, status: int, body: bytes) -> Object:
         if status < 400:
             content: Object = json.loads(body)
             return content
-        try:
-            message = str(json.loads(body)["message"])
-        except (ValueError, KeyError, TypeError):
-            message = body[:200].decode(errors="replace")
+        message, user = read_error(body)
         what = path.partition("/v1/")[2] or path
         if status in (401, 403):
-            user = re.search(r'User "([^"]+)"', message)
-            who = user[1] if user else "USER"
             raise Refused(
                 status,
                 f"may not {verb} {what}: {message}",
                 "The rehearsal creates a namespace and what the overlay holds, and deletes them. "
                 "Use a kubeconfig with these rights; an administrator can grant them meanwhile:\n"
                 "  kubectl create clusterrolebinding diffusion-serve-rehearsal "
-                f"--clusterrole=cluster-admin --user={who}",
+                f"--clusterrole=cluster-admin --user={user}",
             )
         raise Refused(
             status,
             f"{verb} {what}: the API server answers {status}: {message}",
             "Correct what the message names in the overlay."
             if status in (400, 422)
-            else "If `kubectl` gets the same answer, look at what the message names: a quota, an "
+            else "If `kubectl` gets the same answer, check what the message names: a quota, an "
             "admission webhook, or the API server itself.",
         )
-
-
-def base(api_version: str, namespace: str | None = None) -> str:
-    """The path of an API version, and of a namespace in it."""
-    root = f"/apis/{api_version}" if "/" in api_version else f"/api/{api_version}"
-    return root if namespace is None else f"{root}/namespaces/{namespace}"

@@ -1,4 +1,4 @@
-"""KubeRay: whether it is there, and what it says of what was applied."""
+"""Checks of KubeRay: its operator, and its status of applied services."""
 
 import importlib.metadata
 import re
@@ -8,7 +8,7 @@ from serve_app.doctor.kube import Cluster, Object, full_name, images
 from serve_app.doctor.report import Finding, failed, ok, warning
 
 KUBERAY = (1, 7, 0)
-"""The version that the manifests are written for."""
+"""KubeRay version that the manifests are written for."""
 
 _WANTED = ".".join(map(str, KUBERAY))
 _REPOSITORY = "  helm repo add kuberay https://ray-project.github.io/kuberay-helm/"
@@ -19,7 +19,7 @@ INSTALL = (
     f"  helm install kuberay-operator {_CHART} \\\n"
     f"      --namespace kuberay-operator --create-namespace {_VALUES}"
 )
-"""As cluster/platform/README.md has it."""
+"""Commands of cluster/platform/README.md."""
 _UPDATE_CRDS = (
     f"{_REPOSITORY}\n"
     "  helm repo update kuberay\n"
@@ -30,7 +30,7 @@ _INSTALL_ADVICE = f"Install KubeRay, in a clone of this repository:\n{INSTALL}"
 
 
 def check_crds(cluster: Cluster) -> Iterator[Finding]:
-    """By what the API server serves, which everybody may ask."""
+    """Check the CRDs by the kinds that the API server serves, which needs no rights."""
     check = "KubeRay CRDs"
     served = cluster.served("ray.io")
     missing = [name for name in ("rayservices", "rayclusters") if name not in served.get("v1", ())]
@@ -47,6 +47,7 @@ def check_crds(cluster: Cluster) -> Iterator[Finding]:
 
 
 def check_operator(cluster: Cluster) -> Iterator[Finding]:
+    """Check that an operator runs, and its version."""
     check = "KubeRay operator"
     found = [
         (deployment, image)
@@ -65,13 +66,13 @@ def check_operator(cluster: Cluster) -> Iterator[Finding]:
             yield failed(
                 check,
                 f"{where}: not available",
-                "Nothing is done about RayServices until it runs: `kubectl -n "
+                "No RayService is handled until it runs: `kubectl -n "
                 f"{deployment['metadata']['namespace']} describe pod -l "
                 "app.kubernetes.io/name=kuberay-operator`.",
             )
         elif number is None:
             yield warning(
-                check, f"{where}: its version is not to be seen", f"Make sure that it is {_WANTED}."
+                check, f"{where}: its version is unknown", f"Make sure that it is {_WANTED}."
             )
         elif number < KUBERAY:
             yield failed(check, f"{where}: older than {_WANTED}", _advice_on_upgrade(deployment))
@@ -86,15 +87,15 @@ def check_operator(cluster: Cluster) -> Iterator[Finding]:
 
 
 def _advice_on_upgrade(deployment: Object) -> str:
-    """For the release that it is of, since under another name Helm would install a second one."""
+    """Advise on an upgrade of the same Helm release: another name would install a second one."""
     annotations = deployment["metadata"].get("annotations") or {}
     release = annotations.get("meta.helm.sh/release-name")
     namespace = annotations.get("meta.helm.sh/release-namespace")
-    start = "The manifests use fields that it does not know. "
+    start = "The manifests use fields that this version lacks. "
     if release is None or namespace is None:
         return (
-            f"{start}It did not come with Helm: update it by what brought it, to {_WANTED}, after "
-            f"its CRDs:\n{_UPDATE_CRDS}"
+            f"{start}Helm did not install it: update it the way it was installed, to {_WANTED}, "
+            f"after its CRDs:\n{_UPDATE_CRDS}"
         )
     return (
         f"{start}Update it after its CRDs, which Helm leaves alone; in a clone of this repository, "
@@ -105,11 +106,12 @@ def _advice_on_upgrade(deployment: Object) -> str:
 
 
 def check_ray_version(services: Sequence[Object]) -> Iterator[Finding]:
+    """Compare each service's ``rayVersion`` with the Ray of this installation."""
     here = importlib.metadata.version("ray")
     for service in services:
         name = service["metadata"]["name"]
         theirs = (service["spec"].get("rayClusterConfig") or {}).get("rayVersion")
-        found = f"{name} says {theirs}, here is {here}"
+        found = f"{name} has {theirs}, this machine {here}"
         if theirs == here:
             yield ok("Ray version", found)
         else:
@@ -132,20 +134,20 @@ def _ready(service: Object) -> Object:
 
 
 def has_no_clusters(service: Object) -> bool:
-    """Tell whether KubeRay makes no pods for it, and says so by its Ready condition."""
+    """Return whether KubeRay creates no pods for it, by its Ready condition."""
     return _ready(service).get("reason") in (_REFUSED, _TIMED_OUT)
 
 
 def check_refusals(cluster: Cluster) -> Iterator[Finding]:
-    """What KubeRay or the API server refuses: no pod is made, so that no other row shows it."""
+    """Check for rejections by KubeRay or the API server, after which no pod exists to report."""
     for service in cluster.list("rayservices.ray.io", everywhere=False):
         ready = _ready(service)
         if ready.get("reason") == _REFUSED:
             yield failed(
                 f"RayService {service['metadata']['name']}",
-                f"refused by the operator: {ready.get('message', '')}",
-                "Mend the field that is named and apply it again; until then KubeRay does nothing "
-                "about it, and what ran before goes on.",
+                f"rejected by the operator: {ready.get('message', '')}",
+                "Correct the named field and apply it again; until then KubeRay ignores it, and "
+                "the previous version continues to run.",
             )
     for ray_cluster in cluster.list("rayclusters.ray.io", everywhere=False):
         conditions = {
@@ -155,15 +157,15 @@ def check_refusals(cluster: Cluster) -> Iterator[Finding]:
         if failure.get("status") == "True":
             yield failed(
                 f"RayCluster {ray_cluster['metadata']['name']}",
-                f"its pods cannot be made: {failure.get('reason', '')} "
+                f"its pods cannot be created: {failure.get('reason', '')} "
                 f"{failure.get('message', '')}".strip(),
-                "The API server refuses the pod template: mend the field that is named (a "
+                "The API server rejects the pod template: correct the named field (a "
                 "toleration's effect, for example), a quota, or an admission rule.",
             )
 
 
 def check_services(cluster: Cluster) -> Iterator[Finding]:
-    """Whether the RayServices of the namespace serve; what keeps them from it has its own rows."""
+    """Check that the namespace's RayServices serve; the causes have rows of their own."""
     for service in cluster.list("rayservices.ray.io", everywhere=False):
         check = f"RayService {service['metadata']['name']}"
         status, ready = service.get("status") or {}, _ready(service)
@@ -181,8 +183,8 @@ def check_services(cluster: Cluster) -> Iterator[Finding]:
             yield warning(
                 check,
                 "no status",
-                "The operator has not looked at it: look again, then at the operator's log and at "
-                "`kubectl describe rayservice`.",
+                "The operator has not handled it yet: run the doctor again, then read the "
+                "operator's log and `kubectl describe rayservice`.",
             )
         elif ready.get("reason") == _TIMED_OUT:
             yield _timed_out(check, service, ready)
@@ -190,8 +192,8 @@ def check_services(cluster: Cluster) -> Iterator[Finding]:
             yield failed(
                 check,
                 "; ".join(text.strip().rstrip(":") for text in broken),
-                "Mend the Serve config (`diffusion-serve check`) or what the message names; `serve "
-                "status` in the head pod shows all of it.",
+                "Correct the Serve config (`diffusion-serve check`) or what the message names; "
+                "`serve status` in the head pod shows all of it.",
             )
         elif ready.get("status") == "True":
             yield ok(check, "ready")
@@ -200,7 +202,7 @@ def check_services(cluster: Cluster) -> Iterator[Finding]:
                 check,
                 f"not ready: {ready.get('reason', '')} {ready.get('message', '')}".strip(),
                 "It waits for what has failed above. If nothing has, it is still starting: the "
-                "log of the head's pod and `kubectl describe rayservice` say how far it is.",
+                "log of the head's pod and `kubectl describe rayservice` show its progress.",
             )
 
 
@@ -211,8 +213,8 @@ def _timed_out(check: str, service: Object, ready: Object) -> Finding:
         check,
         f"{_TIMED_OUT}: {ready.get('message', '')}".rstrip(": "),
         f"It was not ready within {_TIMEOUT}{f' ({limit})' if limit else ''}, and has failed for "
-        "good: KubeRay deletes its Ray clusters and looks at it no more, whatever is applied. "
-        "First mend the cause: what else has failed here, or the last events of its pods; if it "
+        "good: KubeRay deletes its Ray clusters and ignores it from now on, whatever is applied. "
+        "First remove the cause: what else has failed here, or the last events of its pods; if it "
         "only took long, raise the annotation. Then delete it and apply it again:\n"
         f"  kubectl -n {namespace} get events --sort-by=.lastTimestamp\n"
         f"  kubectl -n {namespace} delete rayservice {name}",

@@ -9,7 +9,7 @@ from serve_app.errors import ConfigError
 
 
 def look(objects: Sequence[Object]) -> Iterator[Finding]:
-    """What KubeRay's operator would refuse of each RayService, and its chain of deadlines."""
+    """Check each RayService by the rules of KubeRay's operator, and its chain of deadlines."""
     for service in objects:
         if service["kind"] == "RayService":
             yield from _check_operator_rules(service)
@@ -22,7 +22,7 @@ def _check_operator_rules(service: Object) -> Iterator[Finding]:
     for number, refusal in enumerate(found, start=1):
         yield failed(
             f"{name} refused" + (f" {number}" if len(found) > 1 else ""),
-            f"KubeRay's operator refuses it: {refusal.field} {refusal.found}",
+            f"KubeRay's operator rejects it: {refusal.field} {refusal.found}",
             refusal.advice,
         )
     if not found:

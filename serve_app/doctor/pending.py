@@ -1,4 +1,4 @@
-"""Why a pod does not run, and what to do about it."""
+"""Explains why a pod does not run, with advice."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -20,14 +20,14 @@ _WAITING = {
 }
 
 _ADVICE = {
-    "image": "The node cannot fetch the image: look at its name, its tag and imagePullSecrets. On "
+    "image": "The node cannot fetch the image: check its name, its tag and imagePullSecrets. On "
     "a laptop, load it into the nodes: `kind load docker-image IMAGE`, or `minikube image load "
     "IMAGE`.",
     "config": "A Secret or ConfigMap that the pod names is not in the namespace, or is without the "
     "key: create it; `kubectl describe pod` names it.",
     "start": "The container runtime cannot start it. If NVIDIA's hook or CDI is named, the node's "
     "driver or its NVIDIA Container Toolkit is broken, or the pod needs runtimeClassName: nvidia.",
-    "crash": "It ends once it starts: `kubectl logs --previous` says why.",
+    "crash": "It ends right after its start: `kubectl logs --previous` shows the reason.",
 }
 
 
@@ -49,11 +49,11 @@ _EVENTS = (
         "access mode ReadWriteMany.",
     ),
 )
-"""What the node says of a pod that it was given."""
+"""Advice by pattern of the node's events on a pod that it was assigned."""
 
 
 def is_unscheduled(pod: Object) -> bool:
-    """Tell whether the scheduler has found no node for it."""
+    """Return whether the scheduler has found no node for it."""
     status = pod.get("status") or {}
     return status.get("phase") == "Pending" and any(
         one["type"] == "PodScheduled" and one["status"] == "False"
@@ -62,7 +62,7 @@ def is_unscheduled(pod: Object) -> bool:
 
 
 def _events_of(pod: Object, events: Sequence[Object]) -> list[Object]:
-    """Those of the pod itself, the latest last."""
+    """Return the events of the pod itself, the latest last."""
     name = pod["metadata"]["name"]
     return sorted(
         (
@@ -76,16 +76,16 @@ def _events_of(pod: Object, events: Sequence[Object]) -> list[Object]:
 
 
 def _when(event: Object) -> str:
-    """RFC 3339, so that the latest is the largest."""
+    """Return the event's time in RFC 3339, so that the latest is the largest."""
     return event.get("lastTimestamp") or event.get("eventTime") or ""
 
 
 def why(
     pod: Object, events: Sequence[Object] = (), around: Surroundings | None = None
 ) -> Finding | None:
-    """What keeps this pod from running; None if it runs or has ended well.
+    """Return the cause that keeps this pod from running; None if it runs or succeeded.
 
-    ``events``: of its namespace; ``around``: what a pod without a node is compared with.
+    ``events``: those of its namespace; ``around``: the nodes to compare an unscheduled pod with.
     """
     check, status = f"pod {pod['metadata']['name']}", pod.get("status") or {}
     for container in (
@@ -107,14 +107,14 @@ def why(
         return _placed(check, pod, _events_of(pod, events))
     return warning(
         check,
-        "pending: no scheduler has looked at it yet",
-        "Look again; if it stays so, schedulerName names one that is not there, or a quota is used "
-        "up (`kubectl get events`).",
+        "pending: no scheduler has handled it yet",
+        "Run the doctor again; if it stays so, schedulerName names one that is not there, or a "
+        "quota is used up (`kubectl get events`).",
     )
 
 
 def _waiting(check: str, pod: Object, container: Object, state: Object, kind: str) -> Finding:
-    """A container that the node has not started, or starts again and again."""
+    """Explain a container that the node has not started, or restarts again and again."""
     message = state.get("message") or ""
     found, advice = state["reason"] + (f": {message}" if message else ""), _ADVICE[kind]
     if kind == "config":
@@ -132,7 +132,7 @@ _SECRET = re.compile(r'secret "([^"]+)" not found|couldn\'t find key (\S+) in Se
 
 
 def _on_secret(pod: Object, message: str) -> str | None:
-    """Return the command that makes the Secret of the message, None if it names none."""
+    """Return the command that creates the Secret of the message, None if it names none."""
     if (match := _SECRET.search(message)) is None:
         return None
     namespace = pod["metadata"]["namespace"]
@@ -142,10 +142,10 @@ def _on_secret(pod: Object, message: str) -> str | None:
 
 
 def _placed(check: str, pod: Object, events: Sequence[Object]) -> Finding:
-    """On a node, which has not started it: by what that node says."""
+    """Explain a pod that its node has not started, by the node's events."""
     complaints: list[str] = []
     for event in events:
-        if event.get("reason") in ("Pulling", "Pulled"):  # what hindered it before is over
+        if event.get("reason") in ("Pulling", "Pulled"):  # the earlier obstacles are over
             complaints = []
         elif event.get("type") == "Warning" and event.get("reason") != "FailedScheduling":
             complaints.append(str(event.get("message", "")))
@@ -157,48 +157,48 @@ def _placed(check: str, pod: Object, events: Sequence[Object]) -> Finding:
         return warning(
             check,
             f"pending: {complaints[-1]}",
-            "The node tries again; if it stays so, `kubectl describe pod` shows all that it says.",
+            "The node tries again; if it stays so, `kubectl describe pod` shows all its events.",
         )
     return warning(
         check,
-        "pending: placed, and its containers are being made",
-        "An image of several GiB takes minutes to come; if it takes longer, `kubectl describe "
+        "pending: on a node, its containers are being created",
+        "An image of several GiB takes minutes to pull; if it takes longer, `kubectl describe "
         "pod` shows what it waits for.",
     )
 
 
 def _ended(check: str, pod: Object) -> Finding | None:
-    """A pod that failed, or one of its containers; KubeRay's are not started again."""
+    """Explain a failed pod or container; KubeRay's containers are not restarted."""
     status = pod.get("status") or {}
     if pod["metadata"].get("deletionTimestamp"):
         return None
     for container, state in _terminated(status):
         code, reason = state["exitCode"], state.get("reason") or "no reason"
         namespace = pod["metadata"]["namespace"]
-        log = f"`kubectl -n {namespace} logs POD -c {container}` says why."
+        log = f"`kubectl -n {namespace} logs POD -c {container}` shows the reason."
         if state.get("reason") == "OOMKilled" or code == _KILLED:
             log = f"{_MEMORY} {log}"
         return failed(check, f"container {container} ended with code {code} ({reason})", log)
     if status.get("phase") != "Failed":
         return None
-    said = ": ".join(status[field] for field in ("reason", "message") if status.get(field))
+    reason = ": ".join(status[field] for field in ("reason", "message") if status.get(field))
     return failed(
         check,
-        f"failed: {said or 'it is not said why'}",
-        "The node has ended it, for want of memory or disk (Evicted: the cache's emptyDir counts, "
-        "too) or since it went away itself: `kubectl describe pod` and `kubectl describe node` "
-        "show which.",
+        f"failed: {reason or 'no reason given'}",
+        "The node ended it, for lack of memory or disk (Evicted: the cache's emptyDir counts, "
+        "too) or because the node itself went away: `kubectl describe pod` and `kubectl describe "
+        "node` show which.",
     )
 
 
 _KILLED = 128 + 9
-"""Exit code of a process that SIGKILL has ended."""
+"""Exit code of a process that was ended by SIGKILL."""
 
 _MEMORY = "Mostly its memory limit is too low: raise requests and limits."
 
 
 def _terminated(status: Object) -> Iterator[tuple[str, Object]]:
-    """Containers that ended, and not well."""
+    """Yield the containers that ended with an error."""
     for field in ("initContainerStatuses", "containerStatuses"):
         for container in status.get(field) or ():
             state = (container.get("state") or {}).get("terminated")
@@ -211,9 +211,9 @@ _STATE = re.compile(r"ExitCode:(-?\d+),.*?Reason:(\w*),")
 
 
 def replaced(events: Sequence[Object]) -> Finding | None:
-    """Pods that had ended and that KubeRay has deleted, to make new ones in their places.
+    """Report ended pods that KubeRay has deleted and replaced.
 
-    Its events are all that is left of them, for as long as Kubernetes keeps events: an hour.
+    Only its events remain of them, for as long as Kubernetes keeps events: an hour.
     """
     ended = sorted(
         (
@@ -233,8 +233,8 @@ def replaced(events: Sequence[Object]) -> Finding | None:
     how = f"{last[2]}, exit code {state[1]} ({state[2] or 'no reason'})" if state else last[2]
     return warning(
         "replaced pods",
-        f"{len(ended)} that had ended, within the last hour or so; the last: {last[1]}, {how}",
-        "KubeRay starts no container again, it replaces the pod, and the log goes with it: watch "
+        f"{len(ended)} that had ended within the last hour or so; the last: {last[1]}, {how}",
+        "KubeRay restarts no container; it replaces the pod, and the log is lost with it: watch "
         "the next one (`kubectl logs --follow`). Exit code 137 means mostly that the memory limit "
         "is too low; on spot nodes pods end with their node.",
     )

@@ -1,6 +1,6 @@
-"""The scheduler's own filters for pods and nodes, as far as GPUs need them.
+"""The scheduler's filters for pods and nodes, as far as GPUs need them.
 
-Pure: reads pod templates and nodes as the API has them.
+Pure: reads pod templates and nodes as the API returns them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,14 +16,14 @@ class Group:
     """Pods of one template."""
 
     name: str
-    """As `sdxl gpu`: of the service, then of the group."""
+    """Name of the service and of the group, as `sdxl gpu`."""
     pod: Object
     may_be_empty: bool
-    """Whether it starts with no pod, so that nodes for it may come later."""
+    """True if it starts without pods, so that nodes for it may come later."""
 
 
 def groups(service: Object) -> list[Group]:
-    """The head and the worker groups of a RayService."""
+    """Return the head and the worker groups of a RayService."""
     spec = service["spec"].get("rayClusterConfig") or {}
     prefix = service["metadata"]["name"]
     head = ((spec.get("headGroupSpec") or {}).get("template") or {}).get("spec") or {}
@@ -36,7 +36,7 @@ def groups(service: Object) -> list[Group]:
 
 
 def unmet(pod: Object, node: Object) -> list[str]:
-    """What of the pod's selector and its required node affinity the node does not meet."""
+    """Return the parts of the pod's selector and required node affinity that the node lacks."""
     labels = node["metadata"].get("labels") or {}
     wanted = pod.get("nodeSelector") or {}
     missing = [f"{key}={value}" for key, value in wanted.items() if labels.get(key) != value]
@@ -44,7 +44,7 @@ def unmet(pod: Object, node: Object) -> list[str]:
         "requiredDuringSchedulingIgnoredDuringExecution"
     ) or {}
     terms = affinity.get("nodeSelectorTerms") or []
-    # One term is enough, and in it all must be met.
+    # One term is enough; all its expressions must match.
     unmet_terms: list[list[str]] = [
         [
             _shown(expression)
@@ -86,7 +86,7 @@ def _shown(expression: Mapping[str, Any]) -> str:
 
 
 def untolerated(pod: Object, node: Object) -> list[Object]:
-    """Taints that keep the pod off the node."""
+    """Return the taints that keep the pod off the node."""
     tolerations = pod.get("tolerations") or []
     return [
         taint
@@ -110,10 +110,10 @@ def _tolerates(toleration: Object, taint: Object) -> bool:
 
 
 def requests(pod: Object) -> dict[str, Decimal]:
-    """Return what the scheduler counts for a pod's spec, by resource.
+    """Return the requests that the scheduler counts for a pod's spec, by resource.
 
-    All containers and sidecars together, or the largest init container with the sidecars that are
-    started before it; and the pod's overhead.
+    They are those of all containers and sidecars together, or of the largest init container with
+    the sidecars before it; and the pod's overhead.
     """
     running = _sum(_requests(container) for container in pod.get("containers") or [])
     sidecars: dict[str, Decimal] = {}
@@ -142,19 +142,19 @@ def _sum(parts: Iterable[Mapping[str, Decimal]]) -> dict[str, Decimal]:
 
 def _requests(container: Object) -> dict[str, Decimal]:
     resources = container.get("resources") or {}
-    # A limit without a request is one, too.
+    # A limit without a request counts as a request.
     both = {**(resources.get("limits") or {}), **(resources.get("requests") or {})}
     return {name: amount_of(amount) for name, amount in both.items()}
 
 
 def allocatable(node: Object) -> dict[str, Decimal]:
-    """What pods can have of the node."""
+    """Return the resources that the node offers to pods."""
     offered = (node.get("status") or {}).get("allocatable") or {}
     return {name: amount_of(amount) for name, amount in offered.items()}
 
 
 def gpus(node: Object) -> dict[str, int]:
-    """GPUs that pods can have of the node, and parts of them: ``{"nvidia.com/gpu": 8}``."""
+    """Return the GPUs and MIG parts that the node offers to pods: ``{"nvidia.com/gpu": 8}``."""
     return {
         name: int(amount)
         for name, amount in allocatable(node).items()

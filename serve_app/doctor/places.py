@@ -1,4 +1,4 @@
-"""Whether the pods of a RayService find nodes, before the scheduler looks for them."""
+"""Checks that the pods of a RayService will find nodes, before the scheduler tries."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,8 +8,8 @@ from serve_app.doctor.placement import Group
 from serve_app.doctor.report import Finding, failed, ok, warning
 
 STARTS_EMPTY = (
-    "The group starts without pods: nothing is to be done if the cluster's autoscaler adds nodes "
-    "for it. Else:"
+    "The group starts without pods: do nothing if the cluster's autoscaler adds nodes "
+    "for it. Otherwise:"
 )
 
 
@@ -18,8 +18,8 @@ def check_places(
 ) -> Iterator[Finding]:
     """Compare each group of pods with each node.
 
-    ``to_come``: the pods are still to be made, so that what other pods have taken counts as well.
-    Of a service that is there, those that found no room are pending, and their rows say so.
+    ``to_come``: the pods do not exist yet, so that the resources of other pods count as well. An
+    applied service without room has pending pods, which have rows of their own.
     """
     nodes = cluster.list("nodes")
     occupancy = occupancy_of(cluster) if to_come else None
@@ -36,7 +36,7 @@ def check_places(
                 finding = warning(
                     finding.check,
                     finding.found,
-                    "It runs already: applying this asks for more room only where it changes the "
+                    "It runs already: applying this needs more room only where it changes the "
                     "Ray cluster, not where it changes serveConfigV2.\n"
                     f"{upgrade}\n{finding.advice}",
                 )
@@ -44,7 +44,7 @@ def check_places(
 
 
 def occupancy_of(cluster: Cluster) -> fit.Occupancy | None:
-    """Return what the pods of all namespaces take; None where they may not be looked at."""
+    """Return the resources that pods of all namespaces use; None where they may not be read."""
     try:
         return fit.Occupancy(cluster.list("pods"))
     except Unreachable:
@@ -68,8 +68,8 @@ def _check_place(
             found += " now"
         elif to_come:
             found += (
-                " when empty; what is free is not known, since pods of all namespaces may not be "
-                "looked at"
+                " when empty; the free room is unknown, since pods of all namespaces may not be "
+                "read"
             )
         return ok(group.name, found)
     found, advice = shortage.explain(group.pod, nodes, fits, occupancy, namespace)

@@ -1,4 +1,4 @@
-"""The pods of the namespace: those that do not run, alike ones together."""
+"""Checks of the namespace's pods: those that do not run, grouped by cause."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from serve_app.doctor.unscheduled import Surroundings
 
 
 def check_pods(cluster: Cluster, to_come: bool) -> Iterator[Finding]:
-    """Say of each what keeps it from running. ``to_come``: there may be none yet."""
+    """Report the cause for each pod that does not run. ``to_come``: there may be none yet."""
     pods = cluster.list("pods", everywhere=False)
     try:
         events = cluster.list("events", everywhere=False)
@@ -48,7 +48,7 @@ def _none(cluster: Cluster, to_come: bool) -> Iterator[Finding]:
         yield warning(
             "pods",
             f"none in namespace {cluster.namespace}, which has a RayService",
-            "KubeRay has made none: look at the rows of KubeRay and of the RayService, and at the "
+            "KubeRay has created none: see the rows of KubeRay and of the RayService, and at the "
             "operator's log.",
         )
     elif not services and to_come:

@@ -1,4 +1,4 @@
-"""What a check found, and how that is shown."""
+"""Findings of checks, as a table and as JSON."""
 
 import textwrap
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _WIDTH = 100
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one check. ``advice`` says what to do, wherever there is something to do."""
+    """The result of one check. ``advice`` says what to do; it is empty only if all is ok."""
 
     check: str
     outcome: Outcome
@@ -24,27 +24,29 @@ class Finding:
 
 
 def ok(check: str, found: str) -> Finding:
+    """Make the finding of a check that passed."""
     return Finding(check, "ok", found)
 
 
 def warning(check: str, found: str, advice: str) -> Finding:
-    """Pictures may come all the same."""
+    """Make a finding despite which requests may succeed."""
     return Finding(check, "warning", found, advice)
 
 
 def failed(check: str, found: str, advice: str) -> Finding:
-    """No picture comes, or not where it should."""
+    """Make a finding that keeps requests from succeeding, or from running where they should."""
     return Finding(check, "failed", found, advice)
 
 
 def any_failed(findings: Sequence[Finding]) -> bool:
+    """Return whether any check failed."""
     return any(finding.outcome == "failed" for finding in findings)
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """As text: a row each, and below them each advice once, with the checks that it is for.
+    """Format as text: one row each, and below them each advice once, with its checks.
 
-    Advice on what has failed comes before advice on what is warned of.
+    Advice on failures comes before advice on warnings.
     """
     width = max(len(finding.check) for finding in findings)
     lines = [f"{'check':<{width}}  outcome  found"]
@@ -57,7 +59,7 @@ def table(findings: Sequence[Finding]) -> str:
             by_advice.setdefault(finding.advice, []).append(finding)
     for advice, advised in sorted(by_advice.items(), key=lambda item: not any_failed(item[1])):
         lines += ["", ", ".join(finding.check for finding in advised) + ":"]
-        # A line of its own is a command or a piece of YAML.
+        # An indented line is a command or a piece of YAML.
         lines += [_wrapped(line, "  ", "  ") for line in advice.splitlines()]
     return "\n".join(lines)
 
@@ -76,6 +78,7 @@ def _wrapped(text: str, first: str, others: str) -> str:
 
 
 def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Return the findings as JSON values, for programs."""
     return {
         "ok": not any_failed(findings),
         "findings": [asdict(finding) for finding in findings],
@@ -83,7 +86,7 @@ def as_json(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def gib(size_bytes: float) -> str:
-    """``1.5 GiB``; small sizes in MiB."""
+    """Format a size as ``1.5 GiB``, or in MiB below 1 GiB."""
     if size_bytes < 2**30:
         return f"{size_bytes / 2**20:.0f} MiB"
     return f"{size_bytes / 2**30:.1f} GiB"

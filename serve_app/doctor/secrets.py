@@ -1,22 +1,21 @@
-"""Secrets that are named and not optional must be there, with their keys, before any pod is.
+"""Checks that each required Secret exists with its keys, before any pod starts.
 
-Reads each by its name, and only which keys it has.
+Each is read by its name; its values are dropped.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from serve_app.config.environment import KEYS_PATH_VARIABLE
 from serve_app.doctor import placement
 from serve_app.doctor.kube import ROLE, Cluster, Forbidden, NotReadable, Object, Unreachable
 from serve_app.doctor.report import Finding, failed, ok, warning
-
-_KEYS_PATH = "DIFFUSION_SERVE_KEYS_PATH"
 
 _ADD = (
     "\\\n      --dry-run=client --output yaml "
     "| kubectl apply --server-side --force-conflicts --filename -"
 )
-"""Makes a `kubectl create secret` keep the keys that are there already."""
+"""Ending of a `kubectl create secret` that keeps the existing keys."""
 
 _COMMANDS = {
     "api-keys": (
@@ -45,21 +44,24 @@ _COMMANDS = {
         "kubectl -n {namespace} create secret tls diffusion-serve-tls --cert=tls.crt --key=tls.key",
     ),
 }
-"""Those of cluster/README.md."""
+"""Commands of cluster/README.md by Secret."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A Secret that an object cannot do without."""
+    """A Secret that an object requires."""
 
     secret: str
     key: str | None
-    """None if any will do, or if it is not known which."""
+    """None if any key is enough, or if the key is unknown."""
     by: str
+    """The object that requires it."""
+    pulls_images: bool = False
+    """True for credentials of a registry, which kubelets use."""
 
 
 def references(objects: Sequence[Object]) -> list[Reference]:
-    """Return what the objects name; of pods, through whatever makes them."""
+    """List the Secrets that objects require; those of pods through the objects that create them."""
     found: list[Reference] = []
     for one in objects:
         kind, spec = one["kind"], one.get("spec") or {}
@@ -117,14 +119,14 @@ def _of_pod(spec: Object, by: str) -> Iterator[Reference]:
     for container in (*(spec.get("initContainers") or ()), *(spec.get("containers") or ())):
         yield from _of_container(container, by, mounted)
     for reference in spec.get("imagePullSecrets") or ():
-        yield Reference(reference["name"], None, by)
+        yield Reference(reference["name"], None, by, pulls_images=True)
 
 
 def _of_container(container: Object, by: str, mounted: Mapping[str, str]) -> Iterator[Reference]:
-    """``mounted``: Secrets by volume, whole, so that a file there is a key."""
+    """List a container's references. ``mounted``: whole Secrets by volume, whose files are keys."""
     for variable in container.get("env") or ():
         yield from _of_selector((variable.get("valueFrom") or {}).get("secretKeyRef"), by)
-        if variable["name"] != _KEYS_PATH:
+        if variable["name"] != KEYS_PATH_VARIABLE:
             continue
         for mount in container.get("volumeMounts") or ():
             folder, _, file = str(variable.get("value", "")).rpartition("/")
@@ -154,19 +156,19 @@ def _of_selector(selector: Object | None, by: str) -> Iterator[Reference]:
 def check_secrets(
     cluster: Cluster, services: Sequence[Object], overlay: Sequence[Object] | None
 ) -> Iterator[Finding]:
-    """Look up each Secret that the overlay names, or the RayServices that are there."""
-    # api-keys first: the command for prometheus-api-key goes on from there.
+    """Look up each Secret that the overlay requires, or without one the applied RayServices."""
+    # api-keys first: the command for prometheus-api-key continues from its result.
     objects = services if overlay is None else overlay
     found = references(sorted(objects, key=lambda one: one["kind"] != "RayService"))
-    coming = _coming(overlay or ())
+    brought = _brought_secrets(overlay or ())
     forbidden: dict[str, Forbidden] = {}
     there = []
     for name in dict.fromkeys(one.secret for one in found):
         own = [one for one in found if one.secret == name]
         keys: frozenset[str] | None
-        if name in coming:
-            keys = coming[name]
-            if keys is None:  # a controller is to make it
+        if name in brought:
+            keys = brought[name]
+            if keys is None:  # a controller creates it
                 there.append(name)
                 continue
         else:
@@ -200,13 +202,13 @@ def check_secrets(
         else:
             there.append(name)
     if there:
-        yield ok("Secrets", f"{', '.join(there)}: there, with what is needed of them")
+        yield ok("Secrets", f"{', '.join(there)}: there, with the needed keys")
     if forbidden:
         yield _not_readable(cluster.namespace, forbidden)
 
 
 def command(name: str, keys: Sequence[str], namespace: str, add: bool = False) -> str:
-    """Return what makes the Secret with ``keys``, or adds them to the one that is there."""
+    """Return the command that creates the Secret with ``keys``, or adds them to it."""
     commands = _COMMANDS.get(name)
     if commands is None:
         literals = "".join(f" --from-literal={key}=…" for key in keys) or " --from-file=…"
@@ -222,8 +224,8 @@ def _not_readable(namespace: str, forbidden: Mapping[str, Forbidden]) -> Finding
     names = " ".join(f"--resource-name={name}" for name in forbidden)
     return warning(
         "Secrets",
-        f"{', '.join(forbidden)}: may not be looked at",
-        "Have somebody look who may, since pods stay pending without them:\n"
+        f"{', '.join(forbidden)}: may not be read",
+        "Have somebody with the right check them, since pods stay pending without them:\n"
         f"  kubectl -n {namespace} get secret {' '.join(forbidden)}\n"
         "Or have an administrator grant it for these alone:\n"
         f"  kubectl -n {namespace} create role {ROLE} --verb=get --resource=secrets {names}\n"
@@ -231,17 +233,17 @@ def _not_readable(namespace: str, forbidden: Mapping[str, Forbidden]) -> Finding
     )
 
 
-def _coming(overlay: Sequence[Object]) -> dict[str, frozenset[str] | None]:
-    """Return the keys of Secrets that come with the overlay, None where a controller makes them."""
-    coming: dict[str, frozenset[str] | None] = {}
+def _brought_secrets(overlay: Sequence[Object]) -> dict[str, frozenset[str] | None]:
+    """Return the keys of the overlay's own Secrets, None where a controller creates them."""
+    brought: dict[str, frozenset[str] | None] = {}
     for one in overlay:
         spec, name = one.get("spec") or {}, (one.get("metadata") or {}).get("name", "")
         if one["kind"] == "Secret":
-            coming[name] = frozenset((*(one.get("data") or ()), *(one.get("stringData") or ())))
+            brought[name] = frozenset((*(one.get("data") or ()), *(one.get("stringData") or ())))
         elif one["kind"] == "ExternalSecret":
-            coming[(spec.get("target") or {}).get("name") or name] = None
+            brought[(spec.get("target") or {}).get("name") or name] = None
         elif one["kind"] == "SealedSecret":
-            coming[name] = None
+            brought[name] = None
         elif one["kind"] == "Certificate":
-            coming[spec.get("secretName", "")] = None
-    return coming
+            brought[spec.get("secretName", "")] = None
+    return brought

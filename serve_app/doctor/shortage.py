@@ -1,6 +1,6 @@
-"""What is said of a pod that no node takes: the cause at the nearest node, and its cure.
+"""Explains a pod that no node takes: the cause at the nearest node, and the remedy.
 
-Pure. For pending pods (`unscheduled`) and for those of an overlay (`gpu_nodes`) alike.
+Pure; for pending pods (`unscheduled`) and for those of an overlay (`places`).
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from serve_app.doctor.kube import Object
 from serve_app.doctor.report import gib
 
 _SHOWN = 3
-"""Names in a row; the others are counted."""
+"""Names that are listed; the others are counted."""
 
 _UNKNOWN_PRODUCT = "unknown product"
 
@@ -28,7 +28,7 @@ def has_product(node: Object) -> bool:
 
 
 def names(all_names: Sequence[str]) -> str:
-    """Return the first names, and how many more there are."""
+    """Return the first names, and the count of the others."""
     more = len(all_names) - _SHOWN
     return ", ".join(all_names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
@@ -40,9 +40,9 @@ def explain(
     occupancy: Occupancy | None,
     namespace: str,
 ) -> tuple[str, list[str]]:
-    """Return the cause at the nearest nodes, and the advice on it, the first step first.
+    """Return the cause at the nearest nodes, and the advice in order of steps.
 
-    ``fits``: the judgement of ``nodes``, none of which takes the pod; ``namespace``: the pod's.
+    ``fits``: the comparison with ``nodes``, none of which takes the pod; ``namespace``: the pod's.
     """
     near = nearest(fits)
     if not near:
@@ -83,8 +83,8 @@ def explain(
             f"{name} {_amount(name, wanted_of[name])} (it has {_amount(name, has[name])})"
             for name in first.small
         )
-        reasons.append(f"its pods ask for more than {first.node} has: {sizes}")
-        # A node with other labels is of another kind: its size is no measure.
+        reasons.append(f"its pods request more than {first.node} has: {sizes}")
+        # A node with other labels is of another kind: its size does not matter.
         if not first.labels:
             advice.append(
                 "Lower requests and limits to what a node's allocatable leaves, or take larger "
@@ -98,7 +98,7 @@ def explain(
 
 
 def advice_on_upgrade(service: Object, resources: Sequence[str]) -> str:
-    """Say that a second cluster needs room beside the first, and the ways to have it."""
+    """Advise on the room that a second cluster needs beside the first."""
     name = service["metadata"]["name"]
     what = "GPUs" if any(one.startswith("nvidia.com/") for one in resources) else "room"
     return (
@@ -145,7 +145,7 @@ def _amount(resource: str, amount: Decimal) -> str:
 
 
 def advice_on_short(resources: Sequence[str]) -> str:
-    """Say what to do where nodes fit and other pods have taken ``resources``."""
+    """Advise where nodes fit and other pods use ``resources``."""
     autoscaler = (
         "Wait for the cluster's autoscaler (`kubectl describe pod` shows TriggeredScaleUp, or "
         "NotTriggerScaleUp and why), add a node, raise the node group's limit or the quota, or "

@@ -1,8 +1,8 @@
-"""Why the scheduler finds no node for a pod.
+"""Explains why the scheduler finds no node for a pod.
 
-By comparing the pod with each node, as the scheduler does. Its own message sums up all nodes, so
-that the reasons of those that do not matter stand beside the cause; its words decide only where
-nodes cannot tell: volumes, ports, other pods that the pod must or must not be beside.
+It compares the pod with each node, as the scheduler does. The scheduler's own message sums up all
+nodes, so that irrelevant reasons stand beside the cause. It decides only where nodes do not show
+the reason: volumes, ports, other pods that the pod must or must not be beside.
 """
 
 import re
@@ -42,7 +42,7 @@ _OF_NODES = (
     ),
     (
         r"pod (anti-)?affinity|topology spread constraints",
-        "A rule about pods beside each other keeps it off: look at podAffinity, podAntiAffinity "
+        "A rule about pods beside each other keeps it off: check podAffinity, podAntiAffinity "
         "and topologySpreadConstraints of the pod template, or add nodes.",
     ),
     (
@@ -57,7 +57,7 @@ _INSUFFICIENT = re.compile(r"Insufficient ([\w./-]+\w)")
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What pods are compared with; None is what may not be read."""
+    """The objects that pods are compared with; None for those that may not be read."""
 
     nodes: Sequence[Object] | None
     occupancy: fit.Occupancy | None
@@ -78,7 +78,7 @@ def upgrade_of(pod: Object, services: Sequence[Object]) -> Object | None:
 
 
 def is_ready(service: Object) -> bool:
-    """Tell whether KubeRay says that it serves."""
+    """Return whether KubeRay reports the service as ready."""
     conditions = (service.get("status") or {}).get("conditions") or ()
     return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
@@ -90,8 +90,8 @@ def why(
     events: Sequence[Object],
     around: Surroundings | None,
 ) -> Finding:
-    """Return the cause. ``condition``: PodScheduled; ``events``: the pod's, the latest last."""
-    message = condition.get("message") or condition.get("reason") or "it is not said why"
+    """Explain an unscheduled pod. ``condition``: PodScheduled; ``events``: the latest last."""
+    message = condition.get("message") or condition.get("reason") or "no reason given"
     if condition.get("reason") == "SchedulingGated":
         return warning(
             check,
@@ -105,7 +105,7 @@ def why(
         return failed(
             check,
             f"pending: {message}",
-            "Which of these reasons is the cause, the nodes tell, and they may not be looked at: "
+            "The nodes would show which of these reasons is the cause, and may not be read: "
             "have that granted, or compare `kubectl describe pod` with `kubectl describe node`.",
         )
     fits = fit.judge(pod["spec"], around.nodes, around.occupancy)
@@ -138,7 +138,7 @@ def _although_nodes_fit(
         return failed(
             check,
             f"pending: {fitting} would take it when empty, and pods of other namespaces, which "
-            f"may have what is short, may not be looked at. The scheduler: {message}",
+            f"may have what is short, may not be read. The scheduler: {message}",
             shortage.advice_on_short(short),
         )
     return failed(
@@ -150,7 +150,7 @@ def _although_nodes_fit(
 
 
 def _advice_on_applying(pod: Object, services: Sequence[Object]) -> str:
-    """Say how a changed toleration gets into pods; the service goes only if it serves nobody."""
+    """Advise how a changed toleration reaches pods; delete a service only if it is not ready."""
     change = (
         "KubeRay leaves tolerations out when it compares: change an annotation of the same pod "
         "template with them, so that it makes a new cluster."
@@ -159,14 +159,11 @@ def _advice_on_applying(pod: Object, services: Sequence[Object]) -> str:
     owners = [one for one in services if name.startswith(f"{one['metadata']['name']}-")]
     if not owners or any(is_ready(one) for one in owners):
         return change
-    return (
-        f"{change} Or, since it is not ready and serves nobody, delete the RayService and apply "
-        "it again."
-    )
+    return f"{change} Or, since it is not ready, delete the RayService and apply it again."
 
 
 def _autoscaler(events: Sequence[Object]) -> str | None:
-    """Return the last word of the cluster's autoscaler on the pod."""
+    """Return the last message of the cluster's autoscaler on the pod."""
     for event in reversed(events):
         if event.get("reason") in ("TriggeredScaleUp", "NotTriggerScaleUp"):
             return f"{event['reason']}: {event.get('message', '')}".rstrip(": ")

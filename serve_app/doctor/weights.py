@@ -1,6 +1,6 @@
-"""How much memory a model needs, from the headers of its weights, without loading them.
+"""The memory that a model needs, from the headers of its weights, without loading them.
 
-Follows what `serve_app.engine.model.loader` loads: the components that model_index.json names,
+It counts what `serve_app.engine.model.loader` loads: the components that model_index.json names,
 their safetensors of the configured variant, at the configured dtype.
 """
 
@@ -18,7 +18,7 @@ from serve_app.errors import ModelLoadError
 _FLOATS = ("F8", "F16", "BF16", "F32", "F64")
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TAKE_TURNS = ("unet", "transformer", "text_encoder")
-"""Begins of names of the networks that ``offload: model`` lets take turns: denoisers, encoders."""
+"""Name prefixes of the networks that ``offload: model`` loads in turns: denoisers, encoders."""
 _DENOISERS = ("unet", "transformer")
 _HEADER_LIMIT = 100 * 2**20
 """The format's own limit for its header."""
@@ -30,24 +30,25 @@ class Component:
 
     name: str
     parameters: int
-    """Numbers that are held in the model's dtype."""
+    """Count of numbers that are stored in the model's dtype."""
     other_bytes: int
-    """Integers, which keep their type."""
+    """Bytes of integers, which keep their type."""
 
-    def held_bytes(self, bytes_each: int) -> int:
+    def size_bytes(self, bytes_each: int) -> int:
+        """Return the memory of the network with ``bytes_each`` bytes a parameter."""
         return self.parameters * bytes_each + self.other_bytes
 
 
 def cache_folder() -> Path:
-    """Where models of the hub are kept, as HF_HOME and the like say."""
+    """Return the folder of models from the hub, as HF_HOME and the like set it."""
     return Path(constants.HF_HUB_CACHE)
 
 
 def find_folder(model: ModelConfig) -> Path | None:
-    """Where the weights lie on this machine: a local model's folder, or one in the hub's cache.
+    """Find the weights on this machine: a local model's folder, or one in the hub's cache.
 
-    None for a model of the hub that is not here, or whose download has not come to its end. Raises
-    `ModelLoadError` if its index is no JSON.
+    Returns None for a model of the hub that is not here or not fully downloaded. Raises
+    `ModelLoadError` if its index is not JSON.
     """
     if model.is_folder:
         return Path(model.source)
@@ -64,7 +65,7 @@ def find_folder(model: ModelConfig) -> Path | None:
 
 
 def read_components(folder: Path, model: ModelConfig) -> list[Component]:
-    """The networks of the model in ``folder``.
+    """Read the sizes of the networks of the model in ``folder``.
 
     Raises:
         ModelLoadError: if a file is not what its name says.
@@ -77,7 +78,7 @@ def read_components(folder: Path, model: ModelConfig) -> list[Component]:
 
 
 def _named(index: Path) -> list[str]:
-    """Components that are networks, as far as can be told before they are here."""
+    """List the components that are networks, judged by their names before they are here."""
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -92,7 +93,7 @@ def _named(index: Path) -> list[str]:
 
 
 def _files(folder: Path, model: ModelConfig) -> list[Path]:
-    """Of the variant, else those without one, as diffusers picks them; all parts, or none."""
+    """Choose the variant's files, else the plain ones, as diffusers does; all parts, or none."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if "." not in file.stem]
     chosen = plain
@@ -106,7 +107,7 @@ def _files(folder: Path, model: ModelConfig) -> list[Path]:
 
 
 def _read_header(file: Path) -> tuple[int, int]:
-    """(floating-point numbers, bytes of others). Raises `ModelLoadError`."""
+    """Return (count of floats, bytes of other numbers). Raises `ModelLoadError`."""
     start = b""
     try:
         with file.open("rb") as opened:
@@ -131,29 +132,29 @@ def _read_header(file: Path) -> tuple[int, int]:
             raise ValueError("it is cut off")
     except OSError as error:
         raise ModelLoadError(
-            f"{file} cannot be read: {error.strerror}. Look at its owner and mode."
+            f"{file} cannot be read: {error.strerror}. Check its owner and mode."
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         what = "a Git LFS pointer" if start.startswith(b"version ") else f"damaged ({error})"
         raise ModelLoadError(
-            f"{file} holds no weights, it is {what}. Fetch it again: `git lfs pull`, or `hf "
+            f"{file} has no weights, it is {what}. Fetch it again: `git lfs pull`, or `hf "
             "download`."
         ) from None
     return parameters, other_bytes
 
 
 def needed_bytes(components: list[Component], model: ModelConfig, on_gpu: bool) -> int:
-    """What the weights take of the device's memory; pictures come on top of it."""
+    """Return the bytes that the weights take; running requests need more."""
     dtype = model.dtype
     if dtype == "auto":
         dtype = "bfloat16" if on_gpu else "float32"
 
-    def held_bytes(component: Component) -> int:
+    def size_bytes(component: Component) -> int:
         # Most of a denoiser is linear layers.
         small = model.speed.quantize != "none" and component.name.startswith(_DENOISERS)
-        return component.held_bytes(1 if small else _BYTES[dtype])
+        return component.size_bytes(1 if small else _BYTES[dtype])
 
-    sizes = {component.name: held_bytes(component) for component in components}
+    sizes = {component.name: size_bytes(component) for component in components}
     if model.speed.offload == "none" or not on_gpu:
         return sum(sizes.values())
     in_turns = [size for name, size in sizes.items() if name.startswith(_TAKE_TURNS)]

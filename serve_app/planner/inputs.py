@@ -112,11 +112,11 @@ def arrivals(
     if kinds is not None:
         if mix is not None or mix_at_end is not None:
             raise ConfigError(
-                f"{path} says what requests ask for: leave out --mix and --mix-at-end."
+                f"{path} has the kinds of requests: leave out --mix and --mix-at-end."
             )
         return Trace(at_s, kinds)
     if mix is None:
-        raise ConfigError("say what requests ask for with --mix, such as 1024x1024/25:1.")
+        raise ConfigError("give the kinds of requests with --mix, such as 1024x1024/25:1.")
     return drawn(at_s, parse_mix(mix), None if mix_at_end is None else parse_mix(mix_at_end), seed)
 
 

@@ -1,7 +1,7 @@
-"""Ray Serve's default policy, by the count of requests, for the simulator to compare with.
+"""Ray Serve's default policy, by the count of requests, as a baseline for the simulator.
 
-The same arithmetic as `ray.serve.autoscaling_policy` in Ray 2.60, without Ray: a test holds the two
-against each other.
+The arithmetic is that of `ray.serve.autoscaling_policy` in Ray 2.60, without Ray. A test compares
+the two.
 """
 
 import math
@@ -18,21 +18,21 @@ class QueueParams:
     upscale_delay_s: float = 30.0
     downscale_delay_s: float = 600.0
     look_back_period_s: float = 30.0
-    """Requests are averaged over it."""
+    """Window over which requests are averaged."""
     metrics_interval_s: float = 10.0
-    """How often handles and replicas report."""
+    """Interval of the reports by handles and replicas."""
 
 
 @dataclass
 class QueuePolicy:
-    """Remembers since when it has wanted to go up or down."""
+    """The policy with its state: since when it has decided up or down."""
 
     params: QueueParams
     _direction: int = 0
     _since_s: float = 0.0
 
     def decide(self, at_s: float, running: int, target: int, requests: float) -> int:
-        """The number of replicas; ``requests``: all that are not done, averaged over a while."""
+        """Return the number of replicas. ``requests``: mean number of unfinished requests."""
         params = self.params
         if running == 0:
             return max(1, target) if requests > 0 else self._bounded(target)

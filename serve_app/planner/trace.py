@@ -1,4 +1,4 @@
-"""Arrivals to replay: read from a file or drawn, with a mix of what requests ask for."""
+"""Arrivals to replay: read from a file or drawn, with a mix of kinds of requests."""
 
 import csv
 import math
@@ -14,7 +14,7 @@ from serve_app.errors import ConfigError
 
 @dataclass(frozen=True)
 class Kind:
-    """What a request asks for."""
+    """One kind of request."""
 
     size: Size
     """(width, height) in pixels."""
@@ -28,12 +28,12 @@ Mix = dict[Kind, float]
 """Kinds with their shares, in any unit."""
 
 MOST_ARRIVALS = 20_000_000
-"""More do not fit into the memory of a laptop."""
+"""Largest number of arrivals that fits into the memory of a laptop."""
 
 
 @dataclass(frozen=True)
 class Trace:
-    """When requests come, in seconds from the start and in order, and what each asks for."""
+    """Arrival times in seconds from the start, in order, with the kind of each request."""
 
     at_s: Sequence[float]
     kinds: Sequence[Kind]
@@ -44,10 +44,10 @@ class Trace:
 
 
 def parse_mix(text: str) -> Mix:
-    """``512x512/20:15,1024x1024/25:85``: sizes, steps, and shares in any unit.
+    """Parse a mix, ``512x512/20:15,1024x1024/25:85``: sizes, steps, and shares in any unit.
 
     Raises:
-        ConfigError: naming the entry that is wrong.
+        ConfigError: naming the wrong entry.
     """
     mix: Mix = {}
     for entry in text.split(","):
@@ -65,7 +65,7 @@ def parse_mix(text: str) -> Mix:
 
 
 def drawn(at_s: Sequence[float], mix: Mix, mix_at_end: Mix | None, seed: int) -> Trace:
-    """Each arrival asks for what the mix has; it drifts to ``mix_at_end`` over the trace."""
+    """Draw a kind for each arrival from the mix, which drifts to ``mix_at_end``."""
     rng = Random(seed)
     if mix_at_end is None:
         return Trace(at_s, rng.choices(list(mix), list(mix.values()), k=len(at_s)))
@@ -83,7 +83,7 @@ def drawn(at_s: Sequence[float], mix: Mix, mix_at_end: Mix | None, seed: int) ->
 
 
 def poisson(rate: float, duration_s: float, seed: int) -> list[float]:
-    """Arrivals at a steady rate, in requests a second."""
+    """Draw arrivals at a steady rate, in requests per second."""
     rng = Random(seed)
     at_s: list[float] = []
     now = rng.expovariate(rate)
@@ -96,15 +96,15 @@ def poisson(rate: float, duration_s: float, seed: int) -> list[float]:
 def read_arrivals(
     path: Path, stretch: float, share: float = 1.0, seed: int = 1
 ) -> tuple[list[float], list[Kind] | None]:
-    """When requests come, and what each asks for where the file says so.
+    """Read arrival times, and kinds where the file has them.
 
-    A CSV file with the columns ``at_s``, ``size`` (WIDTHxHEIGHT) and ``steps``; or one with
-    ``hour`` and ``invocations``, as of Azure Functions, which come at any moment of their hour; or
-    one time a line in milliseconds, as in DiffServe's traces. A ``share`` of all is drawn. Times
-    are multiplied by ``stretch``.
+    The file is a CSV with the columns ``at_s``, ``size`` (WIDTHxHEIGHT) and ``steps``; or one with
+    ``hour`` and ``invocations``, as of Azure Functions, spread at random over each hour; or it has
+    one time per line in milliseconds, as DiffServe's traces. A ``share`` of all is drawn. Times are
+    multiplied by ``stretch``.
 
     Raises:
-        ConfigError: naming the line that is wrong.
+        ConfigError: naming the wrong line.
     """
     rng = Random(seed)
     try:
@@ -146,7 +146,7 @@ def read_arrivals(
 
 
 def _by_the_hour(lines: Sequence[str], path: Path, share: float, rng: Random) -> Iterator[float]:
-    """Arrivals in seconds, of counts by the hour."""
+    """Draw arrivals in seconds from counts by the hour."""
     reader = csv.DictReader(lines)
     if "hour" not in (reader.fieldnames or ()):
         raise ConfigError(f"{path}: there is no column hour.")

@@ -21,7 +21,7 @@ class Deployed:
 
 
 def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
-    """The first application and its deployments, by name."""
+    """Return the first application and its deployments, by name."""
     [written] = manifests.serve["applications"]
     gateway = build(written.get("args", {}))._bound_deployment
     [generator] = [
@@ -51,7 +51,7 @@ def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
 
 
 def config_file(manifests: Manifests) -> str:
-    """Which of configs/ it is a copy of."""
+    """Return the file of configs/ that it is a copy of."""
     text = manifests.service["spec"]["serveConfigV2"]
     configs = manifests.root / "configs"
     for file in configs.glob("*.yaml"):

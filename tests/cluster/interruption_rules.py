@@ -1,4 +1,4 @@
-"""Pods that go: requests end before them, and not the last pod of a kind goes by an eviction."""
+"""Rules about ending pods: requests end first, and an eviction spares the last pod of a kind."""
 
 from collections.abc import Iterator
 
@@ -11,8 +11,8 @@ HEAD_GROUP = "headgroup"
 
 
 def graces_are_in_order(manifests: Manifests) -> Iterator[str]:
-    """The longest request < the replica's grace <= the node's drain < the pod's grace < the delay
-    after which an upgrade deletes the old cluster.
+    """Require: the longest request < the replica's grace <= the node's drain < the pod's grace <
+    the delay after which an upgrade deletes the old cluster.
 
     As the doctor has it, with the graces that Serve itself gets from the code.
     """
@@ -43,7 +43,7 @@ def _file_of_link(manifests: Manifests, link: Link, config: str) -> str:
 
 
 def budgets_select_pods(manifests: Manifests) -> Iterator[str]:
-    """One budget for the head, and one for each group with a floor or with gateways.
+    """Require a budget for the head, and one for each group with a floor or with gateways.
 
     They count with minAvailable: RayClusters have no scale subresource to take a share of. A budget
     over several groups lets the last pod of one go while others have pods.

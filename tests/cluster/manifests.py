@@ -1,4 +1,4 @@
-"""What kustomize makes of an overlay, and where it comes from."""
+"""Rendered overlays, with the file of each field."""
 
 import re
 import subprocess
@@ -17,17 +17,17 @@ Document = dict[str, Any]
 
 
 class RenderError(Exception):
-    """kustomize refused; with what it said."""
+    """An error of kustomize, with its message."""
 
 
 @dataclass(frozen=True)
 class Pod:
-    """One that a document makes: where it stands there, and its specification."""
+    """A pod of a document: its path there, and its specification."""
 
     document: Document
     path: str
     group: str | None
-    """Of Ray workers."""
+    """Name of the group of Ray workers."""
     labels: dict[str, str]
     spec: dict[str, Any]
 
@@ -49,12 +49,12 @@ class Manifests:
 
     @property
     def root(self) -> Path:
-        """Of the repository, or of a copy of its cluster/ and what belongs to that."""
+        """Root of the repository, or of a copy of its cluster/ and related folders."""
         return self.folder.parents[2]
 
     @cached_property
     def expected(self) -> dict[str, Any]:
-        """Of the cluster's nodes."""
+        """Expected nodes of the cluster."""
         text = (self.root / "cluster/platform/nodes.yaml").read_text()
         content: dict[str, Any] = yaml.safe_load(text)
         return content
@@ -86,7 +86,7 @@ class Manifests:
 
     @cached_property
     def pods(self) -> list[Pod]:
-        """All that these documents make, Ray's head and workers first."""
+        """All pods of these documents, Ray's head and workers first."""
         found = []
         head = self.cluster["headGroupSpec"]["template"]
         path = "spec.rayClusterConfig"
@@ -107,10 +107,10 @@ class Manifests:
         return Pod(document, f"{path}.spec".lstrip("."), group, labels, template["spec"])
 
     def written_in(self, of: "Pod | Document", *words: str) -> str:
-        """The file that gives it a field that is written with these words.
+        """Return the file that sets a field with this text.
 
-        That is the last in the order in which kustomize applies them, since a patch comes after
-        what it patches; only RayServices and budgets are patched.
+        It is the last in the order in which kustomize applies them, since a patch follows its
+        target; only RayServices and budgets are patched.
         """
         document = of.document if isinstance(of, Pod) else of
         kind, name = document["kind"], document["metadata"]["name"]
@@ -133,7 +133,7 @@ class Manifests:
         return str(found.relative_to(self.root))
 
     def writes_field(self, field: str) -> str:
-        """The file that gives the RayService ``field``, a path with groups' names as indices."""
+        """Return the file that sets the RayService's ``field``, a path with names as indices."""
         parts = field.split(".")
         words = [parts[-1].partition("[")[0]]
         words += [part for part in parts if part == "headGroupSpec"]
@@ -145,12 +145,12 @@ _PATCH = re.compile(r"^\s*- \{?op: ", re.MULTILINE)
 
 
 def _spelt(word: str) -> str:
-    """As it stands there, or in a JSON pointer; not as the beginning of a longer one."""
+    """Match it as written or in a JSON pointer, but not as the prefix of a longer one."""
     return re.escape(word).replace("/", "(/|~1)") + r"(?![\w.-])"
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """What a kustomization is made of, depth first; its own file after what it builds on."""
+    """List the files of a kustomization, depth first; its own file after its bases."""
     own = folder / "kustomization.yaml"
     content = yaml.safe_load(own.read_text())
     for entry in [*content.get("resources", []), *content.get("components", [])]:
@@ -168,7 +168,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def render(folder: Path) -> Manifests:
-    """``kubectl kustomize``; raises `RenderError`."""
+    """Run ``kubectl kustomize``. Raises `RenderError`."""
     done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True)
     if done.returncode:
         raise RenderError(done.stderr)

@@ -1,4 +1,4 @@
-"""What KubeRay's operator refuses, of a rendered overlay; the rules themselves are the doctor's."""
+"""The doctor's rules of KubeRay's operator, on a rendered overlay."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from tests.cluster.manifests import Manifests
 
 
 def the_operator_accepts(manifests: Manifests) -> Iterator[str]:
-    """KubeRay's operator, with the feature gates that platform/ gives it."""
+    """Check the operator's rules, with the feature gates of platform/."""
     operator = yaml.safe_load(
         (manifests.root / "cluster/platform/kuberay-operator.yaml").read_text()
     )

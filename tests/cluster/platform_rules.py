@@ -1,7 +1,7 @@
-"""What must be true of cluster/platform/, which is not rendered: values files, manifests, and the
-order in which its README installs them.
+"""Rules about cluster/platform/, which is not rendered: values files, manifests, and the order in
+which its README installs them.
 
-Rules as in rules.py. Charts are not read: which of their values places which pods is said here.
+Charts are not read: this file names the values that place pods.
 """
 
 import re
@@ -47,7 +47,7 @@ def platform_keeps_its_schemas(manifests: Manifests) -> Iterator[str]:
 
 
 def platform_gives_what_pods_name(manifests: Manifests) -> Iterator[str]:
-    """The RuntimeClass, and resources of MIG instances."""
+    """Check the RuntimeClass, and the resources of MIG instances."""
     [runtime] = [
         document["metadata"]["name"]
         for _, document in _documents(manifests)
@@ -74,7 +74,7 @@ def platform_gives_what_pods_name(manifests: Manifests) -> Iterator[str]:
 
 
 def platform_is_installed_in_order(manifests: Manifests) -> Iterator[str]:
-    """A command of the README needs what others before it have installed."""
+    """Check that each command of the README has its prerequisites installed before it."""
     readme = f"{FOLDER}/README.md"
     installed: set[str] = set()
     used = {"nodes.yaml"}

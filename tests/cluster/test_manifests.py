@@ -33,7 +33,7 @@ def _crds() -> None:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """cluster/ and what belongs to it, to be edited."""
+    """Copy cluster/ and related folders for edits."""
     for folder in ("cluster", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "README.md", tmp_path)
@@ -41,9 +41,9 @@ def copy(tmp_path: Path) -> Path:
 
 
 def named_combinations() -> list[list[str]]:
-    """By the README: alternatives by commas, components by plus signs."""
+    """Read the combinations of the README: commas separate them, plus signs join components."""
     text = (CLUSTER / "README.md").read_text()
-    sentence = text[text.index("Combinations that are checked:") :].partition("\n\n")[0]
+    sentence = text[text.index("Checked combinations:") :].partition("\n\n")[0]
     found = [
         re.findall("`([a-z0-9-]+)`", part)
         for part in sentence.replace(" alone", "").split(",")
@@ -54,7 +54,7 @@ def named_combinations() -> list[list[str]]:
 
 
 def overlay(root: Path, components: list[str]) -> Path:
-    """One of these components on the base, as somebody would write it."""
+    """Write an overlay with these components on the base."""
     folder = root / "cluster/overlays/own"
     folder.mkdir()
     production = (root / "cluster/overlays/production/kustomization.yaml").read_text()
@@ -92,7 +92,7 @@ def test_each_component_keeps_all_rules_alone(copy: Path, component: str) -> Non
 
 
 @pytest.mark.parametrize("component", COMPONENTS)
-def test_each_component_says_what_it_is_for(component: str) -> None:
+def test_each_component_has_a_readme(component: str) -> None:
     readme = (CLUSTER / "components" / component / "README.md").read_text()
     assert readme.startswith(f"# {component}\n")
     assert len(readme.splitlines()) > 3
@@ -139,13 +139,13 @@ def test_the_smoke_test_is_given_the_runtime_class_by_the_command_that_is_shown(
     assert yaml.safe_load(done.stdout) == smoke
 
 
-def test_components_that_exclude_each_other_are_told(copy: Path) -> None:
+def test_components_that_exclude_each_other_are_documented(copy: Path) -> None:
     edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
     with pytest.raises(RenderError, match="test"):
         render(overlay(copy, ["gpu-l4", "spot", "scale-to-zero"]))
 
 
-def test_an_order_that_forgets_a_group_is_told(copy: Path) -> None:
+def test_an_order_that_omits_a_group_is_reported(copy: Path) -> None:
     manifests = render(overlay(copy, ["gpu-l4", "spot", "runtime-class"]))
     assert any("gpu-spot" in line and "runtimeClassName" in line for line in problems(manifests))
 

@@ -23,7 +23,7 @@ AUTOSCALER = {"cpu": "500m", "memory": "512Mi"}
 
 
 def _requested(manifests: Manifests, resource: str) -> Decimal:
-    """By the head, its autoscaler and the least number of workers."""
+    """Sum the requests of the head, its autoscaler and the least number of workers."""
     least = {group["groupName"]: group["minReplicas"] for group in manifests.worker_groups}
     total = Decimal(0)
     for pod in manifests.pods:
@@ -36,7 +36,7 @@ def _requested(manifests: Manifests, resource: str) -> Decimal:
 
 
 @pytest.mark.parametrize("path", ["README.md", "cluster/README.md"])
-def test_what_the_local_overlay_needs_is_told(path: str) -> None:
+def test_the_resources_of_the_local_overlay_are_documented(path: str) -> None:
     manifests = render(CLUSTER / "overlays/local")
     text = " ".join((ROOT / path).read_text().split())
     told = re.findall(r"([\d.]+) CPUs and ([\d.]+) GiB of memory", text)
@@ -55,7 +55,7 @@ def _told_kinds() -> dict[str, set[str]]:
 
 
 def _kinds(folder: Path) -> set[str]:
-    """Those that are not Kubernetes' own."""
+    """Return the kinds that are not Kubernetes' own."""
     groups = {"ray.io", *WITHOUT_SCHEMA}
     return {
         one["kind"]
@@ -64,7 +64,7 @@ def _kinds(folder: Path) -> set[str]:
     }
 
 
-def test_kinds_that_a_component_needs_are_told(tmp_path: Path) -> None:
+def test_kinds_of_components_are_documented(tmp_path: Path) -> None:
     for folder in ("cluster", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     found = {}
@@ -84,7 +84,7 @@ def test_kinds_that_a_component_needs_are_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_the_order_of_deadlines_is_told(overlay: str) -> None:
+def test_the_order_of_deadlines_is_documented(overlay: str) -> None:
     text = (CLUSTER / "README.md").read_text()
     told = re.search("longest request .*deletion delay .*", text)
     assert told is not None
@@ -95,7 +95,7 @@ def test_the_order_of_deadlines_is_told(overlay: str) -> None:
     assert seconds == [link.seconds for link in longest]
 
 
-def test_the_number_of_the_operators_rules_is_told() -> None:
+def test_the_number_of_the_operators_rules_is_documented() -> None:
     assert (
         f"[{len(RULES)} rules](serve_app/doctor/operator_rules/)"
         in (ROOT / "README.md").read_text()
@@ -109,7 +109,7 @@ def test_the_number_of_the_operators_rules_is_told() -> None:
         ("cluster/components/incremental-upgrade/README.md", "# incremental-upgrade\n"),
     ],
 )
-def test_a_gateway_is_waited_for_where_kuberay_makes_one(path: str, after: str) -> None:
+def test_documents_wait_for_a_gateway_that_kuberay_creates(path: str, after: str) -> None:
     name = render(CLUSTER / "overlays/production").service["metadata"]["name"]
     steps = (ROOT / path).read_text().partition(after)[2].partition("```\n\n")[0]
     assert f"wait gateway/{name}-gateway --for=condition=Programmed" in steps

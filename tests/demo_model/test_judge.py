@@ -8,7 +8,9 @@ from tools.demo_model.scenes import Scene, SceneObject, render, sample_scene
 
 
 @pytest.mark.slow
-def test_it_reads_rendered_scenes_almost_without_error(report: Callable[[str], None]) -> None:
+def test_the_judge_reads_rendered_scenes_almost_without_error(
+    report: Callable[[str], None],
+) -> None:
     rng = Random(11)
     scenes = [sample_scene(rng, held_out=index % 2 == 0) for index in range(600)]
     verdicts = [judge(render(scene), scene) for scene in scenes]
@@ -18,7 +20,7 @@ def test_it_reads_rendered_scenes_almost_without_error(report: Callable[[str], N
         assert accuracy > 0.99
 
 
-def test_it_sees_what_is_wrong() -> None:
+def test_the_judge_detects_wrong_parts() -> None:
     asked = Scene("blue", (SceneObject("circle", "red", 0.5, 0.5, 0.25),))
     other_color = Scene("blue", (SceneObject("circle", "green", 0.5, 0.5, 0.25),))
     other_shape = Scene("blue", (SceneObject("star", "red", 0.5, 0.5, 0.25),))

@@ -1,4 +1,4 @@
-"""The shipped weights: do they paint what the prompt says?"""
+"""The shipped weights generate what the prompt names."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ def test_it_loads_with_from_pretrained_alone_and_is_small() -> None:
     ]
 
 
-def test_it_generates_what_held_out_prompts_say(report: Callable[[str], None]) -> None:
+def test_images_match_held_out_prompts(report: Callable[[str], None]) -> None:
     generated = generate_held_out(
         DiffusionPipeline.from_pretrained(DEMO_MODEL_DIR), pairs=128, steps=20
     )
@@ -56,7 +56,7 @@ def _difference(one: NDArray[np.uint8], two: NDArray[np.uint8]) -> float:
     return float(np.abs(one.astype(float) - two).mean())
 
 
-def test_every_knob_has_a_visible_effect(demo_pipeline: LoadedPipeline) -> None:
+def test_every_parameter_has_a_visible_effect(demo_pipeline: LoadedPipeline) -> None:
     plain = _generate(demo_pipeline)
     assert _difference(plain, _generate(demo_pipeline)) == 0
     assert _difference(plain, _generate(demo_pipeline, seed=2)) > 2

@@ -17,7 +17,7 @@ from tools.demo_model.scenes import (
 )
 
 
-def test_there_is_enough_to_say() -> None:
+def test_the_language_has_enough_combinations() -> None:
     assert len(COLORS) >= 8
     assert len(SHAPES) >= 5
 
@@ -50,7 +50,7 @@ def test_sampling_is_reproducible_and_objects_stay_inside() -> None:
             assert item.color != scene.background
 
 
-def test_training_never_shows_what_is_held_out() -> None:
+def test_training_never_shows_held_out_combinations() -> None:
     rng = Random(1)
     for held_out in (False, True):
         for _ in range(500):
@@ -59,7 +59,7 @@ def test_training_never_shows_what_is_held_out() -> None:
             assert all(marks) if held_out else not any(marks)
 
 
-def test_captions_say_what_is_there() -> None:
+def test_captions_describe_the_scene() -> None:
     rng = Random(2)
     words = set(vocabulary())
     for _ in range(500):

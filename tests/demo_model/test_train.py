@@ -11,7 +11,8 @@ from serve_app.config.models import ModelConfig
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import GenerationParams
-from tools.demo_model.train import Recipe, Trainer
+from tools.demo_model.recipe import Recipe
+from tools.demo_model.train import Trainer
 
 QUICK = Recipe(
     scene_share=0.0005,
@@ -33,7 +34,7 @@ def _generate(folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.slow
-def test_it_makes_a_stock_pipeline_and_goes_on_after_an_interruption(
+def test_training_makes_a_stock_pipeline_and_continues_after_an_interruption(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Trainer(QUICK, tmp_path / "unbroken", CPU, checkpoint_every=2).run(tmp_path / "model")

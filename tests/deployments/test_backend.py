@@ -31,8 +31,8 @@ from tests.fakes.serve_handle import (
     backend_of,
     no_replicas,
     raised_by_replica,
-    replica,
 )
+from tests.fakes.serve_status import replica
 
 pytestmark = pytest.mark.anyio
 

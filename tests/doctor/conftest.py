@@ -1,4 +1,4 @@
-"""A cluster for the doctor to look at."""
+"""A fake cluster for the doctor's checks."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -30,7 +30,7 @@ _MODELS = {
 
 
 def _check(model: str, content: dict[str, Any]) -> None:
-    """That the client reads it as ``model``, and nothing of it is lost."""
+    """Check that the client reads it as ``model`` without losing a field."""
     with ApiClient() as client:
         read = client.deserialize(json.dumps(content), model, "application/json")
         assert client.sanitize_for_serialization(read) == content
@@ -38,19 +38,15 @@ def _check(model: str, content: dict[str, Any]) -> None:
 
 BUILT_IN = {
     "v1": (
-        "Namespace",
-        "ServiceAccount",
-        "Service",
-        "ConfigMap",
-        "Secret",
-        "PersistentVolumeClaim",
+        *("ConfigMap", "Namespace", "PersistentVolumeClaim", "Secret"),
+        *("Service", "ServiceAccount"),
     ),
     "apps/v1": ("DaemonSet", "Deployment", "StatefulSet"),
     "networking.k8s.io/v1": ("NetworkPolicy",),
     "policy/v1": ("PodDisruptionBudget",),
     "storage.k8s.io/v1": ("StorageClass",),
 }
-"""Kinds of every Kubernetes that our manifests use, by ``apiVersion``."""
+"""Kinds of every Kubernetes that the manifests use, by ``apiVersion``."""
 
 MONITORING = {"monitoring.coreos.com/v1": ("PodMonitor", "PrometheusRule", "ServiceMonitor")}
 
@@ -58,7 +54,7 @@ TOKEN = "of-the-tests"
 
 
 class FakeApi:
-    """A Kubernetes API server on a loopback port, with the objects that it is given."""
+    """A Kubernetes API server on a loopback port, with the objects of the test."""
 
     def __init__(self) -> None:
         self.objects: dict[str, list[dict[str, Any]]] = {}
@@ -84,7 +80,7 @@ class FakeApi:
             yield self
 
     def put(self, resource: str, *objects: Mapping[str, Any]) -> None:
-        """All that there is of ``resource``."""
+        """Set all objects of ``resource``."""
         checked = [dict(one) for one in objects]
         if (model := _MODELS.get(resource)) is not None:
             for one in checked:
@@ -165,9 +161,9 @@ class FakeApi:
         return 200, answer
 
     def kubeconfig(self, folder: Path, token: str = TOKEN, url: str | None = None) -> Path:
-        """A file for the official client, whose context has the namespace `pictures`."""
+        """Write a kubeconfig whose context has the namespace `images`."""
         path = folder / "kubeconfig"
-        context = {"cluster": "fake", "user": "jane", "namespace": "pictures"}
+        context = {"cluster": "fake", "user": "jane", "namespace": "images"}
         path.write_text(
             yaml.safe_dump(
                 {
@@ -190,7 +186,7 @@ Object = dict[str, Any]
 
 
 def workload(name: str, image: str, status: Object) -> Object:
-    """A deployment or a daemonset."""
+    """Make a deployment or a daemonset."""
     return {
         "metadata": {"name": name, "namespace": "system"},
         "spec": {
@@ -205,7 +201,7 @@ def workload(name: str, image: str, status: Object) -> Object:
 
 
 def operator(tag: str = ":v1.7.0", available: int = 1, release: str | None = None) -> Object:
-    """``release``: of Helm, by which it came."""
+    """Make the operator's deployment. ``release``: the Helm release that installed it."""
     image = f"quay.io/kuberay/operator{tag}"
     deployment = workload("kuberay-operator", image, {"availableReplicas": available})
     if release is not None:
@@ -227,7 +223,7 @@ def plugin(wanted: int = 1, ready: int = 1, name: str = "nvdp-nvidia-device-plug
 
 
 def node(name: str, gpus: int = 0, capacity: int | None = None, **labels: str) -> Object:
-    """Of a GPU, with the taint and the labels that it usually has."""
+    """Make a node; one with GPUs has the usual taint and labels."""
     offered = {"cpu": "8", "memory": "32Gi"}
     of_gpus = {"nvidia.com/gpu.product": "NVIDIA-L4"} if gpus else {}
     return {
@@ -241,7 +237,7 @@ def node(name: str, gpus: int = 0, capacity: int | None = None, **labels: str) -
 
 
 def service(status: Object | None = None, claim: str | None = None, **worker: Any) -> Object:
-    """A RayService with a head and one group of GPU workers, which KubeRay takes."""
+    """Make a valid RayService with a head and one group of GPU workers."""
     drain = {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "910"}
     volumes = [{"name": "c", "persistentVolumeClaim": {"claimName": claim}}] if claim else []
     pod = {
@@ -255,7 +251,7 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
     pod["containers"] = [first | {"env": [*first.get("env", []), drain]}, *others]
     return {
         "kind": "RayService",
-        "metadata": {"name": "sdxl", "namespace": "pictures"},
+        "metadata": {"name": "sdxl", "namespace": "images"},
         "spec": {
             "serveConfigV2": "applications: [{import_path: 'serve_app.app:build'}]",
             "rayClusterDeletionDelaySeconds": 1000,
@@ -288,14 +284,14 @@ def service(status: Object | None = None, claim: str | None = None, **worker: An
 
 def pod(name: str, **status: Any) -> Object:
     return {
-        "metadata": {"name": name, "namespace": "pictures"},
+        "metadata": {"name": name, "namespace": "images"},
         "spec": {"containers": [{"name": "main"}]},
         "status": {"phase": "Pending"} | status,
     }
 
 
-def on(node: str, name: str, namespace: str = "pictures", **requests: str) -> Object:
-    """A pod that runs on ``node`` and takes ``requests`` of it."""
+def on(node: str, name: str, namespace: str = "images", **requests: str) -> Object:
+    """Make a pod that runs on ``node`` with ``requests``."""
     running = pod(name, phase="Running")
     running["metadata"]["namespace"] = namespace
     container = {"name": "main", "resources": {"requests": requests, "limits": requests}}
@@ -310,7 +306,7 @@ def unscheduled(
     ray_cluster: str | None = None,
     **spec: Any,
 ) -> Object:
-    """``ray_cluster``: the one that it is of; ``spec``: of the pod."""
+    """Make a pod without a node. ``ray_cluster``: its owner; ``spec``: the pod's."""
     condition = {"type": "PodScheduled", "status": "False", "reason": reason, "message": message}
     stuck = pod(name, conditions=[condition])
     stuck["spec"] |= spec
@@ -321,7 +317,7 @@ def unscheduled(
 
 def secret(name: str, *keys: str) -> Object:
     return {
-        "metadata": {"name": name, "namespace": "pictures"},
+        "metadata": {"name": name, "namespace": "images"},
         "data": dict.fromkeys(keys, "aGlkZGVu"),
     }
 
@@ -340,7 +336,7 @@ def waiting(name: str, reason: str, message: str | None = None, phase: str = "Pe
 
 
 def ended(name: str, code: int, reason: str, phase: str = "Failed") -> Object:
-    """With a container of Ray that ended beside one that runs."""
+    """Make a pod with a container of Ray that ended beside one that runs."""
     states = {
         "autoscaler": {"running": {}},
         "ray-head": {"terminated": {"exitCode": code, "reason": reason}},
@@ -362,10 +358,10 @@ def ended(name: str, code: int, reason: str, phase: str = "Failed") -> Object:
 def event(
     name: str, reason: str, message: str, minute: int, kind: str = "Pod", type_: str = "Warning"
 ) -> Object:
-    """Of the object ``name``."""
+    """Make an event of the object ``name``."""
     return {
-        "metadata": {"name": f"{name}.{minute}", "namespace": "pictures"},
-        "involvedObject": {"kind": kind, "name": name, "namespace": "pictures"},
+        "metadata": {"name": f"{name}.{minute}", "namespace": "images"},
+        "involvedObject": {"kind": kind, "name": name, "namespace": "images"},
         "type": type_,
         "reason": reason,
         "message": message,
@@ -376,7 +372,7 @@ def event(
 def claim(phase: str = "Pending", **spec: str) -> Object:
     return {
         "kind": "PersistentVolumeClaim",
-        "metadata": {"name": "weights", "namespace": "pictures"},
+        "metadata": {"name": "weights", "namespace": "images"},
         "spec": spec,
         "status": {"phase": phase},
     }

@@ -21,7 +21,7 @@ def gateway(name: str, *conditions: Object, address: str | None = None) -> Objec
     addresses = [{"type": "IPAddress", "value": address}] if address else []
     return {
         "kind": "Gateway",
-        "metadata": {"name": name, "namespace": "pictures"},
+        "metadata": {"name": name, "namespace": "images"},
         "spec": {"gatewayClassName": "eg-internal", "listeners": []},
         "status": {"conditions": list(conditions), "addresses": addresses},
     }
@@ -37,7 +37,7 @@ def gateway_class(name: str, *conditions: Object) -> Object:
 
 
 def incremental(one: Object) -> Object:
-    """The same RayService, upgraded step by step."""
+    """Return the RayService with incremental upgrades."""
     options = {"gatewayClassName": "eg-internal", "stepSizePercent": 25, "intervalSeconds": 60}
     strategy = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": options}
     return one | {"spec": one["spec"] | {"upgradeStrategy": strategy}}

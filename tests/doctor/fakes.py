@@ -1,4 +1,4 @@
-"""What stands in for NVIDIA's library; it raises pynvml's own errors."""
+"""A stand-in for NVIDIA's library, which raises pynvml's own errors."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ class FakeGpu:
     total: int = 24 * GIB
     free: int = 24 * GIB
     mig: tuple[int, int] | None = (0, 0)
-    """(now, after a reset); None where the GPU knows no MIG."""
+    """(now, after a reset); None where the GPU has no MIG."""
     instances: dict[int, "FakeGpu"] = field(default_factory=dict)
-    """By place; places between them are empty."""
+    """Instances by index; other indices are empty."""
     processes: int = 0
     mps: int = 0
     memory_told: bool = True
@@ -32,7 +32,7 @@ class FakeNvml:
     init_error: int | None = None
     handle_error: int | None = None
     open: int = 0
-    """Initialized and not shut down."""
+    """True between initialization and shutdown."""
 
     def nvmlInit(self) -> None:  # noqa: N802
         if self.init_error is not None:

@@ -45,7 +45,7 @@ class Case:
     found: str
     advice: str
     never: tuple[str, ...] = ()
-    """What no advice of the whole report may say."""
+    """Text that no advice of the report may contain."""
 
     def __str__(self) -> str:
         return self.cluster
@@ -283,9 +283,9 @@ CASES = [
         "the Secret api-keys is missing, before it is applied",
         _no_keys,
         "Secret api-keys",
-        "not in namespace pictures, and needed with the key keys.yaml by the pods of sdxl gpu",
+        "not in namespace images, and needed with the key keys.yaml by the pods of sdxl gpu",
         "Make it:\n  diffusion-serve key first-app > keys.yaml\n"
-        "  kubectl -n pictures create secret generic api-keys --from-file=keys.yaml",
+        "  kubectl -n images create secret generic api-keys --from-file=keys.yaml",
     ),
     Case(
         "no Gateway API, before an incremental RayService is applied",
@@ -331,8 +331,8 @@ CASES = [
         "the operator refuses the RayService",
         _refused,
         "RayService sdxl",
-        "refused by the operator: The RayService spec is invalid",
-        "Mend the field that is named and apply it again",
+        "rejected by the operator: The RayService spec is invalid",
+        "Correct the named field and apply it again",
         never=("delete",),
     ),
     Case(
@@ -340,7 +340,7 @@ CASES = [
         _no_operator,
         "KubeRay operator",
         "not available",
-        "Nothing is done about RayServices until it runs",
+        "No RayService is handled until it runs",
         never=("delete",),
     ),
     Case(

@@ -30,7 +30,7 @@ def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 @without_gpu
-def test_a_machine_without_a_gpu_is_told_so() -> None:
+def test_a_missing_gpu_is_reported() -> None:
     done = _doctor()
     assert done.returncode == 1, done.stderr
     assert "no NVIDIA driver" in done.stdout
@@ -73,7 +73,7 @@ def test_a_cluster_is_found_through_kubeconfig(api: FakeApi, tmp_path: Path) -> 
     api.put("rayservices.ray.io", service(pod={"tolerations": []}))
     done = _doctor("--cluster", KUBECONFIG=str(api.kubeconfig(tmp_path)))
     assert done.returncode == 1, done.stderr
-    assert "namespace pictures" in done.stdout
+    assert "namespace images" in done.stdout
     assert "{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}" in done.stdout
     manifest = tmp_path / "manifest.yaml"
     manifest.write_text(json.dumps(service()))

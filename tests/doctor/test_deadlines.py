@@ -87,7 +87,7 @@ def test_a_cluster_that_is_deleted_before_its_pods_end_is_found(delay_s: int | N
     assert "Set rayClusterDeletionDelaySeconds" in misorder.link.advice
 
 
-def test_a_longer_request_is_told_where_the_chain_breaks() -> None:
+def test_a_longer_request_names_the_broken_link() -> None:
     service = _configured(_service(), gateway={"max_hold_s": 900})
     [misorder] = misorders(service)
     assert misorder.link.field.endswith("env.RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")

@@ -44,7 +44,7 @@ def test_drivers_follow_nvidias_table(
     assert words in finding.found
 
 
-def test_an_old_driver_is_told_which_torch_it_can_run() -> None:
+def test_an_old_driver_gets_advice_on_a_torch_that_it_runs() -> None:
     finding = check_driver(Driver("550.54.15", (12, 4)), (13, 0))
     assert "Update the driver of the host to 580" in finding.advice
     assert "CUDA 12.x" in finding.advice
@@ -52,7 +52,7 @@ def test_an_old_driver_is_told_which_torch_it_can_run() -> None:
 
 
 @pytest.mark.parametrize("installed", ["450.80.02", "470.256.02", "520.61.05"])
-def test_no_torch_is_advised_that_this_project_cannot_use(installed: str) -> None:
+def test_advice_names_only_supported_builds_of_torch(installed: str) -> None:
     """torch 2.13 has no build for CUDA 11."""
     finding = check_driver(Driver(installed, (11, 4)), (13, 0))
     assert "CUDA 11" not in finding.advice
@@ -89,7 +89,7 @@ def _saying(program: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_kernel_really_runs_in_a_process_of_its_own() -> None:
+def test_a_kernel_runs_in_a_process_of_its_own() -> None:
     """On the CPU, which every machine has."""
     command = [sys.executable, "-m", "serve_app.doctor.kernel", "cpu"]
     finding = try_kernel(command)
@@ -98,8 +98,8 @@ def test_a_kernel_really_runs_in_a_process_of_its_own() -> None:
 
 
 @pytest.mark.slow
-def test_a_kernel_that_cannot_run_says_why() -> None:
-    """By the program as it is, on a machine whose torch sees no GPU, or one that does not exist."""
+def test_a_failed_kernel_gives_the_reason() -> None:
+    """Run the real program without a GPU, or with a device that does not exist."""
     finding = try_kernel([sys.executable, "-m", "serve_app.doctor.kernel", "cuda:99"])
     assert finding.outcome == "failed"
     assert "torch cannot: " in finding.found
@@ -125,9 +125,9 @@ def test_known_errors_have_their_own_advice(message: str, advice: str) -> None:
     assert advice in " ".join(finding.advice.split())
 
 
-def test_a_crash_is_told() -> None:
+def test_a_crash_is_reported() -> None:
     finding = try_kernel(_saying("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
-    assert "killed by signal 11; it says nothing" in finding.found
+    assert "killed by signal 11; it printed nothing" in finding.found
 
 
 def test_a_process_that_finds_no_gpu_fails() -> None:

@@ -1,4 +1,4 @@
-"""Which nodes take a pod now, which is the nearest, and what keeps the pod off it."""
+"""The nodes that take a pod now, the nearest one, and the reasons against it."""
 
 from decimal import Decimal
 from typing import Any
@@ -35,7 +35,7 @@ def node(
     }
 
 
-def test_what_keeps_a_pod_off_is_told_by_kind() -> None:
+def test_reasons_against_a_node_are_grouped_by_kind() -> None:
     [fit] = judge(POD, [node()])
     assert fit.takes
     [fit] = judge(POD, [node("far", SPOT, product="A100", gpus=0, memory="2Gi")])
@@ -49,7 +49,7 @@ def test_what_keeps_a_pod_off_is_told_by_kind() -> None:
     assert not fit.takes_when_free
 
 
-def test_what_other_pods_have_taken_is_short() -> None:
+def test_resources_of_other_pods_are_short() -> None:
     busy = Occupancy(
         [
             on("n", "big", memory="5Gi"),
@@ -65,7 +65,7 @@ def test_what_other_pods_have_taken_is_short() -> None:
     assert [one.name for one in busy.of("n", "memory")] == ["big"]
 
 
-def test_a_node_takes_as_many_pods_as_it_says() -> None:
+def test_a_node_takes_no_more_pods_than_its_limit() -> None:
     one = node()
     one["status"]["allocatable"]["pods"] = "2"
     [fit] = judge(POD, [one], Occupancy([on("n", "a"), on("n", "b")]))
@@ -91,7 +91,7 @@ def test_a_node_takes_as_many_pods_as_it_says() -> None:
         ),
     ],
 )
-def test_how_a_node_is_at_the_moment_is_no_taint_to_tolerate(
+def test_taints_of_a_nodes_state_need_no_toleration(
     changed: dict[str, Any], condition: tuple[str, ...]
 ) -> None:
     [fit] = judge(POD, [changed])

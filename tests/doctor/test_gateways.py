@@ -1,4 +1,4 @@
-"""Gateways that are there, and whether traffic gets in."""
+"""Existing Gateways, and whether traffic can enter."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def test_a_programmed_gateway_passes_with_its_address(api: FakeApi, kubeconfig: 
             "not programmed: Pending: Waiting for controller",
             "kubectl -n envoy-gateway-system get deployments,pods,services",
         ),
-        ([], "not programmed: no controller has looked at it", "kubectl get gatewayclasses"),
+        ([], "not programmed: no controller has handled it", "kubectl get gatewayclasses"),
     ],
 )
 def test_a_gateway_that_is_not_programmed_fails_although_the_service_is_ready(
@@ -107,10 +107,10 @@ def test_a_class_of_another_controller_is_not_envoys(api: FakeApi, kubeconfig: P
     api.put("gatewayclasses.gateway.networking.k8s.io", theirs)
     api.put(RESOURCE, gateway("sdxl-gateway"))
     finding = _look(kubeconfig)["Gateway sdxl-gateway"]
-    assert finding.advice.startswith("Look whether example.com/gateways runs")
+    assert finding.advice.startswith("Check that example.com/gateways runs")
 
 
-def test_a_gateway_that_kuberay_has_not_made_fails(api: FakeApi, kubeconfig: Path) -> None:
+def test_a_gateway_that_kuberay_has_not_created_fails(api: FakeApi, kubeconfig: Path) -> None:
     api.put(RESOURCE)
     finding = _look(kubeconfig)["Gateway sdxl-gateway"]
     assert finding.outcome == "failed"
@@ -125,7 +125,7 @@ def test_other_gateways_of_the_namespace_count_as_well(api: FakeApi, kubeconfig:
     assert "Gateway sdxl-gateway" not in findings
 
 
-def test_gateways_that_may_not_be_looked_at_fail_with_who_grants_it(
+def test_forbidden_gateways_fail_with_the_command_that_grants_them(
     api: FakeApi, kubeconfig: Path
 ) -> None:
     api.refusals = {RESOURCE: 403}

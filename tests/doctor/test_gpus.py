@@ -1,4 +1,4 @@
-"""GPUs as NVML tells of them: each fault has its own advice."""
+"""GPUs as NVML reports them: each fault has its own advice."""
 
 import pynvml
 import pytest
@@ -41,7 +41,7 @@ POD = Place(IN_KUBERNETES, device_files=False, container=True)
         (pynvml.NVML_ERROR_TIMEOUT, BARE_HOST, "Timeout (there is no /dev/nvidia*)", "NVRM"),
     ],
 )
-def test_what_nvml_raises_is_explained(error: int, place: Place, found: str, advice: str) -> None:
+def test_errors_of_nvml_are_explained(error: int, place: Place, found: str, advice: str) -> None:
     with pytest.raises(pynvml.NVMLError) as raised:
         read(FakeNvml(init_error=error))
     finding = explain(raised.value, place)
@@ -119,7 +119,7 @@ def test_a_free_gpu_is_fine() -> None:
     assert findings["gpu 0"].found == "NVIDIA L4, 24.0 GiB of 24.0 GiB free"
 
 
-def test_what_nvml_does_not_tell_is_no_fault() -> None:
+def test_values_that_nvml_does_not_report_are_no_failure() -> None:
     driver, [gpu] = read(FakeNvml([FakeGpu(mig=None, memory_told=False)], cuda=None))
     assert driver.cuda is None
     assert gpu.usable_bytes is None
@@ -130,11 +130,11 @@ def test_what_nvml_does_not_tell_is_no_fault() -> None:
     ("gpu", "words"),
     [
         (FakeGpu(processes=2, free=4 * GIB), "2 other processes compute on it, 20.0 GiB in use"),
-        (FakeGpu(free=4 * GIB), "20.0 GiB in use by nobody who can be seen"),
+        (FakeGpu(free=4 * GIB), "20.0 GiB in use by no visible process"),
         (FakeGpu(mps=1, processes=1), "Multi-Process Service"),
     ],
 )
-def test_a_gpu_that_others_use_is_warned_of(gpu: FakeGpu, words: str) -> None:
+def test_a_gpu_in_use_by_other_processes_is_a_warning(gpu: FakeGpu, words: str) -> None:
     finding = _findings(gpu)["gpu 0 sharing"]
     assert finding.outcome == "warning"
     assert words in finding.found
@@ -164,7 +164,7 @@ def test_mig_with_instances_offers_the_largest_of_them() -> None:
 
 
 @pytest.mark.parametrize(("mode", "words"), [((0, 1), "off, and on"), ((1, 0), "on, and off")])
-def test_a_mode_of_mig_that_waits_for_a_reset_is_told(mode: tuple[int, int], words: str) -> None:
+def test_a_pending_mig_mode_is_reported(mode: tuple[int, int], words: str) -> None:
     finding = _findings(FakeGpu(mig=mode))["gpu 0 MIG"]
     assert finding.outcome == "warning"
     assert words in finding.found

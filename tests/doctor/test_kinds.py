@@ -9,6 +9,7 @@ from serve_app.doctor.kinds import INSTALL_GATEWAY, INSTALL_MONITORING
 from serve_app.doctor.kube import Cluster
 from serve_app.doctor.report import Finding
 from tests.cluster.manifests import render
+from tests.doctor.cluster_checks import command_lines
 from tests.doctor.fake_cluster import (
     MONITORING,
     FakeApi,
@@ -16,7 +17,7 @@ from tests.doctor.fake_cluster import (
     service,
 )
 from tests.doctor.fake_gateways import GATEWAYS, condition, gateway_class, incremental
-from tests.doctor.test_cluster import ROOT, _lines
+from tests.doctor.test_cluster import ROOT
 
 CLASSES = "gatewayclasses.gateway.networking.k8s.io"
 ACCEPTED = condition("Accepted", "True", "Accepted")
@@ -34,7 +35,7 @@ def production() -> list[Object]:
     return render(ROOT / "cluster" / "overlays" / "production").documents
 
 
-def test_what_production_needs_is_named_with_what_brings_it(
+def test_missing_kinds_of_production_are_named_with_their_installation(
     api: FakeApi, kubeconfig: Path, production: list[Object]
 ) -> None:
     findings = _look(kubeconfig, production, "diffusion-serve")
@@ -106,7 +107,7 @@ def test_an_ingress_needs_the_gateway_api_too(api: FakeApi, kubeconfig: Path) ->
     assert finding.found == "Gateway way-in names it, and it does not exist (here: nginx)"
 
 
-def test_the_api_servers_kinds_may_not_be_refused_silently(
+def test_a_rejected_discovery_is_a_failure(
     api: FakeApi, kubeconfig: Path, production: list[Object]
 ) -> None:
     api.refusals = {"/apis/monitoring.coreos.com/v1": 500}
@@ -126,7 +127,7 @@ def test_the_api_servers_kinds_may_not_be_refused_silently(
             "not accepted by gateway.envoyproxy.io/gatewayclass-controller: InvalidParameters: x",
             "helm install envoy-gateway",
         ),
-        ([gateway_class("eg-internal")], "no controller has looked at it", "envoy-gateway"),
+        ([gateway_class("eg-internal")], "no controller has handled it", "envoy-gateway"),
     ],
 )
 def test_the_class_must_be_accepted(
@@ -140,7 +141,7 @@ def test_the_class_must_be_accepted(
     assert advice in finding.advice
 
 
-def test_classes_that_may_not_be_looked_at_are_warned_of(api: FakeApi, kubeconfig: Path) -> None:
+def test_forbidden_classes_are_a_warning(api: FakeApi, kubeconfig: Path) -> None:
     api.kinds |= GATEWAYS
     api.refusals = {CLASSES: 403}
     finding = _look(kubeconfig, [incremental(service())])["GatewayClass"]
@@ -148,8 +149,8 @@ def test_classes_that_may_not_be_looked_at_are_warned_of(api: FakeApi, kubeconfi
     assert "kubectl get gatewayclass eg-internal" in finding.advice
 
 
-def test_the_platform_is_installed_as_its_page_says() -> None:
-    page = _lines((ROOT / "cluster" / "platform" / "README.md").read_text())
+def test_the_platforms_page_has_the_same_commands() -> None:
+    page = command_lines((ROOT / "cluster" / "platform" / "README.md").read_text())
     for commands in (INSTALL_GATEWAY, INSTALL_MONITORING):
-        assert len(_lines(commands)) == 2
-        assert set(_lines(commands)) <= set(page)
+        assert len(command_lines(commands)) == 2
+        assert set(command_lines(commands)) <= set(page)

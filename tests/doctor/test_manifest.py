@@ -31,7 +31,7 @@ def _look(*objects: Object) -> dict[str, Finding]:
     return {finding.check: finding for finding in found}
 
 
-def test_a_manifest_with_nothing_wrong_is_told_its_chain(rendered: list[Object]) -> None:
+def test_a_valid_manifest_shows_its_chain(rendered: list[Object]) -> None:
     found = _look(*rendered)
     assert {finding.outcome for finding in found.values()} == {"ok"}
     assert found["diffusion-serve operator"].found.startswith("keeps the ")
@@ -63,7 +63,7 @@ def test_a_wrong_serve_config_is_a_row(service: Object) -> None:
     assert "no application with import_path" in _look(service)["diffusion-serve deadlines"].found
 
 
-def test_a_feature_gate_is_told_where_it_is_turned_on(service: Object) -> None:
+def test_advice_on_a_feature_gate_names_its_setting(service: Object) -> None:
     service["spec"]["rayClusterConfig"]["networkPolicy"] = {"mode": "DenyAll"}
     finding = _look(service)["diffusion-serve refused"]
     assert "RayClusterNetworkPolicy is off by default" in finding.found

@@ -60,11 +60,11 @@ MUTATIONS = [
         {f"{GROUP}/priority": 10, f"{C}/rayVersion": "2.55.9"},
     ),
     Mutation(
-        "v2_is_asked_for_in_one_place",
+        "v2_is_requested_in_one_place",
         {f"{HEAD_POD}/containers/0/env/-": variable("RAY_enable_autoscaler_v2")},
     ),
     Mutation(
-        "v2_is_asked_for_in_one_place",
+        "v2_is_requested_in_one_place",
         NO_AUTOSCALER
         | {f"{HEAD_POD}/containers/0/env/-": variable("RAY_enable_autoscaler_v2", "true")},
     ),
@@ -123,7 +123,7 @@ MUTATIONS = [
         frozenset({"RayClusterNetworkPolicy"}),
     ),
     Mutation(
-        "fault_tolerance_is_asked_for_in_one_place",
+        "fault_tolerance_is_requested_in_one_place",
         {"/metadata/annotations/ray.io~1ft-enabled": "true"},
     ),
     Mutation(
@@ -221,7 +221,7 @@ def test_the_overlay_itself_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("edits", [NO_AUTOSCALER, NO_FAULT_TOLERANCE])
-def test_what_mutations_start_from_is_accepted(edits: dict[str, Any]) -> None:
+def test_the_unmutated_manifest_is_accepted(edits: dict[str, Any]) -> None:
     assert list(refusals(mutated(Mutation("", edits)))) == []
 
 
@@ -240,7 +240,9 @@ def test_what_mutations_start_from_is_accepted(edits: dict[str, Any]) -> None:
         ({"/spec/upgradeStrategy": {"type": "NewCluster"}}, set()),
     ],
 )
-def test_what_the_operator_takes_is_accepted(edits: dict[str, Any], gates: set[str]) -> None:
+def test_documents_that_the_operator_accepts_are_accepted(
+    edits: dict[str, Any], gates: set[str]
+) -> None:
     assert list(refusals(mutated(Mutation("", edits)), gates)) == []
 
 
@@ -260,8 +262,8 @@ def test_every_rule_has_a_mutation() -> None:
     print(f"operator: {len(names)} rules, {len(MUTATIONS)} mutations, each caught by its rule")
 
 
-def test_a_document_that_no_schema_has_checked_is_read() -> None:
-    """Whatever stands where, a rule says something or nothing, and does not break."""
+def test_malformed_documents_do_not_break_the_rules() -> None:
+    """Run every rule on malformed values: none may raise."""
     for path in _paths(_production()["spec"]):
         for odd in (None, 3, -1, "x", [], [None], {}, {"x": 1}):
             document = deepcopy(_production())

@@ -1,4 +1,4 @@
-"""Which nodes take a pod: the scheduler's filters."""
+"""The scheduler's filters: the nodes that take a pod."""
 
 from decimal import Decimal
 from typing import Any
@@ -101,12 +101,12 @@ def test_taints_are_tolerated_as_the_scheduler_does(
     assert (untolerated({"tolerations": [toleration]}, node(taints=[GPU_TAINT])) == []) == tolerated
 
 
-def test_a_preference_keeps_nobody_off() -> None:
+def test_a_preference_excludes_no_node() -> None:
     assert untolerated({}, node(taints=[GPU_TAINT | {"effect": "PreferNoSchedule"}])) == []
     assert untolerated({}, node(taints=[GPU_TAINT | {"effect": "NoExecute"}])) != []
 
 
-def test_what_a_pod_asks_for() -> None:
+def test_requests_of_a_pod_are_summed() -> None:
     pod = {
         "containers": [
             {"resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "4"}}},
@@ -123,7 +123,7 @@ def test_what_a_pod_asks_for() -> None:
     }
 
 
-def test_sidecars_and_overhead_are_asked_for_as_well() -> None:
+def test_sidecars_and_overhead_count_as_requests() -> None:
     def asking(cpu: str, **more: str) -> dict[str, Any]:
         return {"resources": {"requests": {"cpu": cpu}}} | more
 

@@ -1,4 +1,4 @@
-"""Whether an overlay's pods find room, before it is applied."""
+"""The room for an overlay's pods, before it is applied."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def test_free_gpus_are_counted(api: FakeApi, kubeconfig: Path) -> None:
     assert (finding.outcome, finding.found) == ("ok", "1 of 3 nodes can take its pods now")
 
 
-def test_nodes_that_fit_and_are_full_are_warned_of(api: FakeApi, kubeconfig: Path) -> None:
+def test_nodes_that_fit_and_are_full_are_warnings(api: FakeApi, kubeconfig: Path) -> None:
     api.put("rayservices.ray.io")
     api.put("pods", on("gpu-1", "taker", namespace="training", **GPU))
     finding = _place(kubeconfig)
@@ -45,11 +45,11 @@ def test_a_service_that_runs_may_be_applied_again(api: FakeApi, kubeconfig: Path
     assert "second cluster of an upgrade needs spare GPUs" in finding.advice
 
 
-def test_pods_of_others_may_not_be_looked_at(api: FakeApi, kubeconfig: Path) -> None:
+def test_without_rights_to_list_pods_nodes_count_as_empty(api: FakeApi, kubeconfig: Path) -> None:
     api.put("pods", on("gpu-1", "taker", namespace="training", **GPU))
     api.refusals = {"/api/v1/pods": 403}
     finding = _place(kubeconfig)
     assert finding.outcome == "ok"
     assert finding.found.startswith(
-        "1 of 2 nodes can take its pods when empty; what is free is not"
+        "1 of 2 nodes can take its pods when empty; the free room is unknown"
     )

@@ -1,4 +1,4 @@
-"""How findings are shown."""
+"""Findings as a table and as JSON."""
 
 from serve_app.doctor.report import as_json, failed, gib, ok, table, warning
 
@@ -26,7 +26,7 @@ def test_advice_on_what_failed_comes_before_advice_on_warnings() -> None:
     assert text.index("two:\n  Do this.") < text.index("one:\n  Do that.")
 
 
-def test_as_json_says_whether_all_is_well() -> None:
+def test_json_has_the_overall_result() -> None:
     assert as_json([ok("one", "fine"), warning("two", "odd", "Do.")])["ok"]
     document = as_json([failed("one", "broken", "Do.")])
     assert not document["ok"]

@@ -1,4 +1,4 @@
-"""Secrets that must be there before any pod is."""
+"""Secrets that must exist before any pod starts."""
 
 import re
 from pathlib import Path
@@ -36,7 +36,7 @@ def _overlay(name: str) -> list[Object]:
     return render(ROOT / "cluster" / "overlays" / name).documents
 
 
-def test_production_needs_what_the_pages_list() -> None:
+def test_production_requires_the_documented_secrets() -> None:
     page = (ROOT / "cluster" / "README.md").read_text()
     rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| .+ \| (.+?) \|$", page, re.MULTILINE)
     listed = {
@@ -49,7 +49,7 @@ def test_production_needs_what_the_pages_list() -> None:
     assert _needed(*_overlay("local")) == set()
 
 
-def test_the_way_in_needs_its_certificate() -> None:
+def test_the_ingress_requires_its_certificate() -> None:
     listener = {"tls": {"certificateRefs": [{"name": "tls"}, {"kind": "Other", "name": "x"}]}}
     one = {"kind": "Gateway", "metadata": {"name": "g"}, "spec": {"listeners": [listener]}}
     assert _needed(one) == {("tls", "tls.crt"), ("tls", "tls.key")}
@@ -86,7 +86,7 @@ def test_pods_name_secrets_in_many_ways(pod: Object, needed: set[tuple[str, str 
     assert _needed(workload) == needed
 
 
-def test_references_say_who_needs_them() -> None:
+def test_references_name_the_objects_that_require_them() -> None:
     assert references([_with(**_env("a", "k"))]) == [Reference("a", "k", "the pods of sdxl gpu")]
 
 
@@ -109,7 +109,7 @@ def test_a_secret_of_ones_own_is_made_with_the_keys_that_are_needed(
 ) -> None:
     finding = _look(kubeconfig, [_with(**_env("mine", "k"))])["Secret mine"]
     assert finding.advice == (
-        "Make it:\n  kubectl -n pictures create secret generic mine --from-literal=k=…"
+        "Make it:\n  kubectl -n images create secret generic mine --from-literal=k=…"
     )
 
 
@@ -127,16 +127,16 @@ def test_the_key_of_prometheus_is_added_to_those_of_the_api(api: FakeApi, kubeco
     assert last.endswith("prometheus-api-key --from-literal=key=sk-…")
 
 
-def test_each_is_read_by_its_name_and_what_is_optional_is_not(
+def test_each_secret_is_read_by_name_and_optional_ones_are_not(
     api: FakeApi, kubeconfig: Path
 ) -> None:
     api.put("secrets", secret("a", "k"))
     api.put("rayservices.ray.io", _with(**_env("a", "k")))
-    assert _look(kubeconfig)["Secrets"].found == "a: there, with what is needed of them"
+    assert _look(kubeconfig)["Secrets"].found == "a: there, with the needed keys"
     api.put("rayservices.ray.io", _with(**_env("b", "k", optional=True)))
     assert "Secrets" not in _look(kubeconfig)
     assert [path for path in api.asked if "secrets" in path] == [
-        "/api/v1/namespaces/pictures/secrets/a"
+        "/api/v1/namespaces/images/secrets/a"
     ]
 
 
@@ -149,7 +149,7 @@ def test_secrets_that_may_not_be_read_are_named_with_the_least_that_is_to_be_gra
     findings = _look(kubeconfig, [_with(**_env("a", "k")), second])
     finding = findings["Secrets"]
     assert finding.outcome == "warning"
-    assert "kubectl -n pictures get secret a redis\n" in finding.advice
+    assert "kubectl -n images get secret a redis\n" in finding.advice
     assert "--verb=get --resource=secrets --resource-name=a --resource-name=redis" in finding.advice
     assert "--user=jane" in finding.advice
     assert "failed" not in {one.outcome for one in findings.values()}

@@ -1,4 +1,4 @@
-"""Pods that the scheduler finds no node for."""
+"""Pods without a node."""
 
 from typing import Any
 
@@ -55,7 +55,9 @@ def _why(
         ("something new", "By labels, taints and free resources, 1 node (gpu-1) can take it"),
     ],
 )
-def test_what_nodes_cannot_tell_the_scheduler_does(message: str, advice: str) -> None:
+def test_the_scheduler_decides_where_nodes_do_not_show_the_reason(
+    message: str, advice: str
+) -> None:
     finding = _why(unscheduled("p", message, **WORKER), node("gpu-1", gpus=1), pods=[])
     assert finding.outcome == "failed"
     assert finding.found == f"pending: {message}"
@@ -87,7 +89,7 @@ def test_words_about_other_nodes_do_not_decide() -> None:
     assert "toleration" not in finding.advice
 
 
-def test_what_the_clusters_autoscaler_says_is_shown() -> None:
+def test_the_autoscalers_message_is_shown() -> None:
     events = (
         event("p", "TriggeredScaleUp", "pool 1->2", minute=1, type_="Normal"),
         event("p", "NotTriggerScaleUp", "1 max node group size reached", minute=2, type_="Normal"),
@@ -101,11 +103,11 @@ def test_what_the_clusters_autoscaler_says_is_shown() -> None:
     assert "autoscaler: NotTriggerScaleUp: 1 max node group size reached" in finding.found
 
 
-def test_without_the_pods_of_others_nodes_count_as_empty_and_that_is_said() -> None:
+def test_without_other_namespaces_nodes_count_as_empty_and_the_finding_states_it() -> None:
     message = "1 Insufficient nvidia.com/gpu."
     finding = _why(unscheduled("p", message, **WORKER), node("gpu-1", gpus=1))
     assert "1 node (gpu-1) would take it when empty" in finding.found
-    assert "may not be looked at" in finding.found
+    assert "may not be read" in finding.found
     assert finding.advice.startswith("All GPUs of the nodes that fit are taken.")
 
 
@@ -113,7 +115,7 @@ def test_without_the_nodes_no_cause_is_made_up() -> None:
     message = "1 node(s) had untolerated taint {spot: }, 1 Insufficient nvidia.com/gpu."
     finding = _why(unscheduled("p", message, **WORKER), readable=False)
     assert finding.found == f"pending: {message}"
-    assert "may not be looked at" in finding.advice
+    assert "may not be read" in finding.advice
     assert "tolerations:" not in finding.advice
 
 
@@ -128,7 +130,7 @@ def _tainted(ready: bool) -> Finding:
     )
 
 
-def test_a_service_is_deleted_only_if_it_serves_nobody_and_last_of_all() -> None:
+def test_deleting_a_service_is_the_last_advice_and_only_if_it_is_not_ready() -> None:
     for ready in (True, False):
         assert _tainted(ready).advice.startswith("Add to the pod template:\n  tolerations:")
     assert "delete" not in _tainted(ready=True).advice

@@ -1,4 +1,4 @@
-"""What a model needs, from the headers of its files."""
+"""The memory that a model needs, from the headers of its files."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ PARTS = [
 
 
 def write_model(folder: Path, variants: tuple[str, ...] = ("",)) -> None:
-    """In the diffusers format, as far as sizes go: 6 numbers in the unet, 2 in the encoder."""
+    """Write a model in the diffusers format with 6 numbers in the unet and 2 in the encoder."""
     index = {
         "_class_name": "StableDiffusionPipeline",
         "scheduler": ["diffusers", "EulerDiscreteScheduler"],
@@ -83,13 +83,13 @@ def test_parts_of_one_file_are_added_up(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_held_follows_the_configuration(
+def test_needed_memory_follows_the_configuration(
     model: ModelConfig, on_gpu: bool, needed: int
 ) -> None:
     assert needed_bytes(PARTS, model, on_gpu) == needed
 
 
-def test_the_hubs_cache_is_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_cache_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     model = ModelConfig(id="x", path="owner/name")
     assert find_folder(model) is None

@@ -3,7 +3,7 @@
 import pytest
 
 from serve_app.doctor.gpus import Place
-from serve_app.doctor.machine import check_ray_cluster
+from serve_app.doctor.software import check_ray_cluster
 from tests.e2e.conftest import Server
 
 pytestmark = pytest.mark.serve

@@ -19,6 +19,7 @@ import ray
 from PIL import Image
 
 from serve_app.deployments.backend import ServeBackend
+from serve_app.deployments.replicas import Replicas
 from serve_app.engine.stats import EngineStats
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.images import Encoding
@@ -245,7 +246,9 @@ def test_a_rejection_by_the_engine_keeps_its_type_through_ray(generator: Any) ->
     params = GenerationParams("x", 1, width=60, height=64)
 
     async def generate() -> None:
-        async for _ in ServeBackend(generator, 60.0, 60.0).generate(params, Encoding()):
+        async for _ in ServeBackend(generator, 60.0, 60.0, Replicas.of(generator)).generate(
+            params, Encoding()
+        ):
             pass
 
     with pytest.raises(InvalidRequest, match="multiples of 8") as caught:

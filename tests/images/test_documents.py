@@ -69,7 +69,7 @@ def test_documents_show_commands() -> None:
 
 
 @pytest.mark.parametrize("name", COMPOSED["services"])
-def test_a_service_of_compose_names_what_exists(name: str) -> None:
+def test_a_service_of_compose_refers_to_existing_parts(name: str) -> None:
     service: dict[str, Any] = COMPOSED["services"][name]
     image = IMAGE.fullmatch(service["image"])
     assert image

@@ -68,7 +68,7 @@ def test_a_steady_rate_needs_no_trace() -> None:
     ("arguments", "reason"),
     [
         ([], "either --trace or --rate"),
-        (["--rate", 1], "say what requests ask for with --mix"),
+        (["--rate", 1], "give the kinds of requests with --mix"),
         (["--rate", 0, "--mix", "512x512/20:1"], "must be over 0"),
         (["--rate", 1, "--mix", "512x512/20:1", "--policy", "luck"], "--policy is 'luck'"),
         (["--rate", 1, "--mix", "512"], "the mix has '512'"),
@@ -77,13 +77,13 @@ def test_a_steady_rate_needs_no_trace() -> None:
         (["--rate", 1, "--mix", "512x512/20:1", "--routing", "luck"], "luck"),
     ],
 )
-def test_what_is_wrong_is_said(arguments: list[object], reason: str) -> None:
+def test_wrong_arguments_are_reported(arguments: list[object], reason: str) -> None:
     code, said = plan(*arguments)
     assert code == 2
     assert reason in said
 
 
-def test_a_mix_is_not_drawn_over_what_a_file_says(tmp_path: Path) -> None:
+def test_a_mix_does_not_override_the_kinds_of_a_file(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text("at_s,size,steps\n0,512x512,20\n1,512x512,20\n")
     for option in ("--mix", "--mix-at-end"):
@@ -118,7 +118,7 @@ def test_routing_can_be_compared() -> None:
     assert len(set(found)) == 3
 
 
-def test_what_the_config_scales_by_is_said_where_it_is_not_simulated(tmp_path: Path) -> None:
+def test_settings_that_are_not_simulated_are_reported(tmp_path: Path) -> None:
     shipped, path = CONFIG.read_text(), tmp_path / "serve.yaml"
     policy = shipped[shipped.index("          policy:\n") :]
 
@@ -145,7 +145,7 @@ def test_what_the_config_scales_by_is_said_where_it_is_not_simulated(tmp_path: P
     assert "autoscaling_config.upscale_delay_s is 30.0, Serve's default" in text
 
 
-def test_the_shipped_step_times_say_where_they_come_from() -> None:
+def test_the_shipped_step_times_name_their_source() -> None:
     costs = read_costs(COSTS, 8)
     assert costs.predict_call((1024, 1024)) == pytest.approx(0.0811, abs=1e-3)
     assert "not measured" in json.loads(COSTS.read_text())["source"]
@@ -156,7 +156,7 @@ def test_the_shipped_step_times_say_where_they_come_from() -> None:
     ["", "[]", "{}", '{"sizes": [{"size": [64, 64]}]}', '{"sizes": []}',
      '{"sizes": [{"size": [64, 64], "cap": 1, "call_s": [[1, 0]], "encode_s": 0, "decode_s": 0}]}'],
 )  # fmt: skip
-def test_what_is_no_table_of_step_times_is_refused(tmp_path: Path, content: str) -> None:
+def test_a_file_without_step_times_is_rejected(tmp_path: Path, content: str) -> None:
     path = tmp_path / "costs.json"
     path.write_text(content)
     with pytest.raises(ConfigError, match=str(path)):

@@ -43,7 +43,7 @@ def run(
     return Simulator(trace, model(max_batch_size), scheduler, scaler, cluster, replicas).run()
 
 
-def test_alone_a_request_takes_what_the_engine_predicts() -> None:
+def test_a_single_request_takes_the_predicted_time() -> None:
     assert costs(model(), [SMALL, LARGE])[LARGE].solo_s == pytest.approx(8.1)
     outcome = run([1.0, 20.0], [SMALL, LARGE], Fixed(1))
     assert outcome.waits_s == pytest.approx([1.1, 8.1])
@@ -51,7 +51,7 @@ def test_alone_a_request_takes_what_the_engine_predicts() -> None:
     assert outcome.work_s == pytest.approx(9.2)
 
 
-def test_a_short_request_gets_in_at_the_next_step() -> None:
+def test_a_short_request_starts_at_the_next_step() -> None:
     """It came 0.05 s into a step of 0.4 s; the long one has time to spare."""
     outcome = run([0.0, 4.05], [LARGE, SMALL], Fixed(1))
     short, long = outcome.waits_s
@@ -59,7 +59,7 @@ def test_a_short_request_gets_in_at_the_next_step() -> None:
     assert long == pytest.approx(8.1 + 1.1)
 
 
-def test_batches_take_what_a_batch_takes() -> None:
+def test_batches_take_the_time_of_a_batch() -> None:
     outcome = run([0.0] * 4, [SMALL] * 4, Fixed(1), max_batch_size=4, scheduler=Fifo)
     # The first starts alone; after its first step all four share.
     assert max(outcome.waits_s) == pytest.approx(0.1 + 9 * 0.25 + 0.1 + 3 * 0.1, abs=0.3)
@@ -121,7 +121,7 @@ def test_every_request_ends_once(
         assert outcome.gpu_s >= outcome.work_s - 1e-6
 
 
-def test_what_a_lost_replica_generated_is_generated_again() -> None:
+def test_the_work_of_a_lost_replica_is_repeated() -> None:
     at_s = poisson(0.5, 600, seed=1)
     outcome = run(
         at_s,
@@ -166,7 +166,7 @@ class Scripted:
         return [number for at_s, number in self._wanted if at_s <= cluster.at_s][-1], "scripted"
 
 
-def test_replicas_report_what_batches_gain_as_the_engine_measures_it() -> None:
+def test_replicas_report_the_gain_of_batches_as_the_engine_measures_it() -> None:
     """A full batch of four is 1.6 times as fast as one after the other."""
     at_s = [0.5 * number for number in range(240)]
     together, alone = Scripted((0.0, 1)), Scripted((0.0, 1))
@@ -188,7 +188,7 @@ def test_replicas_report_what_batches_gain_as_the_engine_measures_it() -> None:
     assert sum(measured) / len(measured) == pytest.approx(demand.throughput(), abs=0.05)
 
 
-def test_what_waits_is_divided_by_what_batches_gain() -> None:
+def test_waiting_work_is_divided_by_the_gain_of_batches() -> None:
     at_s = [0.5 * number for number in range(240)]
     scaler = Scripted((0.0, 1))
     outcome = run(at_s, [SMALL] * 240, scaler, max_batch_size=4, scheduler=Fifo)
@@ -198,7 +198,7 @@ def test_what_waits_is_divided_by_what_batches_gain() -> None:
     assert seen.at_s + seen.replicas[0].backlog_s == pytest.approx(ends_at, rel=0.05)
 
 
-def test_more_are_taken_in_where_batches_gain() -> None:
+def test_more_requests_are_admitted_where_batches_gain() -> None:
     """As many seconds of waiting are more work."""
     at_s = [0.25 * number for number in range(1_000)]
     here = []
@@ -222,7 +222,7 @@ def test_batches_that_gain_need_fewer_replicas() -> None:
     assert together.attainment > alone.attainment - 0.05
 
 
-def test_a_node_that_has_not_booted_idles_for_nobody_yet() -> None:
+def test_the_idle_time_of_a_node_begins_after_its_boot() -> None:
     """Its replica is given up after 10 of 60 s; wanted again, it has to wait for the rest."""
     machines = {"node_start_s": 60.0, "replica_start_s": 30.0, "node_idle_s": 40.0}
     again = run(

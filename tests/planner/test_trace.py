@@ -24,7 +24,7 @@ def test_a_mix_is_parsed() -> None:
     "text",
     ["", "512x512", "512/20:1", "512x512/0:1", "0x512/20:1", "512x512/20:0", "512x512/20:-1"],
 )
-def test_a_wrong_mix_is_refused(text: str) -> None:
+def test_a_wrong_mix_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="mix"):
         parse_mix(text)
 
@@ -49,7 +49,7 @@ def test_times_in_milliseconds_are_read_and_stretched(tmp_path: Path) -> None:
     assert read_arrivals(path, 2.0) == ([1.0, 2.0, 4.0], None)
 
 
-def test_a_csv_says_what_is_asked_for(tmp_path: Path) -> None:
+def test_a_csv_may_name_the_kinds_of_requests(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text("at_s,size,steps\n1.5,1024x768,25\n0.5,512x512,20\n")
     assert read_arrivals(path, 1.0) == ([0.5, 1.5], [SMALL, LARGE])
@@ -72,7 +72,7 @@ def test_counts_by_the_hour_are_spread_over_it(tmp_path: Path) -> None:
     assert half_s == [at / 2 for at in at_s]
 
 
-def test_more_than_fit_into_memory_are_refused(tmp_path: Path) -> None:
+def test_more_than_fit_into_memory_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(f"hour,invocations\n0,{MOST_ARRIVALS}\n1,{MOST_ARRIVALS}\n")
     with pytest.raises(ConfigError, match=r"40,000,000 arrivals: .* --share"):

@@ -1,1 +1,1 @@
-"""Makes and measures the bundled demo model. Not part of what is installed."""
+"""Trains and measures the bundled demo model; not part of the installed package."""

@@ -1,4 +1,4 @@
-"""Measure the demo model on prompts that it never saw: ``python -m tools.demo_model.evaluate``."""
+"""Measures the demo model on held-out prompts: ``python -m tools.demo_model.evaluate``."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A held-out scene, its caption, what the model made of it, and what the judge says."""
+    """A held-out scene, its caption, the generated image, and the judge's verdict."""
 
     scene: Scene
     prompt: str
@@ -37,9 +37,9 @@ def generate_held_out(
     size_px: int = 64,
     seed: int = 0,
 ) -> list[GeneratedImage]:
-    """Paint ``pairs`` pairs of a prompt and a seed; a quarter of the prompts name two objects.
+    """Generate images for ``pairs`` prompts and seeds; a quarter of the prompts name two objects.
 
-    Every combination of shape, colour and background in them was kept out of training.
+    Training never saw any of their combinations of shape, colour and background.
     """
     rng = Random(f"held out {seed}")
     scenes = [sample_scene(rng, held_out=True, pairs=0.25) for _ in range(pairs)]
@@ -66,7 +66,7 @@ def generate_held_out(
 
 
 def accuracy(generated: list[GeneratedImage]) -> dict[str, float]:
-    """Share of the pictures with every object's colour, the background, and every shape right."""
+    """Return the shares of images with all colours, the background, and all shapes right."""
     return {
         part: sum(getattr(item.verdict, part) for item in generated) / len(generated)
         for part in ("color", "background", "shape")
@@ -74,7 +74,7 @@ def accuracy(generated: list[GeneratedImage]) -> dict[str, float]:
 
 
 def contact_sheet(images: list[NDArray[np.uint8]], columns: int = 8, zoom: int = 2) -> Image.Image:
-    """Pictures of one size side by side, row by row."""
+    """Join images of one size side by side, row by row."""
     framed = [
         np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255)
         for image in images[: len(images) // columns * columns]
@@ -89,14 +89,14 @@ def contact_sheet(images: list[NDArray[np.uint8]], columns: int = 8, zoom: int =
 
 def main(
     model: Annotated[Path, typer.Option(help="Folder of the model.")] = DEMO_MODEL_DIR,
-    pairs: Annotated[int, typer.Option(help="How many prompts and seeds.")] = 256,
+    pairs: Annotated[int, typer.Option(help="Number of prompts and seeds.")] = 256,
     steps: int = 20,
     guidance_scale: float = 7.5,
     size_px: int = 64,
     seed: int = 0,
-    sheet: Annotated[Path | None, typer.Option(help="Write the first 32 pictures here.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write the first 32 images here.")] = None,
 ) -> None:
-    """Print how often colours, backgrounds and shapes come out as the prompt says."""
+    """Print how often colours, backgrounds and shapes match the prompt."""
     pipeline = DiffusionPipeline.from_pretrained(model)
     generated = generate_held_out(pipeline, pairs, steps, guidance_scale, size_px, seed)
     for part, share in accuracy(generated).items():

@@ -1,7 +1,7 @@
-"""Looks at a picture and says what is in it: the measure of the demo model.
+"""Recognizes the shapes and colours in an image: the measure of the demo model.
 
 Plain image processing with no learned part: nearest palette colour, connected areas, overlap with
-the six templates. The tests show first that it reads rendered scenes almost without error.
+the six templates. The tests show that it reads rendered scenes almost without error.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,12 @@ _NAMES = list(COLORS)
 _PALETTE = np.array([COLORS[name] for name in _NAMES], dtype=float)
 
 MIN_AREA = 0.004
-"""Share of the picture below which an area is a speck and not an object."""
+"""Share of the image below which an area is a speck and not an object."""
 
 
 @dataclass(frozen=True)
 class SeenObject:
-    """One object, as far as it can be made out."""
+    """One recognized object."""
 
     shape: str
     color: str
@@ -33,7 +33,7 @@ class SeenObject:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; objects from left to right."""
+    """The content of an image; objects from left to right."""
 
     background: str
     objects: tuple[SeenObject, ...]
@@ -41,13 +41,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which parts of a scene a picture got right."""
+    """The parts of a scene that an image shows correctly."""
 
     color: bool
-    """Every object is there, in its colour, and nothing else is."""
+    """True if every object is there, in its colour, and nothing else."""
     background: bool
     shape: bool
-    """Every object is there, in its shape."""
+    """True if every object is there, in its shape."""
 
 
 def _nearest_color(rgb: NDArray[np.float64]) -> str:
@@ -55,7 +55,7 @@ def _nearest_color(rgb: NDArray[np.float64]) -> str:
 
 
 def _background(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The commonest palette colour along the border, as it is in this picture: ``[3]``."""
+    """Return the border's most common palette colour, as it is in this image: ``[3]``."""
     border = np.concatenate(
         [image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[:, :2].reshape(-1, 3),
          image[:, -2:].reshape(-1, 3)]
@@ -66,7 +66,7 @@ def _background(image: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _areas(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
-    """Connected parts of ``mask``, neighbours in eight directions, largest first."""
+    """Split ``mask`` into connected parts, with eight neighbours, largest first."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
         padded = np.pad(labels, 1)
@@ -85,7 +85,7 @@ def _areas(mask: NDArray[np.bool_]) -> list[NDArray[np.bool_]]:
 
 
 def _best_template(mask: NDArray[np.bool_]) -> tuple[str, float]:
-    """The shape whose template, fitted to the area's box, overlaps it most; and how much."""
+    """Return the shape whose template, fitted to the area's box, overlaps it most, and how much."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
     height, width = mask.shape
@@ -107,7 +107,7 @@ def _best_template(mask: NDArray[np.bool_]) -> tuple[str, float]:
 
 
 def read(image: NDArray[np.uint8]) -> Reading:
-    """Read a picture, ``[height, width, 3]`` sRGB, knowing nothing of what it should show."""
+    """Read an image, ``[height, width, 3]`` sRGB, without its prompt."""
     pixels = image.astype(float)
     background = _background(pixels)
     # Half-way between the background and the nearest other palette colour.
@@ -119,11 +119,11 @@ def read(image: NDArray[np.uint8]) -> Reading:
     for area in _areas(mask):
         if area.sum() < MIN_AREA * mask.size:
             break
-        # The edge is a mixture with the background; the commonest colour inside is the object's.
+        # The edge mixes with the background; the most common colour inside is the object's.
         labels = np.argmin(((pixels[area][:, None] - _PALETTE) ** 2).sum(-1), axis=1)
         counts = np.bincount(labels, minlength=len(_NAMES))
         color = _NAMES[int(counts.argmax())]
-        # Cut again half-way to that colour: a bright object would else keep a rim of its edge.
+        # Cut again half-way to that colour: otherwise a bright object keeps a rim of its edge.
         own = np.median(pixels[area][labels == counts.argmax()], axis=0)
         nearer = ((pixels - own) ** 2).sum(-1) < ((pixels - background) ** 2).sum(-1)
         exact = area & nearer
@@ -144,7 +144,7 @@ def read(image: NDArray[np.uint8]) -> Reading:
 
 
 def judge(image: NDArray[np.uint8], scene: Scene) -> Verdict:
-    """Compare what the picture shows with what was asked for."""
+    """Compare the content of the image with the scene."""
     reading = read(image)
     return Verdict(
         color=sorted(seen.color for seen in reading.objects)

@@ -1,8 +1,8 @@
-"""Scenes of the demo model: what can be painted, how it is said, how it looks.
+"""Scenes of the demo model: their content, their captions and their pixels.
 
-A `Scene` is the ground truth. `sample_scene` draws one, `caption` puts it into words and `render`
-into pixels. The trainer, the image check and the tests all use these three, so a prompt and the
-picture that it asks for cannot drift apart.
+A `Scene` is the ground truth. `sample_scene` draws one, `caption` describes it and `render` draws
+its pixels. The trainer, the judge and the tests all use these three, so that a prompt and its image
+cannot drift apart.
 """
 
 import zlib
@@ -26,7 +26,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
     "black": (20, 20, 20),
 }
-"""Name to sRGB; objects and backgrounds draw from the same ten."""
+"""sRGB by name, for objects and backgrounds alike."""
 
 SIZES = ("small", "medium", "large")
 POSITIONS: dict[str, tuple[float, float]] = {
@@ -40,7 +40,7 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "in the bottom left": (0.25, 0.75),
     "in the bottom right": (0.75, 0.75),
 }
-"""Phrase to object centre, as fractions of width and height from the top left."""
+"""Object centre by phrase, as fractions of width and height from the top left."""
 
 _RADIUS_ALONE = {"small": (0.13, 0.17), "medium": (0.21, 0.27), "large": (0.32, 0.4)}
 _RADIUS_PAIRED = {"small": (0.11, 0.135), "medium": (0.15, 0.185), "large": (0.2, 0.225)}
@@ -94,7 +94,7 @@ SHAPES: dict[str, Callable[[Field, Field], Field]] = {
     "cross": _cross,
     "star": _star,
 }
-"""Name to signed distance in units of the radius; ``u`` grows right, ``v`` grows down."""
+"""Signed distance by name, in units of the radius; ``u`` grows right, ``v`` grows down."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,14 @@ class Scene:
 
 
 def is_held_out(shape: str, color: str, background: str) -> bool:
-    """Whether training never shows this combination: one in ten, fixed by a checksum."""
+    """Return whether training never shows this combination: one in ten, by a checksum."""
     return zlib.crc32(f"{shape} {color} {background}".encode()) % 10 == 0
 
 
 def coverage(
     shape: str, width: int, height: int, center: tuple[float, float], radius: float
 ) -> NDArray[np.float64]:
-    """How much of each pixel the shape covers: ``[height, width]`` in [0, 1]. Lengths in pixels."""
+    """Compute the covered share of each pixel: ``[height, width]`` in [0, 1]. Lengths in pixels."""
     u = (np.arange(width) + 0.5 - center[0]) / radius
     v = (np.arange(height) + 0.5 - center[1]) / radius
     distance = SHAPES[shape](u[None, :], v[:, None]) * radius
@@ -219,7 +219,7 @@ def _plural(shape: str) -> str:
 
 
 def caption(scene: Scene, rng: Random, name_background: bool = False) -> str:
-    """Say what the scene shows in one of the ways that the model understands.
+    """Describe the scene in one of the ways that the model understands.
 
     One in twenty leaves the background open, unless ``name_background`` forbids it.
     """
@@ -254,7 +254,7 @@ def caption(scene: Scene, rng: Random, name_background: bool = False) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word that `caption` can use, sorted."""
+    """Return all words that `caption` can use, sorted."""
     text = " ".join(
         [
             *COLORS,

@@ -1,10 +1,10 @@
-"""Train the demo model from nothing: ``python -m tools.demo_model.train``.
+"""Trains the demo model from scratch: ``python -m tools.demo_model.train``.
 
-Four stages, each kept in the work folder so that an interrupted run goes on where it was:
+Four stages, each with checkpoints in the work folder, so that an interrupted run continues:
 
 1. an autoencoder (Rombach et al., 2022) on crops of rendered scenes,
 2. the latents of a fixed set of scenes,
-3. a text encoder, by naming what a caption says: a small stand-in for the text-image contrast
+3. a text encoder, by questions about captions: a small stand-in for the text-image contrast
    that CLIP (Radford et al., 2021) learns from,
 4. a denoiser on those latents, with the text encoder frozen, which predicts the velocity (Salimans
    & Ho, 2022) under a noise schedule that ends in pure noise (Lin et al., 2024), with one caption
@@ -16,7 +16,7 @@ The result is an ordinary `StableDiffusionPipeline` folder.
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Annotated, Any
@@ -24,142 +24,24 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from serve_app.config.models import DEMO_MODEL_DIR
-from serve_app.demo.tokenizer import MAX_TOKENS, build_tokenizer
+from serve_app.demo.tokenizer import build_tokenizer
 from serve_app.errors import ConfigError
-from tools.demo_model.scenes import (
-    COLORS,
-    POSITIONS,
-    SHAPES,
-    SIZES,
-    Scene,
-    caption,
-    render,
-    sample_scene,
-    vocabulary,
+from tools.demo_model.architecture import (
+    build_denoiser,
+    build_noise_scheduler,
+    build_text_encoder,
+    build_vae,
 )
-
-LATENT_FACTOR = 4
-"""Pixels a latent cell spans in each direction."""
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Scenes of one size, and its share of the denoiser's steps."""
-
-    width: int
-    height: int
-    scenes: int
-    early_share: float
-    """In the first part of the run: small pictures teach the words three times as fast."""
-    late_share: float
-
-
-BUCKETS = [
-    Bucket(64, 64, 20_000, early_share=0.20, late_share=0.54),
-    Bucket(48, 48, 4_000, early_share=0.35, late_share=0.25),
-    Bucket(32, 32, 4_000, early_share=0.35, late_share=0.04),
-    Bucket(40, 56, 1_500, early_share=0.05, late_share=0.025),
-    Bucket(56, 40, 1_500, early_share=0.05, late_share=0.025),
-    Bucket(64, 48, 1_500, early_share=0.0, late_share=0.025),
-    Bucket(48, 64, 1_500, early_share=0.0, late_share=0.025),
-    Bucket(96, 64, 1_000, early_share=0.0, late_share=0.01),
-    Bucket(64, 96, 1_000, early_share=0.0, late_share=0.01),
-    Bucket(80, 80, 1_000, early_share=0.0, late_share=0.03),
-    Bucket(96, 96, 1_000, early_share=0.0, late_share=0.01),
-    Bucket(128, 128, 600, early_share=0.0, late_share=0.01),
-]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What fixes the result, apart from the hardware's rounding."""
-
-    seed: int = 0
-    scene_share: float = 1.0
-    """Of the scenes that each bucket asks for; less for a quick look."""
-    vae_steps: int = 3_000
-    vae_batch: int = 32
-    vae_learning_rate: float = 2e-3
-    text_steps: int = 600
-    text_batch: int = 128
-    text_learning_rate: float = 1e-3
-    denoiser_steps: int = 12_000
-    early_steps: int = 1_800
-    denoiser_batch: int = 48
-    denoiser_learning_rate: float = 8e-4
-    caption_dropout: float = 0.1
-    ema_decay: float = 0.998
-
-
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(32, 64, 64),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        mid_block_add_attention=False,
-        sample_size=64,
-    )
-
-
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build_denoiser() -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=64 // LATENT_FACTOR,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(64, 96, 128),
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128,
-        attention_head_dim=(2, 3, 4),  # diffusers reads this as the number of heads
-        norm_num_groups=8,
-    )
-
-
-def build_noise_scheduler() -> DDIMScheduler:
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-        set_alpha_to_one=True,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-    )
+from tools.demo_model.questions import QUESTIONS, answer_questions
+from tools.demo_model.recipe import BUCKETS, Recipe
+from tools.demo_model.scenes import Scene, caption, render, sample_scene, vocabulary
 
 
 def _pixels(scenes: list[Scene], width: int, height: int) -> Tensor:
@@ -168,55 +50,23 @@ def _pixels(scenes: list[Scene], width: int, height: int) -> Tensor:
     return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-QUESTIONS: dict[str, list[str | None]] = {
-    "background": [None, *COLORS],
-    "first shape": [None, *SHAPES],
-    "first color": [None, *COLORS],
-    "second shape": [None, *SHAPES],
-    "second color": [None, *COLORS],
-    "size": [None, *SIZES],
-    "position": [None, *POSITIONS],
-    "relation": [None, "left of", "above"],
-}
-"""What can be asked about a caption, and the answers; ``None`` where the caption leaves it open."""
-
-
-def _said(scene: Scene, text: str) -> dict[str, str | None]:
-    """The answers to `QUESTIONS` for a caption of the scene, which may be empty."""
-    if not text:
-        return dict.fromkeys(QUESTIONS)
-    first, second = scene.objects[0], scene.objects[1] if len(scene.objects) > 1 else None
-    return {
-        "background": scene.background
-        if scene.background in text.replace(",", " ").split()
-        else None,
-        "first shape": first.shape,
-        "first color": first.color,
-        "second shape": second.shape if second else None,
-        "second color": second.color if second else None,
-        "size": scene.size,
-        "position": scene.position,
-        "relation": scene.relation,
-    }
-
-
 def _tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """``[len(captions), MAX_TOKENS]``, as the stock pipeline makes them."""
+    """Tokenize as the stock pipeline does: ``[len(captions), MAX_TOKENS]``."""
     encoded = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
     ids: Tensor = encoded.input_ids
     return ids
 
 
 def _learning_rate(step: int, steps: int, peak: float) -> float:
-    """Short warm-up, long plateau, linear fall over the last third."""
+    """Return the learning rate: a short warm-up, a plateau, a linear fall over the last third."""
     return peak * min(1.0, (step + 1) / 200, (steps - step) / (steps / 3))
 
 
 class Trainer:
-    """Runs the stages; owns the device, the work folder and the checkpoints in it.
+    """The stages of the training, with the device, the work folder and its checkpoints.
 
     Raises:
-        ConfigError: if the work folder holds checkpoints of another recipe.
+        ConfigError: if the work folder has checkpoints of another recipe.
     """
 
     def __init__(
@@ -230,7 +80,7 @@ class Trainer:
         self._claim()
 
     def _claim(self) -> None:
-        """Checkpoints of one recipe are no use to another."""
+        """Record the recipe in the work folder. Raises `ConfigError` if it has another one."""
         path = self.work_dir / "recipe.json"
         mine = asdict(self.recipe)
         if not path.exists():
@@ -239,7 +89,7 @@ class Trainer:
         theirs = json.loads(path.read_text())
         if other := [name for name in mine if theirs.get(name) != mine[name]]:
             raise ConfigError(
-                f"{self.work_dir} holds checkpoints of another recipe, which differs in "
+                f"{self.work_dir} has checkpoints of another recipe, which differs in "
                 f"{', '.join(other)}. Give another --work-dir, or delete this one."
             )
 
@@ -267,7 +117,7 @@ class Trainer:
         steps: int,
         peak: float,
     ) -> Iterator[tuple[int, "tqdm[int]"]]:
-        """Yield each step still to be run; restore before the first, checkpoint now and then."""
+        """Yield each remaining step; restore before the first, save checkpoints in between."""
         done = 0
         if state := self._load(checkpoint):
             done = state["done"]
@@ -278,7 +128,7 @@ class Trainer:
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, steps, peak)
-            # Seeded by the step, so that an interrupted run draws what an unbroken one would.
+            # Seeded by the step, so that an interrupted run draws the same numbers.
             torch.manual_seed(self.recipe.seed * 1_000_003 + step)
             yield step, bar
             if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
@@ -288,6 +138,7 @@ class Trainer:
                 )
 
     def train_vae(self) -> AutoencoderKL:
+        """Train the autoencoder."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
         vae = build_vae().to(self.device, memory_format=torch.channels_last)
@@ -317,7 +168,7 @@ class Trainer:
         return vae.eval().requires_grad_(False)
 
     def _crops(self, rng: Random) -> Tensor:
-        """A batch for the autoencoder: mostly 32-pixel crops, which are cheap; some pictures."""
+        """Draw a batch for the autoencoder: mostly cheap 32-pixel crops, some whole images."""
         whole = rng.random() < 0.15
         count = self.recipe.vae_batch // 4 if whole else self.recipe.vae_batch
         crops = []
@@ -331,7 +182,7 @@ class Trainer:
 
     @torch.no_grad()
     def encode_scenes(self, vae: AutoencoderKL) -> tuple[list[list[Scene]], list[Tensor], float]:
-        """Scenes and latents per bucket, and the factor that gives the latents unit variance."""
+        """Return scenes and latents per bucket, and the factor for latents of unit variance."""
         rng = Random(f"scenes {self.recipe.seed}")
         scenes = [
             [sample_scene(rng) for _ in range(math.ceil(bucket.scenes * self.recipe.scene_share))]
@@ -357,9 +208,9 @@ class Trainer:
         return scenes, [bucket * scaling_factor for bucket in latents], scaling_factor
 
     def train_text_encoder(self, tokenizer: CLIPTokenizer) -> CLIPTextModel:
-        """Teach it to say, from the mean over a caption's tokens, what the caption asks for.
+        """Train the text encoder to answer `QUESTIONS` from the mean over a caption's tokens.
 
-        The mean is what an untrained cross-attention passes on, so the denoiser finds the whole
+        An untrained cross-attention passes on this mean, so that the denoiser finds the whole
         scene in it from its first step.
         """
         recipe = self.recipe
@@ -387,13 +238,15 @@ class Trainer:
                 "" if rng.random() < recipe.caption_dropout else caption(scene, rng)
                 for scene in drawn
             ]
-            said = [_said(scene, text) for scene, text in zip(drawn, captions, strict=True)]
+            right = [
+                answer_questions(scene, text) for scene, text in zip(drawn, captions, strict=True)
+            ]
             states = text_encoder(_tokens(tokenizer, captions).to(self.device))[0]
             summary = states.mean(dim=1)  # [batch, hidden]
             losses = []
             for head, (question, answers) in zip(heads, QUESTIONS.items(), strict=True):
-                right = torch.tensor([answers.index(answer[question]) for answer in said])
-                losses.append(functional.cross_entropy(head(summary), right.to(self.device)))
+                labels = torch.tensor([answers.index(answer[question]) for answer in right])
+                losses.append(functional.cross_entropy(head(summary), labels.to(self.device)))
             loss = torch.stack(losses).sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(text_encoder.parameters(), 1.0)
@@ -410,6 +263,7 @@ class Trainer:
         scenes: list[list[Scene]],
         latents: list[Tensor],
     ) -> UNet2DConditionModel:
+        """Train the denoiser on the latents; return its moving average."""
         recipe = self.recipe
         torch.manual_seed(recipe.seed)
         model = build_denoiser().to(self.device, memory_format=torch.channels_last)
@@ -463,7 +317,7 @@ class Trainer:
         return final.eval().requires_grad_(False)
 
     def run(self, output: Path) -> None:
-        """All stages; writes the pipeline folder to ``output``."""
+        """Run all stages, and write the pipeline folder to ``output``."""
         tokenizer = build_tokenizer(vocabulary())
         vae = self.train_vae()
         scenes, latents, scaling_factor = self.encode_scenes(vae)
@@ -489,9 +343,9 @@ class Trainer:
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Where the pipeline folder goes.")] = DEMO_MODEL_DIR,
+    output: Annotated[Path, typer.Option(help="The pipeline folder to write.")] = DEMO_MODEL_DIR,
     work_dir: Annotated[
-        Path, typer.Option(help="Checkpoints; an interrupted run goes on from here.")
+        Path, typer.Option(help="Checkpoints; an interrupted run continues from here.")
     ] = Path("demo-training"),
     seed: int = Recipe.seed,
     vae_steps: int = Recipe.vae_steps,

@@ -1,8 +1,8 @@
-"""Reasons for which the operator of KubeRay 1.7.0 refuses a document that its CRD's schema takes.
+"""Rules by which the operator of KubeRay 1.7.0 rejects a document that its CRD's schema accepts.
 
-The operator checks such a document only after it was applied: the RayService then has the condition
-``InvalidRayServiceSpec``, and no cluster is made. One function a rule, in the order in which the
-operator checks; pure, over plain mappings.
+The operator checks a document only after it was applied: the RayService then has the condition
+``InvalidRayServiceSpec``, and no cluster is created. Each rule is one function, in the order of the
+operator's checks; pure, over plain mappings.
 """
 
 from collections.abc import Collection, Iterator
@@ -17,7 +17,7 @@ RULES = (*ray_cluster.RULES, *fault_tolerance.RULES, *ray_service.RULES)
 
 
 def refusals(document: Object, gates: Collection[str] = ()) -> Iterator[Refusal]:
-    """Every reason to refuse ``document``, a RayService or a RayCluster.
+    """Yield every reason to reject ``document``, a RayService or a RayCluster.
 
     ``gates`` names the feature gates that are on beyond the operator's defaults.
     """

@@ -1,4 +1,4 @@
-"""Rules for the head's state outside the head: GCS fault tolerance."""
+"""Rules for GCS fault tolerance, which keeps the head's state outside the head."""
 
 from collections.abc import Iterator
 
@@ -9,10 +9,10 @@ _NAMESPACE = "ray.io/external-storage-namespace"
 _OPTIONS = "gcsFaultToleranceOptions"
 
 
-def fault_tolerance_is_asked_for_in_one_place(cluster: RayCluster) -> Iterator[Refusal]:
+def fault_tolerance_is_requested_in_one_place(cluster: RayCluster) -> Iterator[Refusal]:
     if cluster.fault_tolerance is not None and cluster.annotations.get(_ENABLED):
         yield Refusal(
-            "fault_tolerance_is_asked_for_in_one_place",
+            "fault_tolerance_is_requested_in_one_place",
             f"metadata.annotations.{_ENABLED}",
             f"is set beside {_OPTIONS}",
             f"Remove the annotation, and keep {cluster.path}.{_OPTIONS}.",
@@ -42,7 +42,7 @@ def the_redis_password_is_an_option(cluster: RayCluster) -> Iterator[Refusal]:
 
 
 def the_redis_address_is_an_option(cluster: RayCluster) -> Iterator[Refusal]:
-    """Without the options, only the annotation lets a variable of the head name it."""
+    """Reject the variable of the head, unless the annotation allows it without the options."""
     by_annotation = str(cluster.annotations.get(_ENABLED, "")).lower() == "true"
     if "RAY_REDIS_ADDRESS" in cluster.head.variables and (
         cluster.fault_tolerance is not None or not by_annotation
@@ -107,7 +107,7 @@ def storage_is_for_rocksdb(cluster: RayCluster) -> Iterator[Refusal]:
 
 
 RULES: list[Rule] = [
-    fault_tolerance_is_asked_for_in_one_place,
+    fault_tolerance_is_requested_in_one_place,
     the_redis_password_is_an_option,
     the_redis_address_is_an_option,
     the_storage_namespace_is_an_option,

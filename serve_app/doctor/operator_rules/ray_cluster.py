@@ -92,14 +92,14 @@ def _ask_for_v2(cluster: RayCluster) -> str:
     )
 
 
-def v2_is_asked_for_in_one_place(cluster: RayCluster) -> Iterator[Refusal]:
-    """By its version, not by a variable of the head beside it or without any autoscaler."""
+def v2_is_requested_in_one_place(cluster: RayCluster) -> Iterator[Refusal]:
+    """Reject a variable of the head beside the autoscaler's version, or without an autoscaler."""
     value = cluster.head.variables.get(_V2_VARIABLE)
     beside = cluster.autoscaling and cluster.autoscaler.get("version") is not None
     alone = not cluster.autoscaling and value in ("1", "true")
     if value is not None and (beside or alone):
         yield Refusal(
-            "v2_is_asked_for_in_one_place",
+            "v2_is_requested_in_one_place",
             f"{cluster.head.variables_path}.{_V2_VARIABLE}",
             f"is set {'beside autoscalerOptions.version' if beside else 'with no autoscaler'}",
             f"Remove the variable, and use {cluster.path}.autoscalerOptions.version.",
@@ -118,7 +118,7 @@ def v2_restarts_no_pod(cluster: RayCluster) -> Iterator[Refusal]:
 
 
 def a_fixed_size_has_both_bounds(cluster: RayCluster) -> Iterator[Refusal]:
-    """Though a CRD of 1.7.0 fills in 0 and no upper bound before the operator sees the group."""
+    """Require both bounds. A CRD of 1.7.0 fills in 0 and no upper bound before the operator."""
     for group in [] if cluster.autoscaling else cluster.groups:
         for field in ("minReplicas", "maxReplicas"):
             if group.spec.get(field) is None:
@@ -166,7 +166,7 @@ def suspend_excludes_the_autoscaler(cluster: RayCluster) -> Iterator[Refusal]:
 
 
 def resources_are_given_once(cluster: RayCluster) -> Iterator[Refusal]:
-    """By the group's ``resources`` or by Ray's start parameters; the head's likewise."""
+    """Reject a node with both ``resources`` and the same start parameters of Ray."""
     for node in cluster.nodes:
         given = [name for name in _RESOURCES if node.start_params.get(name)]
         if node.spec.get("resources") and given:
@@ -237,7 +237,7 @@ def tokens_need_their_ray(cluster: RayCluster) -> Iterator[Refusal]:
 
 
 def kubernetes_tokens_need_their_ray(cluster: RayCluster) -> Iterator[Refusal]:
-    """And the mode that uses tokens at all."""
+    """Require a Ray with Kubernetes tokens, and the mode that uses tokens."""
     options, ray = mapping(cluster.spec.get("authOptions")), cluster.spec.get("rayVersion")
     if options.get("enableK8sTokenAuth") is not True:
         return
@@ -270,7 +270,7 @@ def kubernetes_tokens_exclude_a_secret(cluster: RayCluster) -> Iterator[Refusal]
 
 
 def feature_gates_are_on(cluster: RayCluster) -> Iterator[Refusal]:
-    """For what the operator has off by default; rules behind a gate are its own business."""
+    """Require the gates of fields that are off by default; rules behind a gate are not checked."""
     backend = (cluster.fault_tolerance or {}).get("backend")
     for field, used, gate in (
         ("networkPolicy", cluster.spec.get("networkPolicy"), "RayClusterNetworkPolicy"),
@@ -313,7 +313,7 @@ RULES: list[Rule] = [
     idle_timeout_of_a_group_needs_v2,
     priority_of_a_group_needs_v2,
     priority_of_a_group_needs_its_ray,
-    v2_is_asked_for_in_one_place,
+    v2_is_requested_in_one_place,
     v2_restarts_no_pod,
     a_fixed_size_has_both_bounds,
     bounds_are_not_negative,

@@ -8,7 +8,7 @@ from serve_app.doctor.kube import Object
 from serve_app.doctor.operator_rules.rule import Refusal, ServiceRule, mapping, number
 
 _MOST_NAME_CHARS = 47
-"""63 of a Service, less what KubeRay adds: six characters, and ``-serve-svc``."""
+"""63 characters of a Service's name, less KubeRay's additions: six, and ``-serve-svc``."""
 
 _TIMEOUT = "ray.io/initializing-timeout"
 _INCREMENTAL = "NewClusterWithIncrementalUpgrade"
@@ -29,7 +29,7 @@ def _upgrade(service: Object) -> Mapping[str, Any]:
 
 
 def _incremental_options(service: Object) -> Mapping[str, Any] | None:
-    """Options of an incremental upgrade; None for another, or where there are none."""
+    """Return the options of an incremental upgrade; None for another, or without options."""
     options = _upgrade(service).get("clusterUpgradeOptions")
     if _upgrade(service).get("type") != _INCREMENTAL or options is None:
         return None

@@ -1,4 +1,4 @@
-"""The shape of a rule, and reading a document that no schema has checked yet."""
+"""The type of a rule, and readers of documents that no schema has checked yet."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from serve_app.doctor.kube import Object
 
 @dataclass(frozen=True)
 class Refusal:
-    """One reason for which KubeRay's operator refuses a document."""
+    """One reason for which KubeRay's operator rejects a document."""
 
     rule: str
     field: str
@@ -40,7 +40,7 @@ class Node:
 
     @property
     def variables(self) -> dict[str, str]:
-        """Environment of the Ray container, which is the first; values from elsewhere are empty."""
+        """Environment of the first container, which runs Ray; values from elsewhere are empty."""
         containers = mappings(self.pod.get("containers"))
         return environment(containers[0].get("env")) if containers else {}
 
@@ -51,14 +51,14 @@ class Node:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """A RayCluster's spec, its own or a RayService's, and what decides with it."""
+    """A RayCluster's spec, its own or a RayService's, with annotations and feature gates."""
 
     spec: Mapping[str, Any]
     path: str
     """The spec's path in the document."""
     annotations: Mapping[str, Any]
     gates: frozenset[str]
-    """Feature gates that the operator has on."""
+    """Feature gates that are on in the operator."""
 
     @property
     def head(self) -> Node:
@@ -85,7 +85,7 @@ class RayCluster:
 
     @property
     def has_v2(self) -> bool:
-        """Whether the operator takes the autoscaler for v2: only if its version says so."""
+        """True if the operator uses autoscaler v2: only its version decides."""
         return self.autoscaling and self.autoscaler.get("version") == "v2"
 
     @property
@@ -99,7 +99,7 @@ ServiceRule = Callable[[Object], Iterator[Refusal]]
 
 
 def mapping(value: object) -> Mapping[str, Any]:
-    """``value``, or an empty mapping where something else stands."""
+    """Return ``value``, or an empty mapping if it is none."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -108,16 +108,16 @@ def mappings(value: object) -> list[Mapping[str, Any]]:
 
 
 def environment(value: object) -> dict[str, str]:
-    """Names and values of a container's ``env``."""
+    """Return names and values of a container's ``env``."""
     return {str(one.get("name")): str(one.get("value", "")) for one in mappings(value)}
 
 
 def number(value: object) -> int | None:
-    """A whole number; None for anything else, which the CRD's schema refuses."""
+    """Return a whole number; None for other values, which the CRD's schema rejects."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def version(value: object) -> tuple[int, ...] | None:
-    """A version as the operator reads it: ``v`` and what follows the numbers do not count."""
+    """Parse a version as the operator does: ``v`` and any suffix do not count."""
     match = re.match(r"\s*v?([0-9]+(?:\.[0-9]+)+)", str(value or ""))
     return tuple(int(part) for part in match[1].split(".")) if match else None

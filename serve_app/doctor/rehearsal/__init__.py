@@ -1,6 +1,6 @@
 """``diffusion-serve doctor --rehearse``: an overlay's whole life in a throw-away namespace.
 
-`manifest` decides what is applied, `observer` reads what came of it and `image` asks for an image.
-The steps are in `start`, `changes` and `cleanup`; `session` is what they share, and `run` their
+`manifest` prepares the objects, `observer` reads the results and `image` requests an image. The
+steps are in `start`, `changes` and `cleanup`; `session` is their shared state, and `run` their
 order. Nothing outside the namespace is changed.
 """

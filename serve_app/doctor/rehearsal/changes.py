@@ -1,4 +1,4 @@
-"""Steps 7 to 9 of a rehearsal: the Serve config in place, an upgrade, and the way back."""
+"""Steps 7 to 9 of a rehearsal: a Serve config in place, an upgrade, and a roll-back."""
 
 from dataclasses import replace
 
@@ -16,13 +16,13 @@ from serve_app.doctor.rehearsal.start import hash_of, unplaced
 from serve_app.doctor.report import Finding, failed, ok, warning
 
 DELETION_DELAY_S = 60
-"""KubeRay's own, where spec.rayClusterDeletionDelaySeconds is unset."""
+"""KubeRay's default of spec.rayClusterDeletionDelaySeconds."""
 
 _WATCHED_DELAY_S = 120
-"""The longest delay that is waited for, so that its end is seen."""
+"""The longest deletion delay that a rehearsal waits for."""
 
 _SLACK_S = 30.0
-"""More than the delay, in which the deletion must have begun."""
+"""Time after the delay in which the deletion must have begun."""
 
 
 def in_place(session: Session) -> Finding:
@@ -37,7 +37,7 @@ def in_place(session: Session) -> Finding:
                 failed(
                     name,
                     f"the operator made another RayCluster for it: {', '.join(sorted(more))}",
-                    "A change of spec.serveConfigV2 must not cost a second set of GPUs: look at "
+                    "A change of spec.serveConfigV2 must not cost a second set of GPUs: check "
                     "whether something else rewrites the RayService (a webhook, a GitOps tool).",
                 )
             )
@@ -50,15 +50,15 @@ def in_place(session: Session) -> Finding:
         session.wait_until_serving(name, session.first, no_other)
     if session.kubelet != "runs":
         return ok(name, f"RayCluster {session.first} stays, and no other was made")
-    asked = session.ask(name)
-    if asked.outcome != "ok":
-        return asked
-    said = f"RayCluster {session.first} stays; then {asked.found}"
+    image = session.request_image(name)
+    if image.outcome != "ok":
+        return image
+    details = f"RayCluster {session.first} stays; then {image.found}"
     if has_arrived:
-        return ok(name, said)
+        return ok(name, details)
     return warning(
         name,
-        f"{said}; no event says that the operator sent the new config",
+        f"{details}; no event shows that the operator sent the new config",
         "Look at the operator's log for the Serve config.",
     )
 
@@ -67,7 +67,7 @@ def upgrade(session: Session) -> Finding:
     try:
         return _replace_cluster(session, "upgrade", session.manifest.upgraded, original=False)
     except Stop as stop:
-        return stop.finding  # a roll back is what one does now
+        return stop.finding  # a roll-back is the remedy for a failed upgrade
 
 
 def roll_back(session: Session) -> Finding:
@@ -75,7 +75,7 @@ def roll_back(session: Session) -> Finding:
 
 
 def _replace_cluster(session: Session, name: str, applied: Object, original: bool) -> Finding:
-    """Apply a pod template and follow the RayCluster that comes of it."""
+    """Apply a pod template and follow the new RayCluster."""
     strategy = (applied["spec"].get("upgradeStrategy") or {}).get("type")
     if strategy == "None":
         return ok(name, "left out: upgradeStrategy None, so that KubeRay replaces nothing")
@@ -101,9 +101,9 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
         return _not_replaced(session, name)
     if target == current:
         return ok(name, f"left out: RayCluster {current} was not replaced")
-    session.waiter.tell(f"    RayCluster {target} beside {', '.join(sorted(before))}")
+    session.waiter.emit(f"    RayCluster {target} beside {', '.join(sorted(before))}")
     delay_s = int(applied["spec"].get("rayClusterDeletionDelaySeconds", DELETION_DELAY_S))
-    # What the upgrade replaced may hold its GPUs until then.
+    # The replaced cluster may use its GPUs until then.
     patience_s = UNPLACED_S + (min(delay_s, _WATCHED_DELAY_S) if original else 0)
     placement = session.placed(name, target, patience_s)
     if not placement.complete:
@@ -118,16 +118,16 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
         found += "; it has taken over"
     found += _old_ones(session, before - {target}, delay_s)
     if session.kubelet == "runs":
-        asked = len(session.answers) + len(session.failures)
+        requested = len(session.answers) + len(session.failures)
         if session.failures:
             return failed(
                 name,
-                f"{found}; {len(session.failures)} of {asked} requests failed, first "
+                f"{found}; {len(session.failures)} of {requested} requests failed, first "
                 f"{session.failures[0]}",
                 "No request may fail during an upgrade: compare the graces and the drain of "
-                "the worker pods with the longest request, and look at the workers' logs.",
+                "the worker pods with the longest request, and check the workers' logs.",
             )
-        found += f"; {asked} requests meanwhile, none failed"
+        found += f"; {requested} requests meanwhile, none failed"
     return ok(name, found)
 
 
@@ -138,11 +138,11 @@ def _not_replaced(session: Session, name: str) -> Finding:
             "left out: the operator asks the dashboard of a head that is marked as running "
             "before it compares specs, and nothing answers there",
         )
-    said = session.observer.complaints()
+    details = session.observer.complaints()
     return failed(
         name,
         f"no RayCluster of this pod template within {MADE_S:.0f} s; "
-        f"{session.observer.service()}" + (f"; events: {said}" if said else ""),
+        f"{session.observer.service()}" + (f"; events: {details}" if details else ""),
         "Look at the operator's log for this RayService.",
     )
 
@@ -169,7 +169,7 @@ def _short(
 
 
 def _old_ones(session: Session, old: set[str], delay_s: int) -> str:
-    """Wait until KubeRay deletes what was replaced, where that does not take long."""
+    """Wait until KubeRay deletes the replaced RayCluster, unless its delay is long."""
     names = ", ".join(sorted(old))
     if delay_s > _WATCHED_DELAY_S:
         return f"; {names} stays for {delay_s} s (rayClusterDeletionDelaySeconds)"

@@ -1,14 +1,14 @@
-"""Step 10 of a rehearsal: delete all that it made, and say what is left.
+"""Step 10 of a rehearsal: delete all that it created, and report the rest.
 
-The RayService goes first, so that KubeRay and the Redis that it may clean up are still there when
-the RayClusters end; then the namespace.
+The RayService is deleted first: KubeRay and the Redis that it may clean up must still run when the
+RayClusters end. Then the namespace is deleted.
 """
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from serve_app.doctor.kube import NotReadable
-from serve_app.doctor.kube_write import WritableCluster, base
+from serve_app.doctor.kube import NotReadable, base
+from serve_app.doctor.kube_write import WritableCluster
 from serve_app.doctor.rehearsal.manifest import MARK, MARKED
 from serve_app.doctor.rehearsal.session import Session
 from serve_app.doctor.rehearsal.waiting import OUTAGE_S
@@ -19,18 +19,18 @@ T = TypeVar("T")
 NAMESPACES = f"{base('v1')}/namespaces"
 
 CLUSTERS_GONE_S = 900.0
-"""A worker's grace, 480 s, and KubeRay's removal of the head's state from Redis, up to 300 s."""
+"""Limit for a worker's grace, 480 s, and KubeRay's clean-up of Redis, up to 300 s."""
 
 NAMESPACE_GONE_S = 300.0
-"""For Kubernetes to delete what else is in the namespace."""
+"""Limit for Kubernetes to delete the rest of the namespace."""
 
 
 def leftovers(cluster: WritableCluster) -> Finding | None:
-    """Namespaces of earlier rehearsals that are still there."""
+    """Report namespaces of earlier rehearsals that still exist."""
     try:
         found = cluster.items(NAMESPACES, labelSelector=f"{MARK}={MARKED}")
     except NotReadable:
-        return None  # creating one needs more rights, and says which
+        return None  # creating one needs more rights, and its error names them
     names = [one["metadata"]["name"] for one in found]
     if not names:
         return None
@@ -44,7 +44,7 @@ def leftovers(cluster: WritableCluster) -> Finding | None:
 
 
 def delete(session: Session) -> Finding:
-    """Delete the RayService, then the namespace; what is left if that does not end in time."""
+    """Delete the RayService, then the namespace; name the rest if that does not end in time."""
     try:
         return _delete(session)
     except NotReadable as error:
@@ -67,7 +67,7 @@ def _delete(session: Session) -> Finding:
         )
     uid = namespace["metadata"]["uid"]
     observer, waiter = session.observer, session.waiter
-    waiter.tell(f"    RayService {session.manifest.service['metadata']['name']}")
+    waiter.emit(f"    RayService {session.manifest.service['metadata']['name']}")
     _insist(session, lambda: session.cluster.delete(observer.service_path))
 
     def no_ray_clusters() -> bool | None:
@@ -82,9 +82,9 @@ def _delete(session: Session) -> Finding:
             waiter.progress(f"namespace {name}: {_obstacles(there)}")
         return None if there else True
 
-    # Of the RayService's deletion Kubernetes tells its RayClusters a moment later.
+    # Kubernetes passes the RayService's deletion to its RayClusters a moment later.
     ended = waiter.until(no_ray_clusters, CLUSTERS_GONE_S, session.remove_unattended, bounded=False)
-    waiter.tell(f"    namespace {name}")
+    waiter.emit(f"    namespace {name}")
     _insist(session, lambda: session.cluster.delete(path, uid=uid))
     if not waiter.until(no_namespace, NAMESPACE_GONE_S, session.remove_unattended, bounded=False):
         there = session.cluster.get(path) or {}
@@ -93,36 +93,36 @@ def _delete(session: Session) -> Finding:
         return warning(
             check,
             f"everything is gone, but the RayClusters took longer than {CLUSTERS_GONE_S:.0f} s",
-            "Look at what held them: graces of the pods, or the removal of the state in Redis.",
+            "Check what delayed them: graces of the pods, or the removal of the state in Redis.",
         )
     return ok(check, f"RayService, RayClusters and namespace {name} are gone")
 
 
 def _insist(session: Session, action: Callable[[], T]) -> T:
-    """Do ``action``, and again if the API server is away for a moment. Raises `NotReadable`."""
+    """Do ``action``, with retries while the API server is away. Raises `NotReadable`."""
     done = session.waiter.until(lambda: (action(),), 2 * OUTAGE_S, bounded=False)
     assert done is not None, "an outage ends the waiting before its timeout does"
     return done[0]
 
 
 def _obstacles(namespace: dict[str, object]) -> str:
-    """What Kubernetes says that the namespace still holds."""
+    """Return the conditions of the namespace about its remaining objects."""
     status = namespace.get("status")
     conditions = status.get("conditions") if isinstance(status, dict) else None
-    said = [
+    details = [
         str(one.get("message"))
         for one in conditions or ()
         if one.get("status") == "True" and one.get("message")
     ]
-    return "; ".join(said) or "still there"
+    return "; ".join(details) or "still there"
 
 
-def _left(session: Session, said: str) -> Finding:
+def _left(session: Session, details: str) -> Finding:
     name = session.manifest.name
     return failed(
         "delete",
-        f"the deletion did not end: {said}",
-        "Delete what is left; GPUs may be held until then:\n"
+        f"the deletion did not end: {details}",
+        "Delete what is left; GPUs may be in use until then:\n"
         f"  kubectl delete rayservices --all --namespace {name}\n"
         f"  kubectl delete namespace {name}",
     )

@@ -1,7 +1,7 @@
-"""One image from a pod's port, through the API server.
+"""Requests one image from a pod's port, through the API server.
 
-Through a port forward, which carries our own Authorization header; the API server's proxy takes
-that header away, and is the second way where no key is needed.
+A port forward keeps the Authorization header. The API server's proxy removes it, and is the second
+route where no key is needed.
 """
 
 import base64
@@ -10,30 +10,30 @@ import http.client
 import io
 import json
 
-from serve_app.doctor.kube import NotReadable
-from serve_app.doctor.kube_write import WritableCluster, base
+from serve_app.doctor.kube import NotReadable, base
+from serve_app.doctor.kube_write import WritableCluster
 
 BODY = {"prompt": "a rehearsal", "n": 1, "seed": 7}
 PATH = "/v1/images/generations"
 
 TIMEOUT_S = 330.0
-"""Longer than a gateway holds a request by default, 300 s: the application answers first."""
+"""Limit above the default time that a request waits in a gateway, 300 s."""
 
 
 class CannotReach(Exception):
-    """The pod's port did not answer; with the API server's words."""
+    """A pod's port that did not answer, with the API server's message."""
 
 
 class NoImage(Exception):
-    """The application answered, and not with an image."""
+    """An answer of the application that is not an image."""
 
 
 def request(cluster: WritableCluster, namespace: str, pod: str, port: int, key: str | None) -> str:
-    """Ask ``pod`` for an image; its kind and size, such as `PNG, 64x64`.
+    """Request an image from ``pod``; return its kind and size, such as `PNG, 64x64`.
 
     Raises:
         CannotReach: if nothing answers at the port.
-        NoImage: if the answer is no image.
+        NoImage: if the answer is not an image.
     """
     try:
         status, body = _by_port_forward(cluster, namespace, pod, port, key)
@@ -60,8 +60,8 @@ def _by_port_forward(
         answer = connection.getresponse()
         return answer.status, answer.read()
     except (NotReadable, OSError, http.client.HTTPException) as error:
-        said = forward.error(port) if forward is not None else None
-        reason = said or (error.found if isinstance(error, NotReadable) else error)
+        details = forward.error(port) if forward is not None else None
+        reason = details or (error.found if isinstance(error, NotReadable) else error)
         raise CannotReach(f"port {port} of pod {pod} cannot be reached: {reason}") from None
     finally:
         connection.close()
@@ -79,23 +79,23 @@ def _by_proxy(
     except (ValueError, AttributeError):
         is_ours = False
     if not is_ours:
-        said = body[:200].decode(errors="replace")
-        raise CannotReach(f"{before}; by the API server's proxy: {status} {said}")
+        details = body[:200].decode(errors="replace")
+        raise CannotReach(f"{before}; by the API server's proxy: {status} {details}")
     return status, body
 
 
 def _describe(status: int, body: bytes) -> str:
     from PIL import Image, UnidentifiedImageError
 
-    said = body[:300].decode(errors="replace")
+    details = body[:300].decode(errors="replace")
     if status != 200:
-        raise NoImage(f"answered {status}: {said}")
+        raise NoImage(f"answered {status}: {details}")
     try:
         data = base64.b64decode(json.loads(body)["data"][0]["b64_json"], validate=True)
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return f"{image.format}, {image.width}x{image.height}"
     except (ValueError, KeyError, IndexError, TypeError, binascii.Error, UnidentifiedImageError):
-        raise NoImage(f"answered 200, but with no image: {said}") from None
+        raise NoImage(f"answered 200, but with no image: {details}") from None
     except OSError as error:
         raise NoImage(f"answered 200 with a broken image: {error}") from None

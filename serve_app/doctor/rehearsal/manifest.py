@@ -1,7 +1,7 @@
-"""What a rehearsal applies: the overlay, moved into a namespace of its own.
+"""The objects that a rehearsal applies: the overlay, moved into a namespace of its own.
 
-Pure: takes a rendered overlay, returns objects. Secrets that the pods name are filled with random
-values; the real ones are neither read nor needed.
+Pure: takes a rendered overlay, returns objects. Secrets that pods require get random values; the
+real ones are neither read nor needed.
 """
 
 import base64
@@ -18,6 +18,7 @@ import yaml
 
 from serve_app.config.environment import KEYS_PATH_VARIABLE, KEYS_VARIABLE
 from serve_app.doctor.kube import Object
+from serve_app.doctor.secrets import references
 from serve_app.errors import ConfigError
 
 MARK = "app.kubernetes.io/managed-by"
@@ -37,13 +38,13 @@ _WAIT_LOOP_S = 2.0
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that one rehearsal applies."""
+    """All objects that one rehearsal applies."""
 
     namespace: Object
     objects: tuple[Object, ...]
-    """To apply in this order: Secrets first, the RayService last."""
+    """Objects to apply in this order: Secrets first, the RayService last."""
     only_checked: tuple[Object, ...]
-    """For a dry run: what would act beyond the namespace."""
+    """Objects that act beyond the namespace: they are applied as a dry run."""
     service: Object
     """The RayService among ``objects``."""
     in_place: Object
@@ -53,7 +54,7 @@ class Manifest:
     port: int
     """The port of Serve's proxies."""
     key: str | None
-    """The API key that the made Secret lets in; None if no Secret with keys was made."""
+    """The API key of the created Secret; None if no Secret with keys was created."""
     made_secrets: tuple[str, ...]
     pull_secrets: tuple[str, ...]
     """Names of imagePullSecrets that the overlay does not bring."""
@@ -69,7 +70,7 @@ def prepare(
 ) -> Manifest:
     """Move ``overlay``, read from ``source``, into a namespace with a new name.
 
-    ``in_namespace``: whether an object's kind lives in a namespace; None if it is not served.
+    ``in_namespace`` returns whether an object's kind has namespaces; None if it is not served.
 
     Raises:
         ConfigError: if the overlay has several RayServices or namespaces, an object that the whole
@@ -135,7 +136,7 @@ def _check_scope(
 
 
 def _moved(value: Any, old: str | None, new: str) -> Any:
-    """A copy in which each reference to the old namespace names the new one."""
+    """Return a copy in which each reference to the old namespace names the new one."""
     if old is None:
         return copy.deepcopy(value)
     if isinstance(value, dict):
@@ -155,7 +156,7 @@ def _moved(value: Any, old: str | None, new: str) -> Any:
 
 
 def _acts_beyond(one: Object) -> bool:
-    """Whether the object would be noticed outside: by monitoring, DNS, a load balancer.
+    """Return whether the object acts outside: on monitoring, DNS, a load balancer.
 
     A second set of alerts would fire, and a route with the real host name would compete for it.
     """
@@ -168,8 +169,8 @@ def _acts_beyond(one: Object) -> bool:
 
 
 def _missing_secrets(objects: Sequence[Object], namespace: str) -> tuple[list[Object], str | None]:
-    """Secrets that the objects name and do not bring, and the API key that one of them lets in."""
-    brought = {one["metadata"]["name"] for one in objects if one["kind"] == "Secret"}
+    """Create the Secrets that the objects require and do not bring; return an API key of theirs."""
+    brought = _brought(objects)
     key = None
     data: dict[str, dict[str, str]] = {}
     for name, entry in _key_holders(objects):
@@ -178,8 +179,8 @@ def _missing_secrets(objects: Sequence[Object], namespace: str) -> tuple[list[Ob
             digest = hashlib.sha256(key.encode()).hexdigest()
             entries = [{"name": "rehearsal", "sha256": digest}]
             data.setdefault(name, {})[entry] = yaml.safe_dump(entries)
-    named = sorted(set(_named_secrets(objects)), key=lambda one: (one[0], one[1] is None))
-    for name, known in named:
+    required = [(one.secret, one.key) for one in references(objects) if not one.pulls_images]
+    for name, known in sorted(set(required), key=lambda one: (one[0], one[1] is None, one[1])):
         # A pod that mounts a whole Secret starts with any entry.
         if name not in brought and (known is not None or name not in data):
             data.setdefault(name, {}).setdefault(known or "rehearsal", secrets.token_hex(16))
@@ -198,7 +199,7 @@ def _missing_secrets(objects: Sequence[Object], namespace: str) -> tuple[list[Ob
 
 
 def _mappings(value: Any) -> Iterator[Object]:
-    """Every mapping in ``value``, itself first."""
+    """Yield every mapping in ``value``, itself first."""
     if isinstance(value, dict):
         yield value
         for one in value.values():
@@ -208,27 +209,8 @@ def _mappings(value: Any) -> Iterator[Object]:
             yield from _mappings(one)
 
 
-def _named_secrets(objects: Sequence[Object]) -> Iterator[tuple[str, str | None]]:
-    """Secrets without which a pod does not start, and their keys where they are named."""
-    for one in _mappings(list(objects)):
-        reference = one.get("secretKeyRef")
-        if isinstance(reference, dict) and not reference.get("optional"):
-            yield reference["name"], reference["key"]
-        volume = one.get("secret")
-        if isinstance(volume, dict) and not volume.get("optional"):
-            name = volume.get("secretName") or volume.get("name")
-            for item in volume.get("items") or [{}] if name else []:
-                yield str(name), item.get("key")
-        every = one.get("secretRef")
-        if isinstance(every, dict) and "name" in every and not every.get("optional"):
-            yield every["name"], None
-        options = one.get("authOptions")
-        if isinstance(options, dict) and options.get("secretName"):
-            yield options["secretName"], "auth_token"
-
-
 def _key_holders(objects: Sequence[Object]) -> Iterator[tuple[str, str]]:
-    """Name and key of each Secret whose entry is a list of API keys."""
+    """Yield the name and key of each Secret entry that is a list of API keys."""
     for pod in _mappings(list(objects)):
         if not isinstance(pod.get("containers"), list):
             continue
@@ -252,19 +234,19 @@ def _key_holders(objects: Sequence[Object]) -> Iterator[tuple[str, str]]:
 
 
 def _missing_pull_secrets(objects: Sequence[Object]) -> tuple[str, ...]:
-    brought = {one["metadata"]["name"] for one in objects if one["kind"] == "Secret"}
-    named = {
-        reference["name"]
-        for one in _mappings(list(objects))
-        for reference in one.get("imagePullSecrets") or ()
-    }
-    return tuple(sorted(named - brought))
+    """List the imagePullSecrets that the objects require and do not bring."""
+    named = {one.secret for one in references(objects) if one.pulls_images}
+    return tuple(sorted(named - _brought(objects)))
+
+
+def _brought(objects: Sequence[Object]) -> set[str]:
+    return {one["metadata"]["name"] for one in objects if one["kind"] == "Secret"}
 
 
 def _change_serve_config(service: Object) -> Object:
     """Return the RayService with another Serve config that restarts no replica.
 
-    The first deployment waits a little longer between two looks at whether it is done when it ends.
+    The first deployment polls a little more slowly for its last requests when it ends.
     Raises `ConfigError` if no application names a deployment.
     """
     changed = copy.deepcopy(service)

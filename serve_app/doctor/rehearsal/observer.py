@@ -1,6 +1,6 @@
-"""What a rehearsal's namespace shows: RayClusters, pods, conditions, events.
+"""Reads a rehearsal's namespace: RayClusters, pods, conditions, events.
 
-Reads only, each time anew. Knows no time-outs: the steps have them.
+Every read is fresh. Time-outs belong to the steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from serve_app.doctor import pending
-from serve_app.doctor.kube import NotReadable, Object
-from serve_app.doctor.kube_write import WritableCluster, base
+from serve_app.doctor.kube import NotReadable, Object, base
+from serve_app.doctor.kube_write import WritableCluster
 from serve_app.doctor.report import Finding
 
 HASH = "ray.io/hash-without-replicas-and-workers-to-delete"
 """Annotation of a RayCluster: the spec that KubeRay compares to decide on an upgrade."""
 
 Kubelet = Literal["runs", "fake", "none"]
-"""``fake``: something marks pods as running, and no container runs."""
+"""Source of pod status. ``fake``: something marks pods as running, and no container runs."""
 
 _KWOK = "kwok.x-k8s.io/node"
 
@@ -28,18 +28,18 @@ class Service:
     active: str
     """Name of the RayCluster that serves; empty if none does."""
     pending: str
-    """Name of the RayCluster that is to serve next; empty if there is none."""
+    """Name of the RayCluster that will serve next; empty if there is none."""
     conditions: Mapping[str, Object]
     applications: Mapping[str, str]
     """Serve applications of both, with their states."""
     routed: Mapping[str, int]
-    """Percent of the requests by RayCluster, where a Gateway shares them out."""
+    """Percent of the requests by RayCluster, where a Gateway splits them."""
     messages: tuple[str, ...]
-    """Words of the applications that failed."""
+    """Messages of the applications that failed."""
 
     @property
     def newest(self) -> str:
-        """The RayCluster of the spec that was applied last."""
+        """Return the RayCluster of the spec that was applied last."""
         return self.pending or self.active
 
     @property
@@ -48,7 +48,7 @@ class Service:
 
     @property
     def refusal(self) -> str:
-        """The operator's words if it refuses the spec; else empty."""
+        """Return the operator's message if it rejects the spec; else an empty text."""
         condition = self.conditions.get("Ready", {})
         if condition.get("reason") != "ValidationFailed":
             return ""
@@ -56,7 +56,7 @@ class Service:
 
     @property
     def serves(self) -> bool:
-        """Whether every application runs, and requests have somewhere to go."""
+        """Return whether every application runs and a pod takes requests."""
         return self.ready and all(state == "RUNNING" for state in self.applications.values())
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Observer:
     """Reads one namespace of a cluster."""
 
     def __init__(self, cluster: WritableCluster, namespace: str, service: Object) -> None:
-        """``service``: the RayService as it is applied."""
+        """Observe ``service``, the RayService as it is applied."""
         self._cluster = cluster
         self._namespace = namespace
         self._service = service
@@ -81,7 +81,7 @@ class Observer:
         self.service_path = f"{self.ray}/rayservices/{service['metadata']['name']}"
 
     def service(self) -> Service:
-        """The RayService's status; empty while the operator has written none."""
+        """Read the RayService's status; empty until the operator has written one."""
         found = self._cluster.get(self.service_path) or {}
         status = found.get("status") or {}
         parts = [status.get(f"{one}ServiceStatus") or {} for one in ("active", "pending")]
@@ -108,7 +108,7 @@ class Observer:
         )
 
     def ray_clusters(self) -> dict[str, Object]:
-        """RayClusters by name, those that are being deleted among them."""
+        """Read the RayClusters by name, those in deletion included."""
         return {
             one["metadata"]["name"]: one for one in self._cluster.items(f"{self.ray}/rayclusters")
         }
@@ -120,8 +120,8 @@ class Observer:
         return self._cluster.items(f"{self.core}/events")
 
     def complaints(self) -> str:
-        """Warnings about the RayService and its RayClusters, the latest last."""
-        said = [
+        """Read the warnings about the RayService and its RayClusters, the latest last."""
+        details = [
             f"{one.get('reason', '')}: {one.get('message', '')}"
             for one in sorted(
                 self.events(),
@@ -130,10 +130,10 @@ class Observer:
             if one.get("type") == "Warning"
             and one["involvedObject"].get("kind") in ("RayService", "RayCluster")
         ]
-        return "; ".join(dict.fromkeys(said[-3:]))
+        return "; ".join(dict.fromkeys(details[-3:]))
 
     def config_updates(self) -> int:
-        """Times that the operator has sent a Serve config to a Ray cluster."""
+        """Count the Serve configs that the operator has sent to a Ray cluster."""
         return sum(
             int(one.get("count") or (one.get("series") or {}).get("count") or 1)
             for one in self.events()
@@ -141,10 +141,10 @@ class Observer:
         )
 
     def serving_pods(self, service: Service) -> list[str]:
-        """Names of the pods that requests go to.
+        """List the names of the pods that receive requests.
 
-        They are those of the serve Service; during an incremental upgrade, of the RayCluster that
-        the Gateway sends the most requests to.
+        They belong to the serve Service; during an incremental upgrade, to the RayCluster with the
+        most requests from the Gateway.
         """
         name = str(self._service["metadata"]["name"])
         if len(service.routed) > 1:
@@ -161,7 +161,7 @@ class Observer:
         )
 
     def gateway_trouble(self) -> str:
-        """Why the Gateway of an incremental upgrade takes no requests; empty if it does."""
+        """Explain why the Gateway of an incremental upgrade takes no requests; empty if it does."""
         name = f"{self._service['metadata']['name']}-gateway"
         root = base("gateway.networking.k8s.io/v1", self._namespace)
         gateway = self._cluster.get(f"{root}/gateways/{name}") or {}
@@ -170,17 +170,17 @@ class Observer:
                 if condition["status"] == "True":
                     return ""
                 return f"Gateway {name} is not programmed: {condition.get('message', '')}"
-        return f"Gateway {name} is not programmed: no controller has looked at it"
+        return f"Gateway {name} is not programmed: no controller has handled it"
 
     def kubelet(self, pods: Sequence[Object]) -> Kubelet | None:
-        """What runs these pods, which are on nodes; None if nothing has taken them up so far."""
+        """Return the kubelet that runs these bound pods; None if none has accepted them yet."""
         fake = self._fake_nodes()
         if any(pod["spec"].get("nodeName") in fake for pod in pods):
             return "fake"
         states = [
             one for pod in pods for one in (pod.get("status") or {}).get("containerStatuses") or ()
         ]
-        # A container runtime gives each container an id; a kubelet says what it waits for.
+        # A container runtime gives each container an id; a kubelet reports why one waits.
         if any(one.get("containerID") or (one.get("state") or {}).get("waiting") for one in states):
             return "runs"
         return "fake" if states else None
@@ -188,7 +188,7 @@ class Observer:
     def _fake_nodes(self) -> set[str]:
         try:
             nodes = self._cluster.items(f"{base('v1')}/nodes")
-        except NotReadable:  # no right to see them: the pods' containers tell as well
+        except NotReadable:  # no right to read them: the pods' containers decide as well
             return set()
         return {
             node["metadata"]["name"]
@@ -198,14 +198,14 @@ class Observer:
 
 
 def _runtime(node: Object) -> str:
-    """The node's container runtime, as `containerd://2.1`; every real kubelet reports one."""
+    """Read the node's container runtime, as `containerd://2.1`; every real kubelet reports one."""
     info = (node.get("status") or {}).get("nodeInfo") or {}
     version = str(info.get("containerRuntimeVersion") or "")
     return version if "://" in version else ""
 
 
 def expected(service: Object) -> dict[str, int]:
-    """Pods that a RayCluster starts with, by group; the head's is called `head`."""
+    """Count the pods that a RayCluster starts with, by group; the head's is called `head`."""
     spec = service["spec"]["rayClusterConfig"]
     return {"head": 1} | {
         group["groupName"]: max(group.get("minReplicas") or 0, group.get("replicas") or 0)
@@ -216,15 +216,15 @@ def expected(service: Object) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the pods of one RayCluster are."""
+    """The pods of one RayCluster by their state of scheduling."""
 
     bound: tuple[Object, ...]
     missing: Mapping[str, int]
-    """Pods by group that the operator has not made yet."""
+    """Pods by group that the operator has not created yet."""
     unplaced: tuple[Finding, ...]
-    """Pods that the scheduler has put nowhere, and why."""
+    """Pods without a node, and the scheduler's reasons."""
     scaling_up: bool
-    """Whether a node autoscaler is adding nodes for them."""
+    """True if a node autoscaler is adding nodes for them."""
 
     @property
     def complete(self) -> bool:
@@ -241,7 +241,7 @@ class Placement:
 def place(
     pods: Sequence[Object], events: Sequence[Object], ray_cluster: str, service: Object
 ) -> Placement:
-    """Sort the pods of ``ray_cluster`` by what the scheduler has done with them."""
+    """Sort the pods of ``ray_cluster`` by their state of scheduling."""
     own = [
         pod
         for pod in pods

@@ -1,4 +1,4 @@
-"""A rehearsal from its first step to its last; the namespace is deleted whatever happens."""
+"""Runs a rehearsal from its first step to its last; the namespace is deleted whatever happens."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +12,7 @@ from serve_app.doctor.rehearsal.waiting import Clock, SystemClock, Waiter
 from serve_app.doctor.report import Finding, failed
 
 RehearsalStep = Callable[[Session], Finding]
+"""One step: it acts on the cluster and returns its finding, or raises `Stop`."""
 
 _STEPS: tuple[tuple[str, str, RehearsalStep], ...] = (
     ("preflight", "CRDs, operator, earlier rehearsals", start.preflight),
@@ -30,15 +31,15 @@ _COUNT = len(_STEPS) + 1
 def rehearse(
     cluster: WritableCluster,
     manifest: Manifest,
-    tell: Callable[[str], None],
+    emit: Callable[[str], None],
     clock: Clock | None = None,
 ) -> list[Finding]:
-    """Run every step and return what each found; ``tell`` takes each line as it happens.
+    """Run every step and return its findings; ``emit`` receives each line as it happens.
 
     The namespace is deleted on Ctrl-C and on errors as well. A second Ctrl-C ends the deletion, and
-    the last finding says what is left.
+    the last finding names the rest.
     """
-    run = _Run(Session(cluster, manifest, Waiter(clock or SystemClock(), tell)))
+    run = _Run(Session(cluster, manifest, Waiter(clock or SystemClock(), emit)))
     return run.all_steps()
 
 
@@ -62,9 +63,9 @@ class _Run:
         return self._findings
 
     def _step(self, number: int, name: str, does: str, step: RehearsalStep) -> bool:
-        """Run one step; whether the next one makes sense."""
+        """Run one step; return whether the next one makes sense."""
         waiter = self._session.waiter
-        waiter.tell(f"{number}/{_COUNT} {name}: {does}")
+        waiter.emit(f"{number}/{_COUNT} {name}: {does}")
         started_s = waiter.elapsed_s()
         goes_on = True
         try:
@@ -83,4 +84,4 @@ class _Run:
 
     def _add(self, finding: Finding) -> None:
         self._findings.append(finding)
-        self._session.waiter.tell(f"  {finding.outcome}: {finding.check}: {finding.found}")
+        self._session.waiter.emit(f"  {finding.outcome}: {finding.check}: {finding.found}")

@@ -1,6 +1,6 @@
-"""What the steps of a rehearsal share: the cluster, what was seen so far, and how to wait.
+"""The shared state of a rehearsal's steps: the cluster, the results so far, and waiting.
 
-Knows no order of steps; `run` does.
+`run` has the order of the steps.
 """
 
 from collections.abc import Callable
@@ -17,42 +17,42 @@ from serve_app.doctor.report import Finding, failed, ok
 T = TypeVar("T")
 
 MADE_S = 60.0
-"""For the operator to make a RayCluster: it needs 2 s, or a few after a restart."""
+"""Limit for the operator to create a RayCluster: it needs 2 s, or a few after a restart."""
 
 UNPLACED_S = 45.0
-"""For pods to be made and bound. During an upgrade both RayClusters must fit: the time is less than
-the 60 s after which KubeRay deletes one that was replaced."""
+"""Limit for pods to be created and bound. During an upgrade both RayClusters must fit: it is less
+than the 60 s after which KubeRay deletes a replaced one."""
 
 UNATTENDED_S = 10.0
-"""For a kubelet to say that it has a pod that is being deleted."""
+"""Limit for a kubelet to report a pod that is in deletion."""
 
 SCALE_UP_S = 900.0
-"""For pods that a node autoscaler adds nodes for: GPU nodes take several minutes."""
+"""Limit for pods that wait for new nodes: GPU nodes take several minutes."""
 
 KUBELET_S = 45.0
-"""For a kubelet to take up a pod: it does so within seconds."""
+"""Limit for a kubelet to accept a pod: it does so within seconds."""
 
 READY_S = 1800.0
-"""For images of several GB, the weights, and the measurements at start-up."""
+"""Limit for images of several GB, the weights, and the measurements at start-up."""
 
 FAKE_READY_S = 60.0
-"""For a stand-in of Ray's dashboard to answer the operator, where nodes are fake."""
+"""Limit for a stand-in of Ray's dashboard to answer the operator, where nodes are fake."""
 
 STUCK_S = 180.0
-"""For a failure that may pass, such as a pull that is tried again."""
+"""Patience with a failure that may pass, such as a pull that is retried."""
 
 UNCHANGED_S = 20.0
-"""To see that nothing happens: ten rounds of the operator."""
+"""Time in which nothing may happen: ten rounds of the operator."""
 
 SENT_S = 60.0
-"""For the operator to send a Serve config to the head."""
+"""Limit for the operator to send a Serve config to the head."""
 
 REQUEST_EVERY_S = 5.0
-"""Between two requests during an upgrade."""
+"""Pause between two requests during an upgrade."""
 
 
 class Stop(Exception):
-    """A failure after which the steps that follow would tell nothing."""
+    """A failure after which the remaining steps make no sense."""
 
     def __init__(self, finding: Finding) -> None:
         super().__init__(finding)
@@ -68,16 +68,16 @@ class Session:
         self.waiter = waiter
         self.observer = Observer(cluster, manifest.name, manifest.service)
         self.extra: list[Finding] = []
-        """Findings beside the one of the step that runs; the step adds them."""
+        """Findings beside that of the running step, which adds them."""
         self.kubelet: Kubelet | None = None
-        """What runs the pods; set by the step `pods`."""
+        """The kubelet that runs the pods; set by the step `pods`."""
         self.serves = False
-        """Whether the operator found the service ready; set by the step `ready`."""
+        """True if the operator reported the service as ready; set by the step `ready`."""
         self.first = ""
         """The first RayCluster, and its spec as KubeRay compares it; set by `RayCluster`."""
         self.first_hash = ""
         self.answers: list[str] = []
-        """Images that came since the counts were reset, and the requests that failed."""
+        """Images since the counts were reset, and the requests that failed."""
         self.failures: list[str] = []
         self._asked_at_s = 0.0
         self._ending_since_s: dict[str, float] = {}
@@ -88,7 +88,7 @@ class Session:
         timeout_s: float,
         between: Callable[[], object] = lambda: None,
     ) -> T | None:
-        """See `Waiter.until`; removes ended pods meanwhile that no kubelet reports as ended."""
+        """Wait as `Waiter.until` does; remove pods whose end no kubelet reports meanwhile."""
 
         def both() -> None:
             between()
@@ -97,7 +97,7 @@ class Session:
         return self.waiter.until(probe, timeout_s, both)
 
     def remove_unattended(self) -> None:
-        """Remove pods that are being deleted and that no kubelet has ever taken up.
+        """Remove pods in deletion that no kubelet has ever accepted.
 
         The scheduler counts them, and their namespace stays, until a kubelet confirms their end.
         """
@@ -124,11 +124,11 @@ class Session:
             one = self.observer.ray_clusters().get(ray_cluster) or {}
             for condition in (one.get("status") or {}).get("conditions") or ():
                 if (condition["type"], condition["status"]) == ("ReplicaFailure", "True"):
-                    said = f"{condition.get('reason', '')} {condition.get('message', '')}"
+                    details = f"{condition.get('reason', '')} {condition.get('message', '')}"
                     raise Stop(
                         failed(
                             name,
-                            f"RayCluster {ray_cluster}: its pods cannot be made: {said}",
+                            f"RayCluster {ray_cluster}: its pods cannot be created: {details}",
                             "Correct the pod template, a quota, or an admission rule.",
                         )
                     )
@@ -142,7 +142,7 @@ class Session:
     def wait_until_serving(
         self, name: str, ray_cluster: str, between: Callable[[], object] = lambda: None
     ) -> None:
-        """Until ``ray_cluster`` has taken over and all applications run; raises `Stop`."""
+        """Wait until ``ray_cluster`` serves and all applications run. Raises `Stop`."""
         since_s: dict[str, float] = {}
 
         def probe() -> bool | None:
@@ -152,11 +152,11 @@ class Session:
                 return True
             troubles = self._troubles(service)
             now_s = self.waiter.elapsed_s()
-            for said in [said for said in since_s if said not in troubles]:
-                del since_s[said]
-            for said, advice in troubles.items():
-                if now_s - since_s.setdefault(said, now_s) >= STUCK_S:
-                    raise Stop(failed(name, said, advice))
+            for details in [details for details in since_s if details not in troubles]:
+                del since_s[details]
+            for details, advice in troubles.items():
+                if now_s - since_s.setdefault(details, now_s) >= STUCK_S:
+                    raise Stop(failed(name, details, advice))
             return None
 
         if self.until(probe, READY_S, between) is None:
@@ -165,18 +165,18 @@ class Session:
                     name,
                     f"not within {READY_S:.0f} s: {self.observer.service()}",
                     "Run `diffusion-serve doctor --cluster` on the service while it starts, and "
-                    "look at the logs of the head and of a worker.",
+                    "check the logs of the head and of a worker.",
                 )
             )
 
     def _troubles(self, service: Service) -> dict[str, str]:
-        """What keeps the service from being ready, each with its advice."""
-        mend = "Correct the Serve config (`diffusion-serve check`) or what the message names."
-        troubles = dict.fromkeys(service.messages, mend)
+        """Return the reasons why the service is not ready, each with its advice."""
+        advice = "Correct the Serve config (`diffusion-serve check`) or what the message names."
+        troubles = dict.fromkeys(service.messages, advice)
         if service.refusal:
-            troubles[service.refusal] = "Correct what the operator refuses."
-        if service.routed and service.pending and (said := self.observer.gateway_trouble()):
-            troubles[said] = (
+            troubles[service.refusal] = "Correct what the operator rejects."
+        if service.routed and service.pending and (details := self.observer.gateway_trouble()):
+            troubles[details] = (
                 "An incremental upgrade stands still at 0 % until a Gateway controller serves the "
                 "GatewayClass of spec.upgradeStrategy.clusterUpgradeOptions: install it, or use "
                 "NewCluster."
@@ -188,7 +188,7 @@ class Session:
                 troubles[f"{finding.check}: {finding.found}"] = finding.advice
         return troubles
 
-    def ask(self, name: str) -> Finding:
+    def request_image(self, name: str) -> Finding:
         try:
             return ok(name, self._ask_once())
         except image.CannotReach as error:
@@ -220,7 +220,7 @@ class Session:
         self.failures.clear()
 
     def sample(self) -> None:
-        """Ask for an image now and then, and remember the answers."""
+        """Request an image now and then, and count the answers."""
         now_s = self.waiter.elapsed_s()
         if self.kubelet != "runs" or now_s - self._asked_at_s < REQUEST_EVERY_S:
             return
@@ -229,10 +229,10 @@ class Session:
             self._ask_once()
         except (image.CannotReach, image.NoImage) as error:
             self.failures.append(f"at {now_s:.0f} s: {error}")
-            self.waiter.tell(f"    a request failed: {error}")
+            self.waiter.emit(f"    a request failed: {error}")
 
 
 def serving(service: Service, ray_cluster: str) -> Service | None:
-    """``service`` if it is ready and ``ray_cluster``, or any if empty, has taken over."""
+    """Return ``service`` if it is ready on ``ray_cluster``, or on any if that is empty."""
     settled = service.serves and not service.pending
     return service if settled and ray_cluster in ("", service.active) else None

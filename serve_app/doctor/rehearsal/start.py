@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 
 from serve_app.doctor import kuberay
-from serve_app.doctor.kube import NotReadable, Object
-from serve_app.doctor.kube_write import base
+from serve_app.doctor.kube import NotReadable, Object, base
 from serve_app.doctor.rehearsal.cleanup import NAMESPACES, leftovers
 from serve_app.doctor.rehearsal.observer import HASH, Kubelet, Placement
 from serve_app.doctor.rehearsal.session import (
@@ -38,28 +37,28 @@ def preflight(session: Session) -> Finding:
 def apply(session: Session) -> Finding:
     manifest, name = session.manifest, "apply"
     session.cluster.create(NAMESPACES, manifest.namespace)
-    refused: list[NotReadable] = []
+    rejected: list[NotReadable] = []
     for one in (*manifest.objects, *manifest.only_checked):
         only_checked = one in manifest.only_checked
         what = f"{one['kind']} {one['metadata']['name']}"
         try:
             session.cluster.apply(one, dry_run=only_checked)
         except NotReadable as error:
-            session.waiter.tell(f"    {what}: {error.found}")
-            refused.append(error)
+            session.waiter.emit(f"    {what}: {error.found}")
+            rejected.append(error)
             if one is manifest.service:
                 raise Stop(failed(name, error.found, error.advice)) from None
         else:
             how = "accepted in a dry run, not created" if only_checked else "created"
-            session.waiter.tell(f"    {what}: {how}")
+            session.waiter.emit(f"    {what}: {how}")
     for finding in _warnings_of_manifest(session):
         session.extra.append(finding)
-    if refused:
+    if rejected:
         return failed(
             name,
-            f"{len(refused)} objects refused: "
-            + "; ".join(dict.fromkeys(one.found for one in refused)),
-            "\n".join(dict.fromkeys(one.advice for one in refused)),
+            f"{len(rejected)} objects rejected: "
+            + "; ".join(dict.fromkeys(one.found for one in rejected)),
+            "\n".join(dict.fromkeys(one.advice for one in rejected)),
         )
     made = ", ".join(manifest.made_secrets)
     checked = len(manifest.only_checked)
@@ -108,7 +107,7 @@ def ray_cluster(session: Session) -> Finding:
             raise Stop(
                 failed(
                     name,
-                    f"the operator refuses the RayService: {service.refusal}",
+                    f"the operator rejects the RayService: {service.refusal}",
                     "Correct what it names: the API server accepts more than the operator.",
                 )
             )
@@ -117,12 +116,12 @@ def ray_cluster(session: Session) -> Finding:
 
     made = session.waiter.until(probe, MADE_S)
     if made is None:
-        said = session.observer.complaints() or "it says nothing of this RayService"
+        details = session.observer.complaints() or "no event about this RayService"
         raise Stop(
             failed(
                 name,
                 f"the operator made none within {MADE_S:.0f} s; {session.observer.service()}; "
-                f"events: {said}",
+                f"events: {details}",
                 "Look at the operator's log. It may watch other namespaces only "
                 "(watchNamespace of its chart), or miss a CRD that the upgrade strategy needs "
                 "(Gateway API).",
@@ -167,8 +166,8 @@ def ready(session: Session) -> Finding:
     if session.kubelet == "fake":
         service = session.until(lambda: serving(session.observer.service(), ""), FAKE_READY_S)
         session.serves = service is not None
-        said = "the operator finds it ready" if service else f"{session.observer.service()}"
-        return ok(name, f"left out: the nodes are fake; {said}")
+        details = "the operator reports it as ready" if service else f"{session.observer.service()}"
+        return ok(name, f"left out: the nodes are fake; {details}")
     session.wait_until_serving(name, session.first)
     session.serves = True
     return ok(name, f"{session.observer.service()}")
@@ -177,11 +176,11 @@ def ready(session: Session) -> Finding:
 def image(session: Session) -> Finding:
     if session.kubelet != "runs":
         return ok("image", "left out: no container runs")
-    return session.ask("image")
+    return session.request_image("image")
 
 
 def unplaced(name: str, placement: Placement) -> Finding:
-    """The failure of pods that were not made or not bound, with the scheduler's words."""
+    """Return the failure of pods that were not created or bound, with the scheduler's message."""
     advice = [one.advice for one in placement.unplaced]
     if placement.missing:
         advice.append("Look at the operator's log: it makes the pods of a RayCluster.")
@@ -189,5 +188,5 @@ def unplaced(name: str, placement: Placement) -> Finding:
 
 
 def hash_of(ray_cluster: Object) -> str:
-    """The spec of a RayCluster as KubeRay compares it."""
+    """Return the spec of a RayCluster as KubeRay compares it."""
     return str(((ray_cluster.get("metadata") or {}).get("annotations") or {}).get(HASH, ""))

@@ -1,4 +1,4 @@
-"""Time in a rehearsal: waiting for the cluster, bounded, and telling what is waited for."""
+"""Time in a rehearsal: bounded waits for the cluster, and progress lines."""
 
 import time
 from collections.abc import Callable
@@ -10,20 +10,20 @@ from serve_app.doctor.kube_write import Refused
 T = TypeVar("T")
 
 POLL_S = 2.0
-"""KubeRay's operator looks at a RayService every 2 s."""
+"""Interval at which KubeRay's operator reconciles a RayService: 2 s."""
 
 OUTAGE_S = 60.0
-"""How long the API server may be away: a control plane's rolling update takes no longer."""
+"""Longest absence of the API server: a control plane's rolling update takes no longer."""
 
 REPEAT_S = 60.0
-"""How often an unchanged state is told again."""
+"""Interval at which an unchanged state is printed again."""
 
 TOTAL_S = 3 * 3600.0
 """The longest rehearsal: two starts that pull images and weights, and all other steps."""
 
 
 class Clock(Protocol):
-    """Seconds that pass; a test's clock skips them."""
+    """A source of time; a test's clock skips waits."""
 
     def now(self) -> float: ...
 
@@ -41,29 +41,29 @@ class SystemClock:
 
 
 class Waiter:
-    """Polls until something is there, and tells each new state once."""
+    """Polls for a result, and prints each new state once."""
 
-    def __init__(self, clock: Clock, tell: Callable[[str], None]) -> None:
-        """``tell``: takes each line as it comes."""
+    def __init__(self, clock: Clock, emit: Callable[[str], None]) -> None:
+        """Start the clock; ``emit`` receives each line."""
         self._clock = clock
-        self._tell = tell
+        self._emit = emit
         self._started_at = clock.now()
-        self._told = ("", 0.0)
+        self._printed = ("", 0.0)
 
     def elapsed_s(self) -> float:
-        """Seconds since the rehearsal began."""
+        """Return the seconds since the rehearsal began."""
         return self._clock.now() - self._started_at
 
-    def tell(self, text: str) -> None:
+    def emit(self, text: str) -> None:
         """Print one line with its time."""
-        self._tell(f"{self.elapsed_s():6.0f} s  {text}")
+        self._emit(f"{self.elapsed_s():6.0f} s  {text}")
 
     def progress(self, text: str) -> None:
-        """Print the state if it is new, or was told some time ago."""
-        said, at_s = self._told
-        if text != said or self.elapsed_s() - at_s >= REPEAT_S:
-            self._told = (text, self.elapsed_s())
-            self.tell(f"    {text}")
+        """Print the state if it is new, or was printed some time ago."""
+        details, at_s = self._printed
+        if text != details or self.elapsed_s() - at_s >= REPEAT_S:
+            self._printed = (text, self.elapsed_s())
+            self.emit(f"    {text}")
 
     def until(
         self,
@@ -74,10 +74,10 @@ class Waiter:
     ) -> T | None:
         """Return the first value of ``probe`` that is not None; None if it takes too long.
 
-        ``between``: called before each pause; ``bounded``: whether `TOTAL_S` counts as well.
+        ``between`` is called before each pause; with ``bounded`` `TOTAL_S` counts as well.
 
         Raises:
-            NotReadable: if the API server refuses a request, or is away for `OUTAGE_S`.
+            NotReadable: if the API server rejects a request, or is away for `OUTAGE_S`.
         """
         ends_at = self.elapsed_s() + timeout_s
         if bounded:

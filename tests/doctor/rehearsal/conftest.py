@@ -1,4 +1,4 @@
-"""A cluster with an operator, and how to rehearse in it."""
+"""A fake cluster with an operator, and a fixture that rehearses in it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -30,17 +30,17 @@ _KINDS = {
 
 
 class WritableApi(FakeApi):
-    """The API server; what its pods answer is for others to say."""
+    """The API server; a subclass answers for its pods."""
 
     def __init__(self) -> None:
         super().__init__()
         self.port_refuses = False
         self.port_forwards = True
-        """Whether the API server opens port forwards."""
+        """True if the API server opens port forwards."""
         self.forbidden: set[tuple[str, str]] = set()
         """Methods and resources."""
         self.away = False
-        """Whether the API server is being replaced."""
+        """True while the API server is being replaced."""
         self.writes: list[tuple[str, str]] = []
         """Methods and paths."""
         self.dry_runs: list[str] = []
@@ -51,7 +51,7 @@ class WritableApi(FakeApi):
         self.handler = _handler(self)
 
     def answer_of_port(self, authorization: str, pod: str, refused: int) -> tuple[int, Object]:
-        """What the port of ``pod`` answers; with ``refused`` if it cannot be reached."""
+        """Answer for the port of ``pod``; with ``refused`` if it cannot be reached."""
         raise NotImplementedError
 
     def handle(self, method: str, url: str, headers: Any, body: bytes) -> tuple[int, Object]:

@@ -1,4 +1,4 @@
-"""A service to rehearse, and one rehearsal with all that it showed."""
+"""A service to rehearse, and the record of one rehearsal."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ applications:
 
 
 def service(**spec: object) -> Object:
-    """A RayService of one head and one worker with a GPU, whose API keys lie in a Secret."""
+    """Make a RayService of one head and one GPU worker, with API keys in a Secret."""
     worker = {
         "containers": [
             {

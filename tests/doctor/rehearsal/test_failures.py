@@ -1,4 +1,4 @@
-"""Rehearsals in which something is refused, or goes wrong on the way."""
+"""Rehearsals in which a request is rejected, or a step fails."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from tests.doctor.rehearsal.rehearsals import Run, service
 # What is refused.
 
 
-def test_the_operator_s_refusal_is_shown(api: OperatorApi, run: Callable[..., Run]) -> None:
+def test_a_rejection_by_the_operator_is_shown(api: OperatorApi, run: Callable[..., Run]) -> None:
     api.refusal = "idleTimeoutSeconds of worker group gpu needs autoscaler v2"
     done = run()
     assert done.failed() == ["RayCluster"]
@@ -21,7 +21,7 @@ def test_the_operator_s_refusal_is_shown(api: OperatorApi, run: Callable[..., Ru
     assert api.store == {}
 
 
-def test_an_operator_that_does_nothing_is_told(api: OperatorApi, run: Callable[..., Run]) -> None:
+def test_an_idle_operator_is_reported(api: OperatorApi, run: Callable[..., Run]) -> None:
     api.makes_nothing = True
     done = run()
     assert done.failed() == ["RayCluster"]
@@ -30,7 +30,7 @@ def test_an_operator_that_does_nothing_is_told(api: OperatorApi, run: Callable[.
     assert api.store == {}
 
 
-def test_a_misspelt_field_is_refused_and_shown(api: OperatorApi, run: Callable[..., Run]) -> None:
+def test_a_misspelt_field_is_rejected_and_shown(api: OperatorApi, run: Callable[..., Run]) -> None:
     done = run(service(upgradeStrateggy={"type": "None"}))
     assert done.failed() == ["apply"]
     assert 'unknown field "spec.upgradeStrateggy"' in done.findings["apply"].found
@@ -83,7 +83,7 @@ def test_a_worker_without_room_ends_with_the_scheduler_s_words(
     assert api.store == {}
 
 
-def test_an_upgrade_says_that_gpus_are_short(api: OperatorApi, run: Callable[..., Run]) -> None:
+def test_an_upgrade_reports_missing_gpus(api: OperatorApi, run: Callable[..., Run]) -> None:
     api.gpus = 1
     done = run()
     assert done.failed() == ["upgrade"]

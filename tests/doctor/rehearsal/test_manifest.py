@@ -1,4 +1,4 @@
-"""What a rehearsal makes of an overlay, without a cluster."""
+"""The objects that a rehearsal makes from an overlay, without a cluster."""
 
 import base64
 from pathlib import Path
@@ -80,7 +80,7 @@ def test_references_to_the_namespace_follow() -> None:
     }
 
 
-def test_what_acts_beyond_the_namespace_is_only_checked() -> None:
+def test_objects_that_act_beyond_the_namespace_are_only_checked() -> None:
     beyond = [
         _object("PrometheusRule", "monitoring.coreos.com/v1"),
         _object("HTTPRoute", "gateway.networking.k8s.io/v1"),
@@ -155,7 +155,7 @@ def test_pull_secrets_cannot_be_made() -> None:
         ([service(serveConfigV2="applications: [{name: x}]")], "nothing to change in place"),
     ],
 )
-def test_what_cannot_be_rehearsed_is_refused(overlay: list[Object], words: str) -> None:
+def test_overlays_that_cannot_be_rehearsed_are_rejected(overlay: list[Object], words: str) -> None:
     with pytest.raises(ConfigError) as raised:
         _prepare(*overlay)
     assert words in str(raised.value)

@@ -33,7 +33,7 @@ def test_every_write_is_in_its_own_namespace(api: OperatorApi, run: Callable[...
         assert inside == done.name or (method, path) == ("POST", "/api/v1/namespaces"), path
 
 
-def test_each_line_says_when_it_happened(run: Callable[..., Run]) -> None:
+def test_each_line_has_its_time(run: Callable[..., Run]) -> None:
     done = run()
     times = [float(line.split(" s ")[0]) for line in done.lines]
     assert times == sorted(times)
@@ -59,9 +59,7 @@ def test_without_kubelets_the_control_plane_alone_is_checked(
     assert api.asked_of_pods == 0
 
 
-def test_kwok_marks_pods_as_running_and_no_image_is_asked_for(
-    api: OperatorApi, run: Callable[..., Run]
-) -> None:
+def test_no_image_is_requested_from_kwoks_pods(api: OperatorApi, run: Callable[..., Run]) -> None:
     api.kubelet = "kwok"
     done = run()
     assert done.failed() == []
@@ -84,7 +82,7 @@ def test_a_node_without_a_container_runtime_is_fake(
 
 
 @pytest.mark.parametrize("at_s", [2.0, 9.0, 40.0])
-def test_an_interrupt_deletes_what_was_created(
+def test_an_interrupt_deletes_all_created_objects(
     api: OperatorApi, run: Callable[..., Run], at_s: float
 ) -> None:
     pending = [at_s]
@@ -101,7 +99,7 @@ def test_an_interrupt_deletes_what_was_created(
     assert api.store == {}
 
 
-def test_what_is_left_is_told_with_the_command(api: OperatorApi, run: Callable[..., Run]) -> None:
+def test_leftovers_are_reported_with_the_command(api: OperatorApi, run: Callable[..., Run]) -> None:
     api.namespace_stays = True
     done = run()
     assert done.failed() == ["delete"]
@@ -109,7 +107,7 @@ def test_what_is_left_is_told_with_the_command(api: OperatorApi, run: Callable[.
     assert f"kubectl delete namespace {done.name}" in done.findings["delete"].advice
 
 
-def test_a_second_interrupt_ends_the_deletion_and_says_what_is_left(
+def test_a_second_interrupt_ends_the_deletion_and_names_the_rest(
     api: OperatorApi, run: Callable[..., Run]
 ) -> None:
     def interrupt(now: float) -> None:
@@ -130,7 +128,7 @@ def test_a_slow_finalizer_is_waited_for(api: OperatorApi, run: Callable[..., Run
     assert api.deleted[-1] == f"/api/v1/namespaces/{done.name}"
 
 
-def test_earlier_rehearsals_are_told(api: OperatorApi, run: Callable[..., Run]) -> None:
+def test_earlier_rehearsals_are_reported(api: OperatorApi, run: Callable[..., Run]) -> None:
     labels = {"app.kubernetes.io/managed-by": "diffusion-serve-rehearsal"}
     api.store["/api/v1/namespaces/old"] = {"metadata": {"name": "old", "labels": labels}}
     done = run()

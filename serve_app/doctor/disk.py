@@ -1,0 +1,65 @@
+"""Checks of disks: room for the weights to download, and for Ray's session."""
+
+import os
+import shutil
+from pathlib import Path
+
+from serve_app.config.models import ModelConfig
+from serve_app.doctor import weights
+from serve_app.doctor.report import Finding, failed, gib, ok
+from serve_app.errors import ModelLoadError
+
+_NEEDED_DISK_BYTES = 10 * 2**30
+"""Room for a model of unknown size: about the smallest full-size one, SDXL in fp16, with room for
+its download."""
+
+
+def check_disk(model: ModelConfig) -> Finding:
+    """Check the room for the weights where they will be downloaded."""
+    if model.is_folder:
+        return ok("disk", f"the weights are in {model.source}, nothing is downloaded")
+    folder = weights.cache_folder()
+    try:
+        there = weights.find_folder(model)
+    except ModelLoadError:  # the row `model` reports it
+        there = None
+    if there is not None:
+        return ok("disk", f"the weights are in the cache, {folder}")
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    found = f"{folder} has {gib(free)} free, for {model.source}"
+    if not os.access(existing, os.W_OK):
+        return failed(
+            "disk",
+            f"{existing} may not be written, and {model.source} is to be downloaded there",
+            f"Point HF_HOME to a folder that user {os.getuid()} may write; on Kubernetes set "
+            "securityContext.fsGroup of the pod, with Docker chown the volume.",
+        )
+    if free < _NEEDED_DISK_BYTES:
+        return failed(
+            "disk",
+            f"{found}; even a small model needs {gib(_NEEDED_DISK_BYTES)}",
+            "Free space there (`hf cache ls` lists what is cached), or point HF_HOME to a larger "
+            "disk; on Kubernetes mount a volume there, as the component `model-cache` does.",
+        )
+    return ok("disk", f"{found}, whose size is unknown before the download")
+
+
+_RAY_FULL = 0.95
+"""Ray's local_fs_capacity_threshold: Ray spills no objects to a disk fuller than this."""
+
+
+def check_temporary_disk(folder: Path) -> Finding:
+    """Check the room for Ray's session and logs."""
+    usage = shutil.disk_usage(folder)
+    # As `df` computes it: blocks reserved for root do not count.
+    used = 1 - usage.free / max(usage.used + usage.free, 1)
+    found = f"{folder} is {used:.0%} full, {gib(usage.free)} free"
+    if used > _RAY_FULL:
+        return failed(
+            "disk for Ray",
+            found,
+            f"Free space there, or start Ray with --temp-dir on another disk: over {_RAY_FULL:.0%} "
+            "Ray warns each minute and cannot spill objects; logs and sockets are there, too.",
+        )
+    return ok("disk for Ray", found)
