@@ -8,7 +8,7 @@ differ a hundredfold in work, so the policy never counts requests. Ray Serve cal
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 from serve_app.protocol.load import ReplicaLoad
@@ -28,7 +28,7 @@ class Load:
     """Replicas that can generate."""
     target: int
     """Requested replicas: the running and the starting ones."""
-    replicas: Sequence[ReplicaLoad]
+    reports: Sequence[ReplicaLoad]
     """Loads of the running replicas whose reports are complete and fresh."""
     queued_requests: float = 0.0
     """Requests at the gateways that no replica has accepted yet."""
@@ -82,7 +82,7 @@ class Start:
 
     at_s: float
     """Time of the request."""
-    to: int
+    ready_at: int
     """Number of running replicas at which the whole group is ready."""
 
 
@@ -92,9 +92,9 @@ class PolicyState:
 
     at_s: float | None = None
     """Time of the last decision."""
-    arrival_rate: float | None = None
+    arriving: float | None = None
     """Replicas that the arriving work keeps busy, averaged over ``smoothing_s``."""
-    slow_rate: float | None = None
+    arriving_slow: float | None = None
     """The same, averaged over `_SLOWER` times as long: the difference gives the trend."""
     cold_start_s: float | None = None
     """Measured time of a start, smoothed; None before the first one."""
@@ -102,7 +102,7 @@ class PolicyState:
     """Last known mean work of a request. It outlives the replicas, for a start from zero."""
     starts: tuple[Start, ...] = ()
     """Starts that are not complete yet, oldest first."""
-    wanted: tuple[tuple[float, int], ...] = ()
+    recent_needs: tuple[tuple[float, int], ...] = ()
     """(time, replicas needed), as far back as a surplus must last. The numbers decrease: an earlier
     need below a later one no longer matters."""
 
@@ -150,39 +150,18 @@ def decide(load: Load, params: ScalingParams, state: PolicyState) -> tuple[Decis
     waiting_s = _waiting(load, params, state)
     by_arrivals = _for_arrivals(rate, params)
     by_backlog = _for_backlog(load, params, state, rate, waiting_s, cold_start_s)
-    wanted = max(by_arrivals, by_backlog)
-    term: Term = "backlog" if by_backlog > by_arrivals else "arrivals"
-    if wanted < 1 and any(one.batch_backlog_s > 0 for one in load.replicas):
-        wanted, term = 1, "batch"
-    if wanted < 1 and not load.running and load.target and _start_may_succeed(load, params, state):
-        wanted, term = 1, "held"
-    with_noise = min(load.target, _for_arrivals(rate, params, _noise(rate, params, state)))
-    if with_noise > wanted:
-        wanted, term = with_noise, "held"
-
-    recent = [entry for entry in state.wanted if entry[1] > wanted]
-    since_s = load.at_s - max(params.hold_s, cold_start_s / 3)
-    recent = [entry for entry in recent if entry[0] >= since_s]
-    state = replace(state, wanted=(*recent, (load.at_s, wanted)))
-    replicas = wanted
-    if wanted < load.target:
-        kept = min(load.target, state.wanted[0][1])
-        if kept > replicas:
-            replicas, term = kept, "held"
-        if len(load.replicas) < load.running:
-            # A replica without a report may be busy.
-            replicas, term = load.target, "blind"
-    if replicas > params.max_replicas:
-        replicas, term = params.max_replicas, "max"
-    elif replicas < params.min_replicas:
-        replicas, term = params.min_replicas, "min"
+    needed = _needed(load, params, state, by_arrivals, by_backlog)
+    needed = _with_noise(load, params, state, rate, needed)
+    state = _remembered(load, state, needed.replicas, max(params.hold_s, cold_start_s / 3))
+    kept = _with_surplus(load, state, needed)
+    replicas, term = _bounded(params, kept)
     if replicas > load.target:
         state = replace(state, starts=(*state.starts, Start(load.at_s, replicas)))
     inputs = {
         "running": load.running,
         "target": load.target,
-        "known": len(load.replicas),
-        "arrivals": state.arrival_rate or 0.0,
+        "known": len(load.reports),
+        "arrivals": state.arriving or 0.0,
         "forecast": rate,
         "waiting_s": waiting_s,
         "by_arrivals": by_arrivals,
@@ -192,39 +171,104 @@ def decide(load: Load, params: ScalingParams, state: PolicyState) -> tuple[Decis
     return Decision(replicas, term, inputs), state
 
 
+# ---- from what is needed to the decision ---------------------------------------------------------
+
+
+class _Choice(NamedTuple):
+    replicas: int
+    term: Term
+
+
+def _needed(
+    load: Load, params: ScalingParams, state: PolicyState, by_arrivals: int, by_backlog: int
+) -> _Choice:
+    """Return the replicas that the work needs now."""
+    if by_backlog > by_arrivals:
+        return _Choice(by_backlog, "backlog")
+    if by_arrivals >= 1:
+        return _Choice(by_arrivals, "arrivals")
+    if any(report.batch_backlog_s > 0 for report in load.reports):
+        return _Choice(1, "batch")
+    if not load.running and load.target and _start_may_succeed(load, params, state):
+        return _Choice(1, "held")  # the first replica: clients return when it is ready
+    return _Choice(0, "arrivals")
+
+
+def _with_noise(
+    load: Load, params: ScalingParams, state: PolicyState, rate: float, needed: _Choice
+) -> _Choice:
+    """Keep replicas that noise in the arrivals alone would request again."""
+    with_noise = _for_arrivals(rate, params, _noise(rate, params, state))
+    kept = min(load.target, with_noise)
+    return _Choice(kept, "held") if kept > needed.replicas else needed
+
+
+def _remembered(load: Load, state: PolicyState, needed: int, hold_s: float) -> PolicyState:
+    """Add the present need to the recent ones, and forget those that no longer matter."""
+    recent = [
+        (at_s, count)
+        for at_s, count in state.recent_needs
+        if count > needed and at_s >= load.at_s - hold_s
+    ]
+    return replace(state, recent_needs=(*recent, (load.at_s, needed)))
+
+
+def _with_surplus(load: Load, state: PolicyState, needed: _Choice) -> _Choice:
+    """Keep a surplus that was needed recently, and all replicas while one of them is silent."""
+    if needed.replicas >= load.target:
+        return needed
+    if len(load.reports) < load.running:
+        return _Choice(load.target, "blind")  # a replica without a report may be busy
+    kept = min(load.target, state.recent_needs[0][1])
+    return _Choice(kept, "held") if kept > needed.replicas else needed
+
+
+def _bounded(params: ScalingParams, choice: _Choice) -> _Choice:
+    if choice.replicas > params.max_replicas:
+        return _Choice(params.max_replicas, "max")
+    if choice.replicas < params.min_replicas:
+        return _Choice(params.min_replicas, "min")
+    return choice
+
+
+# ---- averages and estimates ----------------------------------------------------------------------
+
+
 def _observed(load: Load, params: ScalingParams, state: PolicyState) -> PolicyState:
     """Update the averages of arrivals, of work per request and of cold starts."""
-    rate, slow = state.arrival_rate, state.slow_rate
-    if load.replicas:
-        now = sum(one.arrival_rate / one.throughput for one in load.replicas)
+    rate, slow = state.arriving, state.arriving_slow
+    if load.reports:
+        now = sum(one.arrival_rate / one.throughput for one in load.reports)
         if rate is None or slow is None or state.at_s is None:
             rate = slow = now
         # The sum lacks arrivals at replicas without a report: it may only raise the rate.
-        elif now > rate or len(load.replicas) >= load.running:
+        elif now > rate or len(load.reports) >= load.running:
             passed_s = max(0.0, load.at_s - state.at_s)
             rate += (now - rate) * -math.expm1(-passed_s / params.smoothing_s)
             slow += (now - slow) * -math.expm1(-passed_s / (_SLOWER * params.smoothing_s))
     elif not load.running:
         rate = slow = None  # no replica measures arrivals
-    means = [one.mean_work_s for one in load.replicas if one.mean_work_s > 0]
+    means = [one.mean_work_s for one in load.reports if one.mean_work_s > 0]
     cold_start_s, starts = state.cold_start_s, list(state.starts)
-    while starts and load.running >= starts[0].to:
+    while starts and load.running >= starts[0].ready_at:
         cold_start_s = smoothed_cold_start(cold_start_s, load.at_s - starts.pop(0).at_s)
     # The first decision takes the present target as needed.
-    wanted = ((load.at_s, load.target),) if state.at_s is None else state.wanted
+    first = ((load.at_s, load.target),)
+    recent_needs = first if state.at_s is None else state.recent_needs
     return PolicyState(
         at_s=load.at_s,
-        arrival_rate=rate,
-        slow_rate=slow,
+        arriving=rate,
+        arriving_slow=slow,
         cold_start_s=cold_start_s,
         mean_work_s=sum(means) / len(means) if means else state.mean_work_s,
         # A start that was cancelled before it was ready is no longer expected.
         starts=tuple(
-            replace(start, to=min(start.to, load.target))
+            replace(start, ready_at=min(start.ready_at, load.target))
             for number, start in enumerate(starts)
-            if load.running < load.target and (number == 0 or starts[number - 1].to < load.target)
+            if load.running < load.target
+            and (number == 0 or starts[number - 1].ready_at < load.target)
         ),
-        wanted=wanted,
+        recent_needs=recent_needs,
     )
 
 
@@ -258,10 +302,10 @@ def _forecast(params: ScalingParams, state: PolicyState, cold_start_s: float) ->
     control"). No rise lasts for ever, so that its future part is damped (Gardner and McKenzie,
     1985, "Forecasting trends in time series"): the forecast adds half of it.
     """
-    if state.arrival_rate is None or state.slow_rate is None:
+    if state.arriving is None or state.arriving_slow is None:
         return 0.0
-    rate = state.arrival_rate
-    slope = (rate - state.slow_rate) / ((_SLOWER - 1) * params.smoothing_s)
+    rate = state.arriving
+    slope = (rate - state.arriving_slow) / ((_SLOWER - 1) * params.smoothing_s)
     return max(0.0, rate + slope * (params.smoothing_s + cold_start_s / 2))
 
 
@@ -282,16 +326,16 @@ def _noise(rate: float, params: ScalingParams, state: PolicyState) -> float:
     """
     work_s = state.mean_work_s or params.mean_work_s
     deviation = math.sqrt(rate * work_s / params.smoothing_s)
-    fallen = (state.slow_rate or 0.0) - (state.arrival_rate or 0.0)
+    fallen = (state.arriving_slow or 0.0) - (state.arriving or 0.0)
     return 0.0 if fallen > deviation else 2 * deviation
 
 
 def _waiting(load: Load, params: ScalingParams, state: PolicyState) -> float:
     """Return the waiting work, in seconds of one replica."""
-    known = load.replicas
-    throughput = sum(one.throughput for one in known) / len(known) if known else 1.0
+    reports = load.reports
+    throughput = sum(one.throughput for one in reports) / len(reports) if reports else 1.0
     queued_s = load.queued_requests * (state.mean_work_s or params.mean_work_s) / throughput
-    return sum(one.backlog_s for one in known) + queued_s
+    return sum(one.backlog_s for one in reports) + queued_s
 
 
 def _for_backlog(
@@ -307,7 +351,7 @@ def _for_backlog(
     supply_s = load.running * horizon_s
     there = load.running
     for start in state.starts:
-        coming = max(0, min(start.to, load.target) - there)
+        coming = max(0, min(start.ready_at, load.target) - there)
         there += coming
         awaited_s = min(max(0.0, start.at_s + cold_start_s - load.at_s), cold_start_s)
         supply_s += coming * (horizon_s - awaited_s)

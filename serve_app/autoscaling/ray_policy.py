@@ -96,7 +96,7 @@ class WorkPolicy:
 
     def _warn_of_missing_reports(self, load: Load, ctx: AutoscalingContext) -> None:
         """Log once for each period of missing reports, in which the policy cannot scale down."""
-        missing = load.running - len(load.replicas)
+        missing = load.running - len(load.reports)
         if not missing or self._all_known_at is None:
             self._all_known_at = load.at_s
         elif load.at_s - self._all_known_at > SILENT_S:
@@ -121,7 +121,7 @@ def load_of(ctx: AutoscalingContext) -> Load:
         at_s=ctx.current_time,
         running=ctx.current_num_replicas,
         target=ctx.target_num_replicas,
-        replicas=list(_replicas(ctx)),
+        reports=list(_replicas(ctx)),
         queued_requests=ctx.total_queued_requests,
     )
 
@@ -150,7 +150,7 @@ def _with_starts_of_serve(state: PolicyState, ctx: AutoscalingContext) -> Policy
     at_s, target = ctx.last_scale_up_time, ctx.target_num_replicas
     if at_s is None or state.at_s is None or at_s <= state.at_s:
         return state
-    if any(start.to >= target for start in state.starts):
+    if any(start.ready_at >= target for start in state.starts):
         return state  # decided by this policy
     return replace(state, starts=(*state.starts, Start(at_s, target)))
 

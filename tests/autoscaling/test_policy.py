@@ -43,7 +43,7 @@ def loads(draw: st.DrawFn, at_s: float = 0.0) -> Load:
         at_s=at_s,
         running=running,
         target=running + draw(st.integers(0, 3)),
-        replicas=known,
+        reports=known,
         queued_requests=draw(st.integers(0, 50)),
     )
 
@@ -85,9 +85,9 @@ def test_more_load_never_needs_fewer_replicas(
     more = replace(
         load,
         queued_requests=load.queued_requests + queued,
-        replicas=[
+        reports=[
             replace(one, backlog_s=one.backlog_s * factor, arrival_rate=one.arrival_rate * factor)
-            for one in load.replicas
+            for one in load.reports
         ],
     )
     assert decide(more, params, state)[0].replicas >= decide(load, params, state)[0].replicas
@@ -98,7 +98,7 @@ def test_the_number_is_never_below_the_need_of_the_backlog(
     load: Load, params: ScalingParams, state: PolicyState
 ) -> None:
     decision, _ = decide(load, params, state)
-    backlog_s = sum(one.backlog_s for one in load.replicas)
+    backlog_s = sum(one.backlog_s for one in load.reports)
     needed = math.ceil(backlog_s / params.target_drain_s - 1e-6)
     assert decision.replicas >= min(load.target, needed, params.max_replicas)
 
@@ -107,7 +107,7 @@ def test_the_number_is_never_below_the_need_of_the_backlog(
 def test_replicas_without_reports_are_not_removed(
     load: Load, params: ScalingParams, state: PolicyState
 ) -> None:
-    if len(load.replicas) < load.running:
+    if len(load.reports) < load.running:
         decision, _ = decide(load, params, state)
         assert decision.replicas >= min(load.target, params.max_replicas)
 
@@ -231,7 +231,7 @@ def test_a_surplus_must_last() -> None:
 def test_noise_keeps_no_replica_when_the_load_clearly_falls(slow_rate: float, held: bool) -> None:
     """The fall exceeds one standard deviation of the average: 0.6, for 2 s requests over 45 s."""
     params = replace(PARAMS, hold_s=0.0)
-    state = PolicyState(at_s=0.0, arrival_rate=8.0, slow_rate=slow_rate, mean_work_s=2.0)
+    state = PolicyState(at_s=0.0, arriving=8.0, arriving_slow=slow_rate, mean_work_s=2.0)
     each = ReplicaLoad(arrival_rate=0.8, mean_work_s=2.0)
     decision, _ = decide(Load(1.0, 10, 10, [each] * 10), params, state)
     assert (decision.term == "held") == held

@@ -98,8 +98,8 @@ def test_the_latest_report_of_each_replica_counts() -> None:
         batch_backlog_s=0.5,
         utilization=0.3,
     )
-    assert load.replicas[0] == first
-    assert load.replicas[1].backlog_s == 7.0
+    assert load.reports[0] == first
+    assert load.reports[1].backlog_s == 7.0
 
 
 @pytest.mark.parametrize(
@@ -114,20 +114,20 @@ def test_the_latest_report_of_each_replica_counts() -> None:
 def test_a_replica_with_an_incomplete_report_is_ignored(reports: dict[str, float]) -> None:
     load = load_of(context({"a": LOAD, "b": reports}))
     assert load.running == 2
-    assert len(load.replicas) == 1
+    assert len(load.reports) == 1
 
 
 def test_an_old_report_is_ignored() -> None:
-    assert len(load_of(context({"a": LOAD}, age_s=9)).replicas) == 1
-    assert not load_of(context({"a": LOAD}, age_s=31)).replicas
-    assert not load_of(context({"a": LOAD}, age_s=11, metrics_interval_s=1)).replicas
+    assert len(load_of(context({"a": LOAD}, age_s=9)).reports) == 1
+    assert not load_of(context({"a": LOAD}, age_s=31)).reports
+    assert not load_of(context({"a": LOAD}, age_s=11, metrics_interval_s=1)).reports
     # A clock that is ahead does not invalidate a report.
     assert load_of(context({"a": LOAD}, age_s=-5)).replicas
 
 
 def test_a_stopped_replica_is_not_counted() -> None:
     load = load_of(context({"a": LOAD, "gone": LOAD}, running=["a"]))
-    assert len(load.replicas) == 1
+    assert len(load.reports) == 1
 
 
 def test_the_bounds_are_those_of_serve() -> None:
