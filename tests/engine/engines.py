@@ -1,0 +1,83 @@
+"""Requests for an engine, and ways to run and compare them."""
+
+import queue
+import threading
+from typing import Any
+
+import torch
+
+from serve_app.engine.engine import Engine
+from serve_app.engine.startup import certification
+from serve_app.errors import (
+    Overloaded,
+    Unavailable,
+)
+from serve_app.protocol.events import Completed, Event, Failed, GenerationResult, Progress
+from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
+
+TOLERANCE = 1e-5
+"""Largest difference of a pixel in [0, 1] between batched and alone, in float32 on a CPU."""
+
+
+def params(prompt: str = "a red circle on blue", seed: int = 1, **options: Any) -> GenerationParams:
+    return GenerationParams(
+        **(
+            {"prompt": prompt, "seed": seed, "width": 64, "height": 64, "num_inference_steps": 6}
+            | options
+        )
+    )
+
+
+def result_of(events: list[Event]) -> GenerationResult:
+    last = events[-1]
+    assert isinstance(last, Completed), last
+    return last.result
+
+
+def largest_difference(results: list[GenerationResult], alone: list[torch.Tensor]) -> float:
+    """Over all pixels, in [0, 1]; ``alone`` holds results of `LoadedPipeline.generate`."""
+    images = [image[0] for image in alone]
+    return certification.largest_difference([result.pixels for result in results], images)
+
+
+def has_stopped(engine: Engine) -> bool:
+    try:
+        engine.check()
+    except Unavailable:
+        return True
+    return False
+
+
+def hold(engine: Engine, request: GenerationParams) -> tuple[int, list[Event], threading.Event]:
+    """Submit; return the number, the events so far, and an event that is set after three steps."""
+    events: list[Event] = []
+    moving = threading.Event()
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, Progress) and event.step == 3:
+            moving.set()
+
+    return engine.submit(request, on_event), events, moving
+
+
+def measured(engine: Engine) -> float:
+    """Teach it the cost of ten steps; return the seconds that it predicts for 100."""
+    for _ in range(3):
+        engine.generate(params(num_inference_steps=10))
+    return engine.cost.predict_steps((64, 64), 100)
+
+
+def submitted(
+    engine: Engine, request: GenerationParams, context: RequestContext = INITIAL
+) -> tuple[int, Event, queue.SimpleQueue[Event]]:
+    """Submit; return the number, the first event, and a queue of the others."""
+    inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    number = engine.submit(request, inbox.put, context)
+    return number, inbox.get(timeout=30), inbox
+
+
+def rejected(event: Event) -> Overloaded:
+    assert isinstance(event, Failed), event
+    assert isinstance(event.error, Overloaded), event.error
+    return event.error

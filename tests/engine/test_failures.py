@@ -1,0 +1,207 @@
+"""Failures: one request, the memory, the device or the engine itself. None strands a request."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.engine.engine import Engine
+from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.scheduling.policies import Fifo
+from serve_app.errors import (
+    GenerationFailed,
+    Unavailable,
+)
+from serve_app.protocol.events import Completed, Event, Failed
+from serve_app.protocol.params import GenerationParams
+from tests.conftest import DEMO, FIFO
+from tests.engine.engines import TOLERANCE, has_stopped, largest_difference, params, result_of
+from tests.waiting import wait_until
+
+
+def break_rows_of(
+    pipeline: LoadedPipeline, is_bad: Callable[[torch.Tensor], bool]
+) -> Callable[[], None]:
+    """Make the network raise for batches with a bad row; return a handle that undoes it."""
+    first = pipeline.denoisers["unet"].conv_in
+
+    def check(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if is_bad(args[0]):
+            raise RuntimeError("a bad row")
+
+    return first.register_forward_pre_hook(check).remove
+
+
+def test_an_error_in_one_request_fails_no_other(demo_pipeline: LoadedPipeline) -> None:
+    good = [params("a red star on white", seed, num_inference_steps=8) for seed in range(4)]
+    alone = [demo_pipeline.generate(request) for request in good]
+    bad = params("a blue ring on white", 666, num_inference_steps=8)
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(666))
+    with Engine(demo_pipeline, DEMO) as engine:
+        mend = break_rows_of(
+            demo_pipeline, lambda rows: any(torch.equal(row, latents[0]) for row in rows)
+        )
+        try:
+            streams = [engine.stream(request) for request in [*good[:2], bad, *good[2:]]]
+            ends = [list(stream)[-1] for stream in streams]
+        finally:
+            mend()
+    failed = ends.pop(2)
+    assert isinstance(failed, Failed)
+    assert isinstance(failed.error, GenerationFailed)
+    assert "a bad row" in str(failed.error)
+    assert largest_difference([result_of([end]) for end in ends], alone) <= TOLERANCE
+
+
+def test_a_lost_device_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
+    """Every later call would fail as well: another process must take over."""
+
+    def lost(_: torch.nn.Module, args: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    engine = Engine(demo_pipeline, DEMO)
+    handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(lost)
+    try:
+        event = list(engine.stream(params()))[-1]
+        wait_until(lambda: has_stopped(engine))
+    finally:
+        handle.remove()
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, Unavailable)
+    with pytest.raises(Unavailable, match="illegal memory access"):
+        engine.check()
+
+
+def test_a_failed_request_leaves_nothing_in_memory(demo_pipeline: LoadedPipeline) -> None:
+    """A request that ran out of memory must not keep its tensors."""
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def fail(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        held.append(weakref.ref(args[0]))
+        raise torch.OutOfMemoryError("out of memory")
+
+    with Engine(demo_pipeline, DEMO) as engine:
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(fail)
+        gc.disable()  # memory must be free without a collection
+        try:
+            streams = [engine.stream(params(seed=seed)) for seed in range(3)]
+            events = [list(stream)[-1] for stream in streams]
+            wait_until(lambda: not any(ref() is not None for ref in held), what="release")
+        finally:
+            gc.enable()
+            handle.remove()
+        assert all(isinstance(event, Failed) for event in events)
+        assert len(held) >= 3
+        assert engine.generate(params(num_inference_steps=2)).image.size == (64, 64)
+
+
+def test_out_of_memory_halves_the_batch_and_fails_no_request(demo_pipeline: LoadedPipeline) -> None:
+    requests = [params(seed=seed, num_inference_steps=6) for seed in range(9)]
+    alone = [demo_pipeline.generate(request) for request in requests]
+    sizes: list[int] = []
+
+    def only_three_fit(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sizes.append(args[0].shape[0] // 2)  # with guidance, two rows a request
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(only_three_fit)
+        try:
+            streams = [engine.stream(request) for request in requests]
+            results = [result_of(list(stream)) for stream in streams]
+        finally:
+            handle.remove()
+    assert largest_difference(results, alone) <= TOLERANCE
+    assert sum(size > 3 for size in sizes) <= 3  # the cap is learned, not tried again and again
+    assert max(sizes[-6:]) <= 3
+
+
+def test_a_receiver_that_raises_fails_no_request(
+    demo_engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(event: Event) -> None:
+        raise RuntimeError("receiver")
+
+    demo_engine.submit(params(), broken)
+    assert demo_engine.generate(params()).image.size == (64, 64)
+    assert "the receiver of its events failed" in caplog.text
+
+
+def test_no_request_hangs_when_the_engine_thread_dies(
+    demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(Fifo):
+        def choose(self, now: float, cap: Any) -> Any:
+            raise KeyError("policy")
+
+    engine = Engine(demo_pipeline, DEMO, policy=Broken())
+    event = list(engine.stream(params()))[-1]
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, Unavailable)
+    wait_until(lambda: has_stopped(engine))
+    with pytest.raises(Unavailable, match="policy"):
+        engine.check()
+
+
+def test_a_tokenizer_error_fails_only_its_own_request(
+    demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_prompt = demo_pipeline.read_prompt
+
+    def fail(request: GenerationParams) -> tuple[int, tuple[str, ...]]:
+        if request.seed == 13:
+            raise TypeError("no such text")
+        return read_prompt(request)
+
+    monkeypatch.setattr(demo_pipeline, "read_prompt", fail)
+    with Engine(demo_pipeline, DEMO) as engine:
+        with pytest.raises(GenerationFailed, match="no such text"):
+            engine.generate(params(seed=13))
+        engine.generate(params(num_inference_steps=1))
+
+
+def test_an_error_while_admitting_ends_the_engine_and_every_request(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    """Such an error is a bug of the engine: no request may hang because of it."""
+
+    class Broken(Fifo):
+        def order(self, now: float) -> Any:
+            raise KeyError("policy")
+
+    engine = Engine(demo_pipeline, DEMO, policy=Broken())
+    [event] = engine.stream(params())
+    assert isinstance(event, Failed)
+    assert isinstance(event.error, GenerationFailed)
+    wait_until(lambda: has_stopped(engine))
+    with pytest.raises(Unavailable):
+        engine.submit(params(), lambda _: None)
+    # The pipeline has its own modules back.
+    assert torch.isfinite(demo_pipeline.generate(params(num_inference_steps=1))).all()
+
+
+def test_waiting_for_memory_teaches_no_costs(demo_pipeline: LoadedPipeline) -> None:
+    """A call that is queued again is no time between two denoiser calls."""
+    failed = 0
+
+    def scarce(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        nonlocal failed
+        if failed < 4 and engine.stats().running == 2:
+            failed += 1
+            raise torch.OutOfMemoryError("too little memory")
+
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        engine.generate(params(num_inference_steps=8))
+        known_s = engine.cost.predict_between((64, 64))
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(scarce)
+        try:
+            streams = [engine.stream(params(num_inference_steps=8)) for _ in range(2)]
+            assert all(isinstance(list(stream)[-1], Completed) for stream in streams)
+        finally:
+            handle.remove()
+        assert failed
+        assert engine.cost.predict_between((64, 64)) > known_s / 4
