@@ -122,7 +122,7 @@ def test_an_old_report_is_ignored() -> None:
     assert not load_of(context({"a": LOAD}, age_s=31)).reports
     assert not load_of(context({"a": LOAD}, age_s=11, metrics_interval_s=1)).reports
     # A clock that is ahead does not invalidate a report.
-    assert load_of(context({"a": LOAD}, age_s=-5)).replicas
+    assert load_of(context({"a": LOAD}, age_s=-5)).reports
 
 
 def test_a_stopped_replica_is_not_counted() -> None:
