@@ -38,7 +38,7 @@ class _NotStarted(Unavailable):
 
 @dataclass
 class _Patience:
-    """What is left of a request's time. Times are on the event loop's clock."""
+    """The rest of a request's time. Times are on the event loop's clock."""
 
     wait_until: float
     """Latest time at which a replica must admit it. Generating moves it."""

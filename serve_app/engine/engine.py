@@ -60,7 +60,7 @@ class Engine:
     info: ModelInfo
     """Description of the loaded model."""
     certificate: Certificate
-    """How requests share the pipeline, found or confirmed at the start."""
+    """Result of the certification: the way in which requests share the pipeline."""
     cold_start: ColdStart
     """Durations of the start, by phase."""
     cost: CostModel

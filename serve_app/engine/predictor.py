@@ -19,7 +19,7 @@ class Predictor:
     """Predicts from measured costs, and learns from completed requests."""
 
     batched: bool = True
-    """Whether requests share denoiser calls. The engine sets it after the certification."""
+    """True if requests share denoiser calls. The engine sets it after the certification."""
 
     def __init__(self, cost: CostModel, metrics: EngineMetrics) -> None:
         self._cost = cost

@@ -44,7 +44,7 @@ class Runner:
     """Starts, resumes and ends jobs. Used by the engine's thread only."""
 
     previews: PreviewMap | None = None
-    """How to show latents as small images; ``None`` before the warm-up, or if it found none."""
+    """Map from latents to small images; ``None`` before the warm-up, or if it found none."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class Runner:
         self.emit(request, event)
 
     def emit(self, request: Request, event: Event) -> None:
-        """Send an event to whoever submitted the request."""
+        """Send an event to the submitter of the request."""
         try:
             request.on_event(event)
         except Exception:

@@ -70,6 +70,10 @@ class RetryReservations:
         self._late_until = -math.inf  # all that were due by then are redeemed or late
         self._redeemed = self._came_due = _TRUST
 
+    def __len__(self) -> int:
+        """Return the number of reservations that are kept."""
+        return sum(map(len, self._by_fingerprint.values()))
+
     def redeem(self, fingerprint: bytes) -> bool:
         """Use up a due reservation of this request; return whether there was one."""
         self._expire()

@@ -30,7 +30,7 @@ class ClusterView:
     requests: int
     """Unfinished requests, accepted or waiting."""
     queued: int
-    """Those among them that wait for a replica."""
+    """Requests among them that wait for a replica."""
 
 
 class Fixed:

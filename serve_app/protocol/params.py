@@ -16,7 +16,7 @@ MAX_SEED = 2**63 - 1
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 Sharing = Literal["batched", "interleaved", "alone"]
-"""Whether requests share denoiser calls, take turns at them, or run one after another."""
+"""Requests share denoiser calls, take turns at them, or run one after another."""
 
 
 Priority = Literal["interactive", "batch"]

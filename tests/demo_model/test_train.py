@@ -41,7 +41,7 @@ def test_training_makes_a_stock_pipeline_and_continues_after_an_interruption(
     assert (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").exists()
     whole = _generate(tmp_path / "model")
 
-    save = Trainer._save
+    save = Trainer.save
     for stage in ("vae.pt", "text_encoder.pt", "denoiser.pt"):
 
         def save_and_stop(
@@ -51,10 +51,10 @@ def test_training_makes_a_stock_pipeline_and_continues_after_an_interruption(
             if name == stage and state["done"] == 2:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(Trainer, "_save", save_and_stop)
+        monkeypatch.setattr(Trainer, "save", save_and_stop)
         with pytest.raises(KeyboardInterrupt):
             Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
-    monkeypatch.setattr(Trainer, "_save", save)
+    monkeypatch.setattr(Trainer, "save", save)
     Trainer(QUICK, tmp_path / "broken", CPU, checkpoint_every=2).run(tmp_path / "again")
     assert torch.equal(_generate(tmp_path / "again"), whole)
     with pytest.raises(ConfigError, match="differs in seed"):

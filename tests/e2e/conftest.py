@@ -65,7 +65,9 @@ def generator(server: Server) -> Iterator[Any]:
         yield serve.get_deployment_handle("Generator", "diffusion-serve")
 
 
-@pytest.fixture(scope="session")
+# One for each module: Playwright keeps an event loop running in this thread, beside which no
+# asynchronous test of another module can run.
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Chromium without a window; tests that need it are skipped where it is not installed."""
     path = next(

@@ -141,7 +141,7 @@ def test_reservations_are_kept_until_due_and_expire_in_the_end(
             assert reservations.redeem(name)
     clock.advance(1e4)
     assert reservations.due_within_s(1e9) == 0
-    assert not reservations._by_fingerprint
+    assert len(reservations) == 0
 
 
 def test_fingerprints_depend_on_the_boundaries_of_parts() -> None:

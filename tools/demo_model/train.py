@@ -96,7 +96,7 @@ class Trainer:
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _save(self, name: str, state: dict[str, Any]) -> None:
+    def save(self, name: str, state: dict[str, Any]) -> None:
         partial = self.work_dir / f"{name}.partial"
         torch.save(state, partial)
         partial.replace(self.work_dir / name)
@@ -133,7 +133,7 @@ class Trainer:
             yield step, bar
             if (step + 1) % self.checkpoint_every == 0 or step + 1 == steps:
                 states = {name: module.state_dict() for name, module in modules.items()}
-                self._save(
+                self.save(
                     checkpoint, {"done": step + 1, "optimizer": optimizer.state_dict(), **states}
                 )
 
@@ -202,7 +202,7 @@ class Trainer:
                     chunks.append(mode.float().contiguous())
                 latents.append(torch.cat(chunks))
             state = {"latents": latents}
-            self._save("latents.pt", state)
+            self.save("latents.pt", state)
         latents = state["latents"]
         scaling_factor = 1.0 / latents[0].std().item()
         return scenes, [bucket * scaling_factor for bucket in latents], scaling_factor
