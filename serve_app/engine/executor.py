@@ -35,7 +35,7 @@ class Executor:
 
     rendezvous: Rendezvous
     specs: Mapping[str, BatchSpec]
-    """Rules to merge the calls of each site; empty before the certification and without batching."""
+    """Rules to merge the calls of each site; empty before the certification, and if not batched."""
     denoiser_calls: int = 0
     """Denoiser calls since the start, failed ones included."""
     steps: int = 0
