@@ -10,12 +10,14 @@ from time import monotonic
 from typing import Any
 
 import httpx
+import pynvml
 import pytest
 import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
+from serve_app.cli.serve import count_gpus
 from tests.cli.server import PROGRAM, serving
 from tests.serve_process import free_port
 from tests.tiny_pipelines import sdxl
@@ -167,3 +169,28 @@ def test_a_folder_of_a_model_is_served_without_a_config_file(tmp_path: Path) -> 
         assert "Traceback" not in running.log.read_text()
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/ready", timeout=5)
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"), [(None, 2), ("0", 1), ("0,1", 2), ("", 0), ("-1", 0), ("0,1,2,3", 2)]
+)
+def test_gpus_are_those_that_processes_may_use(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, expected: int
+) -> None:
+    """On a machine with two GPUs; the driver's library stands in for them."""
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert count_gpus() == expected
+
+
+def test_http_options_that_are_no_mapping_are_rejected(tmp_path: Path) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("http_options: 8000\napplications: [{import_path: 'serve_app.app:build'}]\n")
+    result = _serve(str(path))
+    assert result.exit_code == 2
+    assert "http_options must be a mapping" in result.output

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling.cost import CostModel
@@ -216,3 +217,22 @@ def test_waiting_for_memory_teaches_no_costs(
     assert failed_alone == 1
     assert learned
     assert min(learned) > 0
+
+
+def test_a_call_that_cannot_be_compared_runs_alone(
+    demo_pipeline: LoadedPipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error in the comparison is a bug, but no reason to fail a request."""
+
+    def broken(spec: BatchSpec, call: Any) -> Any:
+        raise ValueError("an argument of a new kind")
+
+    requests = [params(seed=seed, num_inference_steps=3) for seed in (1, 2)]
+    alone = [demo_pipeline.generate(request) for request in requests]
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        monkeypatch.setattr(BatchSpec, "prepare", broken)
+        streams = [engine.stream(request) for request in requests]
+        results = [result_of(list(stream)) for stream in streams]
+        assert engine.stats().mean_batch_size == 1
+    assert largest_difference(results, alone) <= TOLERANCE
+    assert "cannot be merged with others" in caplog.text

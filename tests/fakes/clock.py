@@ -19,6 +19,12 @@ class ManualClock:
         for notify in self._on_advance:
             notify(self._now_s)
 
+    def advance_to(self, at_s: float) -> None:
+        """Advance to exactly ``at_s``, if that is in the future; sums of floats may miss it."""
+        if at_s > self._now_s:
+            self._now_s = at_s
+            self.advance(0.0)
+
     def sleep(self, seconds: float) -> None:
         """Return at once, with the clock advanced by ``seconds``."""
         self.advance(seconds)
