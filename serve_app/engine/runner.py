@@ -169,22 +169,23 @@ class Runner:
         job = request.job
         assert job is not None
         if job.call is not None:
-            self._park(request, job.call)
+            self._arrive(request, job.call)
+            self._queue(request, job.call)
         elif job.error is not None:
             self._job_failed(request, job.error)
         else:
             self._job_completed(request, job.result)
 
-    def _park(self, request: Request, call: Call) -> None:
-        """Note the time outside the denoiser, and queue the call at which the job has parked."""
-        if call.site in self._pipeline.denoisers:
-            if request.calls:
-                self._predictor.observe_between(request.size, request.non_denoiser_s)
-                request.non_denoiser_s = 0.0
-            elif not request.encoded_at:
-                request.encoded_at = time.perf_counter()
-                self._trace(request)
-        self._queue(request, call)
+    def _arrive(self, request: Request, call: Call) -> None:
+        """Note the time until a call of the denoiser, when the job parks there."""
+        if call.site not in self._pipeline.denoisers:
+            return
+        if request.calls:
+            self._predictor.observe_between(request.size, request.non_denoiser_s)
+            request.non_denoiser_s = 0.0
+        elif not request.encoded_at:
+            request.encoded_at = time.perf_counter()
+            self._trace(request)
 
     def _queue(self, request: Request, call: Call) -> None:
         """Queue a parked call, for the first time or again after a lack of memory."""

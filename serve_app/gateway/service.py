@@ -141,7 +141,9 @@ class ImageService:
 
         When one fails, or the client goes away, the others are cancelled.
         """
-        tasks = [asyncio.ensure_future(self._generate(job, params)) for params in job.images]
+        tasks = [
+            asyncio.ensure_future(_image_of(self._events(job, params))) for params in job.images
+        ]
         try:
             images = await asyncio.gather(*tasks)
         except Overloaded as error:
@@ -225,13 +227,6 @@ class ImageService:
             self._queue_full.inc(body.n)
             raise
 
-    async def _generate(self, job: ImageJob, params: GenerationParams) -> EncodedImage:
-        async with aclosing(self._events(job, params)) as events:
-            async for event in events:
-                if isinstance(event, EncodedImage):
-                    return event
-        raise AssertionError("the backend ended without an image")
-
     def _params(self, body: ImageRequest, model: ModelInfo) -> GenerationParams:
         width, height = body.size_px()
         return GenerationParams(
@@ -256,3 +251,12 @@ class ImageService:
         decoded = read_image(image, self._limits)
         mask_image = None if mask is None else read_mask(mask, self._limits, decoded.size)
         return replace(params, image=decoded, mask_image=mask_image).resolved(model)
+
+
+async def _image_of(generation: AsyncGenerator[GenerationEvent, None]) -> EncodedImage:
+    """Return the image at the end of the events of one."""
+    async with aclosing(generation) as events:
+        async for event in events:
+            if isinstance(event, EncodedImage):
+                return event
+    raise AssertionError("the backend ended without an image")
