@@ -99,20 +99,15 @@ class ImageService:
         image: bytes | None = None,
         mask: bytes | None = None,
     ) -> ImageJob:
-        """Check everything about a request that can be checked before it is generated.
+        """Check and resolve a request, and redeem its reservation if it has one.
 
         Raises:
             InvalidRequest: naming the field and what is allowed.
             Unavailable: if no replica is there to describe the model.
+            Overloaded: if too many requests wait for the first replica.
         """
         sent_at = time.time()
-        body.check()
-        if body.model is not None and body.model != self._config.model.id:
-            raise ModelNotFound(
-                f"no model {body.model[:100]!r} here; there is {self._config.model.id!r}.", "model"
-            )
-        if body.n > self._limits.max_images:
-            raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
+        self._check(body)
         model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=principal.priority)
         if image is None:
@@ -121,19 +116,11 @@ class ImageService:
             params = await in_image_thread(
                 functools.partial(self._with_image, params, image, mask, model)
             )
-        params = params.with_previews(body.partial_images)
-        # The seeds of several images follow each other, downwards at the end of the range.
-        step = 1 if params.seed <= MAX_SEED - body.n else -1
-        images = tuple(replace(params, seed=params.seed + step * index) for index in range(body.n))
+        images = _numbered(params.with_previews(body.partial_images), body.n)
         record.images = images
-        parts = [principal.name.encode(), kind.encode(), body.model_dump_json().encode()]
-        if image is None:
-            identity = fingerprint(parts)
-        else:
-            identity = await in_image_thread(
-                functools.partial(fingerprint, [*parts, image, mask or b""])
-            )
-        context = self._context(identity, body.deadline_s, principal.priority, sent_at, record)
+        identity = await _identity(principal.name, kind, body, image, mask)
+        # Last, because it uses up the request's reservation.
+        context = self._redeemed(identity, body.deadline_s, principal.priority, sent_at, record)
         return ImageJob(kind, body, images, record, principal, identity, context)
 
     async def generate_all(self, job: ImageJob) -> ImagesResponse:
@@ -176,7 +163,7 @@ class ImageService:
         except Overloaded as error:
             raise self._reserve(job, error) from None
 
-    def _context(
+    def _redeemed(
         self,
         identity: bytes,
         deadline_s: float | None,
@@ -198,8 +185,8 @@ class ImageService:
         )
 
     def _reserve(self, job: ImageJob, rejection: Overloaded) -> Overloaded:
-        """Reserve a retry of all images of a job, because they are admitted together."""
-        if not rejection.work_s:
+        """Count a rejection, and reserve a retry of all images: they are admitted together."""
+        if not rejection.work_s:  # by Serve's queue; an engine knows the work, and counts itself
             self._queue_full.inc(len(job.images))
         if rejection.retry_after_s is None:
             return rejection
@@ -219,6 +206,16 @@ class ImageService:
             async for event in events:
                 job.record.note(params.seed, event)
                 yield event
+
+    def _check(self, body: ImageRequest) -> None:
+        """Check the fields that need no model's description."""
+        body.check()
+        if body.model is not None and body.model != self._config.model.id:
+            raise ModelNotFound(
+                f"no model {body.model[:100]!r} here; there is {self._config.model.id!r}.", "model"
+            )
+        if body.n > self._limits.max_images:
+            raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
 
     async def _describe_for(self, body: ImageRequest) -> ModelInfo:
         try:
@@ -251,6 +248,22 @@ class ImageService:
         decoded = read_image(image, self._limits)
         mask_image = None if mask is None else read_mask(mask, self._limits, decoded.size)
         return replace(params, image=decoded, mask_image=mask_image).resolved(model)
+
+
+def _numbered(params: GenerationParams, count: int) -> tuple[GenerationParams, ...]:
+    """Return the parameters of each image. Seeds go up; down at the end of their range."""
+    step = 1 if params.seed <= MAX_SEED - count else -1
+    return tuple(replace(params, seed=params.seed + step * index) for index in range(count))
+
+
+async def _identity(
+    name: str, kind: ImageOperation, body: ImageRequest, image: bytes | None, mask: bytes | None
+) -> bytes:
+    """Return the fingerprint by which a retry of a request is recognised."""
+    parts = [name.encode(), kind.encode(), body.model_dump_json().encode()]
+    if image is None:
+        return fingerprint(parts)
+    return await in_image_thread(functools.partial(fingerprint, [*parts, image, mask or b""]))
 
 
 async def _image_of(generation: AsyncGenerator[GenerationEvent, None]) -> EncodedImage:
