@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from serve_app.config.models import SpeedConfig
-from serve_app.engine.batching.batch import BatchSpec, MergeableCall, NotMergeable
+from serve_app.engine.batching.axis import NotMergeable
+from serve_app.engine.batching.batch import BatchSpec, MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.device import check_device, free_memory
 from serve_app.engine.metrics import EngineMetrics

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import Throughput
-from serve_app.engine.scheduling.policies import QueueEntry, RankedPolicy
+from serve_app.engine.scheduling.queue import QueueEntry, RankedPolicy
 from serve_app.planner.trace import Kind
 
 

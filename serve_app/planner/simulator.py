@@ -18,7 +18,7 @@ from itertools import count
 from random import Random
 
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.policies import QueueEntry, RankedPolicy
+from serve_app.engine.scheduling.queue import QueueEntry, RankedPolicy
 from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
 from serve_app.planner.replica import SimulatedReplica, SimulatedRequest, costs
 from serve_app.planner.scalers import ClusterView, Scaler

@@ -29,7 +29,7 @@ from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.config.models import EngineConfig
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.policies import OnTime
+from serve_app.engine.scheduling.on_time import OnTime
 from serve_app.planner.cluster import ClusterParams
 from serve_app.planner.inputs import read_costs
 from serve_app.planner.replica import costs

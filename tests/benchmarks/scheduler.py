@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from serve_app.engine.scheduling.cost import CostModel, Measurement
-from serve_app.engine.scheduling.policies import POLICIES, QueueEntry
+from serve_app.engine.scheduling.policies import POLICIES
+from serve_app.engine.scheduling.queue import QueueEntry
 
 SIZES = [(512, 512), (768, 768), (1024, 1024), (1536, 1536)]
 

@@ -12,7 +12,9 @@ from serve_app.engine.admission import Deadline, DeadlineEstimate, decide_admiss
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import OnTime, QueueEntry, Yielding
+from serve_app.engine.scheduling.on_time import OnTime
+from serve_app.engine.scheduling.policies import Yielding
+from serve_app.engine.scheduling.queue import QueueEntry
 from serve_app.errors import Overloaded
 from serve_app.gateway.retry_reservations import RetryReservations
 from serve_app.protocol.params import RequestContext

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel, Measurement
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import Fifo, OnTime, RankedPolicy
+from serve_app.engine.scheduling.on_time import OnTime
+from serve_app.engine.scheduling.policies import Fifo
+from serve_app.engine.scheduling.queue import RankedPolicy
 from serve_app.planner.cluster import ClusterParams, SimulationOutcome
 from serve_app.planner.replica import costs
 from serve_app.planner.scalers import ByCount, ByWork, ClusterView, Fixed, Scaler

@@ -11,26 +11,16 @@ from PIL import Image
 
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
-from serve_app.protocol.params import MAX_SEED, AdapterSet, GenerationParams, ModelInfo, _near
+from serve_app.protocol.params import MAX_SEED, AdapterSet, GenerationParams, _near
+from tests.fakes.backend import INFO
 
-MODEL = ModelInfo(
-    id="m",
-    pipeline="SomePipeline",
-    dtype="float32",
-    device="cpu",
-    default_width=64,
+MODEL = replace(
+    INFO,
     default_height=32,
     size_multiple=16,
-    default_steps=20,
-    takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image"),
     default_strengths={"image-to-image": 0.5},
-    noise_schedulers=("euler", "ddim"),
     fewest_steps={"euler": 1, "ddim": 4},
-    loras=("pixel", "ink"),
-    sharing="batched",
-    sharing_difference=0.0,
-    sharing_note="",
     limits=LimitsConfig(max_pixels=128 * 128, max_side_px=512, max_steps=50, max_prompt_chars=20),
 )
 

@@ -11,10 +11,8 @@ from fractions import Fraction
 from typing import Any
 
 from serve_app.engine.batching import axis
-from serve_app.engine.batching.axis import Axis, Branch, NotMergeable, NotWritable, tensors
+from serve_app.engine.batching.axis import Axis, Branch, NotMergeable
 from serve_app.engine.batching.rendezvous import Call
-
-__all__ = ["BatchSpec", "MergeableCall", "NotMergeable", "NotWritable", "tensors"]
 
 
 @dataclass(frozen=True)

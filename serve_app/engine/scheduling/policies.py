@@ -1,20 +1,7 @@
 """The scheduling policies by name, and low-priority requests beside any of them."""
 
 from serve_app.engine.scheduling.on_time import OnTime
-from serve_app.engine.scheduling.queue import Cap, Policy, QueueEntry, RankedPolicy
-
-__all__ = [
-    "POLICIES",
-    "Fifo",
-    "FirstCome",
-    "LeastSlack",
-    "OnTime",
-    "Policy",
-    "QueueEntry",
-    "RankedPolicy",
-    "ShortestFirst",
-    "Yielding",
-]
+from serve_app.engine.scheduling.queue import Cap, QueueEntry, RankedPolicy
 
 
 class Fifo(RankedPolicy):

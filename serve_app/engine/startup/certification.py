@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from serve_app.engine.batching.batch import BatchSpec, NotMergeable, tensors
+from serve_app.engine.batching.axis import NotMergeable, tensors
+from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.params import GenerationParams, Sharing, Task, probe

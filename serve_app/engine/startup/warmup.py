@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from serve_app.config.models import EngineConfig, SpeedConfig
-from serve_app.engine.batching.batch import BatchSpec, NotWritable
+from serve_app.engine.batching.axis import NotWritable
+from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
 from serve_app.engine.model.pipeline import LoadedPipeline

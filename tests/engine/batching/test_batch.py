@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serve_app.engine.batching.batch import BatchSpec, NotMergeable
+from serve_app.engine.batching.axis import NotMergeable
+from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Call
 
 

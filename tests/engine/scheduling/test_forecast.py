@@ -8,7 +8,8 @@ import pytest
 
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
-from serve_app.engine.scheduling.policies import OnTime, QueueEntry
+from serve_app.engine.scheduling.on_time import OnTime
+from serve_app.engine.scheduling.queue import QueueEntry
 
 SMALL, LARGE = (512, 512), (1024, 1024)
 

@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.scheduling.policies import Fifo, LeastSlack, OnTime, ShortestFirst
+from serve_app.engine.scheduling.on_time import OnTime
+from serve_app.engine.scheduling.policies import Fifo, LeastSlack, ShortestFirst
 from serve_app.engine.scheduling.queue import QueueEntry
 from tests.engine.scheduling.simulated_device import FakeJob, every_policy, jobs, new, run
 
