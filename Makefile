@@ -1,9 +1,10 @@
 # make serve       a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml, HOST=127.0.0.1)
 # make manifests   every overlay of cluster/, rendered into build/manifests/
+# make docs        the documentation as a site, built into build/site/
 # make dashboards  Grafana's dashboards and Prometheus' rules, written into build/
-# make check       for use while you work: lint, types, import contract and the quick tests, which
-#                  need no Ray cluster, browser or server process; under 3 minutes on 2 cores
-# make test        everything: lint, types, import contract and all tests
+# make check       for use while you work: lint, types, import contract, the site and the quick tests,
+#                  which need no Ray cluster, browser or server process; under 3 minutes on 2 cores
+# make test        everything: lint, types, import contract, the site and all tests
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
@@ -11,7 +12,7 @@ HOST ?= 127.0.0.1
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 
-.PHONY: install serve manifests dashboards check test lint types imports quick-tests tests clean
+.PHONY: install serve manifests docs dashboards check test lint types imports quick-tests tests clean
 
 install: .venv/installed
 
@@ -35,18 +36,23 @@ manifests: .venv/tested
 		$(BIN)/kubectl kustomize cluster/overlays/$$overlay > build/manifests/$$overlay.yaml || exit 1; \
 	done
 
+# A warning, such as a link or an anchor without a target, is an error: not with --quiet, which
+# would not count them.
+docs: .venv/tested
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 dashboards: install
 	$(BIN)/python -m monitoring.dashboards build/dashboards
 	$(BIN)/python -m monitoring.rules > build/rules.yaml
 
 # The environment with the packages that only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,plan,quantize,tracing]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,docs,plan,quantize,tracing]'
 	touch $@
 
-check: lint types imports quick-tests
+check: lint types imports docs quick-tests
 
-test: lint types imports tests
+test: lint types imports docs tests
 
 lint: install
 	$(BIN)/ruff format --check

@@ -189,7 +189,7 @@ GPU = Dashboard(
         panel(
             "Last Xid",
             (of_gpu("DCGM_FI_DEV_XID_ERRORS"), "{{replica}} {{UUID}}"),
-            description="0 is good. docs/runbook.md says which codes mean what.",
+            description="0 is good. docs/operate/runbook.md says which codes mean what.",
         ),
         panel(
             "Network calls that found too little memory",

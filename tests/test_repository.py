@@ -63,7 +63,7 @@ def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
     "path",
     [
         Path("README.md"),
-        Path("docs/runbook.md"),
+        Path("docs/operate/runbook.md"),
         Path("cluster/components/monitoring/README.md"),
         Path("serve_app/demo/model/README.md"),
     ],

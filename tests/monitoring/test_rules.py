@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 UNIT_TESTS = Path(__file__).parent / "alerts"
-RUNBOOK = ROOT / "docs" / "runbook.md"
+RUNBOOK = ROOT / "docs" / "operate" / "runbook.md"
 
 ALERTS = alerts()
 
@@ -75,7 +75,7 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
     sections = re.findall(r"^## (DiffusionServe\w+)$", text, re.M)
     assert sections == list(ALERTS)
     for name, alert in ALERTS.items():
-        assert alert["annotations"]["runbook"] == f"docs/runbook.md#{name.lower()}"
+        assert alert["annotations"]["runbook"] == f"docs/operate/runbook.md#{name.lower()}"
         assert alert["annotations"]["summary"]
         assert alert["labels"]["severity"] in ("critical", "warning")
         section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]

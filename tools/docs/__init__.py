@@ -1,0 +1,1 @@
+"""Builds, checks and illustrates the documentation; not in the wheel."""
