@@ -28,6 +28,10 @@ PLANS = {
 }
 """Simulated scenarios by the names of their files."""
 
+LINE_LENGTH = 84
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
 TIMES = "\N{MULTIPLICATION SIGN}"
 
 EXACT_DB = 120.0
@@ -41,7 +45,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 def in_time(share: float) -> str:
     """Format a share in time, rounded down: 94.95 % must not look like a met SLO of 95 %."""
-    return f"{math.floor(1000 * share + 1e-9) / 10:.1f} %"
+    return f"{math.floor(1000 * share + 1e-9) / 10:.1f}{NO_BREAK}%"
 
 
 def row(name: str, **values: object) -> Row:
@@ -71,7 +75,7 @@ def source(name: str) -> str:
     content = _with_source(results(name))
     lines = [f"Hardware: {hardware(name)}." if "hardware" in content[0] else "Simulated."]
     lines += [f"Results: `tests/benchmarks/results/{name}.json`.", "", "```sh"]
-    return "\n".join([*lines, *(one["command"] for one in content), "```"])
+    return "\n".join([*lines, *(_wrapped(one["command"]) for one in content), "```"])
 
 
 def cheapest(name: str, family: str) -> Row:
@@ -237,7 +241,10 @@ def plan_table() -> str:
             [
                 title,
                 f"{work['work_hours']:.2f}",
-                *(f"{one['gpu_hours']:.2f} ({in_time(one['attainment'])})" for one in compared),
+                *(
+                    f"{one['gpu_hours']:.2f}{NO_BREAK}({in_time(one['attainment'])})"
+                    for one in compared
+                ),
             ]
         )
     return _table(header, rows)
@@ -305,6 +312,17 @@ def observability_table() -> str:
             ]
         )
     return _table(["images", *ways], rows)
+
+
+def _wrapped(command: str) -> str:
+    """Break a long command before its options."""
+    lines: list[str] = []
+    for part in re.split(r" (?=--)", command):
+        if lines and len(f"{lines[-1]} {part}") <= LINE_LENGTH:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(part)
+    return " \\\n    ".join(lines)
 
 
 def _with_source(content: Any) -> list[Row]:
