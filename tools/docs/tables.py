@@ -28,6 +28,27 @@ PLANS = {
 }
 """Simulated scenarios by the names of their files."""
 
+POLICIES = (
+    "the work itself",
+    "by work",
+    "cheapest by work",
+    "best by count",
+    "by count, as shipped",
+    "best fixed size",
+)
+"""Rows of the table of scenarios."""
+
+OVERLOAD = (
+    "goodput, images/s",
+    "rejected at first",
+    "queue time, p95",
+    "longest queue time",
+    "longest `Retry-After`",
+    "admitted on retry",
+    "of those in time",
+)
+"""Rows of the table of loads."""
+
 LINE_LENGTH = 84
 
 NO_BREAK = "\N{NO-BREAK SPACE}"
@@ -203,20 +224,15 @@ def streaming_table() -> str:
 def overload_table() -> str:
     """Show goodput, rejections and retries by load; several rounds are separated by commas."""
     content = results("overload-demo-cpu")
-    header = ["load", "goodput, images/s", "rejected at first", "queue p95", "longest queue time"]
-    header += ["longest `Retry-After`", "admitted on retry", "of those in time"]
-    rows = [
-        _overload_cells(_rows(content["rows"], {"load": float(load)}))
-        for load in content["goodput_per_s"]
-    ]
-    return _table(header, rows)
+    loads = [_rows(content["rows"], {"load": float(load)}) for load in content["goodput_per_s"]]
+    header = ["load", *(f"{rounds[0]['load']:.1f}" for rounds in loads)]
+    return _table(header, zip(OVERLOAD, *map(_overload_cells, loads), strict=True))
 
 
 def _overload_cells(rounds: Sequence[Row]) -> list[str]:
     reserved = sum(one["reservations"] for one in rounds)
     kept = sum(round(one["reservations_kept"] * one["reservations"]) for one in rounds)
     return [
-        f"{rounds[0]['load']:.1f}",
         ", ".join(f"{one['goodput_per_s']:.2f}" for one in rounds),
         ", ".join(percent(one["rejected"]) for one in rounds),
         f"{max(one['queue_p95_s'] for one in rounds):.2f} s",
@@ -229,25 +245,17 @@ def _overload_cells(rounds: Sequence[Row]) -> list[str]:
 
 def plan_table() -> str:
     """Compare the GPU-hours of scaling policies in five simulated scenarios."""
-    header = ["GPU-hours (in time)", "the work itself", "by work", "cheapest by work"]
-    header += ["best by count", "by count, as shipped", "best fixed size"]
-    rows = []
-    for name, title in PLANS.items():
+    columns = []
+    for name in PLANS:
         work = row(name, label="by work, as configured")
         shipped = row(name, label="by count, as shipped")
         best = [cheapest(name, family) for family in ("work", "count", "fixed")]
         compared = (work, best[0], best[1], shipped, best[2])
-        rows.append(
-            [
-                title,
-                f"{work['work_hours']:.2f}",
-                *(
-                    f"{one['gpu_hours']:.2f}{NO_BREAK}({in_time(one['attainment'])})"
-                    for one in compared
-                ),
-            ]
-        )
-    return _table(header, rows)
+        cells = [
+            f"{one['gpu_hours']:.2f}{NO_BREAK}({in_time(one['attainment'])})" for one in compared
+        ]
+        columns.append([f"{work['work_hours']:.2f}", *cells])
+    return _table(["", *PLANS.values()], zip(POLICIES, *columns, strict=True))
 
 
 def routing_table() -> str:
