@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from tools.docs import readme
-from tools.docs.tables import engine_table
 
 
 def test_the_readme_shows_the_results() -> None:
@@ -18,7 +17,7 @@ def test_an_old_table_is_replaced_and_the_rest_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     path.write_text(f"# A\n\n{readme.BEGIN}\n| old |\n| --- |\n{readme.END}\n\nThe rest.\n")
     readme.main(path)
-    expected = f"# A\n\n{readme.BEGIN}\n{engine_table()}\n{readme.END}\n\nThe rest.\n"
+    expected = f"# A\n\n{readme.BEGIN}\n{readme.measured()}\n{readme.END}\n\nThe rest.\n"
     assert path.read_text(encoding="utf-8") == expected
     readme.main(path)
     assert path.read_text(encoding="utf-8") == expected
