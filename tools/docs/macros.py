@@ -3,6 +3,7 @@
 from typing import Any
 
 from tools.docs import tables
+from tools.docs.models import family_table, model_table
 from tools.docs.results import results
 
 MACROS = (
@@ -26,6 +27,8 @@ MACROS = (
     tables.autoscaling_table,
     tables.steadiness_table,
     tables.observability_table,
+    family_table,
+    model_table,
 )
 
 
