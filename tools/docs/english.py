@@ -1,0 +1,133 @@
+"""Checks the English of every text that a user reads: ``python -m tools.docs.english [PATH…]``.
+
+The rules are the project's own. proselint's checks found one cliché, two archaisms and 61 false
+alarms in the project's documents, and Vale installs itself from a place that no index mirrors.
+
+A sentence ends at a period, a question mark or an exclamation mark. A colon or a semicolon does not
+end it: a long enumeration must become a list or a table, whose items are texts of their own. Code
+in backticks, a macro and a value in an error message are one word each.
+"""
+
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from tools.docs.texts import Text, texts
+
+MOST_WORDS = 25
+
+_CODE = re.compile(r"(`+).+?\1", re.DOTALL)
+_END = re.compile(r"""[.!?]["')\]”’]*\s+""")
+_ABBREVIATION = re.compile(r"\b(e\.g|i\.e|vs|cf|approx|incl)\.\s+$")
+_OPENING = re.compile(r"""^["'(“‘]*(what|who|whoever|whatever|whose)\b""", re.IGNORECASE)
+_CONTRACTION = re.compile(
+    r"\b\w+(?:n['’]t|['’](?:re|ve|ll|m|d))\b"
+    r"|\b(?:it|that|there|here|what|who|how|where|let)['’]s\b",
+    re.IGNORECASE,
+)
+_PERSON = re.compile(
+    r"\b(?:server|gateway|replica|engine|scheduler|controller|autoscaler|planner|doctor|router|"
+    r"operator|cluster|node|pod|page|client|request|model|pipeline|Ray|Ray Serve|Kubernetes|"
+    r"KubeRay|Prometheus|Grafana|it|they)s? "
+    r"(?:knows?|tells?|asks?|says?|wants?|believes?|thinks?|remembers?|forgets?|likes?)\b",
+    re.IGNORECASE,
+)
+_DOUBLED = re.compile(r"\b([a-z]+)\s+\1\b")
+
+
+class Finding(NamedTuple):
+    """A rule that a sentence breaks."""
+
+    rule: str
+    advice: str
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """A sentence and the line of its text at which it begins."""
+
+    text: str
+    line: int
+
+
+def sentences(text: str) -> Iterator[Sentence]:
+    """Split a text; a line of it may end within a sentence."""
+    # Code may contain anything, and must neither end a sentence nor break a rule.
+    masked = _CODE.sub(lambda match: re.sub(r"[^\n]", "`", match[0]), text)
+    start = 0
+    for match in _END.finditer(masked):
+        if not _ABBREVIATION.search(masked[: match.end()]):
+            yield _sentence(text, start, match.end())
+            start = match.end()
+    if text[start:].strip():
+        yield _sentence(text, start, len(text))
+
+
+def _sentence(text: str, start: int, end: int) -> Sentence:
+    return Sentence(" ".join(text[start:end].split()), text.count("\n", 0, start))
+
+
+def findings(sentence: str) -> Iterator[Finding]:
+    """Name each rule that the sentence breaks."""
+    prose = _CODE.sub("`code`", sentence)
+    length = sum(any(c.isalnum() for c in word) for word in re.split(r"[\s—]+", prose))
+    if length > MOST_WORDS:
+        yield Finding("length", f"{length} words, at most {MOST_WORDS}: make two of it, or a list")
+    for match in _banned().finditer(prose):
+        yield Finding("word", f"not {match[0]!r}, but: {_words()[_key(match[0])]}")
+    if prose.endswith((".", ":")) and (match := _OPENING.search(prose)):
+        yield Finding("opening", f"{match[1]!r} opens the sentence: begin with a noun")
+    for match in _CONTRACTION.finditer(prose):
+        yield Finding("contraction", f"write {match[0]!r} as two words")
+    for match in _PERSON.finditer(prose):
+        yield Finding("person", f"{match[0]!r}: software does not know, say or ask")
+    if len(re.findall(r":\s", prose)) > 1:
+        yield Finding("colons", "a colon within a colon: make two sentences")
+    if prose.count("; ") > 1:
+        yield Finding("semicolons", "three ideas: make sentences of them")
+    for match in _DOUBLED.finditer(prose):
+        yield Finding("doubled", f"{match[0]!r}")
+
+
+def _key(found: str) -> str:
+    return " ".join(found.lower().split())
+
+
+@cache
+def _words() -> dict[str, str]:
+    entries = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
+    return {word: entry["but"] for entry in entries for word in entry["not"]}
+
+
+@cache
+def _banned() -> re.Pattern[str]:
+    longest_first = sorted(_words(), key=len, reverse=True)
+    alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in longest_first)
+    return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE)
+
+
+def report(text: Text) -> Iterator[str]:
+    """Write a line for each finding in a text."""
+    for sentence in sentences(text.content):
+        for finding in findings(sentence.text):
+            where = (
+                text.source if text.line is None else f"{text.source}:{text.line + sentence.line}"
+            )
+            yield f"{where}: {finding.rule}: {finding.advice}\n    {sentence.text}"
+
+
+def main(paths: list[str]) -> int:
+    """Print what breaks a rule, below the paths or anywhere, and return the exit status."""
+    lines = [line for text in texts([Path(path) for path in paths]) for line in report(text)]
+    print("\n".join(lines) if lines else "The English is right.")  # noqa: T201  what it is run for
+    return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
