@@ -10,11 +10,12 @@ in backticks, a macro and a value in an error message are one word each.
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import yaml
 
@@ -22,13 +23,13 @@ from tools.docs.texts import Text, texts
 
 MOST_WORDS = 25
 
-_CODE = re.compile(r"(`+).+?\1", re.DOTALL)
-_END = re.compile(r"""[.!?]["')\]”’]*\s+""")
+_CODE = re.compile(r"(`+).+?\1|\{[^{}]*\}", re.DOTALL)
+_END = re.compile(r"""[.!?]["')\]]*\s+""")
 _ABBREVIATION = re.compile(r"\b(e\.g|i\.e|vs|cf|approx|incl)\.\s+$")
-_OPENING = re.compile(r"""^["'(“‘]*(what|who|whoever|whatever|whose)\b""", re.IGNORECASE)
+_OPENING = re.compile(r"""^["'(]*(what|who|whoever|whatever|whose)\b""", re.IGNORECASE)
 _CONTRACTION = re.compile(
-    r"\b\w+(?:n['’]t|['’](?:re|ve|ll|m|d))\b"
-    r"|\b(?:it|that|there|here|what|who|how|where|let)['’]s\b",
+    r"\b\w+(?:n't|'(?:re|ve|ll|m|d))\b"
+    r"|\b(?:it|that|there|here|what|who|how|where|let)'s\b",
     re.IGNORECASE,
 )
 _PERSON = re.compile(
@@ -38,6 +39,8 @@ _PERSON = re.compile(
     r"(?:knows?|tells?|asks?|says?|wants?|believes?|thinks?|remembers?|forgets?|likes?)\b",
     re.IGNORECASE,
 )
+_QUOTED = re.compile(r"""(?<!\w)(['"])[^'"]+\1(?!\w)""")
+_LONGEST_LABEL = 2
 _DOUBLED = re.compile(r"\b([a-z]+)\s+\1\b")
 
 
@@ -80,36 +83,55 @@ def findings(sentence: str) -> Iterator[Finding]:
     if length > MOST_WORDS:
         yield Finding("length", f"{length} words, at most {MOST_WORDS}: make two of it, or a list")
     for match in _banned().finditer(prose):
-        yield Finding("word", f"not {match[0]!r}, but: {_words()[_key(match[0])]}")
-    if prose.endswith((".", ":")) and (match := _OPENING.search(prose)):
-        yield Finding("opening", f"{match[1]!r} opens the sentence: begin with a noun")
+        yield Finding("word", f"not {match[0]!r}, but: {_words()[match[0].lower()]}")
+    if prose.endswith((".", ":")) and (opening := _OPENING.search(prose)):
+        yield Finding("opening", f"{opening[1]!r} opens the sentence: begin with a noun")
     for match in _CONTRACTION.finditer(prose):
         yield Finding("contraction", f"write {match[0]!r} as two words")
     for match in _PERSON.finditer(prose):
         yield Finding("person", f"{match[0]!r}: software does not know, say or ask")
-    if len(re.findall(r":\s", prose)) > 1:
+    unquoted = _QUOTED.sub("code", prose)
+    if _colons(unquoted) > 1:
         yield Finding("colons", "a colon within a colon: make two sentences")
-    if prose.count("; ") > 1:
+    if unquoted.count("; ") > 1:
         yield Finding("semicolons", "three ideas: make sentences of them")
     for match in _DOUBLED.finditer(prose):
         yield Finding("doubled", f"{match[0]!r}")
 
 
-def _key(found: str) -> str:
-    return " ".join(found.lower().split())
+def _colons(prose: str) -> int:
+    """Count the colons between parts of a sentence, but after a label or before a value."""
+    marks = re.findall(r"[:;]\s", prose)
+    parts = pairwise(re.split(r"[:;]\s+", prose))
+    return sum(
+        mark[0] == ":"
+        and len([word for word in before.split() if "`" not in word]) > _LONGEST_LABEL
+        and not after.startswith(("`", "%"))
+        for mark, (before, after) in zip(marks, parts, strict=True)
+    )
+
+
+@cache
+def _entries() -> list[dict[str, Any]]:
+    text = Path(__file__).with_name("words.yaml").read_text(encoding="utf-8")
+    return cast(list[dict[str, Any]], yaml.safe_load(text))
 
 
 @cache
 def _words() -> dict[str, str]:
-    entries = yaml.safe_load(Path(__file__).with_name("words.yaml").read_text(encoding="utf-8"))
-    return {word: entry["but"] for entry in entries for word in entry["not"]}
+    return {word: entry["but"] for entry in _entries() for word in entry["not"]}
 
 
 @cache
 def _banned() -> re.Pattern[str]:
-    longest_first = sorted(_words(), key=len, reverse=True)
-    alternatives = "|".join(re.escape(word).replace(r"\ ", r"\s+") for word in longest_first)
-    return re.compile(rf"(?<![\w-])(?:{alternatives})(?![\w-])", re.IGNORECASE)
+    allowed = [phrase for entry in _entries() for phrase in entry.get("except", ())]
+    return re.compile(
+        rf"(?<![\w-])(?!(?:{_any_of(allowed)})\b)(?:{_any_of(_words())})(?![\w-])", re.IGNORECASE
+    )
+
+
+def _any_of(phrases: Iterable[str]) -> str:
+    return "|".join(re.escape(phrase) for phrase in sorted(phrases, key=len, reverse=True))
 
 
 def report(text: Text) -> Iterator[str]:
@@ -124,7 +146,8 @@ def report(text: Text) -> Iterator[str]:
 
 def main(paths: list[str]) -> int:
     """Print what breaks a rule, below the paths or anywhere, and return the exit status."""
-    lines = [line for text in texts([Path(path) for path in paths]) for line in report(text)]
+    found = (line for text in texts([Path(path) for path in paths]) for line in report(text))
+    lines = list(dict.fromkeys(found))
     print("\n".join(lines) if lines else "The English is right.")  # noqa: T201  what it is run for
     return 1 if lines else 0
 
