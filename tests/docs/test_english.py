@@ -175,7 +175,7 @@ def everything() -> dict[str, list[str]]:
         ("serve_app/doctor/driver.py", "driver"),
         ("serve_app/metrics/gateway.py", "HTTP requests for images that have ended."),
         ("serve_app/gateway/page/index.html", "Start from an image: drop, paste or choose one"),
-        ("serve_app/gateway/page/index.html", "Images of this visit"),
+        ("serve_app/gateway/page/index.html", "Generated images"),
         ("serve_app/gateway/page/server.js", "The server cannot be reached."),
         ("help", "Constant arrival rate, in requests per second."),
         ("AppConfig", "Branch, tag or commit of the repository."),
