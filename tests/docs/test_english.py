@@ -38,7 +38,7 @@ WORDS_25 = " ".join("abcdefghijklmnopqrstuvwxy") + "."
             "Many kinds of nodes: some of them have: a disk.",
             "model {id}: no: {error}.",
         ),
-        ("semicolons", "One goes; one comes; one stays.", "One goes; one comes."),
+        ("semicolons", "One goes; one comes; one stays.", "A cell; with; a list"),
         ("doubled", "It is in the the file.", "That is in the file."),
     ],
 )
