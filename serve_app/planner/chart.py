@@ -38,7 +38,7 @@ def _draw_replicas(axes: Axes, rows: Sequence[Row]) -> None:
     offered = [sample.offered for sample in curve]
     axes.fill_between(minutes, offered, color="0.85", label="arriving work")
     _draw_curves(axes, rows, lambda sample: sample.running)
-    axes.set(ylabel="replicas", title="Running replicas")
+    axes.set(ylabel="replicas", title="Replicas that run")
 
 
 def _draw_backlog(axes: Axes, rows: Sequence[Row]) -> None:
@@ -97,5 +97,5 @@ def _draw_bars(axes: Axes, rows: Sequence[Row]) -> None:
     axes.bar_label(bars, [f"{row.attainment:.1%} in time" for row in rows], padding=3)
     axes.axvline(rows[0].work_hours, color="0.5", linestyle=":")
     axes.invert_yaxis()
-    axes.set(xlabel="GPU-hours", title="Cost")
+    axes.set(xlabel="GPU-hours", title="What it costs")
     axes.set_xlim(0, 1.35 * max(row.gpu_hours for row in rows))
