@@ -21,7 +21,7 @@ WORDS_25 = " ".join("abcdefghijklmnopqrstuvwxy") + "."
         ("word", "A refused request.", "A rejected request."),
         ("word", "Requests are let in.", "Requests are admitted; the `held` gauge counts others."),
         ("word", "A request is held.", "A held-out image, or one that is held out."),
-        ("word", "Please use keys and/or TLS, etc.", "Use keys, TLS, or both."),
+        ("word", "Please use keys and/or TLS, etc.", "Use keys, TLS, or /etc/hosts."),
         ("opening", "What is late is rejected.", "A late request is rejected."),
         ("opening", "Whoever has a key may use it.", "What is a site?"),
         ("contraction", "It's not there.", "Its place is not there."),
@@ -39,7 +39,7 @@ WORDS_25 = " ".join("abcdefghijklmnopqrstuvwxy") + "."
             "model {id}: no: {error}.",
         ),
         ("semicolons", "One goes; one comes; one stays.", "A cell; with; a list"),
-        ("doubled", "It is in the the file.", "That is in the file."),
+        ("doubled", "It is in the the file.", "Run diffusion-serve serve."),
     ],
 )
 def test_a_rule_finds_what_breaks_it(rule: str, wrong: str, right: str) -> None:

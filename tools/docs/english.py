@@ -44,7 +44,7 @@ _QUOTED = re.compile(r"""(?<!\w)(['"])[^'"]+\1(?!\w)""")
 _LONGEST_LABEL = 2
 """Words before a colon that separates no parts of a sentence, such as ``Note:``."""
 
-_DOUBLED = re.compile(r"\b([a-z]+)\s+\1\b")
+_DOUBLED = re.compile(r"(?<![\w-])([a-z]+)\s+\1\b")
 
 
 class Finding(NamedTuple):
@@ -130,7 +130,7 @@ def _words() -> dict[str, str]:
 def _banned() -> re.Pattern[str]:
     allowed = [phrase for entry in _entries() for phrase in entry.get("except", ())]
     return re.compile(
-        rf"(?<![\w-])(?!(?:{_any_of(allowed)})\b)(?:{_any_of(_words())})(?![\w-])", re.IGNORECASE
+        rf"(?<![\w/-])(?!(?:{_any_of(allowed)})\b)(?:{_any_of(_words())})(?![\w-])", re.IGNORECASE
     )
 
 
