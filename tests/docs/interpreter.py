@@ -1,7 +1,6 @@
 """A shell or a Python that runs the blocks of a page one after another, as one terminal does."""
 
 import subprocess
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,9 +31,10 @@ for line in commands:
     open(path + ".done", "w").close()
 """
 
+# The python is the one of the environment's PATH.
 COMMANDS: dict[str, list[str]] = {
     "sh": ["bash", "-euo", "pipefail", "-c", SHELL],
-    "python": [sys.executable, "-c", PYTHON],
+    "python": ["python", "-c", PYTHON],
 }
 
 

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from time import monotonic
 
 from tests.docs.interpreter import Failed, Interpreter
 from tests.serve_process import BIN, ROOT, free_port, new_folder, start_program
@@ -18,6 +19,9 @@ from tools.docs.blocks import Block, Page
 
 LIMIT_S = 120.0
 """Time limit of a block."""
+
+INSTALL_LIMIT_S = 1800.0
+"""Time limit of a block that only a test of its own runs."""
 
 _SERVE = re.compile(r"\bdiffusion-serve serve\b(?P<rest>(?:\\\n|[^\n])*)")
 _MAKE_SERVE = re.compile(r"\bmake serve\b(?P<rest>[^\n#]*)")
@@ -44,7 +48,7 @@ class Workspace:
             path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, path)
         for name in ("home", "tmp"):
-            (folder / name).mkdir()
+            (folder / name).mkdir(exist_ok=True)
 
     def _add_virtual_environment(self) -> None:
         """Make ``.venv`` for ``make``: commands that call those of the running interpreter.
@@ -99,6 +103,8 @@ class PageRunner:
     def __init__(self, workspace: Workspace, environment: Mapping[str, str]) -> None:
         self._workspace = workspace
         self._environment = dict(environment)
+        self.took_s: list[tuple[Block, float]] = []
+        """The blocks that ran, and the seconds that each took."""
         self._address: str | None = None
         self._shown_port = 8000
         self._interpreters: dict[str, Interpreter] = {}
@@ -120,7 +126,9 @@ class PageRunner:
         try:
             for block in page.blocks:
                 if block.runs or (also and block.not_run == also):
-                    self._run(block, LIMIT_S if block.runs else 10 * LIMIT_S)
+                    started_at = monotonic()
+                    self._run(block, LIMIT_S if block.runs else INSTALL_LIMIT_S)
+                    self.took_s.append((block, monotonic() - started_at))
         finally:
             self._close(page)
 

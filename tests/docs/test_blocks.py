@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from serve_app.cli.check import check_serve_file
-from serve_app.config.serve_file import parse_app_config
+from serve_app.config.models import parse_app_config
 from tests.docs.page_runner import PageRunner, Workspace
 from tests.serve_process import demo_config, free_port, serving_config
 from tools.docs.blocks import ROOT, Block, Page, PageError, page_paths, read_page
