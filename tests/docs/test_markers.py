@@ -89,7 +89,7 @@ def test_a_page_can_need_a_server(root: Path) -> None:
 
 def test_macros_are_expanded_and_raw_regions_are_not(root: Path) -> None:
     text = (
-        "```text\n{{ 1 + 1 }} {% raw %}{{ kept }}{% endraw %}\n```\n"
+        "{% set two = 2 %}\n```text\n{{ two }} {% raw %}{{ kept }}{% endraw %}\n```\n"
         "{% raw %}\n```yaml\na: {{ b }}\n```\n{% endraw %}\n"
     )
     assert [block.text for block in _read(root, text).blocks] == ["2 {{ kept }}\n", "a: {{ b }}\n"]

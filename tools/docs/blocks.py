@@ -67,6 +67,7 @@ _COMMENT = re.compile(r"\s*<!--(.*?)-->\s*")
 _OPENING = re.compile(r"(?P<indent>\s*(?:(?:[-*+]|\d+[.)])\s+)*)(?P<fence>`{3,}|~{3,})(?P<info>.*)")
 _LANGUAGE = re.compile(r"\{?\s*\.?([A-Za-z][\w+-]*)")
 _RAW = re.compile(r"\{%-?\s*raw\s*-?%\}(.*?)\{%-?\s*endraw\s*-?%\}", re.DOTALL)
+_SET = re.compile(r"\{%-?\s*set\s[^%]*%\}")
 _SIGNS = "{}%#"
 _HIDDEN = "\ue000\ue001\ue002\ue003"
 """Stand-ins for the signs of raw regions, while Jinja expands the rest."""
@@ -153,9 +154,10 @@ def read_page(path: str, root: Path = ROOT) -> Page:
     if expands:
         text = _RAW.sub(lambda found: _hide(found[1]), text)
     blocks, needs_server = [], False
-    for item in _scan(path, text.splitlines()):
+    lines = text.splitlines()
+    for item in _scan(path, lines):
         if isinstance(item, Block):
-            shown = _expanded(item) if expands else item.text
+            shown = _expanded(item.text, lines[: item.line]) if expands else item.text
             block = Block(path, item.line, item.language, shown, item.marker)
             _check(block, root)
             blocks.append(block)
@@ -239,11 +241,16 @@ def _hide(text: str) -> str:
     return text.translate(str.maketrans(_SIGNS, _HIDDEN))
 
 
-def _expanded(block: Block) -> str:
-    """Expand the macros of a block, and show the braces of its raw regions."""
-    text = block.text
+def _expanded(text: str, before: list[str]) -> str:
+    """Expand the macros of a block, and show the braces of its raw regions.
+
+    Args:
+        text: The block as written.
+        before: The lines of the page before it; they can set variables.
+    """
     if "{{" in text or "{%" in text:
-        text = _jinja().from_string(text).render()
+        variables = "".join(_SET.findall("\n".join(before)))
+        text = _jinja().from_string(variables + text).render()
     return text.translate(str.maketrans(_HIDDEN, _SIGNS))
 
 
