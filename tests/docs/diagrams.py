@@ -33,16 +33,19 @@ def render(browser: Browser, source: Path, mermaid: Path) -> None:
         """async source => {
             mermaid.initialize({
                 startOnLoad: false, theme: "neutral", htmlLabels: false,
-                fontFamily: "system-ui, sans-serif", flowchart: {htmlLabels: false},
+                fontFamily: "system-ui, sans-serif", flowchart: {htmlLabels: false, subGraphTitleMargin: {top: 8, bottom: 12}},
             });
             const {svg} = await mermaid.render("diagram", source);
-            return new XMLSerializer().serializeToString(
-                new DOMParser().parseFromString(svg, "text/html").querySelector("svg"));
+            const drawn = new DOMParser().parseFromString(svg, "text/html").querySelector("svg");
+            // Its text is dark, and a reader's page may be dark, too.
+            drawn.style.background = "white";
+            const {width, height} = drawn.viewBox.baseVal;
+            drawn.setAttribute("width", width);
+            drawn.setAttribute("height", height);
+            return new XMLSerializer().serializeToString(drawn);
         }""",
         source.read_text(encoding="utf-8"),
     )
-    # White behind it: its text is dark, and a reader's page may be dark, too.
-    svg = svg.replace("<svg ", '<svg style="background: white" ', 1)
     marked = f"<!-- source sha256: {source_hash(source)} -->\n{svg}\n"
     source.with_suffix(".svg").write_text(marked, encoding="utf-8")
     page.close()
