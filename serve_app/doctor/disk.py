@@ -31,7 +31,7 @@ def check_disk(model: ModelConfig) -> Finding:
     if not os.access(existing, os.W_OK):
         return failed(
             "disk",
-            f"{existing} may not be written, and {model.source} is to be downloaded there",
+            f"{existing} is not writable, and {model.source} is to be downloaded there",
             f"Point HF_HOME to a folder that user {os.getuid()} may write; on Kubernetes set "
             "securityContext.fsGroup of the pod, with Docker chown the volume.",
         )

@@ -294,8 +294,8 @@ def _check_mig(gpu: Gpu) -> Finding:
             check,
             f"{'on' if gpu.mig else 'off'}, and {'on' if gpu.mig_pending else 'off'} after the "
             "next reset of the GPU",
-            "Take it out of service and reset it (`nvidia-smi --gpu-reset`), or take the change "
-            f"back: `sudo nvidia-smi -i {gpu.index} -mig {int(gpu.mig)}`.",
+            "Take it out of service and reset it (`nvidia-smi --gpu-reset`), or undo the change: "
+            f"`sudo nvidia-smi -i {gpu.index} -mig {int(gpu.mig)}`.",
         )
     if not gpu.mig:
         return ok(check, "off")
@@ -340,5 +340,5 @@ def _check_sharing(gpu: Gpu) -> Finding:
             check, f"{gpu.processes} other processes compute on it, {gib(used)} in use", advice
         )
     if used > _IN_USE_BYTES:
-        return warning(check, f"{gib(used)} in use by no visible process", advice)
+        return warning(check, f"{gib(used)} in use by processes that are not visible here", advice)
     return ok(check, "no other process uses it")

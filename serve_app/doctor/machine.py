@@ -45,7 +45,7 @@ def this_place() -> Place:
 def look(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
     """Run every check, the cheap ones first. ``nvml`` is NVIDIA's library, or a stand-in."""
     if wanted.cpu:
-        yield ok("gpu", "none is expected (--cpu)")
+        yield ok("gpu", "no GPU is expected (--cpu)")
     else:
         yield from _check_gpus(wanted, place, nvml)
     if wanted.cpu and wanted.num_gpus:

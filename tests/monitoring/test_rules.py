@@ -79,8 +79,19 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
         assert alert["annotations"]["summary"]
         assert alert["labels"]["severity"] in ("critical", "warning")
         section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
-        for part in ("**Means.**", "**Look at.**", "**Do.**"):
+        for part in ("**Means.**", "**Check.**", "**Do.**"):
             assert part in section, f"{name} has no {part}"
+
+
+@pytest.mark.parametrize("page", ["runbook", "dashboards", "metrics", "troubleshooting"])
+def test_panels_that_the_documents_name_exist(page: str) -> None:
+    """They are written as *Dashboard*, "Title", and nothing else is in double quotes."""
+    titles = {f'*{one.name}*, "{panel.title}"' for one in DASHBOARDS for panel in one.panels}
+    text = (RUNBOOK.parent / f"{page}.md").read_text()
+    prose = " ".join(re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S).split())
+    named = re.findall(r'(?:\*\w+\*, )?"[^"]*"', prose)
+    assert named or page == "metrics"
+    assert set(named) <= titles
 
 
 def test_failures_are_the_outcomes_that_the_server_causes() -> None:

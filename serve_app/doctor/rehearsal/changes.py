@@ -154,8 +154,8 @@ def _short(
     if original and service.ready and service.active == session.first:
         return warning(
             name,
-            f"RayCluster {session.first} goes on serving, and has the first pod template; KubeRay "
-            f"makes {target} with the same all the same, which has no room: {placement}",
+            f"RayCluster {session.first} continues to serve, and has the first pod template; "
+            f"KubeRay still makes {target} with the same template, and it has no room: {placement}",
             "Free the GPUs of one more RayCluster, or delete the RayService and apply it anew.",
         )
     finding = unplaced(name, placement)
