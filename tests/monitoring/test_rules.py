@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 UNIT_TESTS = Path(__file__).parent / "alerts"
 RUNBOOK = ROOT / "docs" / "operate" / "runbook.md"
+DASHBOARDS_PAGE = RUNBOOK.parent / "dashboards.md"
 
 ALERTS = alerts()
 
@@ -81,6 +82,11 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
         section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
         for part in ("**Means.**", "**Check.**", "**Do.**"):
             assert part in section, f"{name} has no {part}"
+
+
+def test_the_documents_list_each_alert_with_its_severity() -> None:
+    table = re.findall(r"^\| `(DiffusionServe\w+)` \| (\w+) \|", DASHBOARDS_PAGE.read_text(), re.M)
+    assert table == [(name, alert["labels"]["severity"]) for name, alert in ALERTS.items()]
 
 
 @pytest.mark.parametrize("page", ["runbook", "dashboards", "metrics", "troubleshooting"])
