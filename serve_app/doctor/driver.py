@@ -136,8 +136,8 @@ def try_kernel(command: Sequence[str] | None = None, timeout_s: float = 120.0) -
 _KNOWN = (
     (
         r"no kernel image is available",
-        "This torch has no code for a GPU of this generation: take a build for it (newer for a new "
-        "card, with an older CUDA for an old one).",
+        "This torch has no code for a GPU of this generation. For a new GPU, install a newer "
+        "torch. For an old GPU, install a build with an older CUDA.",
     ),
     (
         r"system not yet initialized|error 802",

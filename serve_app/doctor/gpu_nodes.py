@@ -74,8 +74,8 @@ def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Fi
         yield failed(
             check,
             f"{', '.join(idle)}: GPUs are present, and none is allocatable",
-            "Look at the device plugin's log on the node: the driver does not load, the GPUs are "
-            "unhealthy (Xid errors in `dmesg`), or MIG is on without instances.",
+            "Read the log of the device plugin on the node. The driver does not load, the GPUs "
+            "are unhealthy (Xid errors in `dmesg`), or MIG is on without instances.",
         )
     if not offering:
         if not idle:

@@ -186,9 +186,9 @@ def _ended(check: str, pod: Object) -> Finding | None:
     return failed(
         check,
         f"failed: {reason or 'no reason given'}",
-        "The node ended it, for lack of memory or disk (Evicted: the cache's emptyDir counts, "
-        "too) or because the node itself went away: `kubectl describe pod` and `kubectl describe "
-        "node` show which.",
+        "The node ended it, for lack of memory or disk, or because the node itself went away. "
+        "For `Evicted`, the cache's emptyDir counts, too. `kubectl describe pod` and `kubectl "
+        "describe node` show the reason.",
     )
 
 

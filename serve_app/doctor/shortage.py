@@ -103,9 +103,9 @@ def advice_on_upgrade(service: Object, resources: Sequence[str]) -> str:
     what = "GPUs" if any(one.startswith("nvidia.com/") for one in resources) else "room"
     return (
         f"The second cluster of an upgrade needs spare {what} until it has taken over, and "
-        f"{name} is served by the first one meanwhile. Add nodes until then (or raise the "
-        "node group's limit); or scale down first, by a lower minReplicas and maxReplicas; or "
-        "take components/incremental-upgrade with a small maxSurgePercent, which still starts "
+        f"{name} is served by the first one meanwhile. Add nodes until then, or raise the node "
+        "group's limit. Or scale down first, by a lower minReplicas and maxReplicas. Or use "
+        "components/incremental-upgrade with a small maxSurgePercent, which still starts "
         "minReplicas workers."
     )
 

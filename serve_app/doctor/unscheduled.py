@@ -29,8 +29,8 @@ _OF_THE_POD = (
 _OF_NODES = (
     (
         r"volume node affinity conflict",
-        "The volume lies in another zone than the free nodes: use a StorageClass with "
-        "volumeBindingMode: WaitForFirstConsumer, or add nodes in its zone.",
+        "The volume lies in another zone than the free nodes. Use a StorageClass with the "
+        "volumeBindingMode WaitForFirstConsumer, or add nodes in its zone.",
     ),
     (
         r"exceed max volume count",

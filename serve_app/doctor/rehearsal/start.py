@@ -121,7 +121,7 @@ def ray_cluster(session: Session) -> Finding:
         raise Stop(
             failed(
                 name,
-                f"the operator made none within {MADE_S:.0f} s; {session.observer.service()}; "
+                f"the operator made none within {MADE_S:.0f} s ({session.observer.service()}); "
                 f"events: {details}",
                 "Look at the operator's log. It may watch other namespaces only "
                 "(watchNamespace of its chart), or miss a CRD that the upgrade strategy needs "
