@@ -102,7 +102,7 @@ def test_a_failed_kernel_gives_the_reason() -> None:
     """Run the real program without a GPU, or with a device that does not exist."""
     finding = try_kernel([sys.executable, "-m", "serve_app.doctor.kernel", "cuda:99"])
     assert finding.outcome == "failed"
-    assert "torch cannot: " in finding.found
+    assert "torch cannot use it: " in finding.found
     assert finding.advice
 
 
@@ -111,7 +111,7 @@ def test_a_failed_kernel_gives_the_reason() -> None:
     [
         ("CUDA error: no kernel image is available for execution on the device", "generation"),
         ("Error 802: system not yet initialized", "nvidia-fabricmanager"),
-        ("CUDA out of memory.", "Somebody else"),
+        ("CUDA out of memory.", "Other processes use"),
         ("The NVIDIA driver on your system is too old (found version 11040)", "row `driver`"),
         ("CUDA-capable device(s) is/are busy or unavailable", "nvidia-smi -c DEFAULT"),
         ("libcudart.so.13: cannot open shared object file", "constraints.txt"),

@@ -104,7 +104,7 @@ def test_an_ingress_needs_the_gateway_api_too(api: FakeApi, kubeconfig: Path) ->
     api.kinds |= GATEWAYS
     api.put(CLASSES, gateway_class("nginx"))
     finding = _look(kubeconfig, [service(), ingress])["GatewayClass eg"]
-    assert finding.found == "Gateway way-in names it, and it does not exist (here: nginx)"
+    assert finding.found == "Gateway way-in names it, and it does not exist (existing: nginx)"
 
 
 def test_a_rejected_discovery_is_a_failure(

@@ -109,7 +109,7 @@ def test_a_secret_of_ones_own_is_made_with_the_keys_that_are_needed(
 ) -> None:
     finding = _look(kubeconfig, [_with(**_env("mine", "k"))])["Secret mine"]
     assert finding.advice == (
-        "Make it:\n  kubectl -n images create secret generic mine --from-literal=k=…"
+        "Create it:\n  kubectl -n images create secret generic mine --from-literal=k=…"
     )
 
 
