@@ -5,5 +5,5 @@ FROM diffusion-serve:0.1.0-${TARGET}
 # Name of the folder beside cluster/, and of its file in configs/.
 ARG MODEL
 COPY --chown=1000:0 ${MODEL} /models/${MODEL}
-COPY configs/${MODEL}.yaml configs/
-RUN diffusion-serve check "configs/${MODEL}.yaml"
+COPY configs/${MODEL}.yaml /app/configs/
+RUN diffusion-serve check "/app/configs/${MODEL}.yaml"
