@@ -64,7 +64,8 @@ def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
     [
         Path("README.md"),
         Path("docs/operate/runbook.md"),
-        Path("cluster/components/monitoring/README.md"),
+        Path("images/README.md"),
+        *(path.relative_to(ROOT) for path in sorted(ROOT.glob("cluster/**/README.md"))),
         Path("serve_app/demo/model/README.md"),
     ],
     ids=str,

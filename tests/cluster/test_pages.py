@@ -65,8 +65,8 @@ def _kinds(folder: Path) -> set[str]:
 
 
 def test_kinds_of_components_are_documented(tmp_path: Path) -> None:
-    for folder in ("cluster", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for name in ("cluster", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     found = {}
     for component in COMPONENTS:
         before = {"mig": ["gpu-h100"], "spot": ["gpu-l4"]}.get(component, [])
