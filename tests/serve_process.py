@@ -45,6 +45,14 @@ def new_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ds", dir="/tmp"))
 
 
+def kill_session(leader: int) -> None:
+    """Kill every process of the session whose first process has, or had, this id."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(int(entry.name)) == leader:
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
 @dataclass(frozen=True)
 class RayProcess:
     """A program that started a Ray cluster, in a session of processes of its own."""
@@ -92,10 +100,7 @@ class RayProcess:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        for entry in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(int(entry.name)) == self.process.pid:
-                    os.kill(int(entry.name), signal.SIGKILL)
+        kill_session(self.process.pid)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

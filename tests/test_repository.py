@@ -1,11 +1,9 @@
 """Conditions on the files of the repository."""
 
-import re
 import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
-import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -57,24 +55,6 @@ def test_every_dependency_is_pinned_to_what_is_installed() -> None:
 
 def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
     assert "+" not in PINS["torch"]
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        Path("README.md"),
-        Path("docs/operate/runbook.md"),
-        Path("images/README.md"),
-        *(path.relative_to(ROOT) for path in sorted(ROOT.glob("cluster/**/README.md"))),
-        Path("serve_app/demo/model/README.md"),
-    ],
-    ids=str,
-)
-def test_local_links_have_targets(path: Path) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / path).read_text())
-    local = [link for link in links if "://" not in link]
-    missing = [link for link in local if not (ROOT / path.parent / link).exists()]
-    assert not missing
 
 
 def test_the_readme_names_every_module() -> None:

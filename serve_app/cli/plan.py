@@ -1,6 +1,8 @@
 """``diffusion-serve plan``: size a cluster in simulated time."""
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -141,7 +143,9 @@ def plan(
     typer.echo(planner.verdict(rows, slo))
     try:
         if output is not None:
-            content = {"title": title, "slo": slo, "rows": planner.as_json(rows)}
+            command = shlex.join(["diffusion-serve", *sys.argv[1:]])
+            rows_json = planner.as_json(rows)
+            content = {"command": command, "title": title, "slo": slo, "rows": rows_json}
             output.write_text(json.dumps(content, indent=1) + "\n")
         if draw is not None and chart is not None:
             draw(rows, slo, title, chart)

@@ -1,7 +1,5 @@
-import itertools
 import math
 from dataclasses import replace
-from random import Random
 
 import pytest
 from hypothesis import given
@@ -9,6 +7,7 @@ from hypothesis import strategies as st
 
 from serve_app.autoscaling.policy import Load, PolicyState, ScalingParams, Start, decide
 from serve_app.protocol.load import ReplicaLoad
+from tests.autoscaling.cluster import Cluster, changes_of, targets_under_poisson
 
 PARAMS = ScalingParams(
     min_replicas=1,
@@ -112,47 +111,6 @@ def test_replicas_without_reports_are_not_removed(
         assert decision.replicas >= min(load.target, params.max_replicas)
 
 
-class Cluster:
-    """Replicas that follow the policy, each decision a second after the last."""
-
-    def __init__(self, params: ScalingParams, running: int, cold_start_s: float = 20.0) -> None:
-        self.params = params
-        self.cold_start_s = cold_start_s
-        self.state = PolicyState()
-        self.now = 0.0
-        self.running = self.target = running
-        self.ready_at: list[float] = []
-        self.targets = [running]
-        self.terms: list[str] = []
-
-    def step(self, busy: float, backlog_s: float = 0.0, known: int | None = None) -> None:
-        """``busy``: replicas that arriving work keeps busy; ``known``: the replicas that report."""
-        self.now += 1
-        self.running += sum(at <= self.now for at in self.ready_at)
-        self.ready_at = [at for at in self.ready_at if at > self.now]
-        number = self.running if known is None else min(known, self.running)
-        each = ReplicaLoad(
-            backlog_s / max(1, self.running), busy / max(1, self.running), mean_work_s=2.0
-        )
-        load = Load(self.now, self.running, self.target, [each] * number)
-        decision, self.state = decide(load, self.params, self.state)
-        new = decision.replicas - self.target
-        self.ready_at += [self.now + self.cold_start_s] * max(0, new)
-        for _ in range(max(0, -new)):
-            if self.ready_at:
-                self.ready_at.pop()
-            else:
-                self.running -= 1
-        self.target = decision.replicas
-        self.targets.append(self.target)
-        self.terms.append(decision.term)
-
-    @property
-    def changes(self) -> list[int]:
-        steps = [after - before for before, after in itertools.pairwise(self.targets)]
-        return [step for step in steps if step]
-
-
 @pytest.mark.parametrize("busy", [0.4, 1.7, 8.9, 9.0, 30.0])
 def test_a_steady_load_changes_nothing_once_it_is_met(busy: float) -> None:
     cluster = Cluster(PARAMS, 1)
@@ -173,29 +131,12 @@ def test_a_steady_load_changes_nothing_once_it_is_met(busy: float) -> None:
 def test_a_steady_poisson_load_rarely_changes_the_number(
     mean: float, an_hour: float, apart: int
 ) -> None:
-    """Poisson arrivals of 2 s each, counted over 30 s as replicas do, for four hours; the defaults.
-
-    It moves 0, 2.5, 6 and 19.5 times an hour, each time by one; without a margin for noise it would
-    be 0, 28, 40 and 78.
-    """
-    rng = Random(1)
-    cluster = Cluster(ScalingParams(1, 50), 1, cold_start_s=90.0)
-    window, backlog_s = [0.0] * 30, 0.0
-    arrives_at = rng.expovariate(mean / 2)
-    for second in range(900 + 4 * 3_600):
-        if second == 900:
-            settled = len(cluster.changes)
-        work_s = 0.0
-        while arrives_at < second + 1:
-            work_s += 2.0
-            arrives_at += rng.expovariate(mean / 2)
-        window[second % 30] = work_s
-        backlog_s = max(0.0, backlog_s + work_s - cluster.running)
-        cluster.step(sum(window) / 30, backlog_s)
-    changes = cluster.changes[settled:]
+    """The number moves by one at a time; tests/benchmarks/steadiness.py counts how often."""
+    targets = targets_under_poisson(mean, hours=4)
+    changes = changes_of(targets)
     assert len(changes) / 4 <= an_hour
     assert {abs(change) for change in changes} <= {1}
-    assert max(cluster.targets[900:]) - min(cluster.targets[900:]) <= apart
+    assert max(targets) - min(targets) <= apart
 
 
 def test_one_burst_is_one_scale_up() -> None:

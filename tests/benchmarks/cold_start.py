@@ -126,7 +126,7 @@ def main(
         typer.echo(f"{row.sizes:<6}{row.start:<7}" + "".join(f"{value:>9.2f}" for value in values))
     if output is not None:
         result = {
-            "command": "python -m tests.benchmarks.cold_start",
+            "command": f"python -m tests.benchmarks.cold_start --repeats {repeats}",
             "hardware": hardware(torch.device("cpu")),
             "repeats": repeats,
             "rows": [asdict(row) for row in rows],

@@ -77,8 +77,12 @@ def main(
     }
     print(json.dumps(results, indent=2))
     if output is not None:
-        text = json.dumps({"hardware": hardware(torch.device("cpu")), "figures": results}, indent=2)
-        output.write_text(f"{text}\n", encoding="utf-8")
+        content = {
+            "command": "python -m tests.benchmarks.dashboards",
+            "hardware": hardware(torch.device("cpu")),
+            "results": results,
+        }
+        output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _names(found: list[dict[str, Any]], state: str) -> list[str]:

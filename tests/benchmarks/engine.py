@@ -301,7 +301,7 @@ def main(
             "seed": seed,
             "slo_scale": slo_scale,
             "one_at_a_time_images_per_s": [capacity, capacity_after],
-            "kinds": [asdict(kind) | {"alone_s": solo_s[kind]} for kind in mix],
+            "kinds": [asdict(kind) | {"solo_s": solo_s[kind]} for kind in mix],
             "rows": [asdict(row) for row in rows],
             "engine": reports,
             "at_once": [asdict(row) | {"speedup": row.speedup} for row in saturated],

@@ -80,7 +80,7 @@ class Row:
     seconds: float
     sent: int
     goodput_per_s: float
-    refused: float
+    rejected: float
     """Share of requests that were rejected at the first try."""
     queue_p50_s: float
     queue_p95_s: float
@@ -90,9 +90,9 @@ class Row:
     retry_after_p50_s: float
     retry_after_max_s: float
     reservations: int
-    promises_kept: float
+    reservations_kept: float
     """Share of second tries that were admitted."""
-    promises_in_time: float
+    reservations_in_time: float
     """Share of second tries that met their deadline."""
     errors: int
     """Responses other than 200 and 429."""
@@ -197,7 +197,7 @@ def row(
         seconds=seconds,
         sent=len(outcomes),
         goodput_per_s=sum(one.ended_s <= seconds for one in met) / seconds,
-        refused=share(len(rejected), len(outcomes)),
+        rejected=share(len(rejected), len(outcomes)),
         queue_p50_s=statistics.median(queue_s),
         queue_p95_s=queue_s[int(0.95 * len(queue_s))],
         queue_max_s=queue_s[-1],
@@ -205,8 +205,8 @@ def row(
         retry_after_p50_s=statistics.median(waits_s),
         retry_after_max_s=waits_s[-1],
         reservations=len(rejected),
-        promises_kept=share(sum(one.status == 200 for one in rejected), len(rejected)),
-        promises_in_time=share(sum(one.reserved_s is not None for one in met), len(rejected)),
+        reservations_kept=share(sum(one.status == 200 for one in rejected), len(rejected)),
+        reservations_in_time=share(sum(one.reserved_s is not None for one in met), len(rejected)),
         errors=sum(one.status not in (200, 429) for one in outcomes),
     )
 
@@ -246,7 +246,7 @@ async def measure(url: str, seconds: float, rounds: int, seed: int) -> dict[str,
     peak = max(goodput_per_s[load] for load in LOADS)
     return {
         "kinds": [
-            asdict(kind) | {"alone_s": solo_s[kind], "deadline_s": deadlines_s[kind]}
+            asdict(kind) | {"solo_s": solo_s[kind], "deadline_s": deadlines_s[kind]}
             for kind in KINDS
         ],
         "capacity_per_s": [capacity, capacity_after],
@@ -263,11 +263,11 @@ def show(result: dict[str, Any]) -> str:
         f"{'p95':>7}{'max s':>7}{'retry p50':>11}{'max s':>7}{'kept':>7}{'in time':>9}"
     ]
     lines += [
-        f"{one['load']:>5.1f}{one['sent']:>6}{one['goodput_per_s']:>11.2f}{one['refused']:>9.0%}"
+        f"{one['load']:>5.1f}{one['sent']:>6}{one['goodput_per_s']:>11.2f}{one['rejected']:>9.0%}"
         f"{one['in_time']:>9.0%}{one['queue_p50_s']:>11.2f}{one['queue_p95_s']:>7.2f}"
         f"{one['queue_max_s']:>7.2f}{one['retry_after_p50_s']:>11.0f}"
-        f"{one['retry_after_max_s']:>7.0f}{one['promises_kept']:>7.0%}"
-        f"{one['promises_in_time']:>9.0%}"
+        f"{one['retry_after_max_s']:>7.0f}{one['reservations_kept']:>7.0%}"
+        f"{one['reservations_in_time']:>9.0%}"
         for one in result["rows"]
     ]
     before, after = result["capacity_per_s"]

@@ -1,15 +1,20 @@
 """Measure one decision of each scheduling policy: ``python -m tests.benchmarks.scheduler``."""
 
+import json
+import os
 import statistics
 import time
+from pathlib import Path
 from random import Random
 from typing import Annotated
 
+import torch
 import typer
 
 from serve_app.engine.scheduling.cost import CostModel, Measurement
 from serve_app.engine.scheduling.policies import POLICIES
 from serve_app.engine.scheduling.queue import QueueEntry
+from tests.benchmarks.engine import hardware
 
 SIZES = [(512, 512), (768, 768), (1024, 1024), (1536, 1536)]
 
@@ -63,18 +68,40 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
 def main(
     requests: Annotated[int, typer.Option(help="Number of parked requests.")] = 128,
     count: Annotated[int, typer.Option(help="Decisions to measure.")] = 20_000,
+    output: Annotated[Path | None, typer.Option(help="File for the results, as JSON.")] = None,
 ) -> None:
-    """Print two lines for each policy."""
+    """Print one line for each policy."""
+    busy = os.getloadavg()[0]
     typer.echo(f"{requests} requests, {count} decisions, microseconds")
+    rows = []
     for name in POLICIES:
         changed, others = decisions(name, requests, count)
-        for kind, seconds in (("all", changed + others), ("after a change", changed)):
+        row: dict[str, str | float] = {"policy": name}
+        for kind, seconds in (("", changed + others), ("after_change_", changed)):
             taken = sorted(second * 1e6 for second in seconds)
-            typer.echo(
-                f"{name:<16} {kind:<16} median {statistics.median(taken):6.1f}"
-                f"   mean {statistics.mean(taken):6.1f}"
-                f"   p99 {taken[int(0.99 * len(taken))]:6.1f}   most {taken[-1]:6.1f}"
-            )
+            row |= {
+                f"{kind}median_us": statistics.median(taken),
+                f"{kind}mean_us": statistics.mean(taken),
+                f"{kind}p99_us": taken[int(0.99 * len(taken))],
+                f"{kind}max_us": taken[-1],
+            }
+        rows.append(row)
+        typer.echo(
+            f"{name:<16} median {row['median_us']:6.1f}   p99 {row['p99_us']:6.1f}   "
+            f"after a change: median {row['after_change_median_us']:6.1f}   "
+            f"p99 {row['after_change_p99_us']:6.1f}"
+        )
+    if output is not None:
+        result = {
+            "command": f"python -m tests.benchmarks.scheduler --requests {requests} "
+            f"--count {count}",
+            "hardware": hardware(torch.device("cpu")),
+            "load_average_before": busy,
+            "requests": requests,
+            "decisions": count,
+            "rows": rows,
+        }
+        output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

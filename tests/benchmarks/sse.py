@@ -106,7 +106,7 @@ def main(
         )
     if output is not None:
         result = {
-            "command": "python -m tests.benchmarks.sse",
+            "command": f"python -m tests.benchmarks.sse --steps {steps} --repeats {repeats}",
             "hardware": hardware(torch.device("cpu")),
             "steps": steps,
             "repeats": repeats,

@@ -1,7 +1,6 @@
 """The served demo that all tests of a session share, and the browser."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from ray import serve
 
+from tests.browser import running_browser
 from tests.e2e.page import ELSEWHERE, Open
 from tests.serve_process import connected, demo_config, free_port, start_serve
 from tests.waiting import wait_until
@@ -65,27 +65,11 @@ def generator(server: Server) -> Iterator[Any]:
         yield serve.get_deployment_handle("Generator", "diffusion-serve")
 
 
-# One for each module: Playwright keeps an event loop running in this thread, beside which no
-# asynchronous test of another module can run.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Chromium without a window; tests that need it are skipped where it is not installed."""
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if path is None:
-        reason = "no Chromium is installed (Debian: apt-get install chromium)"
-        if "CI" in os.environ:
-            pytest.fail(reason)
-        pytest.skip(reason)
-    # Chromium has no sandbox as root, and CI often runs as root. It must not call its maker.
-    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    names = [f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1", "--no-proxy-server"]
-    options = ["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet, *names]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=options)
+    """Chromium, for which `ELSEWHERE` is this machine."""
+    with running_browser(f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1") as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

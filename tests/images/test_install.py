@@ -1,7 +1,5 @@
 """An installation as the image has it: the wheel and its pinned dependencies, and nothing else."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.wheel import ROOT, build_wheel, run
+from tests.wheel import ROOT, build_wheel, needs_packages, run
 
 IMPORT_ALL = """
 import importlib, pkgutil, serve_app
@@ -22,17 +20,6 @@ for name in names:
     importlib.import_module(name)
 print(len(names), serve_app.__file__)
 """
-
-
-def _needs_packages(folder: Path) -> None:
-    """Skip where pip reaches no packages; fail where continuous integration must reach them."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", folder, "greenlet"],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    if done.returncode != 0:
-        reason = f"pip cannot fetch packages: {done.stderr.strip().splitlines()[-1]}"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
 @pytest.fixture
@@ -47,7 +34,7 @@ def folder() -> Iterator[Path]:
 def test_the_pinned_dependencies_are_all_that_the_package_imports(
     folder: Path, report: Callable[[str], None]
 ) -> None:
-    _needs_packages(folder / "reached")
+    needs_packages(folder / "reached")
     started_at = monotonic()
     wheel = build_wheel(folder)
     run([sys.executable, "-m", "venv", folder / "venv"], folder)

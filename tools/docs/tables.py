@@ -1,0 +1,347 @@
+"""Tables of results as Markdown, rendered from the files that the benchmarks wrote."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tools.docs.results import results
+
+Row = dict[str, Any]
+
+WAYS = {
+    "one at a time": "stock pipeline, one request at a time",
+    "whole batches": "stock pipeline, whole requests in batches",
+    "engine, fifo": "diffusion-serve, `fifo`",
+    "engine, on_time": "diffusion-serve, `on_time`",
+}
+"""Names of the ways in which ``tests.benchmarks.engine`` serves one trace of arrivals."""
+
+STARTS = {"first": "without a profile", "again": "with a profile"}
+
+PLANS = {
+    "plan-4to32": "4 to 32 requests/s, stretched 6 times",
+    "plan-4to32-drift": "the same, from small images to large",
+    "plan-1to8": "1 to 8 requests/s, stretched 8 times",
+    "plan-1to8-15s": "the same, cold start 15 s",
+    "plan-4to32-idle": "the first, idle nodes kept for 60 s",
+}
+"""Simulated scenarios by the names of their files."""
+
+POLICIES = (
+    "the work itself",
+    "by work",
+    "cheapest by work",
+    "best by count",
+    "by count, as shipped",
+    "best fixed size",
+)
+"""Rows of the table of scenarios."""
+
+OVERLOAD = (
+    "goodput, images/s",
+    "rejected at first",
+    "queue time, p95",
+    "longest queue time",
+    "longest `Retry-After`",
+    "admitted on retry",
+    "of those in time",
+)
+"""Rows of the table of loads."""
+
+LINE_LENGTH = 84
+
+NO_BREAK = "\N{NO-BREAK SPACE}"
+
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+EXACT_DB = 120.0
+"""Peak signal-to-noise ratio from which two images are equal up to rounding."""
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """Format a share as a percentage."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def in_time(share: float) -> str:
+    """Format a share in time, rounded down: 94.95 % must not look like a met SLO of 95 %."""
+    return f"{math.floor(1000 * share + 1e-9) / 10:.1f}{NO_BREAK}%"
+
+
+def row(name: str, **values: object) -> Row:
+    """Return the only row of ``tests/benchmarks/results/NAME.json`` with these values.
+
+    Raises:
+        LookupError: None or several rows have them.
+    """
+    found = _rows(results(name)["rows"], values)
+    if len(found) != 1:
+        raise LookupError(f"{name}: {len(found)} rows have {values}; exactly one must.")
+    return found[0]
+
+
+def hardware(name: str) -> str:
+    """Describe the machine and the versions of a result."""
+    content = _with_source(results(name))[0]["hardware"]
+    device = re.sub(r"\((R|TM)\)| Processor", "", content["device"])
+    counts = f"{content['cores']} cores, {content['threads']} threads of torch"
+    names = {"python": "Python", "torch": "torch", "diffusers": "diffusers", "ray": "Ray"}
+    versions = [f"{shown} {content[key]}" for key, shown in names.items() if key in content]
+    return ", ".join([device, re.sub(r"\b1 threads", "1 thread", counts), *versions])
+
+
+def source(name: str) -> str:
+    """State the hardware, the commands and the file of a result."""
+    content = _with_source(results(name))
+    lines = [f"Hardware: {hardware(name)}." if "hardware" in content[0] else "Simulated."]
+    lines += [f"Results: `tests/benchmarks/results/{name}.json`.", "", "```sh"]
+    return "\n".join([*lines, *(_wrapped(one["command"]) for one in content), "```"])
+
+
+def cheapest(name: str, family: str) -> Row:
+    """Return the policy of a family with the fewest GPU-hours that meets the simulation's SLO."""
+    content = results(name)
+    good = [row for row in content["rows"] if row["attainment"] >= content["slo"]]
+    return min(_rows(good, {"family": family}), key=lambda row: row["gpu_hours"])
+
+
+def engine_table() -> str:
+    """Compare the engine with the stock pipeline, on one trace of arrivals."""
+    rows = [
+        [
+            name,
+            f"{(one := row('engine-demo-cpu', way=way))['images_per_s']:.2f}",
+            f"{one['p50_s']:.2f} s",
+            f"{one['p95_s']:.2f} s",
+            f"{one['short_p95_s']:.2f} s",
+            percent(one["slo"]),
+        ]
+        for way, name in WAYS.items()
+    ]
+    return _table(["", "images/s", "p50", "p95", "p95 of short ones", "in time"], rows)
+
+
+def engine_details_table() -> str:
+    """Show how full the engine's batches are, and how close to the bare network calls it is."""
+    rows = [
+        [
+            WAYS[one["way"]],
+            f"{one['mean_batch_size']:.2f}",
+            f"{row('engine-demo-cpu', way=one['way'])['efficiency']:.2f}",
+            percent(one["forecast_error"]),
+        ]
+        for one in results("engine-demo-cpu")["engine"]
+    ]
+    return _table(["", "mean batch", "efficiency", "error of the predicted duration"], rows)
+
+
+def mix_table() -> str:
+    """Show the kinds of requests of ``tests.benchmarks.engine``."""
+    rows = [
+        [
+            f"{kind['width']}x{kind['height']}",
+            str(kind["steps"]),
+            percent(kind["share"]),
+            f"{kind['solo_s']:.2f} s",
+        ]
+        for kind in results("engine-demo-cpu")["kinds"]
+    ]
+    return _table(["size", "steps", "share", "solo time"], rows)
+
+
+def scheduler_table() -> str:
+    """Show the time of one scheduling decision."""
+    rows = [
+        [
+            f"`{one['policy']}`",
+            *(f"{one[kind]:.0f} µs" for kind in ("median_us", "p99_us", "after_change_median_us")),
+        ]
+        for one in results("scheduler")["rows"]
+    ]
+    return _table(["policy", "median", "p99", "median after a change"], rows)
+
+
+def speed_table() -> str:
+    """Compare each speed option with the model without options."""
+    return _table(
+        ["option", "batch of 1", "batch of 8", "PSNR", "denoiser"],
+        [_speed_cells(one) for one in results("speed-demo-cpu")["rows"]],
+    )
+
+
+def _speed_cells(one: Row) -> list[str]:
+    option = one["option"]
+    if option == "none":
+        times = [f"{1000 * one['call_s'][batch]:.1f} ms" for batch in ("1", "8")]
+        return [option, *times, "", f"{one['denoiser_mib']:.1f} MiB"]
+    names = [name if ":" in name else f"{name}: true" for name in option.split(", ")]
+    setting = ", ".join(f"`speed.{name}`" for name in names)
+    setting = setting.replace("speed.bfloat16: true", "dtype: bfloat16")
+    if one["call_s"] is None:
+        return [setting, "not measured", "not measured", "", ""]
+    ratios = [f"{TIMES} {one['ratio'][batch]:.2f}" for batch in ("1", "8")]
+    psnr = "exact" if one["psnr_db"] >= EXACT_DB else f"{one['psnr_db']:.0f} dB"
+    return [setting, *ratios, psnr, f"{one['denoiser_mib']:.1f} MiB"]
+
+
+def cold_start_table() -> str:
+    """Show the duration of a start by phase, with and without a profile."""
+    rows = results("cold-start-demo-cpu")["rows"]
+    phases = list(rows[0]["phases_s"])
+    return _table(
+        ["`warmup_sizes_px`", "start", *phases, "total", "quickest to slowest"],
+        [
+            [
+                one["sizes"],
+                STARTS[one["start"]],
+                *(f"{one['phases_s'][phase]:.1f} s" for phase in phases),
+                f"{one['total_s']:.1f} s",
+                f"{one['total_from_s']:.1f} to {one['total_to_s']:.1f} s",
+            ]
+            for one in rows
+        ],
+    )
+
+
+def streaming_table() -> str:
+    """Compare streams with a plain JSON response."""
+    rows = [
+        [
+            one["way"],
+            f"{one['total_ms']:.0f} ms",
+            "" if one["first_event_ms"] is None else f"{one['first_event_ms']:.0f} ms",
+            "" if one["first_event_ms"] is None else f"{one['first_event_worst_ms']:.0f} ms",
+            f"{one['events']:.0f}",
+            f"{one['cost_ms_per_step']:.2f} ms",
+        ]
+        for one in results("sse-demo-cpu")["rows"]
+    ]
+    header = ["response", "total", "first event", "slowest first event", "events", "cost of a step"]
+    return _table(header, rows)
+
+
+def overload_table() -> str:
+    """Show goodput, rejections and retries by load; several rounds are separated by commas."""
+    content = results("overload-demo-cpu")
+    loads = [_rows(content["rows"], {"load": float(load)}) for load in content["goodput_per_s"]]
+    header = ["load", *(f"{rounds[0]['load']:.1f}" for rounds in loads)]
+    return _table(header, zip(OVERLOAD, *map(_overload_cells, loads), strict=True))
+
+
+def _overload_cells(rounds: Sequence[Row]) -> list[str]:
+    reserved = sum(one["reservations"] for one in rounds)
+    kept = sum(round(one["reservations_kept"] * one["reservations"]) for one in rounds)
+    return [
+        ", ".join(f"{one['goodput_per_s']:.2f}" for one in rounds),
+        ", ".join(percent(one["rejected"]) for one in rounds),
+        f"{max(one['queue_p95_s'] for one in rounds):.2f} s",
+        f"{max(one['queue_max_s'] for one in rounds):.2f} s",
+        f"{max(one['retry_after_max_s'] for one in rounds):.0f} s",
+        f"{kept:,} of {reserved:,}",
+        ", ".join(percent(one["reservations_in_time"]) for one in rounds),
+    ]
+
+
+def plan_table() -> str:
+    """Compare the GPU-hours of scaling policies in five simulated scenarios."""
+    columns = []
+    for name in PLANS:
+        work = row(name, label="by work, as configured")
+        shipped = row(name, label="by count, as shipped")
+        best = [cheapest(name, family) for family in ("work", "count", "fixed")]
+        compared = (work, best[0], best[1], shipped, best[2])
+        cells = [
+            f"{one['gpu_hours']:.2f}{NO_BREAK}({in_time(one['attainment'])})" for one in compared
+        ]
+        columns.append([f"{work['work_hours']:.2f}", *cells])
+    return _table(["", *PLANS.values()], zip(POLICIES, *columns, strict=True))
+
+
+def routing_table() -> str:
+    """Compare routing rules by the requests in time."""
+    rows = [
+        [
+            f"the one with {'fewer requests' if run['routing'] == 'count' else 'less work'}",
+            str(run["choices"]),
+            *(
+                in_time(_rows(run["rows"], {"label": label})[0]["attainment"])
+                for label in ("9 replicas, fixed", "by work, as configured")
+            ),
+        ]
+        for run in results("plan-4to32-routing")["runs"]
+    ]
+    header = ["a request goes to", "replicas drawn", "nine replicas", "by work, as configured"]
+    return _table(header, rows)
+
+
+def autoscaling_table() -> str:
+    """Compare the real autoscaler with the simulated one, by run."""
+    names = ("running", "target", "nodes")
+    rows = []
+    for run in results("autoscaling-fake-nodes")["runs"]:
+        agreed = run["agreement"]
+        means = [" / ".join(f"{mean:.2f}" for mean in agreed[f"{name}_mean"]) for name in names]
+        apart = [f"{agreed[f'{name}_mean_absolute_difference']:.2f}" for name in names]
+        pairs = zip(means, apart, strict=True)
+        rows.append([run["command"].split()[-1], *(cell for pair in pairs for cell in pair)])
+    header = ["seed", "running, real / simulated", "apart", "wanted", "apart", "nodes", "apart"]
+    return _table(header, rows)
+
+
+def steadiness_table() -> str:
+    """Show how often the policy changes the number of replicas under a steady load."""
+    rows = [
+        [
+            f"{one['busy']:g}",
+            f"{one['changes_per_hour']:g}",
+            f"{one['without_margin_per_hour']:g}",
+        ]
+        for one in results("steadiness")["rows"]
+    ]
+    return _table(["busy replicas", "changes an hour", "without the margin"], rows)
+
+
+def observability_table() -> str:
+    """Show the throughput with metrics and traces, against that with neither."""
+    content = results("observability-demo-cpu")["rows"]
+    ways = [one for one in dict.fromkeys(one["way"] for one in content) if one != "nothing"]
+    rows = []
+    for load in dict.fromkeys(one["load"] for one in content):
+        cells = [row("observability-demo-cpu", load=load, way=way) for way in ways]
+        rows.append(
+            [
+                load,
+                *(
+                    f"{percent(one['throughput'], 1)} "
+                    f"({100 * one['between'][0]:.1f} to {100 * one['between'][1]:.1f})"
+                    for one in cells
+                ),
+            ]
+        )
+    return _table(["images", *ways], rows)
+
+
+def _wrapped(command: str) -> str:
+    """Break a long command before its options."""
+    lines: list[str] = []
+    for part in re.split(r" (?=--)", command):
+        if lines and len(f"{lines[-1]} {part}") <= LINE_LENGTH:
+            lines[-1] += f" {part}"
+        else:
+            lines.append(part)
+    return " \\\n    ".join(lines)
+
+
+def _with_source(content: Any) -> list[Row]:
+    """Return the parts of a result that state their command: itself, or its runs."""
+    return [content] if "command" in content else list(content["runs"])
+
+
+def _rows(rows: Iterable[Row], values: dict[str, object]) -> list[Row]:
+    return [one for one in rows if all(one[key] == value for key, value in values.items())]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
