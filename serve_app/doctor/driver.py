@@ -79,8 +79,8 @@ def check_driver(driver: Driver, cuda: tuple[int, int]) -> Finding:
     if branch < oldest:
         older = max((major for major, least in OLDEST_DRIVER.items() if least <= branch), default=0)
         instead = (
-            f", or install a torch that was built with CUDA {older}.x (images/README.md has the "
-            "build argument)"
+            f", or install a torch that was built with CUDA {older}.x (docs/operate/"
+            "containers.md has the build argument)"
             if older
             else "; no build of the torch that this project needs runs on an older one than "
             f"{min(OLDEST_DRIVER.values())}"

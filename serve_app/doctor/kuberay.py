@@ -19,7 +19,7 @@ INSTALL = (
     f"  helm install kuberay-operator {_CHART} \\\n"
     f"      --namespace kuberay-operator --create-namespace {_VALUES}"
 )
-"""Commands of cluster/platform/README.md."""
+"""Commands of docs/operate/kubernetes.md."""
 _UPDATE_CRDS = (
     f"{_REPOSITORY}\n"
     "  helm repo update kuberay\n"

@@ -35,8 +35,8 @@ _ADVICE = {
 _EVENTS = (
     (
         r'(secret|configmap) "[^"]+" not found|references non-existent (secret|config) key',
-        "Create what is named, in the pod's namespace; cluster/README.md lists the Secrets and "
-        "their keys.",
+        "Create what is named, in the pod's namespace; docs/operate/kubernetes.md lists the "
+        "Secrets and their keys.",
     ),
     (
         r"no runtime for \S+ is configured",

@@ -44,7 +44,7 @@ _COMMANDS = {
         "kubectl -n {namespace} create secret tls diffusion-serve-tls --cert=tls.crt --key=tls.key",
     ),
 }
-"""Commands of cluster/README.md by Secret."""
+"""Commands by Secret. docs/operate/kubernetes.md has a table of them."""
 
 
 @dataclass(frozen=True)

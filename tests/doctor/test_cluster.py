@@ -19,6 +19,7 @@ from tests.doctor.fake_cluster import (
     unscheduled,
 )
 from tests.doctor.fake_gateways import GATEWAYS, incremental
+from tests.pages import KUBERNETES
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,7 +197,7 @@ def test_without_a_service_the_advice_is_to_compare_the_overlay(
     assert finding.found == "no RayService of diffusion-serve in namespace images, or in any other"
     command = finding.advice.splitlines()[-1]
     assert "--overlay -" in command
-    assert command.strip() in (ROOT / "README.md").read_text().splitlines()
+    assert command.strip() in (ROOT / KUBERNETES).read_text().splitlines()
     assert not findings.keys() & {"pods", "storage"}  # none of none is no answer
 
 

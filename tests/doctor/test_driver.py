@@ -48,7 +48,7 @@ def test_an_old_driver_gets_advice_on_a_torch_that_it_runs() -> None:
     finding = check_driver(Driver("550.54.15", (12, 4)), (13, 0))
     assert "Update the driver of the host to 580" in finding.advice
     assert "CUDA 12.x" in finding.advice
-    assert "images/README.md" in finding.advice
+    assert "docs/operate/containers.md" in finding.advice
 
 
 @pytest.mark.parametrize("installed", ["450.80.02", "470.256.02", "520.61.05"])

@@ -120,7 +120,7 @@ _NO_SECRET = 'MountVolume.SetUp failed for volume "keys" : secret "api-keys" not
         (
             'MountVolume.SetUp failed for volume "c" : references non-existent secret key: k',
             "failed",
-            "cluster/README.md",
+            "docs/operate/kubernetes.md",
         ),
         ('no runtime for "nvidia" is configured', "failed", "nvidia-ctk runtime configure"),
         ('Multi-Attach error for volume "pvc-1"', "failed", "ReadWriteMany"),
