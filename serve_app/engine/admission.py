@@ -246,7 +246,7 @@ def _waiting_before(order: Sequence["Request"], index: int) -> int:
 def _infeasible(solo_s: float, deadline_s: float) -> InvalidRequest:
     return InvalidRequest(
         f"deadline_s is {deadline_s:g}, and this image takes about {solo_s:.2g} s on an idle "
-        "replica; allow more time, or ask for a smaller image or fewer steps.",
+        "replica. Allow more time, or request a smaller image or fewer steps.",
         "deadline_s",
     )
 
@@ -266,7 +266,7 @@ def _overloaded(
         case "siblings":
             why = (
                 f"the images of this request cannot all be done within deadline_s "
-                f"({deadline_s:g} s); ask for fewer images, or allow more time."
+                f"({deadline_s:g} s); request fewer images, or allow more time."
             )
         case "delay":
             why = f"{queued}; this image would make another request miss its deadline."

@@ -95,7 +95,7 @@ async def read_edit(request: Request) -> EditForm:
                 wanted = "a file" if field in _FILES else "text"
                 raise InvalidRequest(f"{shown} must be {wanted}.", shown)
             if field in files or field in texts:
-                raise InvalidRequest(f"{shown} is given twice; one is taken.", shown)
+                raise InvalidRequest(f"{shown} is given twice; send it once.", shown)
             if isinstance(value, UploadFile):
                 files[field] = await value.read()
             else:
@@ -115,7 +115,8 @@ def _add(texts: dict[str, object], field: str, value: str) -> None:
     if bracket and key.endswith("]"):
         within = texts.setdefault(name, {})
         if not isinstance(within, dict) or key[:-1] in within:
-            raise InvalidRequest(f"{name[:MOST_SHOWN]} is given twice.", name[:MOST_SHOWN])
+            shown = name[:MOST_SHOWN]
+            raise InvalidRequest(f"{shown} is given twice; send it once.", shown)
         within[key[:-1]] = value
     elif field == "lora" and value.startswith("{"):
         try:

@@ -30,13 +30,13 @@ def read_costs(path: Path, max_batch_size: int) -> CostModel:
         for size, call_s in costs.call_s.items():
             rest_s = costs.encode_s[size], costs.decode_s[size]
             if not min(call_s.values()) > 0 or not min(rest_s) >= 0:
-                raise ValueError(f"the times of {size[0]}x{size[1]} are none")
+                raise ValueError(f"a time of {size[0]}x{size[1]} is not positive")
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is no table of step times ({error!r}); write one by starting an engine with "
-            "engine.profile_path and engine.warmup_sizes_px, or see configs/costs/."
+            f"{path} is no table of step times ({error!r}). An engine writes one when it starts "
+            "with engine.profile_path and engine.warmup_sizes_px; configs/costs/ has examples."
         ) from None
     if not costs.call_s:
         raise ConfigError(f"{path} has no size.")
@@ -72,8 +72,8 @@ def not_simulated(path: Path) -> list[str]:
         other = "Ray Serve's default policy"
     if other is not None:
         notes.append(
-            f"it scales Generator by {other}: what is called 'by work, as configured' here is this "
-            "project's policy with its defaults, within those bounds."
+            f"it scales Generator by {other}. The row 'by work, as configured' is this project's "
+            "policy with its defaults, within those bounds."
         )
     notes += [
         f"autoscaling_config.{name} is not simulated."

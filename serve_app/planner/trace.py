@@ -60,7 +60,7 @@ def parse_mix(text: str) -> Mix:
         kind = Kind((int(match[1]), int(match[2])), int(match[3]))
         mix[kind] = mix.get(kind, 0.0) + float(match[4])
     if not sum(mix.values()) > 0:
-        raise ConfigError("the shares of the mix add up to nothing.")
+        raise ConfigError("the shares of the mix add up to 0.")
     return mix
 
 
@@ -160,8 +160,8 @@ def _by_the_hour(lines: Sequence[str], path: Path, share: float, rng: Random) ->
     whole = sum(invocations for _, invocations in counts)
     if whole * share > MOST_ARRIVALS:
         raise ConfigError(
-            f"{path} has {whole:,.0f} arrivals: take so many of them as a cluster of yours would "
-            f"get, and at most {MOST_ARRIVALS:,}, with --share, such as --share 0.001."
+            f"{path} has {whole:,.0f} arrivals; at most {MOST_ARRIVALS:,} are replayed. Take the "
+            "share that your cluster would get with --share, such as --share 0.001."
         )
     for hour, invocations in counts:
         for _ in range(math.floor(invocations * share + rng.random())):

@@ -33,7 +33,8 @@ def render(browser: Browser, source: Path, mermaid: Path) -> None:
         """async source => {
             mermaid.initialize({
                 startOnLoad: false, theme: "neutral", htmlLabels: false,
-                fontFamily: "system-ui, sans-serif", flowchart: {htmlLabels: false, subGraphTitleMargin: {top: 8, bottom: 12}},
+                fontFamily: "system-ui, sans-serif",
+                flowchart: {htmlLabels: false, subGraphTitleMargin: {top: 8, bottom: 12}},
             });
             const {svg} = await mermaid.render("diagram", source);
             const drawn = new DOMParser().parseFromString(svg, "text/html").querySelector("svg");

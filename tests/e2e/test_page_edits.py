@@ -71,7 +71,7 @@ def test_an_image_is_regenerated_where_it_is_brushed(open_page: Open, shots: Pat
     assert np.abs(image_of(page) - image).max() <= 1
     page.locator(DONE).nth(1).get_by_role("button", name="Use these").click()
     expect(page.locator("#editor")).to_be_hidden()
-    expect(page.locator("#strength-shown")).to_have_text("the model's own")
+    expect(page.locator("#strength-shown")).to_have_text("model default")
 
 
 def test_a_mask_can_be_brushed_by_keyboard(open_page: Open, shots: Path) -> None:

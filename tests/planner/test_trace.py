@@ -75,7 +75,7 @@ def test_counts_by_the_hour_are_spread_over_it(tmp_path: Path) -> None:
 def test_more_than_fit_into_memory_are_rejected(tmp_path: Path) -> None:
     path = tmp_path / "trace.csv"
     path.write_text(f"hour,invocations\n0,{MOST_ARRIVALS}\n1,{MOST_ARRIVALS}\n")
-    with pytest.raises(ConfigError, match=r"40,000,000 arrivals: .* --share"):
+    with pytest.raises(ConfigError, match=r"40,000,000 arrivals; .* --share"):
         read_arrivals(path, 1.0)
 
 

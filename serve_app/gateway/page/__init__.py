@@ -15,11 +15,16 @@ def render() -> tuple[str, str]:
     document = html.replace("/* style.css */", style)
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = (
-        "default-src 'none'; connect-src 'self'; img-src 'self' data: blob:; "
-        f"style-src 'sha256-{digest}'; script-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "default-src 'none'",
+        "connect-src 'self'",
+        "img-src 'self' data: blob:",
+        f"style-src 'sha256-{digest}'",
+        "script-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
     )
-    return document, policy
+    return document, "; ".join(policy)
 
 
 def scripts() -> dict[str, str]:

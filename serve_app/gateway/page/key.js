@@ -33,5 +33,5 @@ export function askForKey(reason) {
 byId("no-key").addEventListener("click", () => byId("key-dialog").close());
 byId("key").addEventListener("input", ({ target }) => {
   const sendable = /^[\x21-\x7e]*$/.test(target.value.trim()); // in a header
-  target.setCustomValidity(sendable ? "" : "A key has only ASCII letters, digits and signs, and no spaces.");
+  target.setCustomValidity(sendable ? "" : "A key has ASCII letters, digits and signs only, and no spaces.");
 });

@@ -59,7 +59,7 @@ export function removeSource() {
 export function setStrength(value) {
   strength.dataset.touched = value === null ? "" : "yes";
   strength.value = value ?? strength.defaultValue;
-  byId("strength-shown").value = value ?? "the model's own";
+  byId("strength-shown").value = value ?? "model default";
 }
 
 function clearMask() {
