@@ -23,6 +23,20 @@ LIMIT_S = 120.0
 INSTALL_LIMIT_S = 1800.0
 """Time limit of a block that only a test of its own runs."""
 
+NOT_KEPT = (
+    "COLORTERM",
+    "DIFFUSION_SERVE_",
+    "DOCKER_",
+    "FORCE_COLOR",
+    "KUBE",
+    "PYTEST_",
+    "PYTHONPATH",
+    "RAY_ADDRESS",
+    "VIRTUAL_ENV",
+    "XDG_",
+)
+"""Beginnings of variables that would let a block use another cluster, environment or key."""
+
 _SERVE = re.compile(r"\bdiffusion-serve serve\b(?P<rest>(?:\\\n|[^\n])*)")
 _MAKE_SERVE = re.compile(r"\bmake serve\b(?P<rest>[^\n#]*)")
 _TOP = re.compile(r"\bdiffusion-serve top\b(?P<rest>[^\n#|>]*)")
@@ -77,12 +91,7 @@ class Workspace:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
         }
-        leads_elsewhere = ("PYTHONPATH", "VIRTUAL_ENV", "RAY_ADDRESS", "FORCE_COLOR", "XDG_")
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith((*leads_elsewhere, "PYTEST_"))
-        }
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(NOT_KEPT)}
         return kept | ours
 
     def use_packages(self) -> dict[str, str]:
