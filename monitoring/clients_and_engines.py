@@ -4,31 +4,32 @@ from monitoring.panels import MODEL, RATE, Dashboard, panel, quantile, rate, tot
 
 SERVICE = Dashboard(
     "Service",
-    "What clients see: availability, waiting times, rejected requests.",
+    "Requests as clients see them: availability, duration, rejections.",
     (
         panel(
-            "Replicas that run, of those wanted",
+            "Replicas: running and target",
             (f"model:diffusion_serve_running:sum{{{MODEL}}}", "{{model}}: running"),
-            (f"model:diffusion_serve_wanted:sum{{{MODEL}}}", "{{model}}: wanted"),
+            (f"model:diffusion_serve_wanted:sum{{{MODEL}}}", "{{model}}: target"),
             kind="stat",
         ),
         panel(
-            "In time, over an hour",
+            "Attempts in time, last hour",
             (f"1 - model:diffusion_serve_missed:ratio_rate1h{{{MODEL}}}", "{{model}}"),
             unit="percentunit",
             kind="stat",
-            description="Share of interactive images that were generated in time. The total "
-            "includes interactive requests that were rejected or failed, each time that they came.",
+            description="Interactive images that were generated in time, as a share of all "
+            "attempts. Each rejected or failed interactive request is an attempt, too.",
         ),
         panel(
             "Load",
             (f"model:diffusion_serve_load:ratio{{{MODEL}}}", "{{model}}"),
             unit="percentunit",
             kind="stat",
-            description="Interactive work that arrives, of what the replicas that run get done.",
+            description="Arriving interactive work, as a share of the throughput of running "
+            "replicas.",
         ),
         panel(
-            "Requests ended, by outcome",
+            "Ended requests, by outcome",
             (f"{rate('requests_total', 'outcome')} > 0", "{{outcome}}"),
             unit="reqps",
             stacked=True,
@@ -42,40 +43,40 @@ SERVICE = Dashboard(
             ),
             unit="reqps",
             stacked=True,
-            description="Two clusters serve while an upgrade moves traffic from one to the other.",
+            description="During an upgrade, two Ray clusters serve.",
         ),
         panel(
-            "Requests ended, by API key",
+            "Ended requests, by API key",
             (f"{rate('requests_total', 'key')} > 0", "{{key}}"),
             unit="reqps",
             stacked=True,
         ),
         panel(
-            "Requests open",
+            "Open requests",
             (total("open_requests", "priority"), "{{priority}}"),
             stacked=True,
-            description="From arrival to end, wherever they wait: with no replica as well.",
+            description="Requests that have arrived and not ended, also while no replica runs.",
         ),
         panel(
-            "Rejected",
-            (rate("refusals_total", "reason"), "images: {{reason}}"),
+            "Rejected images, and waiting requests",
+            (rate("refusals_total", "reason"), "rejected images: {{reason}}"),
             (
                 "sum(diffusion_serve_held_requests * on (replica) group_left () "
                 f"max by (replica) (diffusion_serve_gateway_info{{{MODEL}}}))",
-                "waiting for a replica, at gateways",
+                "requests that wait for a starting replica",
             ),
-            description="By engines, and by Serve's queue before them (`queue`). An engine's "
-            "rejection reaches the client only if no other engine admits the request.",
+            description="Engines reject by `deadline` and `backlog`; `queue` is Serve's own queue. "
+            "A rejected request may still be admitted by another replica.",
         ),
         panel(
-            "Waiting time of clients",
-            (quantile(0.5, "request_seconds"), "half wait less than"),
-            (quantile(0.95, "request_seconds"), "95 % wait less than"),
-            (quantile(0.99, "request_seconds"), "99 % wait less than"),
+            "Request duration",
+            (quantile(0.5, "request_seconds"), "p50"),
+            (quantile(0.95, "request_seconds"), "p95"),
+            (quantile(0.99, "request_seconds"), "p99"),
             unit="s",
         ),
         panel(
-            "Where the time goes, mean of a request",
+            "Mean request duration, by part",
             (
                 f"{rate('request_part_seconds_sum', 'part')} / on () group_left () "
                 f"{rate('request_seconds_count')}",
@@ -85,23 +86,23 @@ SERVICE = Dashboard(
             stacked=True,
         ),
         panel(
-            "To the first preview",
-            (quantile(0.5, "first_partial_seconds"), "half wait less than"),
-            (quantile(0.95, "first_partial_seconds"), "95 % wait less than"),
+            "Time to the first preview",
+            (quantile(0.5, "first_partial_seconds"), "p50"),
+            (quantile(0.95, "first_partial_seconds"), "p95"),
             unit="s",
         ),
         panel(
-            "Late, rejected or failed, of all attempts",
+            "Late, rejected or failed attempts",
             *(
                 (f"model:diffusion_serve_missed:ratio_rate{window}{{{MODEL}}}", window)
                 for window in ("5m", "1h", "6h")
             ),
             unit="percentunit",
-            description="Attempt: an interactive image that was generated, or an interactive "
-            "request that was rejected or failed. The alerts use these; the SLO allows 5 %.",
+            description="Share of all interactive attempts, over three windows. The SLO allows "
+            "5 %. The alerts SloBurnFast and SloBurnSlow use these series.",
         ),
         panel(
-            "Deadlines",
+            "Deadlines met and missed",
             (rate("deadlines_total", "outcome", "set_by"), "{{outcome}}, set by the {{set_by}}"),
             stacked=True,
         ),
@@ -112,67 +113,69 @@ SERVICE = Dashboard(
                 "{{model}} {{ray_io_cluster}}",
             ),
             unit="percentunit",
-            description="Of interactive requests.",
+            description="Share of interactive requests that fail with a server error.",
         ),
     ),
 )
 
 ENGINE = Dashboard(
     "Engine",
-    "What each replica does with its time.",
+    "The work of each replica: batches, steps, backlog, memory.",
     (
         panel(
-            "Images in a denoiser call",
+            "Batch size of denoiser calls",
             (
                 f"{rate('batch_size_sum', 'replica')} / {rate('batch_size_count', 'replica')}",
                 "{{replica}}",
             ),
         ),
         panel(
-            "Time of a step, by size",
-            (quantile(0.5, "step_seconds", "size"), "{{size}}: half"),
-            (quantile(0.95, "step_seconds", "size"), "{{size}}: 95 %"),
+            "Step time, by image size",
+            (quantile(0.5, "step_seconds", "size"), "{{size}}: p50"),
+            (quantile(0.95, "step_seconds", "size"), "{{size}}: p95"),
             unit="s",
         ),
         panel(
-            "Work done in a busy second",
+            "Throughput of a busy replica",
             (f"diffusion_serve_throughput_ratio{{{MODEL}}}", "{{replica}}"),
             unit="s",
-            description="In solo seconds: over 1 is the gain of batches.",
+            description="Solo seconds of work per busy second. Values over 1 come from batching.",
         ),
         panel(
             "Backlog",
             (total("backlog_seconds", "replica", "priority"), "{{replica}}, {{priority}}"),
             unit="s",
+            description="Predicted time to finish all accepted work.",
         ),
         panel(
-            "Requests in engines",
+            "Requests in engines, by state",
             (total("engine_requests", "state"), "{{state}}"),
             stacked=True,
         ),
         panel(
-            "Devices at work, by activity",
+            "Busy devices, by activity",
             (rate("device_seconds_total", "activity"), "{{activity}}"),
             stacked=True,
-            description="In replicas: 1 is one that does nothing else.",
+            description="1 is one device that is busy all the time.",
         ),
         panel("Images per second, by size", (rate("images_total", "size"), "{{size}}")),
         panel("Pixels per second", (rate("pixels_total"), "pixels"), unit="short"),
         panel(
-            "How far predictions are off",
-            (quantile(0.5, "forecast_error_ratio"), "half are off by less than"),
-            (quantile(0.95, "forecast_error_ratio"), "95 % are off by less than"),
+            "Prediction error of durations",
+            (quantile(0.5, "forecast_error_ratio"), "p50"),
+            (quantile(0.95, "forecast_error_ratio"), "p95"),
             unit="percentunit",
         ),
         panel(
-            "Requests present, and no network runs",
+            "Engine stalls",
             (rate("engine_stall_seconds_sum", "replica"), "{{replica}}"),
             unit="percentunit",
-            description="Share of the time, of pauses over 0.1 s.",
+            description="Share of time in gaps of over 0.1 s between network calls, with "
+            "requests present.",
         ),
         panel(
-            "Cancelled: until the slot is free",
-            (quantile(0.95, "cancellation_seconds"), "95 % take less than"),
+            "Time to free a cancelled slot",
+            (quantile(0.95, "cancellation_seconds"), "p95"),
             unit="s",
         ),
         panel(
@@ -182,17 +185,18 @@ ENGINE = Dashboard(
             (rate("out_of_memory_total"), "out of memory"),
         ),
         panel(
-            "Replicas, by how requests share the pipeline",
+            "Replicas, by sharing mode",
             (total("sharing", "diffusion_serve_sharing"), "{{diffusion_serve_sharing}}"),
             stacked=True,
         ),
         panel(
-            "Batched against sequential, at start-up",
+            "Certification difference",
             (f"diffusion_serve_sharing_difference{{{MODEL}}}", "{{replica}}"),
-            description="Largest difference of a pixel in [0, 1].",
+            description="Largest pixel difference, in [0, 1], between batched and sequential at "
+            "start-up.",
         ),
         panel(
-            "Memory of replicas and gateways",
+            "Process memory",
             (
                 "process_resident_memory_bytes * on (replica) group_left () "
                 f"(diffusion_serve_engine_info{{{MODEL}}} "

@@ -18,14 +18,14 @@ from monitoring.panels import (
 
 SCALING = Dashboard(
     "Scaling",
-    "How many replicas there are, why, and what one more would buy.",
+    "The number of replicas, its reasons, and the effect of one more.",
     (
         panel(
             "Replicas",
-            (policy("wanted_replicas"), f"{WHOSE}: wanted by the policy"),
+            (policy("wanted_replicas"), f"{WHOSE}: target of the policy"),
             (
                 f"sum by (ray_io_cluster, model) (diffusion_serve_target_replicas{{{MODEL}}})",
-                "{{model}} {{ray_io_cluster}}: wanted by Serve",
+                "{{model}} {{ray_io_cluster}}: target of Serve",
             ),
             (
                 "sum by (ray_io_cluster, model, state) "
@@ -34,67 +34,72 @@ SCALING = Dashboard(
             ),
         ),
         panel(
-            "Replicas that the policy would need",
+            "Needed replicas",
             (policy("needed_replicas", "by"), f"{WHOSE}: for {{{{by}}}}"),
-            (policy("forecast_replicas"), f"{WHOSE}: busy when one requested now is ready"),
+            (policy("forecast_replicas"), f"{WHOSE}: forecast after a cold start"),
+            description="Replicas that arriving and waiting work need, before scaling down is "
+            "delayed. The forecast is for the time when a replica requested now is ready.",
         ),
         panel(
-            "What decided",
+            "Deciding term",
             (f"{policy('term', 'term')} == 1", f"{WHOSE}: {{{{term}}}}"),
+            description="The term that made the last decision: `min`, `max`, `arrivals`, "
+            "`backlog`, `batch`, `held` (scaling down is delayed), `blind` (a load is unknown).",
         ),
         panel(
             "Arriving work and throughput",
-            (total("arriving_work_ratio"), "arrives"),
-            (total("throughput_ratio"), "the replicas that run can do"),
+            (total("arriving_work_ratio"), "arriving work"),
+            (total("throughput_ratio"), "throughput of the running replicas"),
             unit="s",
             description="Solo seconds of work per second.",
         ),
         panel(
-            "Load, and shared with one replica more",
+            "Load, now and with one more replica",
             (f"model:diffusion_serve_load:ratio{{{MODEL}}}", "{{model}}: now"),
             (
                 f"model:diffusion_serve_load:ratio{{{MODEL}}} * model:diffusion_serve_running:sum "
                 "/ (model:diffusion_serve_running:sum + 1)",
-                "{{model}}: if one more did as much as each of them",
+                "{{model}}: with one more replica",
             ),
             unit="percentunit",
-            description="Above 100 % more work arrives than is done. Batches grow, and with them "
-            "throughput, to its limit; work above that is rejected. One more replica makes batches "
-            "smaller, so that it gains somewhat less than shown.",
+            description="Above 100 %, more work arrives than the replicas finish. Batches and "
+            "throughput grow to a limit; the rest is rejected. The second curve assumes equal "
+            "throughput per replica. The real gain is smaller, because batches shrink.",
         ),
         panel(
-            "Work that waits",
-            (total("backlog_seconds", "priority"), "{{priority}}, of all replicas"),
-            (policy("waiting_seconds"), f"{WHOSE}: that the policy sees"),
+            "Waiting work",
+            (total("backlog_seconds", "priority"), "{{priority}}, all replicas"),
+            (policy("waiting_seconds"), f"{WHOSE}: input of the policy"),
             unit="s",
         ),
         panel(
-            "Busy, over 30 s",
+            "Utilization, last 30 s",
             (f"diffusion_serve_utilization_ratio{{{MODEL}}}", "{{replica}}"),
             unit="percentunit",
         ),
         panel(
-            "Start of a replica",
+            "Cold start",
             (
                 policy("cold_start_seconds"),
-                f"{WHOSE}: until it can generate, by the policy",
+                f"{WHOSE}: total, as the policy assumes",
             ),
             (
                 f"max by (phase) (diffusion_serve_cold_start_seconds{{{MODEL}}})",
-                "{{phase}}, of the slowest",
+                "{{phase}}, slowest replica",
             ),
             unit="s",
         ),
         panel(
-            "Serve's status of each deployment",
+            "Deployment status",
             (
                 f"min by ({', '.join(APPLICATION)}) (ray_serve_deployment_status{{{NAMESPACE}}})",
                 f"{WHOSE} {{{{deployment}}}}",
             ),
-            description="1 failed, 2 unhealthy, 3 updating, 4 scaling up, 5 down, 6 healthy.",
+            description="Serve's status: 1 deploy failed, 2 unhealthy, 3 updating, 4 upscaling, "
+            "5 downscaling, 6 healthy.",
         ),
         panel(
-            "Replicas that got ready, and that ended",
+            "Replicas that became ready, and that ended",
             (
                 serve_counts("replica_startup_latency_ms_count"),
                 f"{WHOSE} {{{{deployment}}}}: ready",
@@ -103,39 +108,36 @@ SCALING = Dashboard(
                 serve_counts("replica_shutdown_duration_ms_count"),
                 f"{WHOSE} {{{{deployment}}}}: ended",
             ),
-            description="Since Serve's controller began; those whose start failed have ended.",
+            description="Counts since Serve's controller started. A replica that fails to start "
+            "counts as ended.",
         ),
         panel(
             "Nodes",
             *(
                 (
                     f"sum by (node_type) (ray_cluster_{state}_nodes{{{NAMESPACE}}})",
-                    f"{{{{node_type}}}}, {words}",
+                    f"{{{{node_type}}}}, {state}",
                 )
-                for state, words in (
-                    ("active", "there"),
-                    ("pending", "coming"),
-                    ("failed", "failed"),
-                )
+                for state in ("active", "pending", "failed")
             ),
         ),
         panel(
-            "KubeRay's status of the service",
+            "RayService readiness",
             (
                 f'sum by (name) (kuberay_service_condition_ready{{{NAMESPACE}, condition="true"}})',
                 "{{name}}",
             ),
-            description="1: a gateway responds.",
+            description="1: KubeRay reports the RayService as Ready.",
         ),
         panel(
-            "Replicas that did not report metrics",
+            "Silent replicas, and scrape time",
             (
                 f'diffusion_serve_scraped_replicas{{{MODEL}, answer="silent"}}',
-                "{{deployment}} {{ray_io_cluster}}, silent",
+                "{{deployment}} {{ray_io_cluster}}, silent replicas",
             ),
             (
                 f"diffusion_serve_scrape_seconds{{{MODEL}}}",
-                "{{ray_io_cluster}} seconds of a scrape",
+                "{{ray_io_cluster}} scrape time, in seconds",
             ),
         ),
     ),
@@ -151,15 +153,15 @@ SCALING = Dashboard(
 
 GPU = Dashboard(
     "GPU",
-    "What the devices do, and for which replica: a GPU without a name has no replica.",
+    "The GPUs, and the replica on each; a curve without a replica is a free GPU.",
     (
         panel(
-            "A kernel runs",
+            "GPU utilization",
             (of_gpu("DCGM_FI_DEV_GPU_UTIL / 100"), "{{replica}} {{UUID}}"),
             unit="percentunit",
         ),
         panel(
-            "Tensor cores at work",
+            "Tensor core utilization",
             (of_gpu("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE"), "{{replica}} {{UUID}}"),
             unit="percentunit",
         ),
@@ -169,7 +171,7 @@ GPU = Dashboard(
             unit="watt",
         ),
         panel(
-            "Memory used, of the device",
+            "Device memory in use",
             (
                 of_gpu("DCGM_FI_DEV_FB_USED / (DCGM_FI_DEV_FB_USED + DCGM_FI_DEV_FB_FREE)"),
                 "{{replica}} {{UUID}}",
@@ -177,7 +179,7 @@ GPU = Dashboard(
             unit="percentunit",
         ),
         panel(
-            "Memory as the replica sees it",
+            "Device memory, as replicas report it",
             (total("device_memory_bytes", "replica", "kind"), "{{replica}} {{kind}}"),
             unit="bytes",
         ),
@@ -189,17 +191,18 @@ GPU = Dashboard(
         panel(
             "Last Xid",
             (of_gpu("DCGM_FI_DEV_XID_ERRORS"), "{{replica}} {{UUID}}"),
-            description="0 is good. docs/operate/runbook.md says which codes mean what.",
+            description="0: no error since the exporter started. The runbook explains the codes.",
         ),
         panel(
-            "Network calls that found too little memory",
+            "Network calls out of memory",
             (rate("out_of_memory_total", "replica"), "{{replica}}"),
         ),
         panel(
-            "Seconds that networks ran, a second",
+            "Network busy time",
             (rate("device_seconds_total", "replica"), "{{replica}}"),
             unit="percentunit",
-            description="By the engine's clock: far from 100 % under load, it waits for the host.",
+            description="Share of time with a network call, by the engine's clock. Well below "
+            "100 % under load, the GPU waits for the host.",
         ),
     ),
 )

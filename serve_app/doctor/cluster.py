@@ -111,7 +111,7 @@ def look(cluster: Cluster, cpu: bool, overlay: Sequence[Object] | None = None) -
         ("Secrets", lambda: secrets.check_secrets(cluster, services, overlay)),
         ("storage", lambda: _check_storage(cluster, services, overlay)),
         ("Ray version", lambda: kuberay.check_ray_version(services)),
-        ("refusals", lambda: kuberay.check_refusals(cluster)),
+        ("rejections", lambda: kuberay.check_refusals(cluster)),
         ("pods", lambda: pods.check_pods(cluster, overlay is not None)),
         ("Gateways", lambda: gateways.check_gateways(cluster)),
         # Last: the rows above give the causes that keep a service from being ready.
@@ -141,7 +141,7 @@ def _find_service(cluster: Cluster) -> Finding | None:
             if IMPORT_PATH in (one["spec"].get("serveConfigV2") or "")
         ]
 
-    check, here = "RayService", f"none of diffusion-serve in namespace {cluster.namespace}"
+    check, here = "RayService", f"no RayService of diffusion-serve in namespace {cluster.namespace}"
     if ours(everywhere=False):
         return None
     try:
@@ -151,17 +151,18 @@ def _find_service(cluster: Cluster) -> Finding | None:
     except NotReadable:
         return warning(
             check,
-            f"{here}, and other namespaces may not be read",
-            f"If it is in another, name that:\n  {_COMMAND} --namespace NAMESPACE\n{_BEFORE}",
+            f"{here}; other namespaces may not be read",
+            "If another namespace has it, name that one:\n"
+            f"  {_COMMAND} --namespace NAMESPACE\n{_BEFORE}",
         )
     if not others:
-        return warning(check, f"{here}, nor in any other", _BEFORE)
+        return warning(check, f"{here}, or in any other", _BEFORE)
     if len(others) == 1 and not cluster.namespace_is_requested:
         cluster.namespace = others[0]
         return None
     return failed(
         check,
-        f"{here}, but in {', '.join(others)}",
+        f"{here}; found in {', '.join(others)}",
         "Name the namespace:\n"
         + "\n".join(f"  {_COMMAND} --namespace {namespace}" for namespace in others),
     )
@@ -220,21 +221,23 @@ def _check_class(check: str, claim: Object, classes: Sequence[Object]) -> Findin
             return ok(check, f"the default StorageClass {default[0]} makes its volume")
         return failed(
             check,
-            "it names no StorageClass, and none is the default",
-            f"Set storageClassName of the claim to one of {', '.join(names) or '(none is here)'}, "
+            "no storageClassName, and the cluster has no default StorageClass",
+            "Set storageClassName of the claim to one of "
+            f"{', '.join(names) or '(there are none)'}, "
             "or make one the default:\n"
             f"  kubectl annotate storageclass NAME {_DEFAULT_CLASS}=true",
         )
     if wanted == "":
         return warning(
             check,
-            "not bound, and no StorageClass is to make its volume",
-            'storageClassName: "" waits for a PersistentVolume that somebody makes by hand.',
+            "not bound, and its storageClassName is empty",
+            'storageClassName: "" needs a PersistentVolume that you create by hand.',
         )
     if wanted not in names:
         return failed(
             check,
             f"its StorageClass {wanted} does not exist",
-            f"Set storageClassName to one of {', '.join(names) or '(none is here)'}, or create it.",
+            f"Set storageClassName to one of {', '.join(names) or '(there are none)'}, or create "
+            "it.",
         )
     return ok(check, f"the StorageClass {wanted} makes its volume")

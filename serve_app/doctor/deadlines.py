@@ -181,4 +181,4 @@ def _seconds(field: str, value: Any) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise ConfigError(f"{field} is {value!r}, which is no number of seconds.") from None
+        raise ConfigError(f"{field} is {value!r}, which is not a number of seconds.") from None

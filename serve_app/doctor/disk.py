@@ -31,16 +31,16 @@ def check_disk(model: ModelConfig) -> Finding:
     if not os.access(existing, os.W_OK):
         return failed(
             "disk",
-            f"{existing} may not be written, and {model.source} is to be downloaded there",
-            f"Point HF_HOME to a folder that user {os.getuid()} may write; on Kubernetes set "
-            "securityContext.fsGroup of the pod, with Docker chown the volume.",
+            f"{existing} is not writable, and {model.source} is to be downloaded there",
+            f"Point HF_HOME to a folder that user {os.getuid()} may write. On Kubernetes set "
+            "securityContext.fsGroup of the pod. With Docker, chown the volume.",
         )
     if free < _NEEDED_DISK_BYTES:
         return failed(
             "disk",
             f"{found}; even a small model needs {gib(_NEEDED_DISK_BYTES)}",
             "Free space there (`hf cache ls` lists what is cached), or point HF_HOME to a larger "
-            "disk; on Kubernetes mount a volume there, as the component `model-cache` does.",
+            "disk. On Kubernetes mount a volume there, as the component `model-cache` does.",
         )
     return ok("disk", f"{found}, whose size is unknown before the download")
 
@@ -59,7 +59,7 @@ def check_temporary_disk(folder: Path) -> Finding:
         return failed(
             "disk for Ray",
             found,
-            f"Free space there, or start Ray with --temp-dir on another disk: over {_RAY_FULL:.0%} "
-            "Ray warns each minute and cannot spill objects; logs and sockets are there, too.",
+            "Free space there, or start Ray with --temp-dir on another disk. Over "
+            f"{_RAY_FULL:.0%}, Ray cannot spill objects. Its logs and sockets are there, too.",
         )
     return ok("disk for Ray", found)

@@ -54,7 +54,7 @@ def check_torch(torch: TorchBuild | None) -> Finding:
     if torch.cuda is None:
         return failed(
             "torch",
-            f"torch {torch.version} has no CUDA in it: a build for the CPU (or for other GPUs)",
+            f"torch {torch.version} is a build without CUDA",
             "Install a CUDA build of the same version, as the image `gpu` has; on Linux, "
             f"`pip install torch=={torch.version.split('+')[0]}` from PyPI is one. For the CPU, "
             "add --cpu.",
@@ -79,8 +79,8 @@ def check_driver(driver: Driver, cuda: tuple[int, int]) -> Finding:
     if branch < oldest:
         older = max((major for major, least in OLDEST_DRIVER.items() if least <= branch), default=0)
         instead = (
-            f", or install a torch that was built with CUDA {older}.x (images/README.md has the "
-            "build argument)"
+            f", or install a torch that was built with CUDA {older}.x (docs/operate/"
+            "containers.md has the build argument)"
             if older
             else "; no build of the torch that this project needs runs on an older one than "
             f"{min(OLDEST_DRIVER.values())}"
@@ -88,8 +88,8 @@ def check_driver(driver: Driver, cuda: tuple[int, int]) -> Finding:
         return failed(
             "driver",
             found,
-            f"Update the driver of the host to {oldest} or newer (in a container nothing can be "
-            f"done about it){instead}. On Kubernetes keep pods off such nodes by "
+            f"Update the driver of the host to {oldest} or newer (not in the container){instead}. "
+            "On Kubernetes keep pods off such nodes by "
             "nvidia.com/cuda.driver-version.major.",
         )
     if driver.cuda is not None and driver.cuda[0] == cuda[0] and driver.cuda < cuda:
@@ -118,7 +118,7 @@ def try_kernel(command: Sequence[str] | None = None, timeout_s: float = 120.0) -
                     pipe.close()
         return failed(
             "kernel",
-            f"torch did not finish a product of matrices in {timeout_s:g} s",
+            f"torch did not finish a matrix multiplication in {timeout_s:g} s",
             "The driver hangs: look for Xid errors in the host's `dmesg`, take the machine out of "
             "service, and reboot it.",
         )
@@ -130,14 +130,14 @@ def try_kernel(command: Sequence[str] | None = None, timeout_s: float = 120.0) -
         details = f"killed by signal {-process.returncode}; {details}"
     elif process.returncode == 0:
         details = "it finds no GPU"
-    return failed("kernel", f"torch cannot: {details}", _advice_on(errors))
+    return failed("kernel", f"torch cannot use it: {details}", _advice_on(errors))
 
 
 _KNOWN = (
     (
         r"no kernel image is available",
-        "This torch has no code for a GPU of this generation: take a build for it (newer for a new "
-        "card, with an older CUDA for an old one).",
+        "This torch has no code for a GPU of this generation. For a new GPU, install a newer "
+        "torch. For an old GPU, install a build with an older CUDA.",
     ),
     (
         r"system not yet initialized|error 802",
@@ -146,7 +146,7 @@ _KNOWN = (
     ),
     (
         r"out of memory",
-        "Somebody else has the GPU's memory: `nvidia-smi` on the host lists who.",
+        "Other processes use the GPU's memory: `nvidia-smi` on the host lists them.",
     ),
     (
         r"driver version is insufficient|driver on your system is too old|forward compatibility",
@@ -154,12 +154,12 @@ _KNOWN = (
     ),
     (
         r"busy or unavailable",
-        "Another process has the GPU for itself: end it, or let several use it with `nvidia-smi "
+        "Another process uses the GPU exclusively: end it, or allow several with `nvidia-smi "
         "-c DEFAULT`.",
     ),
     (
         r"No module named|cannot open shared object|cannot import name",
-        "The installation is not whole: install it again with constraints.txt.",
+        "The installation is incomplete: install it again with constraints.txt.",
     ),
 )
 

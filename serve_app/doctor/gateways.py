@@ -53,11 +53,12 @@ def check_classes(
         if name not in here and name in coming:
             continue
         if name not in here:
-            others = f" (here: {', '.join(sorted(here))})" if here else ""
+            others = f" (existing: {', '.join(sorted(here))})" if here else ""
             yield failed(
                 check,
                 f"{by} names it, and it does not exist{others}",
-                f"Make the classes of this repository, or name one that is here:\n{_APPLY_CLASSES}",
+                "Create the GatewayClasses of this repository, or name an existing "
+                f"one:\n{_APPLY_CLASSES}",
             )
             continue
         accepted = _conditions(here[name]).get("Accepted", {})
@@ -85,7 +86,7 @@ def check_gateways(cluster: Cluster) -> Iterator[Finding]:
             if name not in names:
                 yield failed(
                     f"Gateway {name}",
-                    f"KubeRay has not made it for RayService {_name(service)}",
+                    f"KubeRay has not created it for RayService {_name(service)}",
                     "It makes one only with its feature gate RayServiceIncrementalUpgrade, which "
                     "cluster/platform/kuberay-operator.yaml sets; the operator's log has details.",
                 )
@@ -115,7 +116,7 @@ def _check_gateway(cluster: Cluster, gateway: Object) -> Finding:
             "Its Service of type LoadBalancer has no address: `kubectl get services "
             "--all-namespaces --selector gateway.envoyproxy.io/owning-gateway-name="
             f"{_name(gateway)}` and its events show why (no load balancers in this cluster, a "
-            "quota). Where it need be reached from inside only, take the class eg-internal.",
+            "quota). If clients are inside the cluster only, use the class eg-internal.",
         )
     if programmed.get("reason") == "NoResources":
         return failed(
@@ -163,7 +164,7 @@ def _advice_on_controller(cluster: Cluster, controller: str | None) -> str:
             f"  kubectl -n {where} describe deployment {_name(running[0])}"
         )
     return (
-        "Look whether Envoy Gateway runs, whether the GatewayClass is accepted, and whether the "
+        "Check whether Envoy Gateway runs, whether the GatewayClass is accepted, and whether the "
         "Service of its proxy has an address:\n"
         "  kubectl -n envoy-gateway-system get deployments,pods,services\n"
         "  kubectl get gatewayclasses"

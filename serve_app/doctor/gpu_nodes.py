@@ -29,7 +29,7 @@ def check_device_plugin(cluster: Cluster) -> Iterator[Finding]:
         yield warning(
             check,
             "no daemonset of it, though nodes offer GPUs",
-            "Some providers build it into their nodes: nothing is to be done if that is so here.",
+            "Some providers build it into their nodes. In that case, do nothing.",
         )
     elif not plugins:
         yield failed(check, "no daemonset of it: no node can offer nvidia.com/gpu", install)
@@ -41,8 +41,8 @@ def check_device_plugin(cluster: Cluster) -> Iterator[Finding]:
             yield warning(
                 check,
                 found,
-                "It selects no node: right while all GPU nodes are away, else check its "
-                "nodeSelector and affinity (with feature discovery it waits for the label "
+                "It selects no node. That is correct while there is no GPU node. Otherwise check "
+                "its nodeSelector and affinity (with feature discovery it waits for the label "
                 "nvidia.com/gpu.present or feature.node.kubernetes.io/pci-10de.present).",
             )
         elif ready < wanted:
@@ -50,7 +50,7 @@ def check_device_plugin(cluster: Cluster) -> Iterator[Finding]:
                 check,
                 found,
                 f"Look at its pods: `kubectl -n {plugin['metadata']['namespace']} get pods -o "
-                "wide`, and their logs. Mostly the node has no driver, or NVIDIA's runtime is not "
+                "wide`, and their logs. Usually the node has no driver, or NVIDIA's runtime is not "
                 "containerd's default and the plugin has no runtimeClassName.",
             )
         else:
@@ -73,9 +73,9 @@ def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Fi
     if idle:
         yield failed(
             check,
-            f"{', '.join(idle)}: GPUs that no pod can have (none allocatable)",
-            "Look at the device plugin's log on the node: the driver does not load, the GPUs are "
-            "unhealthy (Xid errors in `dmesg`), or MIG is on without instances.",
+            f"{', '.join(idle)}: GPUs are present, and none is allocatable",
+            "Read the log of the device plugin on the node. The driver does not load, the GPUs "
+            "are unhealthy (Xid errors in `dmesg`), or MIG is on without instances.",
         )
     if not offering:
         if not idle:
@@ -119,9 +119,9 @@ def check_gpu_nodes(cluster: Cluster, services: Sequence[Object]) -> Iterator[Fi
         yield warning(
             "GPU sharing",
             f"{', '.join(shared)}: GPUs are time-sliced or shared through MPS",
-            "Pods on one GPU take each other's memory. Take `sharing` out of the device plugin's "
-            "configuration for these nodes, or keep the service off them; where one GPU must "
-            "serve several, MIG keeps them apart.",
+            "Pods that share a GPU also share its memory. Remove `sharing` from the device "
+            "plugin's configuration for these nodes, or keep the service off them. If one GPU "
+            "must serve several pods, use MIG.",
         )
 
 

@@ -154,8 +154,8 @@ _CPU_ONLY = "If this machine needs no GPU, add --cpu."
 
 
 _RUNTIME = (
-    "NVIDIA's runtime is not the default of this node's containerd, so that the pod must name it "
-    "(for the workers: the component `runtime-class`), with its RuntimeClass:\n"
+    "NVIDIA's runtime is not the default of this node's containerd. The pod must name it by a "
+    "RuntimeClass, which the component `runtime-class` does for workers:\n"
     "  kubectl apply -f cluster/platform/runtimeclass.yaml\n"
     "  spec: {runtimeClassName: nvidia}"
 )
@@ -196,10 +196,10 @@ def explain(error: pynvml.NVMLError, place: Place) -> Finding:
         return failed(
             "gpu",
             f"the driver's library is missing: no libnvidia-ml.so.1, though {devices}",
-            "The container has the GPU's device and not the driver's libraries: start it with "
+            "The container has the GPU's device and not the driver's libraries. Start it through "
+            "the NVIDIA Container Toolkit, not with a bare --device. Set "
             "NVIDIA_DRIVER_CAPABILITIES=compute,utility (it is "
-            f"{place.environment.get('NVIDIA_DRIVER_CAPABILITIES')!r}) through the NVIDIA "
-            "Container Toolkit, not with a bare --device."
+            f"{place.environment.get('NVIDIA_DRIVER_CAPABILITIES')!r})."
             if place.container
             else "Install the driver's libraries of the same version (the package with "
             "libnvidia-ml.so.1), and run ldconfig.",
@@ -236,16 +236,16 @@ def explain(error: pynvml.NVMLError, place: Place) -> Finding:
         return failed(
             "gpu",
             "NVML: Unknown Error; the container has lost its GPU",
-            "Delete the container or pod and start it anew. The cause is `systemctl "
-            "daemon-reload` on the host, which removes devices that Docker did not add itself "
-            "from running containers; CDI, the GPU Operator's default from 25.10 on, avoids it.",
+            "Delete the container or pod and start it again. The cause is `systemctl "
+            "daemon-reload` on the host. It removes devices that Docker did not add itself from "
+            "running containers. CDI avoids it, the GPU Operator's default from 25.10 on.",
         )
     if error.value in (pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_RESET_REQUIRED):
         return failed(
             "gpu",
             f"a GPU does not answer: {error}",
-            "Look for Xid errors in the host's `dmesg`, take the machine out of service (`kubectl "
-            "drain`), and reboot it; if it happens again, the card is broken.",
+            "Look for Xid errors in the host's `dmesg`. Take the machine out of service (`kubectl "
+            "drain`), and reboot it. If it happens again, the GPU is broken.",
         )
     return failed(
         "gpu",
@@ -294,8 +294,8 @@ def _check_mig(gpu: Gpu) -> Finding:
             check,
             f"{'on' if gpu.mig else 'off'}, and {'on' if gpu.mig_pending else 'off'} after the "
             "next reset of the GPU",
-            "Take it out of service and reset it (`nvidia-smi --gpu-reset`), or take the change "
-            f"back: `sudo nvidia-smi -i {gpu.index} -mig {int(gpu.mig)}`.",
+            "Take it out of service and reset it (`nvidia-smi --gpu-reset`), or undo the change: "
+            f"`sudo nvidia-smi -i {gpu.index} -mig {int(gpu.mig)}`.",
         )
     if not gpu.mig:
         return ok(check, "off")
@@ -329,9 +329,9 @@ def _check_sharing(gpu: Gpu) -> Finding:
     if gpu.total_bytes is not None and gpu.free_bytes is not None and not gpu.mig:
         used = gpu.total_bytes - gpu.free_bytes
     advice = (
-        "Give each replica a GPU of its own: time-slicing and MPS do not keep one process's "
-        "memory from another, and the last one runs out of it. `nvidia-smi` on the host lists "
-        "all processes; on Kubernetes check the node's label nvidia.com/gpu.sharing-strategy."
+        "Give each replica a GPU of its own. Time-slicing and MPS do not reserve memory for a "
+        "process, so the last one runs out of it. `nvidia-smi` on the host lists all processes. "
+        "On Kubernetes check the node's label nvidia.com/gpu.sharing-strategy."
     )
     if gpu.mps:
         return warning(check, "processes share it through CUDA's Multi-Process Service", advice)
@@ -340,5 +340,5 @@ def _check_sharing(gpu: Gpu) -> Finding:
             check, f"{gpu.processes} other processes compute on it, {gib(used)} in use", advice
         )
     if used > _IN_USE_BYTES:
-        return warning(check, f"{gib(used)} in use by no visible process", advice)
+        return warning(check, f"{gib(used)} in use by processes that are not visible here", advice)
     return ok(check, "no other process uses it")

@@ -18,7 +18,7 @@ def multiply(device: str) -> str:
     ones = torch.ones(256, 256, dtype=torch.bfloat16, device=device)
     product = (ones @ ones).float().cpu()
     if not bool((product == 256).all()):
-        raise RuntimeError(f"a product of matrices on {device} is wrong")
+        raise RuntimeError(f"a matrix multiplication on {device} gives a wrong result")
     if torch.device(device).type != "cuda":
         return device
     major, minor = torch.cuda.get_device_capability(device)

@@ -24,7 +24,7 @@ INSTALL_GATEWAY = (
     "      --namespace envoy-gateway-system --create-namespace\n"
     "  kubectl apply -f cluster/platform/gatewayclass.yaml"
 )
-"""Commands of cluster/platform/README.md."""
+"""Commands of docs/operate/kubernetes.md."""
 
 _GATEWAY_GROUPS = ("gateway.networking.k8s.io", "gateway.envoyproxy.io")
 

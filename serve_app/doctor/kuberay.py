@@ -19,7 +19,7 @@ INSTALL = (
     f"  helm install kuberay-operator {_CHART} \\\n"
     f"      --namespace kuberay-operator --create-namespace {_VALUES}"
 )
-"""Commands of cluster/platform/README.md."""
+"""Commands of docs/operate/kubernetes.md."""
 _UPDATE_CRDS = (
     f"{_REPOSITORY}\n"
     "  helm repo update kuberay\n"
@@ -35,7 +35,7 @@ def check_crds(cluster: Cluster) -> Iterator[Finding]:
     served = cluster.served("ray.io")
     missing = [name for name in ("rayservices", "rayclusters") if name not in served.get("v1", ())]
     if not served:
-        yield failed(check, "not there: no API group ray.io", _INSTALL_ADVICE)
+        yield failed(check, "not installed: no API group ray.io", _INSTALL_ADVICE)
     elif missing:
         yield failed(
             check,
@@ -56,7 +56,7 @@ def check_operator(cluster: Cluster) -> Iterator[Finding]:
         if re.search(r"kuberay.*operator", image)
     ]
     if not found:
-        yield failed(check, "no deployment of it", _INSTALL_ADVICE)
+        yield failed(check, "not installed: no deployment found", _INSTALL_ADVICE)
     for deployment, image in found:
         where = f"{full_name(deployment)}, {image}"
         status = deployment.get("status") or {}

@@ -45,7 +45,7 @@ def this_place() -> Place:
 def look(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
     """Run every check, the cheap ones first. ``nvml`` is NVIDIA's library, or a stand-in."""
     if wanted.cpu:
-        yield ok("gpu", "none is expected (--cpu)")
+        yield ok("gpu", "no GPU is expected (--cpu)")
     else:
         yield from _check_gpus(wanted, place, nvml)
     if wanted.cpu and wanted.num_gpus:
@@ -127,9 +127,9 @@ def _check_model(wanted: Wanted, check: str, memory: tuple[int, int] | None) -> 
         yield warning(
             check,
             f"the memory that {model.source} needs is unknown: its weights are not here",
-            f"Fetch them (`hf download {model.source}`) and run the doctor again, or read their "
-            "size on the model's page: in bfloat16 they take 2 bytes a parameter, and must leave "
-            "room for images.",
+            f"Fetch them (`hf download {model.source}`) and run the doctor again. Or read their "
+            "size on the model's page: in bfloat16 they take 2 bytes a parameter. They must "
+            "leave room for images.",
         )
         return
     yield check_memory(check, model, parts, memory, on_gpu=not wanted.cpu)

@@ -21,13 +21,13 @@ def _check_operator_rules(service: Object) -> Iterator[Finding]:
     found = list(operator_rules.refusals(service))
     for number, refusal in enumerate(found, start=1):
         yield failed(
-            f"{name} refused" + (f" {number}" if len(found) > 1 else ""),
+            f"{name} rejected" + (f" {number}" if len(found) > 1 else ""),
             f"KubeRay's operator rejects it: {refusal.field} {refusal.found}",
             refusal.advice,
         )
     if not found:
         yield ok(
-            f"{name} operator", f"keeps the {len(operator_rules.RULES)} rules of KubeRay 1.7.0"
+            f"{name} operator", f"passes the {len(operator_rules.RULES)} rules of KubeRay 1.7.0"
         )
 
 
@@ -37,7 +37,9 @@ def _check_deadlines(service: Object) -> Iterator[Finding]:
         found = list(deadlines.misorders(service))
         chains = deadlines.chains(service)
     except ConfigError as error:
-        yield failed(check, str(error), "Correct it: no chain of deadlines can be read without.")
+        yield failed(
+            check, str(error), "Correct it first: the deadlines cannot be read without it."
+        )
         return
     for number, misorder in enumerate(found, start=1):
         yield failed(

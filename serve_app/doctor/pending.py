@@ -27,15 +27,16 @@ _ADVICE = {
     "key: create it; `kubectl describe pod` names it.",
     "start": "The container runtime cannot start it. If NVIDIA's hook or CDI is named, the node's "
     "driver or its NVIDIA Container Toolkit is broken, or the pod needs runtimeClassName: nvidia.",
-    "crash": "It ends right after its start: `kubectl logs --previous` shows the reason.",
+    "crash": "The container ends right after its start: `kubectl logs --previous` shows the "
+    "reason.",
 }
 
 
 _EVENTS = (
     (
         r'(secret|configmap) "[^"]+" not found|references non-existent (secret|config) key',
-        "Create what is named, in the pod's namespace; cluster/README.md lists the Secrets and "
-        "their keys.",
+        "Create what is named, in the pod's namespace; docs/operate/kubernetes.md lists the "
+        "Secrets and their keys.",
     ),
     (
         r"no runtime for \S+ is configured",
@@ -137,7 +138,7 @@ def _on_secret(pod: Object, message: str) -> str | None:
         return None
     namespace = pod["metadata"]["namespace"]
     if match[1]:
-        return f"Make it:\n{secrets.command(match[1], (), namespace)}"
+        return f"Create it:\n{secrets.command(match[1], (), namespace)}"
     return f"Add it:\n{secrets.command(match[3], [match[2]], namespace, add=True)}"
 
 
@@ -185,16 +186,16 @@ def _ended(check: str, pod: Object) -> Finding | None:
     return failed(
         check,
         f"failed: {reason or 'no reason given'}",
-        "The node ended it, for lack of memory or disk (Evicted: the cache's emptyDir counts, "
-        "too) or because the node itself went away: `kubectl describe pod` and `kubectl describe "
-        "node` show which.",
+        "The node ended it, for lack of memory or disk, or because the node itself went away. "
+        "For `Evicted`, the cache's emptyDir counts, too. `kubectl describe pod` and `kubectl "
+        "describe node` show the reason.",
     )
 
 
 _KILLED = 128 + 9
 """Exit code of a process that was ended by SIGKILL."""
 
-_MEMORY = "Mostly its memory limit is too low: raise requests and limits."
+_MEMORY = "Usually its memory limit is too low: raise requests and limits."
 
 
 def _terminated(status: Object) -> Iterator[tuple[str, Object]]:
@@ -233,8 +234,8 @@ def replaced(events: Sequence[Object]) -> Finding | None:
     how = f"{last[2]}, exit code {state[1]} ({state[2] or 'no reason'})" if state else last[2]
     return warning(
         "replaced pods",
-        f"{len(ended)} that had ended within the last hour or so; the last: {last[1]}, {how}",
+        f"{len(ended)} that ended within about the last hour; the last: {last[1]}, {how}",
         "KubeRay restarts no container; it replaces the pod, and the log is lost with it: watch "
-        "the next one (`kubectl logs --follow`). Exit code 137 means mostly that the memory limit "
+        "the next one (`kubectl logs --follow`). Exit code 137 usually means that the memory limit "
         "is too low; on spot nodes pods end with their node.",
     )

@@ -48,7 +48,7 @@ def _none(cluster: Cluster, to_come: bool) -> Iterator[Finding]:
         yield warning(
             "pods",
             f"none in namespace {cluster.namespace}, which has a RayService",
-            "KubeRay has created none: see the rows of KubeRay and of the RayService, and at the "
+            "KubeRay has created none: check the rows of KubeRay and of the RayService, and the "
             "operator's log.",
         )
     elif not services and to_come:

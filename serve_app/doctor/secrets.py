@@ -44,7 +44,7 @@ _COMMANDS = {
         "kubectl -n {namespace} create secret tls diffusion-serve-tls --cert=tls.crt --key=tls.key",
     ),
 }
-"""Commands of cluster/README.md by Secret."""
+"""Commands by Secret. docs/operate/kubernetes.md has a table of them."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def check_secrets(
             yield failed(
                 f"Secret {name}",
                 f"not in namespace {cluster.namespace}, and needed{what} by {by}",
-                f"Make it:\n{command(name, wanted, cluster.namespace)}",
+                f"Create it:\n{command(name, wanted, cluster.namespace)}",
             )
         elif missing:
             has = f"it has {', '.join(sorted(keys))}" if keys else "it is empty"
@@ -225,7 +225,7 @@ def _not_readable(namespace: str, forbidden: Mapping[str, Forbidden]) -> Finding
     return warning(
         "Secrets",
         f"{', '.join(forbidden)}: may not be read",
-        "Have somebody with the right check them, since pods stay pending without them:\n"
+        "Let an administrator check them, because pods stay pending without them:\n"
         f"  kubectl -n {namespace} get secret {' '.join(forbidden)}\n"
         "Or have an administrator grant it for these alone:\n"
         f"  kubectl -n {namespace} create role {ROLE} --verb=get --resource=secrets {names}\n"

@@ -103,9 +103,9 @@ def advice_on_upgrade(service: Object, resources: Sequence[str]) -> str:
     what = "GPUs" if any(one.startswith("nvidia.com/") for one in resources) else "room"
     return (
         f"The second cluster of an upgrade needs spare {what} until it has taken over, and "
-        f"{name} is served by the first one meanwhile. Add nodes until then (or raise the "
-        "node group's limit); or scale down first, by a lower minReplicas and maxReplicas; or "
-        "take components/incremental-upgrade with a small maxSurgePercent, which still starts "
+        f"{name} is served by the first one meanwhile. Add nodes until then, or raise the node "
+        "group's limit. Or scale down first, by a lower minReplicas and maxReplicas. Or use "
+        "components/incremental-upgrade with a small maxSurgePercent, which still starts "
         "minReplicas workers."
     )
 
@@ -163,12 +163,12 @@ def advice_on_short(resources: Sequence[str]) -> str:
 def _advice_on_condition(fit: Fit) -> str:
     if fit.condition == ("cordoned",):
         return (
-            "Somebody, or an upgrade of the node, keeps new pods off. Once that is over:\n"
+            "The node is cordoned, by a person or by an upgrade. When that is finished:\n"
             f"  kubectl uncordon {fit.node}"
         )
     return (
-        "Kubernetes itself keeps pods off, until the node is well again or another takes its "
-        f"place. Its conditions and events:\n  kubectl describe node {fit.node}"
+        "Kubernetes keeps pods off until the node is healthy or replaced. See its conditions "
+        f"and events:\n  kubectl describe node {fit.node}"
     )
 
 
@@ -193,7 +193,7 @@ def _advice_on_labels(labels: Sequence[str], nodes: Sequence[Object]) -> str:
         )
     if any(label.startswith("nvidia.com/gpu.product") for label in labels):
         return (
-            f"Nodes here have {', '.join(products)}: take the component for that GPU, or add nodes "
+            f"Nodes here have {', '.join(products)}: use the component for that GPU, or add nodes "
             "of the other kind."
         )
     return "Add a node with these labels, or change nodeSelector or affinity of the pod template."

@@ -46,7 +46,7 @@ def check_ray_cluster(place: Place, timeout_s: float = 60.0) -> Finding:
     """Compare the versions here with those of the cluster that RAY_ADDRESS names."""
     address = place.environment.get("RAY_ADDRESS")
     if address in (None, "", "local", "auto"):
-        return ok("ray cluster", "RAY_ADDRESS names none")
+        return ok("ray cluster", "nothing to compare: RAY_ADDRESS is not set")
     if "://" in address:
         return warning(
             "ray cluster",
@@ -107,5 +107,8 @@ def check_probes(place: Place) -> Finding:
     if not missing:
         return ok("probes", "bash and wget are here, for KubeRay's probes")
     found = f"{' and '.join(missing)} missing: KubeRay's probes need them"
-    advice = f"Install {' and '.join(missing)} in the image, else no pod of it becomes ready."
+    advice = (
+        f"Install {' and '.join(missing)} in the image. Otherwise no pod with this image becomes "
+        "ready."
+    )
     return (failed if place.kubernetes else warning)("probes", found, advice)

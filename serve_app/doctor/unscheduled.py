@@ -29,8 +29,8 @@ _OF_THE_POD = (
 _OF_NODES = (
     (
         r"volume node affinity conflict",
-        "The volume lies in another zone than the free nodes: use a StorageClass with "
-        "volumeBindingMode: WaitForFirstConsumer, or add nodes in its zone.",
+        "The volume lies in another zone than the free nodes. Use a StorageClass with the "
+        "volumeBindingMode WaitForFirstConsumer, or add nodes in its zone.",
     ),
     (
         r"exceed max volume count",
@@ -42,7 +42,7 @@ _OF_NODES = (
     ),
     (
         r"pod (anti-)?affinity|topology spread constraints",
-        "A rule about pods beside each other keeps it off: check podAffinity, podAntiAffinity "
+        "An affinity or spread rule keeps it off: check podAffinity, podAntiAffinity "
         "and topologySpreadConstraints of the pod template, or add nodes.",
     ),
     (
@@ -96,7 +96,7 @@ def why(
         return warning(
             check,
             f"pending: {message}",
-            "Something holds its schedulingGates, such as a queue (Kueue): look there.",
+            "A controller such as Kueue holds its schedulingGates: check that controller.",
         )
     for pattern, advice in _OF_THE_POD:
         if re.search(pattern, message):
@@ -144,8 +144,8 @@ def _although_nodes_fit(
     return failed(
         check,
         f"pending: {message}",
-        f"By labels, taints and free resources, {fitting} can take it: look again in a minute; if "
-        "it stays so, `kubectl describe pod` shows its events.",
+        f"By labels, taints and free resources, {fitting} can take it: run the doctor again in a "
+        "minute; if it stays pending, `kubectl describe pod` shows its events.",
     )
 
 

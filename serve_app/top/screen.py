@@ -89,7 +89,7 @@ def _replicas(snapshot: Snapshot) -> str:
     states = snapshot.now.by("state", REPLICAS)
     words = [f"{states.pop('running', 0.0):.0f} running"]
     words += [f"{count:.0f} {state}" for state, count in states.items() if count]
-    text = f"{', '.join(words)}; {_count(snapshot.now.total(TARGET_REPLICAS))} wanted"
+    text = f"{', '.join(words)}; target {_count(snapshot.now.total(TARGET_REPLICAS))}"
     starts = snapshot.now.by("replica", COLD_START)
     if starts:
         longest = max(starts, key=lambda replica: (starts[replica], replica))
@@ -106,7 +106,7 @@ def _waits(snapshot: Snapshot) -> str:
 
     waiting = snapshot.now.total(WAITING_FOR_REPLICA) or 0
     return (
-        f"in queue {quantiles(REQUEST_PART, part='queue')}; in all {quantiles(REQUEST)}"
+        f"queue {quantiles(REQUEST_PART, part='queue')}; total {quantiles(REQUEST)}"
         + f"; {waiting:.0f} waiting for a replica to start" * (waiting > 0)
     )
 
@@ -123,7 +123,7 @@ def _slo(snapshot: Snapshot) -> str:
     tried = sum(generated.values()) + sum(ended.get(outcome, 0.0) for outcome in UNSERVED)
     if not tried:
         return UNKNOWN
-    return f"{_share(generated.get('met', 0.0) / tried)} of {tried:.0f} tried, in time"
+    return f"{_share(generated.get('met', 0.0) / tried)} of {tried:.0f} attempts in time"
 
 
 def _generated(snapshot: Snapshot) -> str:
@@ -135,7 +135,7 @@ def _arriving(snapshot: Snapshot) -> str:
     work = snapshot.now.total(ARRIVING)
     if work is None:
         return UNKNOWN
-    return f"work for {_number(work)} replicas, if no request shared a batch"
+    return f"work for {_number(work)} replicas without batching"
 
 
 def _cancelled(snapshot: Snapshot) -> str:
@@ -150,15 +150,18 @@ def _problems(snapshot: Snapshot) -> Iterator[str]:
     for labels, value in snapshot.now.where(SHARING):
         if value and labels.get(sample_name(SHARING), "batched") != "batched":
             replica = labels.get("replica", UNKNOWN)
-            yield f"{replica} does not batch: its requests are {labels[sample_name(SHARING)]}"
+            mode = labels[sample_name(SHARING)].replace("alone", "sequential")
+            yield f"{replica} does not batch: its requests are {mode}"
     if snapshot.seconds >= WINDOW_S:
         for replica in _answering(snapshot):
             if _is_stuck(snapshot, replica):
-                yield f"{replica} has requests, but no denoiser call in {snapshot.seconds:.0f} s"
+                yield (
+                    f"{replica} has requests and made no denoiser call for {snapshot.seconds:.0f} s"
+                )
     if seconds := snapshot.rose.total(STALL, "_sum"):
-        yield f"engines made no call for {_duration(seconds)} in total, with requests present"
+        yield f"engines had requests and made no network call for {_duration(seconds)} in total"
     if count := snapshot.rose.total(OUT_OF_MEMORY):
-        yield f"calls that ran out of device memory: {count:.0f}"
+        yield f"network calls that ran out of device memory: {count:.0f}"
 
 
 def _answering(snapshot: Snapshot) -> list[str]:
@@ -218,7 +221,7 @@ def _table(snapshot: Snapshot, width: int, lines: int | None) -> Table:
         table.add_column(head, justify="right", no_wrap=True)
     wide = width >= WIDE
     if wide:
-        table.add_column("ON", no_wrap=True, overflow="ellipsis")
+        table.add_column("NODE", no_wrap=True, overflow="ellipsis")
     others = [
         Text(f"{count:.0f} {state}", "yellow")
         for state, count in snapshot.now.by("state", REPLICAS).items()

@@ -31,7 +31,7 @@ class Server:
         """Validate user input. Raises `ConfigError`."""
         # The HTTP client's error message would contain a key that it cannot send.
         if key is not None and not (key.isascii() and key.isprintable()):
-            raise ConfigError("the API key contains characters that no key has.")
+            raise ConfigError("the API key must consist of printable ASCII characters.")
         return cls(_checked(url), key)
 
     def scrape(self) -> "Series":
@@ -60,8 +60,8 @@ class Server:
             return InvalidKey(f"{self.url} requires an API key: set it in {API_KEY_VARIABLE}.")
         if status == 404:
             return ConfigError(
-                f"{self.url} has no /metrics: the application is not deployed yet, or has a "
-                "route_prefix, which belongs to the URL, or this is another server."
+                f"{self.url}/metrics does not exist (404): the application is not deployed yet, "
+                "the URL lacks its route_prefix, or another server listens there."
             )
         return Unavailable(f"{self.url} responds to GET /metrics with {status} {plain(reason)}.")
 
@@ -74,7 +74,9 @@ def _checked(url: str) -> str:
     except ValueError:  # a wrong port or bracket
         right = False
     if not right or "@" in url or "?" in url or "#" in url or not url.isprintable() or " " in url:
-        raise ConfigError("the URL must look like http://127.0.0.1:8000, without a user or key.")
+        raise ConfigError(
+            "the URL must look like http://127.0.0.1:8000, without a user name or key."
+        )
     return url.rstrip("/").removesuffix("/metrics").rstrip("/")
 
 

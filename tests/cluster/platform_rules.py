@@ -1,5 +1,5 @@
 """Rules about cluster/platform/, which is not rendered: values files, manifests, and the order in
-which its README installs them.
+which the page about Kubernetes installs them.
 
 Charts are not read: this file names the values that place pods.
 """
@@ -16,8 +16,11 @@ import yaml
 from serve_app.doctor.placement import untolerated
 from tests.cluster.manifests import Manifests
 from tests.cluster.schemas import check_schema
+from tests.pages import KUBERNETES, section
 
 FOLDER = "cluster/platform"
+SECTION = "Prepare the cluster"
+"""Section of the page with the commands."""
 
 DAEMONS = {
     "nvidia-device-plugin.yaml": ("tolerations", "nfd.worker.tolerations"),
@@ -53,10 +56,10 @@ def platform_gives_what_pods_name(manifests: Manifests) -> Iterator[str]:
         for _, document in _documents(manifests)
         if document["kind"] == "RuntimeClass"
     ]
-    said = re.findall(r'runtimeClassName(?:=|": ")([\w-]+)', _readme(manifests))
+    said = re.findall(r'runtimeClassName(?:=|": ")([\w-]+)', _page(manifests))
     for name in said:
         if name != runtime:
-            yield f"runtimeClassName {name} is not {runtime} ({FOLDER}/README.md)"
+            yield f"runtimeClassName {name} is not {runtime} ({KUBERNETES})"
     values = yaml.safe_load((manifests.root / FOLDER / "nvidia-device-plugin.yaml").read_text())
     for pod in manifests.pods:
         if (name := pod.spec.get("runtimeClassName", runtime)) != runtime:
@@ -74,26 +77,25 @@ def platform_gives_what_pods_name(manifests: Manifests) -> Iterator[str]:
 
 
 def platform_is_installed_in_order(manifests: Manifests) -> Iterator[str]:
-    """Check that each command of the README has its prerequisites installed before it."""
-    readme = f"{FOLDER}/README.md"
+    """Check that each command of the page has its prerequisites installed before it."""
     installed: set[str] = set()
     used = {"nodes.yaml"}
-    for words in map(shlex.split, _commands(_readme(manifests))):
+    for words in map(shlex.split, _commands(_page(manifests))):
         files = [word for word in words if word.startswith(f"{FOLDER}/")]
         used |= {Path(file).name for file in files}
         for file in files:
             if not (manifests.root / file).is_file():
-                yield f"there is no {file} ({readme})"
+                yield f"there is no {file} ({KUBERNETES})"
                 continue
             text = (manifests.root / file).read_text()
             if "kind: GatewayClass" in text and "envoy-gateway" not in installed:
-                yield f"GatewayClass needs envoy-gateway, installed before it ({file}; {readme})"
+                yield f"GatewayClass needs envoy-gateway before it ({file}; {KUBERNETES})"
             if words[0] != "helm":
                 continue
             if _has_monitor(yaml.safe_load(text)) and "kube-prometheus-stack" not in installed:
                 yield (
                     f"serviceMonitor needs kube-prometheus-stack, installed before it "
-                    f"({file}; {readme})"
+                    f"({file}; {KUBERNETES})"
                 )
             version = words[words.index("--version") + 1]
             first = f"# helm: {words[3].rpartition('/')[2]} {version}"
@@ -103,10 +105,10 @@ def platform_is_installed_in_order(manifests: Manifests) -> Iterator[str]:
             case ["helm", "install", release]:
                 installed.add(release)
             case ["helm", "upgrade", release] if release not in installed:
-                yield f"{release} is upgraded before it is installed ({readme})"
+                yield f"{release} is upgraded before it is installed ({KUBERNETES})"
     for file in sorted((manifests.root / FOLDER).glob("*.yaml")):
         if file.name not in used:
-            yield f"no command of {readme} names {FOLDER}/{file.name}"
+            yield f"no command of {KUBERNETES} names {FOLDER}/{file.name}"
 
 
 def _documents(manifests: Manifests) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -116,8 +118,8 @@ def _documents(manifests: Manifests) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield f"{FOLDER}/{file.name}", document
 
 
-def _readme(manifests: Manifests) -> str:
-    return (manifests.root / FOLDER / "README.md").read_text()
+def _page(manifests: Manifests) -> str:
+    return section(manifests.root, KUBERNETES, SECTION)
 
 
 def _commands(text: str) -> list[str]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.cluster.manifests import Document, Manifests
 from tests.cluster.parts import variables
+from tests.pages import KUBERNETES
 
 SECRETS = {
     "api-keys": {"keys.yaml"},
@@ -15,7 +16,7 @@ SECRETS = {
     "redis": {"password"},
     "diffusion-serve-tls": {"tls.crt", "tls.key"},
 }
-"""Secrets of cluster/README.md, with their keys."""
+"""Secrets of the page about Kubernetes, with their keys."""
 
 OPTIONAL_SECRETS = {"hugging-face"}
 """Secrets without which pods start."""
@@ -40,8 +41,8 @@ def secrets_are_referred_to(manifests: Manifests) -> Iterator[str]:
     for document, where, name, key in _secret_references(manifests):
         if name not in SECRETS or (key is not None and key not in SECRETS[name]):
             yield (
-                f"{where}: the Secret {name}, key {key}, is none of those that cluster/README.md "
-                f"tells how to make ({manifests.written_in(document, name)})"
+                f"{where}: the Secret {name}, key {key}, is none of those that {KUBERNETES} "
+                f"lists ({manifests.written_in(document, name)})"
             )
 
 
@@ -71,8 +72,8 @@ def _secret_references(
 
 
 def secrets_are_made_first(manifests: Manifests) -> Iterator[str]:
-    """Require that README.md creates keys, then Secrets, before it applies the overlay."""
-    text = (manifests.root / "README.md").read_text()
+    """Require that the page creates keys, then Secrets, before it applies the overlay."""
+    text = (manifests.root / KUBERNETES).read_text()
     steps, applied, _ = text.partition(
         f"kubectl apply -k cluster/overlays/{manifests.folder.name}\n"
     )
@@ -86,7 +87,7 @@ def secrets_are_made_first(manifests: Manifests) -> Iterator[str]:
         if keys != SECRETS[name]:
             yield (
                 f"the Secret {name}, keys {', '.join(sorted(SECRETS[name]))}, is not made before "
-                f"`{applied.strip()}` (README.md)"
+                f"`{applied.strip()}` ({KUBERNETES})"
             )
     if steps.rfind("> keys.yaml") > steps.find("--from-file=keys.yaml") >= 0:
-        yield "a key is written to keys.yaml after the Secret api-keys was made of it (README.md)"
+        yield f"a key is written to keys.yaml after the Secret api-keys was made ({KUBERNETES})"

@@ -1,4 +1,4 @@
-"""Every overlay, and every combination that cluster/README.md names, against all rules; and every
+"""Every overlay, and every combination that the pages name, against all rules; and every
 rule against a one-line edit that breaks it."""
 
 import os
@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from tests.cluster.manifests import KUBECTL, Manifests, RenderError, render
+from tests.cluster.platform_rules import SECTION as PLATFORM_SECTION
 from tests.cluster.rules import RULES, problems
 from tests.cluster.schemas import CRD_DIR
+from tests.pages import KUBERNETES, OWN_OVERLAY, section
 
 # Ray 2.60 has nothing else yet that works.
 pytestmark = pytest.mark.filterwarnings("ignore:The .metrics_interval_s. field:DeprecationWarning")
@@ -36,13 +38,13 @@ def copy(tmp_path: Path) -> Path:
     """Copy cluster/ and related folders for edits."""
     for folder in ("cluster", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs/operate", tmp_path / "docs/operate")
     return tmp_path
 
 
 def named_combinations() -> list[list[str]]:
-    """Read the combinations of the README: commas separate them, plus signs join components."""
-    text = (CLUSTER / "README.md").read_text()
+    """Read the combinations of the page: commas separate them, plus signs join components."""
+    text = section(ROOT, OWN_OVERLAY, "Components")
     sentence = text[text.index("Checked combinations:") :].partition("\n\n")[0]
     found = [
         re.findall("`([a-z0-9-]+)`", part)
@@ -78,7 +80,7 @@ def test_overlays_keep_all_rules(name: str) -> None:
 
 @pytest.mark.parametrize("components", named_combinations(), ids="+".join)
 def test_combinations_keep_all_rules(copy: Path, components: list[str]) -> None:
-    if "scale-to-zero" in components:  # as its README says
+    if "scale-to-zero" in components:  # as the page says
         edit(copy / "configs/sdxl.yaml", "min_replicas: 1", "min_replicas: 0")
     assert problems(render(overlay(copy, components))) == []
 
@@ -125,8 +127,8 @@ def test_the_smoke_test_of_the_platform_keeps_all_rules() -> None:
 
 
 def test_the_smoke_test_is_given_the_runtime_class_by_the_command_that_is_shown() -> None:
-    readme = (CLUSTER / "platform/README.md").read_text()
-    shown = re.search(r"^kubectl (patch .*?) \| kubectl create", readme.replace("\\\n", ""), re.M)
+    page = section(ROOT, KUBERNETES, PLATFORM_SECTION)
+    shown = re.search(r"^kubectl (patch .*?) \| kubectl create", page.replace("\\\n", ""), re.M)
     assert shown is not None
     done = subprocess.run(
         f"{KUBECTL} {shown[1]}", shell=True, cwd=ROOT, capture_output=True, text=True, check=True

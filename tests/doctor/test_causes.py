@@ -251,7 +251,7 @@ CASES = [
         _another_gpu,
         "sdxl gpu",
         "no node has nvidia.com/gpu.product=NVIDIA-L4",
-        "Nodes here have NVIDIA-H100-80GB-HBM3: take the component for that GPU",
+        "Nodes here have NVIDIA-H100-80GB-HBM3: use the component for that GPU",
         never=("tolerations:", "delete"),
     ),
     Case(
@@ -259,7 +259,7 @@ CASES = [
         _cordoned,
         "sdxl gpu",
         "1 node fits (gpu-1), but is cordoned",
-        "Somebody, or an upgrade of the node, keeps new pods off. Once that is over:\n"
+        "The node is cordoned, by a person or by an upgrade. When that is finished:\n"
         "  kubectl uncordon gpu-1",
         never=("toleration", "delete"),
     ),
@@ -284,7 +284,7 @@ CASES = [
         _no_keys,
         "Secret api-keys",
         "not in namespace images, and needed with the key keys.yaml by the pods of sdxl gpu",
-        "Make it:\n  diffusion-serve key first-app > keys.yaml\n"
+        "Create it:\n  diffusion-serve key first-app > keys.yaml\n"
         "  kubectl -n images create secret generic api-keys --from-file=keys.yaml",
     ),
     Case(

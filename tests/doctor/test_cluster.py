@@ -19,6 +19,7 @@ from tests.doctor.fake_cluster import (
     unscheduled,
 )
 from tests.doctor.fake_gateways import GATEWAYS, incremental
+from tests.pages import KUBERNETES
 
 ROOT = Path(__file__).parents[2]
 
@@ -37,8 +38,8 @@ def test_a_manifest_is_checked_among_the_rows(api: FakeApi, kubeconfig: Path) ->
     wrong["spec"]["rayClusterDeletionDelaySeconds"] = 60
     wrong["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["idleTimeoutSeconds"] = 120
     findings = findings_of(kubeconfig, overlay=[wrong])
-    assert findings["sdxl refused"].outcome == "failed"
-    assert "idleTimeoutSeconds is 120" in findings["sdxl refused"].found
+    assert findings["sdxl rejected"].outcome == "failed"
+    assert "idleTimeoutSeconds is 120" in findings["sdxl rejected"].found
     assert "rayClusterDeletionDelaySeconds is 60" in findings["sdxl deadlines"].found
     right = findings_of(kubeconfig, overlay=[service()])
     assert right["sdxl operator"].outcome == right["sdxl deadlines"].outcome == "ok"
@@ -172,7 +173,7 @@ def test_a_requested_namespace_is_kept_and_the_right_one_named(
     assert findings["cluster"].found.endswith("namespace default")
     finding = findings["RayService"]
     assert finding.outcome == "failed"
-    assert finding.found == "none of diffusion-serve in namespace default, but in images"
+    assert finding.found == "no RayService of diffusion-serve in namespace default; found in images"
     assert "  diffusion-serve doctor --cluster --namespace images" in finding.advice
     assert "pods" not in findings
 
@@ -181,7 +182,7 @@ def test_several_services_are_not_chosen_among(api: FakeApi, kubeconfig: Path) -
     api.put("rayservices.ray.io", _in("a"), _in("b"))
     finding = findings_of(kubeconfig)["RayService"]
     assert finding.outcome == "failed"
-    assert finding.found.endswith("but in a, b")
+    assert finding.found.endswith("found in a, b")
     assert "--namespace a\n" in finding.advice
 
 
@@ -193,10 +194,10 @@ def test_without_a_service_the_advice_is_to_compare_the_overlay(
     findings = findings_of(kubeconfig)
     finding = findings["RayService"]
     assert finding.outcome == "warning"
-    assert finding.found == "none of diffusion-serve in namespace images, nor in any other"
+    assert finding.found == "no RayService of diffusion-serve in namespace images, or in any other"
     command = finding.advice.splitlines()[-1]
     assert "--overlay -" in command
-    assert command.strip() in (ROOT / "README.md").read_text().splitlines()
+    assert command.strip() in (ROOT / KUBERNETES).read_text().splitlines()
     assert not findings.keys() & {"pods", "storage"}  # none of none is no answer
 
 
@@ -205,7 +206,7 @@ def test_other_namespaces_may_not_be_read(api: FakeApi, kubeconfig: Path) -> Non
     api.refusals = {"/apis/ray.io/v1/rayservices": 403}
     finding = findings_of(kubeconfig)["RayService"]
     assert finding.outcome == "warning"
-    assert "namespace images, and other namespaces may not be read" in finding.found
+    assert "namespace images; other namespaces may not be read" in finding.found
     assert "--namespace NAMESPACE" in finding.advice
 
 
@@ -292,8 +293,14 @@ def test_an_overlay_is_rendered_first() -> None:
             "default StorageClass fast",
             "",
         ),
-        ([claim()], [storage_class("slow")], "failed", "none is the default", "one of slow, or"),
-        ([claim()], [], "failed", "none is the default", "(none is here)"),
+        (
+            [claim()],
+            [storage_class("slow")],
+            "failed",
+            "has no default StorageClass",
+            "one of slow, or",
+        ),
+        ([claim()], [], "failed", "has no default StorageClass", "(there are none)"),
         ([claim(storageClassName="slow")], [storage_class("slow")], "ok", "StorageClass slow", ""),
         (
             [claim(storageClassName="nfs")],

@@ -48,7 +48,7 @@ def test_an_old_driver_gets_advice_on_a_torch_that_it_runs() -> None:
     finding = check_driver(Driver("550.54.15", (12, 4)), (13, 0))
     assert "Update the driver of the host to 580" in finding.advice
     assert "CUDA 12.x" in finding.advice
-    assert "images/README.md" in finding.advice
+    assert "docs/operate/containers.md" in finding.advice
 
 
 @pytest.mark.parametrize("installed", ["450.80.02", "470.256.02", "520.61.05"])
@@ -102,7 +102,7 @@ def test_a_failed_kernel_gives_the_reason() -> None:
     """Run the real program without a GPU, or with a device that does not exist."""
     finding = try_kernel([sys.executable, "-m", "serve_app.doctor.kernel", "cuda:99"])
     assert finding.outcome == "failed"
-    assert "torch cannot: " in finding.found
+    assert "torch cannot use it: " in finding.found
     assert finding.advice
 
 
@@ -111,7 +111,7 @@ def test_a_failed_kernel_gives_the_reason() -> None:
     [
         ("CUDA error: no kernel image is available for execution on the device", "generation"),
         ("Error 802: system not yet initialized", "nvidia-fabricmanager"),
-        ("CUDA out of memory.", "Somebody else"),
+        ("CUDA out of memory.", "Other processes use"),
         ("The NVIDIA driver on your system is too old (found version 11040)", "row `driver`"),
         ("CUDA-capable device(s) is/are busy or unavailable", "nvidia-smi -c DEFAULT"),
         ("libcudart.so.13: cannot open shared object file", "constraints.txt"),

@@ -79,7 +79,7 @@ def test_gpus_without_allocatable_devices_fail(api: FakeApi, kubeconfig: Path) -
     api.put("nodes", node("sick", capacity=4), node("unplugged", **seen))
     finding = findings_of(kubeconfig)["GPU nodes"]
     assert finding.outcome == "failed"
-    assert finding.found.startswith("sick, unplugged: GPUs that no pod can have")
+    assert finding.found.startswith("sick, unplugged: GPUs are present")
 
 
 def test_parts_of_gpus_count_as_gpus(api: FakeApi, kubeconfig: Path) -> None:

@@ -130,7 +130,7 @@ def test_values_that_nvml_does_not_report_are_no_failure() -> None:
     ("gpu", "words"),
     [
         (FakeGpu(processes=2, free=4 * GIB), "2 other processes compute on it, 20.0 GiB in use"),
-        (FakeGpu(free=4 * GIB), "20.0 GiB in use by no visible process"),
+        (FakeGpu(free=4 * GIB), "20.0 GiB in use by processes that are not visible here"),
         (FakeGpu(mps=1, processes=1), "Multi-Process Service"),
     ],
 )

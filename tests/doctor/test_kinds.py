@@ -9,6 +9,7 @@ from serve_app.doctor.kinds import INSTALL_GATEWAY, INSTALL_MONITORING
 from serve_app.doctor.kube import Cluster
 from serve_app.doctor.report import Finding
 from tests.cluster.manifests import render
+from tests.cluster.platform_rules import SECTION
 from tests.doctor.cluster_checks import command_lines
 from tests.doctor.fake_cluster import (
     MONITORING,
@@ -18,6 +19,7 @@ from tests.doctor.fake_cluster import (
 )
 from tests.doctor.fake_gateways import GATEWAYS, condition, gateway_class, incremental
 from tests.doctor.test_cluster import ROOT
+from tests.pages import KUBERNETES, section
 
 CLASSES = "gatewayclasses.gateway.networking.k8s.io"
 ACCEPTED = condition("Accepted", "True", "Accepted")
@@ -104,7 +106,7 @@ def test_an_ingress_needs_the_gateway_api_too(api: FakeApi, kubeconfig: Path) ->
     api.kinds |= GATEWAYS
     api.put(CLASSES, gateway_class("nginx"))
     finding = _look(kubeconfig, [service(), ingress])["GatewayClass eg"]
-    assert finding.found == "Gateway way-in names it, and it does not exist (here: nginx)"
+    assert finding.found == "Gateway way-in names it, and it does not exist (existing: nginx)"
 
 
 def test_a_rejected_discovery_is_a_failure(
@@ -150,7 +152,7 @@ def test_forbidden_classes_are_a_warning(api: FakeApi, kubeconfig: Path) -> None
 
 
 def test_the_platforms_page_has_the_same_commands() -> None:
-    page = command_lines((ROOT / "cluster" / "platform" / "README.md").read_text())
+    page = command_lines(section(ROOT, KUBERNETES, SECTION))
     for commands in (INSTALL_GATEWAY, INSTALL_MONITORING):
         assert len(command_lines(commands)) == 2
         assert set(command_lines(commands)) <= set(page)

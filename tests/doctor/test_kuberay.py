@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.doctor.kuberay import INSTALL
+from tests.cluster.platform_rules import SECTION
 from tests.doctor.cluster_checks import command_lines, findings_of
 from tests.doctor.fake_cluster import (
     RAY,
@@ -14,12 +15,13 @@ from tests.doctor.fake_cluster import (
     service,
     workload,
 )
+from tests.pages import KUBERNETES, section
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_platforms_page_installs_kuberay_the_same_way() -> None:
-    page = command_lines((ROOT / "cluster" / "platform" / "README.md").read_text())
+    page = command_lines(section(ROOT, KUBERNETES, SECTION))
     assert len(command_lines(INSTALL)) == 2
     assert set(command_lines(INSTALL)) <= set(page)
     assert sum("install kuberay-operator" in line for line in page) == 1

@@ -34,7 +34,7 @@ def _look(*objects: Object) -> dict[str, Finding]:
 def test_a_valid_manifest_shows_its_chain(rendered: list[Object]) -> None:
     found = _look(*rendered)
     assert {finding.outcome for finding in found.values()} == {"ok"}
-    assert found["diffusion-serve operator"].found.startswith("keeps the ")
+    assert found["diffusion-serve operator"].found.startswith("passes the ")
     assert "420 < graceful_shutdown_timeout_s of Gateway 430" in (
         found["diffusion-serve deadlines"].found
     )
@@ -46,12 +46,12 @@ def test_each_refusal_and_each_misorder_is_a_row(service: Object) -> None:
     del service["spec"]["rayClusterDeletionDelaySeconds"]
     found = _look(service)
     assert list(found) == [
-        "diffusion-serve refused 1",
-        "diffusion-serve refused 2",
+        "diffusion-serve rejected 1",
+        "diffusion-serve rejected 2",
         "diffusion-serve deadlines",
     ]
     assert {finding.outcome for finding in found.values()} == {"failed"}
-    first = found["diffusion-serve refused 1"]
+    first = found["diffusion-serve rejected 1"]
     assert "workerGroupSpecs[gpu].idleTimeoutSeconds is 120" in first.found
     assert "autoscalerOptions.version to v2" in first.advice
     last = found["diffusion-serve deadlines"]
@@ -65,6 +65,6 @@ def test_a_wrong_serve_config_is_a_row(service: Object) -> None:
 
 def test_advice_on_a_feature_gate_names_its_setting(service: Object) -> None:
     service["spec"]["rayClusterConfig"]["networkPolicy"] = {"mode": "DenyAll"}
-    finding = _look(service)["diffusion-serve refused"]
+    finding = _look(service)["diffusion-serve rejected"]
     assert "RayClusterNetworkPolicy is off by default" in finding.found
     assert "cluster/platform/kuberay-operator.yaml" in finding.advice

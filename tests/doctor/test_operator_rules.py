@@ -262,6 +262,14 @@ def test_every_rule_has_a_mutation() -> None:
     print(f"operator: {len(names)} rules, {len(MUTATIONS)} mutations, each caught by its rule")
 
 
+def test_the_number_of_rules_is_documented() -> None:
+    text = " ".join((ROOT / "docs/operate/doctor.md").read_text().split())
+    assert (
+        f"the {len(RULES)} rules of KubeRay's operator 1.7.0 (`serve_app/doctor/operator_rules`)"
+        in text
+    )
+
+
 def test_malformed_documents_do_not_break_the_rules() -> None:
     """Run every rule on malformed values: none may raise."""
     for path in _paths(_production()["spec"]):

@@ -120,7 +120,7 @@ _NO_SECRET = 'MountVolume.SetUp failed for volume "keys" : secret "api-keys" not
         (
             'MountVolume.SetUp failed for volume "c" : references non-existent secret key: k',
             "failed",
-            "cluster/README.md",
+            "docs/operate/kubernetes.md",
         ),
         ('no runtime for "nvidia" is configured', "failed", "nvidia-ctk runtime configure"),
         ('Multi-Attach error for volume "pvc-1"', "failed", "ReadWriteMany"),
@@ -201,5 +201,5 @@ def test_pods_that_kuberay_has_replaced_are_reported(api: FakeApi, kubeconfig: P
     api.put("events", deleted("w2", state, 2), deleted("w1", "nil", 1), by_the_autoscaler)
     finding = findings_of(kubeconfig)["replaced pods"]
     assert finding.outcome == "warning"
-    assert finding.found.startswith("2 that had ended")
+    assert finding.found.startswith("2 that ended within")
     assert finding.found.endswith("the last: w2, Failed, exit code 137 (OOMKilled)")

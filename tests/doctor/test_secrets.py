@@ -12,6 +12,7 @@ from serve_app.doctor.secrets import Reference, references
 from tests.cluster.manifests import render
 from tests.doctor.fake_cluster import FakeApi, Object, secret, service
 from tests.doctor.test_cluster import ROOT
+from tests.pages import KUBERNETES, section
 
 
 def _look(kubeconfig: Path, overlay: list[Object] | None = None) -> dict[str, Finding]:
@@ -37,7 +38,7 @@ def _overlay(name: str) -> list[Object]:
 
 
 def test_production_requires_the_documented_secrets() -> None:
-    page = (ROOT / "cluster" / "README.md").read_text()
+    page = section(ROOT, KUBERNETES, "Secrets")
     rows = re.findall(r"^\| `([\w-]+)` \| (.+?) \| .+ \| (.+?) \|$", page, re.MULTILINE)
     listed = {
         (name, key)
@@ -109,7 +110,7 @@ def test_a_secret_of_ones_own_is_made_with_the_keys_that_are_needed(
 ) -> None:
     finding = _look(kubeconfig, [_with(**_env("mine", "k"))])["Secret mine"]
     assert finding.advice == (
-        "Make it:\n  kubectl -n images create secret generic mine --from-literal=k=…"
+        "Create it:\n  kubectl -n images create secret generic mine --from-literal=k=…"
     )
 
 

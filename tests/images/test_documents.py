@@ -1,4 +1,4 @@
-"""The container commands that README.md, images/README.md and compose.yaml show can be run."""
+"""The container commands that the pages, images/README.md and compose.yaml show can be run."""
 
 import re
 import shlex
@@ -14,12 +14,12 @@ from typer.main import get_command
 from serve_app import __version__
 from serve_app.cli import cli
 from serve_app.config.serve_file import read_serve_config
+from tests.pages import CONTAINERS, KUBERNETES, OWN_OVERLAY
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "images/README.md")
+DOCUMENTS = (CONTAINERS, KUBERNETES, OWN_OVERLAY, "docs/operate/keys.md", "images/README.md")
 COMPOSE = ROOT / "images" / "compose.yaml"
 COMPOSED = yaml.safe_load(COMPOSE.read_text())
-DOCKERFILE = (ROOT / "images" / "Dockerfile").read_text()
 IMAGE = re.compile(r"\S*?diffusion-serve:(\S+)-(cpu|gpu)")
 
 
@@ -52,13 +52,13 @@ def test_a_shown_command_names_images_programs_and_arguments_that_exist(command:
     for word in words:
         if image := IMAGE.fullmatch(word):
             assert image[1] == __version__
-    for option, value in pairwise(words):
+    options = list(pairwise(words))
+    texts = [(ROOT / value).read_text() for option, value in options if option == "-f"]
+    for option, value in options:
         if option == "--target":
-            assert f" AS {value}\n" in DOCKERFILE
+            assert f" AS {value}\n" in texts[0]
         if option == "--build-arg":
-            assert f"\nARG {value.partition('=')[0]}" in DOCKERFILE
-        if option == "-f":
-            assert (ROOT / value).is_file()
+            assert f"\nARG {value.partition('=')[0]}" in texts[0]
     if words[1] == "run":
         [position] = [at for at, word in enumerate(words) if IMAGE.fullmatch(word)]
         _check_program(words[position + 1 :])

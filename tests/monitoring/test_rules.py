@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 UNIT_TESTS = Path(__file__).parent / "alerts"
 RUNBOOK = ROOT / "docs" / "operate" / "runbook.md"
+DASHBOARDS_PAGE = RUNBOOK.parent / "dashboards.md"
 
 ALERTS = alerts()
 
@@ -79,8 +80,28 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_other() -> None:
         assert alert["annotations"]["summary"]
         assert alert["labels"]["severity"] in ("critical", "warning")
         section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
-        for part in ("**Means.**", "**Look at.**", "**Do.**"):
+        for part in ("**Means.**", "**Check.**", "**Do.**"):
             assert part in section, f"{name} has no {part}"
+
+
+def test_the_documents_list_each_alert_with_its_severity() -> None:
+    row = r"^\| \[(\w+)\]\(runbook\.md#\w+\) \| (\w+) \|"
+    listed = re.findall(row, DASHBOARDS_PAGE.read_text(), re.M)
+    severities = {name: alert["labels"]["severity"] for name, alert in ALERTS.items()}
+    assert [(f"DiffusionServe{name}", severity) for name, severity in listed] == list(
+        severities.items()
+    )
+
+
+@pytest.mark.parametrize("page", ["runbook", "dashboards", "metrics", "troubleshooting"])
+def test_panels_that_the_documents_name_exist(page: str) -> None:
+    """They are written as *Dashboard*, "Title", and nothing else is in double quotes."""
+    titles = {f'*{one.name}*, "{panel.title}"' for one in DASHBOARDS for panel in one.panels}
+    text = (RUNBOOK.parent / f"{page}.md").read_text()
+    prose = " ".join(re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S).split())
+    named = re.findall(r'(?:\*\w+\*, )?"[^"]*"', prose)
+    assert named or page == "metrics"
+    assert set(named) <= titles
 
 
 def test_failures_are_the_outcomes_that_the_server_causes() -> None:

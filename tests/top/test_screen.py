@@ -12,13 +12,13 @@ from tests.top.scrapes import AFTER, BEFORE, snapshots
 FRAME = """\
 demo at http://h:8000  0.1.0  12:00:00  last 10 s
 
-Replicas   2 running, 1 starting; 3 wanted; cold start 13.0 s, most of it load
-Arriving   work for 1.5 replicas, if no request shared a batch
+Replicas   2 running, 1 starting; target 3; cold start 13.0 s, most of it load
+Arriving   work for 1.5 replicas without batching
 Requests   2.0/s completed, 1.0/s overloaded, 0.10/s generation_failed, 0.10/s
            invalid_value; 19 open
 Generated  2.0 images/s, 30.0 steps/s
-Wait       in queue p50 0.10 s, p95 0.23 s; in all p50 -, p95 -
-SLO        72% of 25 tried, in time
+Wait       queue p50 0.10 s, p95 0.23 s; total p50 -, p95 -
+SLO        72% of 25 attempts in time
 Rejected   0.50/s deadline
 Cancelled  0.20/s, slots free within 0.03 s (p95)
 
@@ -66,7 +66,7 @@ def test_the_first_frame_has_no_rates() -> None:
 
 def test_a_wide_terminal_displays_the_nodes() -> None:
     text = render(snapshots(BEFORE, AFTER), width=120)
-    assert re.search(r"MEMORY ON\n", text)
+    assert re.search(r"MEMORY NODE\n", text)
     assert "20/80 GiB a cuda GPU-1\n" in text
     assert max(map(len, text.splitlines())) <= 120
 
@@ -77,7 +77,7 @@ def test_without_a_replica() -> None:
         'diffusion_serve_open_requests{model="demo",priority="interactive",replica="gw"} 3\n'
     )
     text = render(snapshots(waiting, waiting))
-    assert "0 running; 0 wanted" in text
+    assert "0 running; target 0" in text
     assert re.search(r"Requests +none; 3 open\n", text)
     assert text.rstrip().splitlines()[-1].startswith("REPLICA")
 
@@ -110,10 +110,10 @@ diffusion_serve_engine_requests{model="demo",replica="r2",state="parked"} 1.0
     text = render(snapshots(BEFORE, silent + problem))
     assert "r1 does not batch: its requests are interleaved" in text
     assert "r2 does not batch" not in text
-    assert "r2 has requests, but no denoiser call in 10 s" in text
+    assert "r2 has requests and made no denoiser call for 10 s" in text
     assert re.search(r"^r2 +no step ", text, re.MULTILINE)
-    assert "calls that ran out of device memory: 3" in text
-    assert "engines made no call for 1.5 s" in text
+    assert "network calls that ran out of device memory: 3" in text
+    assert "engines had requests and made no network call for 1.5 s" in text
     assert "4 waiting for a replica" in " ".join(text.split())
     assert "1 silent" in text.splitlines()
     assert "Problem" not in render(snapshots(BEFORE, AFTER))  # nor without the sharing metric
@@ -124,7 +124,7 @@ def test_waits_beyond_the_last_bucket() -> None:
         f'diffusion_serve_request_seconds_bucket{{le="{le}",replica="gw"}} {count}\n'
         for le, count in (("120.0", 0), ("300.0", 0), ("+Inf", 5))
     )
-    assert "in all p50 over 300 s" in render(snapshots(BEFORE, AFTER + buckets))
+    assert "total p50 over 300 s" in render(snapshots(BEFORE, AFTER + buckets))
 
 
 def test_markup_and_control_characters_are_not_interpreted() -> None:

@@ -116,7 +116,7 @@ def test_a_key_follows_no_redirect(answers: Answers) -> None:
 @pytest.mark.parametrize(
     ("status", "text", "words"),
     [
-        (404, "", "has no /metrics"),
+        (404, "", "does not exist (404)"),
         (503, "", "responds to GET /metrics with 503 Service Unavailable."),
         (200, "<html></html>", "no metrics of diffusion-serve"),
         (200, "diffusion_serve_x{ 1", "not in Prometheus' format"),

@@ -196,7 +196,7 @@ def labels_are_kubernetes_labels(cluster: RayCluster) -> Iterator[Refusal]:
                 yield Refusal(
                     "labels_are_kubernetes_labels",
                     f"{node.path}.labels",
-                    f"has {key}: {value!r}, which is no Kubernetes label",
+                    f"has {key}: {value!r}, which is not a Kubernetes label",
                     "Use letters, digits, '-', '_' and '.', at most 63 in a name or a value.",
                 )
 
@@ -303,7 +303,7 @@ def a_network_policy_needs_dns_names(cluster: RayCluster) -> Iterator[Refusal]:
             yield Refusal(
                 "a_network_policy_needs_dns_names",
                 f"{group.path}.groupName",
-                f"is {name}, which is no DNS-1123 label, with networkPolicy",
+                f"is {name}, which is not a DNS-1123 label, with networkPolicy",
                 "Use lower-case letters, digits and '-', at most 63.",
             )
 

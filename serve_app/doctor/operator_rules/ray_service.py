@@ -42,7 +42,7 @@ def the_name_is_a_dns_label(service: Object) -> Iterator[Refusal]:
         yield Refusal(
             "the_name_is_a_dns_label",
             "metadata.name",
-            f"is {name}, which is no DNS-1035 label",
+            f"is {name}, which is not a DNS-1035 label",
             "Use lower-case letters, digits and '-', with a letter first.",
         )
 

@@ -124,7 +124,7 @@ def _replace_cluster(session: Session, name: str, applied: Object, original: boo
                 name,
                 f"{found}; {len(session.failures)} of {requested} requests failed, first "
                 f"{session.failures[0]}",
-                "No request may fail during an upgrade: compare the graces and the drain of "
+                "No request may fail during an upgrade. Compare the graces and the drain of "
                 "the worker pods with the longest request, and check the workers' logs.",
             )
         found += f"; {requested} requests meanwhile, none failed"
@@ -135,8 +135,8 @@ def _not_replaced(session: Session, name: str) -> Finding:
     if session.kubelet == "fake" and not session.serves:
         return ok(
             name,
-            "left out: the operator asks the dashboard of a head that is marked as running "
-            "before it compares specs, and nothing answers there",
+            "left out: before it compares specs, the operator queries the dashboard of the head, "
+            "and nothing answers there",
         )
     details = session.observer.complaints()
     return failed(
@@ -154,16 +154,16 @@ def _short(
     if original and service.ready and service.active == session.first:
         return warning(
             name,
-            f"RayCluster {session.first} goes on serving, and has the first pod template; KubeRay "
-            f"makes {target} with the same all the same, which has no room: {placement}",
+            f"RayCluster {session.first} continues to serve, and has the first pod template; "
+            f"KubeRay still makes {target} with the same template, and it has no room: {placement}",
             "Free the GPUs of one more RayCluster, or delete the RayService and apply it anew.",
         )
     finding = unplaced(name, placement)
     return replace(
         finding,
         found=f"RayCluster {target} has no room: {finding.found}",
-        advice=f"{finding.advice}\nAn upgrade runs two RayClusters at a time: have spare GPUs "
-        "for minReplicas of each group, or set spec.upgradeStrategy.type to None and delete "
+        advice=f"{finding.advice}\nAn upgrade runs two RayClusters at a time. Have spare GPUs "
+        "for minReplicas of each group. Or set spec.upgradeStrategy.type to None, and delete "
         "and apply the RayService for each change.",
     )
 

@@ -63,7 +63,7 @@ def _delete(session: Session) -> Finding:
         return failed(
             check,
             f"namespace {name} lacks the label {MARK}={MARKED}, and is left alone",
-            f"Something took the label off. If it is the rehearsal's: `kubectl delete ns {name}`.",
+            f"Something removed the label. If it is the rehearsal's: `kubectl delete ns {name}`.",
         )
     uid = namespace["metadata"]["uid"]
     observer, waiter = session.observer, session.waiter

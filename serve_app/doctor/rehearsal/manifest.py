@@ -258,8 +258,8 @@ def _change_serve_config(service: Object) -> Object:
     except (yaml.YAMLError, KeyError, TypeError, StopIteration):
         raise ConfigError(
             f"RayService {service['metadata']['name']}: spec.serveConfigV2 has no application with "
-            "`deployments`, so that there is nothing to change in place: name at least the "
-            "Generator there, as configs/ does."
+            "`deployments`, so nothing can be changed in place. Add at least the Generator, as "
+            "configs/ does."
         ) from None
     wait_s = deployment.get("graceful_shutdown_wait_loop_s") or _WAIT_LOOP_S
     deployment["graceful_shutdown_wait_loop_s"] = wait_s + 0.5

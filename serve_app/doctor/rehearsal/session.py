@@ -195,8 +195,8 @@ class Session:
             return failed(
                 name,
                 str(error),
-                "The pods are ready, so that the way through the API server is broken: it must "
-                "reach the kubelets, and you need the right to create pods/portforward.",
+                "The pods are ready, so the way through the API server is broken. It must reach "
+                "the kubelets, and you need the right to create pods/portforward.",
             )
         except image.NoImage as error:
             return failed(

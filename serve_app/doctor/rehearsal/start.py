@@ -30,7 +30,7 @@ def preflight(session: Session) -> Finding:
         session.extra.append(left)
     name = "preflight"
     if any_failed(found):
-        raise Stop(failed(name, "nothing was created", "Put the failed checks above right first."))
+        raise Stop(failed(name, "nothing was created", "Correct the failed checks above first."))
     return ok(name, f"{session.cluster.name}, Kubernetes {session.cluster.version()}")
 
 
@@ -74,7 +74,8 @@ def _warnings_of_manifest(session: Session) -> Iterator[Finding]:
     if session.manifest.pull_secrets:
         yield warning(
             "imagePullSecrets",
-            f"not created, for they cannot be made up: {', '.join(session.manifest.pull_secrets)}",
+            "not created, because their content is unknown: "
+            f"{', '.join(session.manifest.pull_secrets)}",
             "Nodes that know the registry need none. Else append the Secrets to the manifest, "
             "with the overlay's namespace; the rehearsal applies them.",
         )
@@ -93,7 +94,7 @@ def _warnings_of_manifest(session: Session) -> Iterator[Finding]:
             yield warning(
                 f"claim {one['metadata']['name']}",
                 f"stays pending: its StorageClass {wanted} does not exist",
-                f"Set storageClassName to one of {', '.join(names) or '(none is here)'}.",
+                f"Set storageClassName to one of {', '.join(names) or '(there are none)'}.",
             )
 
 
@@ -120,7 +121,7 @@ def ray_cluster(session: Session) -> Finding:
         raise Stop(
             failed(
                 name,
-                f"the operator made none within {MADE_S:.0f} s; {session.observer.service()}; "
+                f"the operator made none within {MADE_S:.0f} s ({session.observer.service()}); "
                 f"events: {details}",
                 "Look at the operator's log. It may watch other namespaces only "
                 "(watchNamespace of its chart), or miss a CRD that the upgrade strategy needs "

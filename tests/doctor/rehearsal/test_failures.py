@@ -91,7 +91,7 @@ def test_an_upgrade_reports_missing_gpus(api: OperatorApi, run: Callable[..., Ru
     assert "Insufficient nvidia.com/gpu" in done.findings["upgrade"].found
     assert "upgradeStrategy.type" in done.findings["upgrade"].advice
     assert done.findings["roll back"].outcome == "warning"
-    assert "sdxl-1 goes on serving" in done.findings["roll back"].found
+    assert "sdxl-1 continues to serve" in done.findings["roll back"].found
     assert api.store == {}
 
 

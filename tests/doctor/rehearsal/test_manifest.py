@@ -152,7 +152,7 @@ def test_pull_secrets_cannot_be_made() -> None:
             [_object("ConfigMap") | {"metadata": {"name": "x", "namespace": "other"}}, service()],
             "namespaces images, other",
         ),
-        ([service(serveConfigV2="applications: [{name: x}]")], "nothing to change in place"),
+        ([service(serveConfigV2="applications: [{name: x}]")], "nothing can be changed in place"),
     ],
 )
 def test_overlays_that_cannot_be_rehearsed_are_rejected(overlay: list[Object], words: str) -> None:

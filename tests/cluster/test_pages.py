@@ -1,4 +1,4 @@
-"""Numbers and names in the documents of cluster/, against the rendered manifests."""
+"""Numbers and names in the pages about Kubernetes, against the rendered manifests."""
 
 import re
 import shutil
@@ -12,6 +12,7 @@ from serve_app.doctor.deadlines import chains
 from serve_app.doctor.operator_rules import RULES
 from tests.cluster.manifests import Manifests, render
 from tests.cluster.schemas import WITHOUT_SCHEMA
+from tests.pages import KUBERNETES, OWN_OVERLAY, UPGRADES, section
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -35,17 +36,16 @@ def _requested(manifests: Manifests, resource: str) -> Decimal:
     return total + parse_quantity(AUTOSCALER[resource])
 
 
-@pytest.mark.parametrize("path", ["README.md", "cluster/README.md"])
-def test_the_resources_of_the_local_overlay_are_documented(path: str) -> None:
+def test_the_resources_of_the_local_overlay_are_documented() -> None:
     manifests = render(CLUSTER / "overlays/local")
-    text = " ".join((ROOT / path).read_text().split())
+    text = " ".join(section(ROOT, KUBERNETES, "A laptop").split())
     told = re.findall(r"([\d.]+) CPUs and ([\d.]+) GiB of memory", text)
     needed = _requested(manifests, "cpu"), _requested(manifests, "memory") / 2**30
     assert [(Decimal(cpus), Decimal(gib)) for cpus, gib in told] == [needed]
 
 
 def _told_kinds() -> dict[str, set[str]]:
-    text = (CLUSTER / "README.md").read_text()
+    text = section(ROOT, OWN_OVERLAY, "Components")
     table = text[text.index("| component | kinds |") :].partition("\n\n")[0]
     told = {}
     for line in table.splitlines()[2:]:
@@ -65,8 +65,8 @@ def _kinds(folder: Path) -> set[str]:
 
 
 def test_kinds_of_components_are_documented(tmp_path: Path) -> None:
-    for folder in ("cluster", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
+    for name in ("cluster", "configs"):
+        shutil.copytree(ROOT / name, tmp_path / name)
     found = {}
     for component in COMPONENTS:
         before = {"mig": ["gpu-h100"], "spot": ["gpu-l4"]}.get(component, [])
@@ -85,7 +85,7 @@ def test_kinds_of_components_are_documented(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_the_order_of_deadlines_is_documented(overlay: str) -> None:
-    text = (CLUSTER / "README.md").read_text()
+    text = section(ROOT, UPGRADES, "The chain of deadlines")
     told = re.search("longest request .*deletion delay .*", text)
     assert told is not None
     seconds = [float(number) for number in re.findall(r"\d+", told[0])]
@@ -96,16 +96,24 @@ def test_the_order_of_deadlines_is_documented(overlay: str) -> None:
 
 
 def test_the_number_of_the_operators_rules_is_documented() -> None:
-    assert (
-        f"[{len(RULES)} rules](serve_app/doctor/operator_rules/)"
-        in (ROOT / "README.md").read_text()
+    text = section(ROOT, OWN_OVERLAY, "Deploy your own SDXL folder")
+    assert f"by {len(RULES)} rules of KubeRay's operator" in " ".join(text.split())
+
+
+def test_each_component_is_in_the_table_and_each_overlay_in_its() -> None:
+    components = section(ROOT, OWN_OVERLAY, "Components").partition("\n\n| component | kinds |")[0]
+    names = " ".join(re.findall(r"^\| (`.+?) \|", components, re.M))
+    assert sorted(re.findall("`([a-z0-9-]+)`", names)) == COMPONENTS
+    overlays = re.findall(
+        r"^\| `([a-z-]+)` \|", section(ROOT, KUBERNETES, "Apply an overlay"), re.M
     )
+    assert sorted(overlays) == OVERLAYS
 
 
 @pytest.mark.parametrize(
     ("path", "after"),
     [
-        ("README.md", "kubectl apply -k cluster/overlays/production\n"),
+        (KUBERNETES, "kubectl apply -k cluster/overlays/production\n"),
         ("cluster/components/incremental-upgrade/README.md", "# incremental-upgrade\n"),
     ],
 )
