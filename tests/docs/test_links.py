@@ -107,6 +107,11 @@ def test_named_files_and_folders_exist(path: str) -> None:
     assert missing == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_no_image_is_left_to_be_added(path: str) -> None:
+    assert "<!-- image:" not in (ROOT / path).read_text(encoding="utf-8")
+
+
 def test_documents_are_found() -> None:
     assert {"README.md", "docs/index.md", "cluster/README.md"} <= set(DOCUMENTS)
     assert len(OUTSIDE) > 10
