@@ -35,18 +35,22 @@ ANONYMOUS = "anonymous"
 
 
 class ApiKey(BaseModel):
-    """One entry of the file or of the environment. The key itself is stored nowhere."""
+    """One entry of the file or of the environment. It has the hash of the key, not the key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=64, description="Name in logs and metrics.")
+    name: str = Field(
+        min_length=1, max_length=64, description="Name of the client in logs and metrics."
+    )
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal.")
-    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Most requests in a minute, for each gateway replica. Default: no limit."
+    )
     max_concurrent: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Requests at a time."
+        None, description="Most requests at a time, for each gateway replica. Default: no limit."
     )
     priority: Priority = Field(
-        "interactive", description="'batch': its requests run when no interactive one can."
+        "interactive", description="'batch': its requests run when no interactive request can."
     )
 
 

@@ -30,39 +30,48 @@ MAX_LORA_SCALE = 10.0
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Options of the loaded model. The engine sets them once, when it is ready."""
+    """Options and limits of the loaded model. The engine sets them once, when it is ready."""
 
     id: str
+    """Name of the model in the API."""
     pipeline: str
     """Class name of the diffusers pipeline."""
     dtype: str
+    """Floating-point type of the weights, such as ``bfloat16``."""
     device: str
+    """Device of the model, such as ``cuda`` or ``cpu``."""
     default_width: int
+    """Width in pixels of requests that set none."""
     default_height: int
+    """Height in pixels of requests that set none."""
     size_multiple: int
-    """Both sides must be multiples of this many pixels."""
+    """Width and height must be multiples of this number of pixels."""
     default_steps: int
+    """Denoising steps of requests that set none."""
     takes_negative_prompt: bool
+    """True if requests may have a negative prompt."""
     tasks: tuple[Task, ...]
+    """Supported tasks."""
     default_strengths: Mapping[Task, float]
-    """Default strength of each task that starts from an image."""
+    """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
-    """Names for requests; none for models with a single scheduler of their own."""
+    """Noise schedulers for requests; empty if the model supports only its own."""
     fewest_steps: Mapping[str, int]
-    """Fewest steps of each noise scheduler: some begin with several evaluations."""
+    """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
     """Names of the LoRA adapters that are loaded."""
     sharing: Sharing
     """Result of the certification at start-up."""
     sharing_difference: float | None
-    """Largest difference between batched and alone at start-up, in [0, 1] pixels."""
+    """Largest pixel difference between batched and sequential at start-up, in [0, 1]."""
     sharing_note: str
-    """Why requests share no more than that; empty when batched."""
+    """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig
+    """Limits of one request."""
 
     @property
     def quality_steps(self) -> dict[str, int]:
-        """Denoising steps for OpenAI's words."""
+        """Denoising steps of each ``quality`` of OpenAI's API."""
         steps = self.default_steps
         return {
             "low": max(1, steps // 2),
@@ -73,35 +82,54 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Parameters of one image. ``None`` means the model's default."""
+    """Parameters of one image. ``None`` means the model's default.
+
+    An engine checks the parameters when they are submitted, with `resolved`.
+    """
 
     prompt: str
+    """Description of the image, of 1 to ``limits.max_prompt_chars`` characters."""
     seed: int
+    """Seed of the random numbers, from 0 to 2⁶³ - 1. The same seed gives the same image."""
     negative_prompt: str | None = None
+    """Description of content to avoid, if ``ModelInfo.takes_negative_prompt``."""
     width: int | None = None
+    """Width in pixels, a multiple of ``ModelInfo.size_multiple``."""
     height: int | None = None
+    """Height in pixels, a multiple of ``ModelInfo.size_multiple``."""
     num_inference_steps: int | None = None
+    """Number of denoising steps, from 1 to ``limits.max_steps``."""
     guidance_scale: float | None = None
+    """Weight of the prompt, from 0 to 100."""
     noise_scheduler: str | None = None
-    """A name from `ModelInfo.noise_schedulers`."""
+    """Noise scheduler, a name from ``ModelInfo.noise_schedulers``."""
     lora: AdapterSet = ()
-    """LoRA adapters in any order; the same adapters at the same scales share batches."""
+    """LoRA adapters: pairs of a name from ``ModelInfo.loras`` and a scale from -10 to 10.
+
+    Requests with the same adapters at the same scales share batches."""
     image: Image | None = None
-    """Image to start from, scaled and cropped to ``width`` and ``height``. They default to its own
-    size, or, if it has more pixels than the model's default size, to that many in its shape."""
+    """Input image, scaled and cropped to ``width`` x ``height``.
+
+    The size of the input image is the default size of the output, reduced to at most the number of
+    pixels of the model's default size."""
     mask_image: Image | None = None
-    """Part of ``image`` to generate anew: white changes, black stays."""
+    """Mask of the input image: white parts change, black parts stay."""
     preview_steps: tuple[int, ...] = ()
-    """Steps after which to send a preview, counted from 1."""
+    """Steps after which to send a `Preview`, counted from 1."""
     deadline_s: float | None = None
-    """Seconds from its sending in which it must be done, or it is rejected. Without one, a multiple
-    of its solo seconds is its due time, which only orders it among the others."""
+    """Deadline in seconds from the submission, up to ``limits.max_deadline_s``.
+
+    A request that would miss it is rejected. Without a deadline, ``EngineConfig.slo_scale`` times
+    the request's solo seconds orders it among the others."""
     strength: float | None = None
-    """Share of ``image`` that may change, over 0 to 1; also the share of steps that run."""
+    """Share of the input image that may change, over 0 and at most 1. The same share of the steps
+    runs."""
     priority: Priority = "interactive"
+    """``"interactive"``, or ``"batch"`` for low-priority work."""
 
     @property
     def task(self) -> Task:
+        """The task that the images determine."""
         if self.image is None:
             return "text-to-image"
         return "image-to-image" if self.mask_image is None else "inpainting"

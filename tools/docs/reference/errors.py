@@ -1,0 +1,60 @@
+"""The errors page: every error with its status, code, type and headers."""
+
+from serve_app.errors import Cancelled, ConfigError, DiffusionServeError
+from serve_app.gateway.errors import error_headers
+from tools.docs.reference.markdown import code, prose, table
+
+
+def errors(
+    kind: type[DiffusionServeError] = DiffusionServeError,
+) -> list[type[DiffusionServeError]]:
+    """Return an error class and all below it, parents first. Only public ones of `serve_app`."""
+    below = [one for one in kind.__subclasses__() if one.__module__ == "serve_app.errors"]
+    return [kind, *(error for child in below for error in errors(child))]
+
+
+def errors_table() -> str:
+    """Return a table of the errors that a client can receive."""
+    received = (one for one in errors() if not issubclass(one, ConfigError | Cancelled))
+    return table(
+        ("Status", "`code`", "`type`", "Meaning", "Retry", "Headers"), map(_response_row, received)
+    )
+
+
+def error_classes() -> str:
+    """Return the tree of the exception classes, as a table for users of the Python API."""
+    return table(("Exception", "Parent", "`code`", "Meaning"), map(_class_row, errors()))
+
+
+def _response_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
+    headers = error_headers(kind("message"))
+    return (
+        str(kind.status),
+        code(kind.code),
+        code(kind.type),
+        meaning(kind),
+        _retry(kind.status, headers),
+        ", ".join(_shown(name, value) for name, value in headers.items()) or "—",
+    )
+
+
+def _class_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
+    [parent] = kind.__bases__
+    return code(kind.__name__), code(parent.__name__), code(kind.code), meaning(kind)
+
+
+def meaning(kind: type[DiffusionServeError]) -> str:
+    """Return the first paragraph of an error's docstring."""
+    return prose((kind.__doc__ or "").split("\n\n")[0])
+
+
+def _retry(status: int, headers: dict[str, str]) -> str:
+    if "Retry-After" in headers:
+        return "after the time in `Retry-After`"
+    if "x-should-retry" in headers:
+        return "no" if status < 500 else "no: it would take as long again"
+    return "yes, once or twice"
+
+
+def _shown(name: str, value: str) -> str:
+    return code(name) if name == "Retry-After" else code(f"{name}: {value}")
