@@ -74,12 +74,3 @@ def test_local_links_have_targets(path: Path) -> None:
     local = [link for link in links if "://" not in link]
     missing = [link for link in local if not (ROOT / path.parent / link).exists()]
     assert not missing
-
-
-def test_the_readme_names_every_module() -> None:
-    text = (ROOT / "README.md").read_text()
-    for module in (ROOT / "serve_app").glob("[!_]*.py"):
-        assert module.name in text
-    for folder in ("autoscaling", "deployments", "doctor", "engine", "gateway"):
-        for module in (ROOT / "serve_app" / folder).glob("[!_]*.py"):
-            assert module.name in text, module

@@ -34,12 +34,12 @@ def main(
     """Serve diffusers text-to-image models over HTTP, batched step by step."""
 
 
-_EXIT_CODES = "Exit codes: 0 on success; 2 for a wrong argument, file or setting."
+_EXIT_CODES = "Exit codes: 0 on success, 2 for a wrong argument, file or setting."
 _SERVER_EXIT_CODES = (
-    "Exit codes: 0 after Ctrl-C; 2 for a wrong argument, file or setting, before Ray starts."
+    "Exit codes: 0 after Ctrl-C, 2 for a wrong argument, file or setting, before Ray starts."
 )
 _DOCTOR_EXIT_CODES = (
-    "Exit codes: 0 if no check failed; 1 if one failed; 2 for a wrong argument or file."
+    "Exit codes: 0 if no check failed, 1 if one failed, 2 for a wrong argument or file."
 )
 
 for command, exit_codes in (

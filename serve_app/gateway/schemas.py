@@ -349,7 +349,7 @@ class ModelObject(BaseModel):
     pipeline: str = Field(description="Class of the diffusers pipeline.")
     tasks: list[str] = Field(description="`text-to-image`, `image-to-image`, `inpainting`.")
     default_size: str = Field(description="Size of requests that set none, as WIDTHxHEIGHT.")
-    size_multiple: int = Field(description="Width and height must be multiples of this number.")
+    size_multiple: int = Field(description="Width and height must be multiples of it.")
     max_pixels: int = Field(description="Largest width times height.")
     max_side: int = Field(description="Largest width and height, in pixels.")
     default_steps: int = Field(description="Denoising steps of requests that set none.")
@@ -388,7 +388,7 @@ class Health(BaseModel):
 class ErrorDetail(BaseModel):
     """The message, kind and field of an error."""
 
-    message: str = Field(description="What is wrong, and what is allowed.")
+    message: str = Field(description="The problem, and the allowed values.")
     type: str = Field(description="Kind of the error, as in OpenAI's API.")
     param: str | None = Field(description="Field of the request that is wrong, or null.")
     code: str | None = Field(description="Code of the error, for programs.")

@@ -25,7 +25,7 @@ def test_every_label_is_described_and_every_description_is_used() -> None:
 
 
 def test_the_page_has_every_metric_and_every_label_once() -> None:
-    page = rendered("metrics")
+    page = rendered("reference/metrics")
     names = [exported_name(metric) for metric in declared()]
     names += [f"ray_{gauge.name}" for gauge in RAY_GAUGES]
     for name in [*names, *LABELS]:

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import re
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -34,6 +35,7 @@ from tools.docs.reference.configuration import sections
 from tools.docs.reference.docstrings import attribute_docstrings
 from tools.docs.reference.errors import errors, meaning
 from tools.docs.reference.json_schema import default_of, range_of, type_of
+from tools.docs.reference.modules import summary
 
 ROOT = Path(__file__).parents[2]
 MOST_WORDS = 25
@@ -41,7 +43,11 @@ MOST_WORDS = 25
 
 
 def _row(page: str, name: str) -> str:
-    [row] = [line for line in rendered(page).splitlines() if line.startswith(f"| `{name}` |")]
+    [row] = [
+        line
+        for line in rendered(f"reference/{page}").splitlines()
+        if line.startswith(f"| `{name}` |")
+    ]
     return row
 
 
@@ -73,7 +79,7 @@ def test_the_configuration_has_every_key_with_its_description() -> None:
 def test_every_section_of_the_configuration_is_introduced() -> None:
     for path, model in sections():
         _check_english(model.__doc__, model.__name__)
-        assert not path or f"### `{path}`\n" in rendered("configuration")
+        assert not path or f"### `{path}`\n" in rendered("reference/configuration")
 
 
 def test_the_configuration_has_defaults_and_ranges() -> None:
@@ -104,7 +110,7 @@ def test_the_configuration_has_every_environment_variable() -> None:
         row = _row("configuration", name)
         _check_english(row.split("|")[2].strip(), name)
     for prefix in environment.GENERATION_PREFIXES:
-        assert f"`{prefix}*`" in rendered("configuration")
+        assert f"`{prefix}*`" in rendered("reference/configuration")
 
 
 def test_only_one_module_reads_the_environment() -> None:
@@ -128,7 +134,7 @@ _SERVE_SCHEMAS: dict[str, Any] = {
 
 def _serve_rows() -> dict[str, str]:
     """Return the defaults of the keys of Ray Serve on the page, by key."""
-    section = source("configuration").split("\n## Serve keys\n")[1].split("\n## ")[0]
+    section = source("reference/configuration").split("\n## Serve keys\n")[1].split("\n## ")[0]
     return dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", section, re.MULTILINE))
 
 
@@ -175,7 +181,7 @@ def _leaves(content: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_the_http_api_has_every_path_with_its_fields_and_responses() -> None:
-    page = rendered("http-api")
+    page = rendered("reference/http-api")
     for path, operations in http_api.document()["paths"].items():
         for method, operation in operations.items():
             section = page.split(f"\n## `{method.upper()} {path}`\n")[1].split("\n## ")[0]
@@ -192,7 +198,7 @@ def test_the_http_api_has_every_path_with_its_fields_and_responses() -> None:
 
 
 def test_the_http_api_has_every_object_with_its_fields() -> None:
-    page = rendered("http-api")
+    page = rendered("reference/http-api")
     components = http_api.document()["components"]["schemas"]
     assert set(http_api.described_schemas()) == components.keys()
     for name, schema in components.items():
@@ -258,7 +264,7 @@ def test_the_command_line_has_every_command_with_its_exit_codes() -> None:
     for name, command in commands().items():
         section = _command_section(name)
         _check_english(inspect.cleandoc(command.help), name)
-        assert re.search(r"Exit codes: 0 .*; 2 ", section), name
+        assert re.search(r"Exit codes: 0 .*, 2 ", section), name
 
 
 def test_the_command_line_has_every_argument_and_option_with_its_help() -> None:
@@ -277,7 +283,7 @@ def test_the_command_line_has_types_ranges_and_defaults() -> None:
 
 
 def _command_section(name: str) -> str:
-    page = rendered("cli")
+    page = rendered("reference/cli")
     return page.split(f"\n## `diffusion-serve {name}`\n")[1].split("\n## ")[0]
 
 
@@ -285,7 +291,7 @@ def _command_section(name: str) -> str:
 
 
 def test_the_errors_have_every_class_and_every_code() -> None:
-    page = rendered("errors")
+    page = rendered("reference/errors")
     for kind in errors():
         _check_english(meaning(kind), kind.__name__)
         assert f"\n| `{kind.__name__}` |" in page
@@ -298,7 +304,9 @@ def test_the_errors_have_every_class_and_every_code() -> None:
 
 def test_the_errors_have_the_headers_of_responses() -> None:
     rows = {
-        line.split("|")[2].strip(): line for line in rendered("errors").splitlines() if "|" in line
+        line.split("|")[2].strip(): line
+        for line in rendered("reference/errors").splitlines()
+        if "|" in line
     }
     assert "| after the time in `Retry-After` | `Retry-After` |" in rows["`overloaded`"]
     assert "| no | `x-should-retry: false`" in rows["`invalid_value`"]
@@ -310,7 +318,7 @@ def test_the_errors_have_the_headers_of_responses() -> None:
 
 
 def test_the_python_api_has_every_public_name() -> None:
-    page = source("python")
+    page = source("reference/python")
     for name in serve_app.__all__:
         assert re.search(rf"^::: serve_app[a-z_.]*\.{name}$", page, re.MULTILINE) or (
             f"`{name}`" in page
@@ -321,7 +329,7 @@ def test_the_python_api_has_every_public_name() -> None:
 
 def test_nothing_generated_is_pasted_into_a_page() -> None:
     """Each page is short, and its tables come from a macro; only Serve's keys are written."""
-    for path in FOLDER.glob("*.md"):
+    for path in (FOLDER / "reference").glob("*.md"):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) < 200, path.name
         assert "{{ " in text or "::: " in text, path.name
@@ -329,8 +337,32 @@ def test_nothing_generated_is_pasted_into_a_page() -> None:
         assert len(tables) == (path.name == "configuration.md"), path.name
 
 
+# ---- architecture --------------------------------------------------------------------------------
+
+
+def test_the_architecture_page_has_every_layer_of_the_import_contract() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    layers = [re.findall(r"serve_app\.(\w+)", layer) for layer in contracts[0]["layers"]]
+    section = source("contribute/architecture").split("\n## Layers\n")[1].split("\n## ")[0]
+    rows = [re.findall(r"`(\w+)`", row.split("|")[1]) for row in section.splitlines() if "|" in row]
+    shown = [name for row in rows for name in row]
+    assert sorted(shown) == sorted(name for layer in layers for name in layer)
+    order = {name: number for number, layer in enumerate(layers) for name in layer}
+    assert [order[name] for name in shown] == sorted(order.values())
+
+
+def test_the_architecture_page_has_every_module_with_its_sentence() -> None:
+    page = rendered("contribute/architecture")
+    for path in (ROOT / "serve_app").rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        section = page.split(f"\n### `{path.parent.relative_to(ROOT).as_posix()}/`\n")[1]
+        section = section.split("\n##")[0]
+        assert summary(path) in section, name
+        assert path.name == "__init__.py" or f"| `{path.name}` |" in section, name
+
+
 def test_every_module_begins_with_a_sentence() -> None:
-    """The architecture page lists these sentences."""
     for path in (ROOT / "serve_app").rglob("*.py"):
         docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
         first = docstring.split("\n")[0]
