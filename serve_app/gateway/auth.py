@@ -99,7 +99,7 @@ def _check_distinct(keys: Sequence[ApiKey]) -> None:
         counts = Counter(getattr(key, field) for key in keys)
         twice = [value for value, count in counts.items() if count > 1]
         if twice:
-            raise ConfigError(f"two API keys have the {field} {twice[0]!r}.")
+            raise ConfigError(f"two API keys have the {field} {twice[0]!r}; each needs its own.")
 
 
 class KeyRing:
@@ -148,7 +148,8 @@ class KeyRing:
             return principal_of(key)
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise RateLimited(
-                f"the key {key.name!r} may have {key.max_concurrent} requests at a time.",
+                f"the key {key.name!r} has reached its limit of {key.max_concurrent} requests at a "
+                "time.",
                 retry_after_s=1.0,
             )
         if key.requests_per_minute is not None:
@@ -156,7 +157,8 @@ class KeyRing:
             if not self._rates.hit(rate, key.name):
                 wait_s = self._rates.get_window_stats(rate, key.name).reset_time - time.time()
                 raise RateLimited(
-                    f"the key {key.name!r} may send {key.requests_per_minute} requests a minute.",
+                    f"the key {key.name!r} has reached its limit of {key.requests_per_minute} "
+                    "requests a minute.",
                     retry_after_s=wait_s,
                 )
         self._running[key.name] += 1
@@ -186,7 +188,9 @@ class KeyRing:
         try:
             self._read()
         except ConfigError as error:
-            logger.error("the API keys are kept as they were: %s", error)
+            logger.error(
+                "the earlier API keys stay valid, because the new ones are wrong: %s", error
+            )
 
     def _read(self) -> None:
         """Read the entries if the file has changed."""

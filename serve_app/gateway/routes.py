@@ -141,9 +141,7 @@ def create_api(
     ) -> ModelObject:
         """Describe one model."""
         if model != config.model.id:
-            raise ModelNotFound(
-                f"the model {model[:100]!r} does not exist; use {config.model.id!r}."
-            )
+            raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
         return _model_object(await backend.describe(), started_at)
 
     @api.head("/health", include_in_schema=False)
@@ -209,7 +207,7 @@ async def _while_connected(
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Cancelled("the client went away.")
+            raise Cancelled("the client closed the connection.")
         result: ImagesResponse = working.result()
         return result
     finally:

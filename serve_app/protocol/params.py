@@ -152,7 +152,7 @@ class GenerationParams:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if text is not None and not _is_unicode(text):
-                raise InvalidRequest(f"{name} is not valid Unicode.", name)
+                raise InvalidRequest(f"{name} is not valid Unicode; send it in UTF-8.", name)
             if text is not None and len(text) > limits.max_prompt_chars:
                 raise InvalidRequest(
                     f"{name} has {len(text)} characters; at most {limits.max_prompt_chars} are "
@@ -161,37 +161,48 @@ class GenerationParams:
                 )
         if self.negative_prompt and not model.takes_negative_prompt:
             raise InvalidRequest(
-                f"{model.pipeline} takes no negative_prompt; leave it out.", "negative_prompt"
+                f"{model.pipeline} does not support negative_prompt; leave it out.",
+                "negative_prompt",
             )
         if self.noise_scheduler is not None and self.noise_scheduler not in model.noise_schedulers:
             names = ", ".join(model.noise_schedulers)
             raise InvalidRequest(
-                f"{model.pipeline} has no scheduler {self.noise_scheduler[:40]!r}; "
-                + (f"it has {names}." if names else "leave it out: it has one of its own."),
+                f"{model.pipeline} does not support the scheduler {self.noise_scheduler[:40]!r}; "
+                + (f"use one of {names}." if names else "leave it out to use the model's own."),
                 "scheduler",
             )
         self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", "seed")
+            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}; it is {self.seed}.", "seed")
         steps = self.num_inference_steps or model.default_steps
         if not 1 <= steps <= limits.max_steps or self.num_inference_steps == 0:
             raise InvalidRequest(
-                f"num_inference_steps must be from 1 to {limits.max_steps}.", "num_inference_steps"
+                f"num_inference_steps must be from 1 to {limits.max_steps}; it is "
+                f"{steps if self.num_inference_steps is None else self.num_inference_steps}.",
+                "num_inference_steps",
             )
         fewest = model.fewest_steps.get(self.noise_scheduler or "", 1)
         if steps < fewest:
             raise InvalidRequest(
                 f"num_inference_steps must be at least {fewest} for the scheduler "
-                f"{self.noise_scheduler!r}.",
+                f"{self.noise_scheduler!r}; it is {steps}.",
                 "num_inference_steps",
             )
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
-            raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
+            raise InvalidRequest(
+                f"guidance_scale must be from 0 to 100; it is {self.guidance_scale:g}.",
+                "guidance_scale",
+            )
         if any(not 1 <= step <= steps for step in self.preview_steps):
-            raise InvalidRequest(f"preview_steps must be from 1 to {steps}.", "preview_steps")
+            raise InvalidRequest(
+                f"preview_steps must be from 1 to {steps}; they are {self.preview_steps}.",
+                "preview_steps",
+            )
         if self.deadline_s is not None and not 0 < self.deadline_s <= limits.max_deadline_s:
             raise InvalidRequest(
-                f"deadline_s must be over 0 and at most {limits.max_deadline_s:g}.", "deadline_s"
+                f"deadline_s must be over 0 and at most {limits.max_deadline_s:g}; it is "
+                f"{self.deadline_s:g}.",
+                "deadline_s",
             )
         strength = self._checked_strength(model, steps)
         step = model.size_multiple
@@ -208,7 +219,9 @@ class GenerationParams:
             )
         if max(width, height) > limits.max_side_px:
             raise InvalidRequest(
-                f"size {width}x{height} has a side over {limits.max_side_px} pixels.", "size"
+                f"size {width}x{height} has a side of {max(width, height)} pixels; at most "
+                f"{limits.max_side_px} are allowed.",
+                "size",
             )
         if width * height > limits.max_pixels:
             side = math.isqrt(limits.max_pixels)
@@ -248,7 +261,7 @@ class GenerationParams:
                 "lora",
             )
         if len({name for name, _ in self.lora}) != len(self.lora):
-            raise InvalidRequest("lora names an adapter twice.", "lora")
+            raise InvalidRequest("lora names an adapter twice; name each once.", "lora")
         for name, scale in self.lora:
             if name not in model.loras:
                 raise LoraNotFound(
@@ -258,7 +271,7 @@ class GenerationParams:
             if not abs(scale) <= MAX_LORA_SCALE:
                 raise InvalidRequest(
                     f"the scale of {name!r} must be from -{MAX_LORA_SCALE:g} to "
-                    f"{MAX_LORA_SCALE:g}.",
+                    f"{MAX_LORA_SCALE:g}; it is {scale:g}.",
                     "lora",
                 )
 
@@ -267,12 +280,13 @@ class GenerationParams:
         if self.image is None:
             for name in ("mask_image", "strength"):
                 if getattr(self, name) is not None:
-                    raise InvalidRequest(f"{name} needs an image.", name)
+                    raise InvalidRequest(f"{name} needs an image; leave it out, or send one.", name)
             return None
         if self.task not in model.tasks:
             param = "image" if self.mask_image is None else "mask_image"
             raise InvalidRequest(
-                f"{model.pipeline} does not do {self.task}; it does {', '.join(model.tasks)}.",
+                f"{model.pipeline} does not support {self.task}; it supports "
+                f"{', '.join(model.tasks)}.",
                 param,
             )
         for name in ("image", "mask_image"):
@@ -288,8 +302,8 @@ class GenerationParams:
             strength = model.default_strengths.get(self.task)
         if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
             raise InvalidRequest(
-                f"strength must be over 0, at most 1, and leave one of {steps} steps to run; it "
-                f"is {strength:g}.",
+                f"strength must be over 0 and at most 1, and at least one of {steps} steps must "
+                f"run; it is {strength:g}.",
                 "strength",
             )
         return strength

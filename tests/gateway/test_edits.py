@@ -297,7 +297,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         ),
         (file_of(halves()), b"nothing", {}, "mask", "cannot be read"),
         (file_of(halves()), None, {"strength": "0"}, "strength", "greater than 0"),
-        (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps to run"),
+        (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps must run"),
         (file_of(halves()), None, {"n": "many"}, "n", "integer"),
         (file_of(halves()), None, {"input_fidelity": "high"}, "input_fidelity", "unknown field"),
         (file_of(halves()), None, {"image": "text"}, "image", "must be a file"),
