@@ -34,7 +34,7 @@ from tools.docs.reference.cli import commands, options
 from tools.docs.reference.configuration import sections
 from tools.docs.reference.docstrings import attribute_docstrings
 from tools.docs.reference.errors import errors, meaning
-from tools.docs.reference.json_schema import default_of, range_of, type_of
+from tools.docs.reference.json_schema import default_of, range_of, type_of, value_of
 from tools.docs.reference.modules import summary
 
 ROOT = Path(__file__).parents[2]
@@ -83,10 +83,8 @@ def test_every_section_of_the_configuration_is_introduced() -> None:
 
 
 def test_the_configuration_has_defaults_and_ranges() -> None:
-    assert "| number | `30.0` | > 0 |" in _row("configuration", "engine.max_backlog_s")
-    assert "| list of 2 integers | — | ≥ 8, ≤ 16,384 |" in _row(
-        "configuration", "model.default_size_px"
-    )
+    assert "| number; > 0; default `30.0` |" in _row("configuration", "engine.max_backlog_s")
+    assert "| list of 2 integers; ≥ 8, ≤ 16,384 |" in _row("configuration", "model.default_size_px")
 
 
 def test_the_configuration_has_every_scaling_parameter() -> None:
@@ -100,7 +98,8 @@ def test_the_configuration_has_every_scaling_parameter() -> None:
 def test_the_configuration_has_every_field_of_an_api_key() -> None:
     for name, field in ApiKey.model_fields.items():
         _check_english(field.description, name)
-        assert _row("configuration", name)
+        section = rendered("reference/configuration").split("\n## API key entries\n")[1]
+        assert f"\n| `{name}` | " in section.split("\n## ")[0]
 
 
 def test_the_configuration_has_every_environment_variable() -> None:
@@ -135,7 +134,12 @@ _SERVE_SCHEMAS: dict[str, Any] = {
 def _serve_rows() -> dict[str, str]:
     """Return the defaults of the keys of Ray Serve on the page, by key."""
     section = source("reference/configuration").split("\n## Serve keys\n")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", section, re.MULTILINE))
+    rows = {}
+    for part in section.split("\n### `")[1:]:
+        parent = part.split("`")[0]
+        found = re.findall(r"^\| `([a-z_.]+)` \| (.*?) \|", part, re.MULTILINE)
+        rows |= {f"{parent}.{key}": default for key, default in found}
+    return rows
 
 
 def test_keys_of_ray_serve_exist_there_with_these_defaults() -> None:
@@ -191,7 +195,8 @@ def test_the_http_api_has_every_path_with_its_fields_and_responses() -> None:
             for body in operation.get("requestBody", {}).get("content", {}).values():
                 for name, field in body["schema"]["properties"].items():
                     _check_english(field.get("description"), f"{path}, {name}")
-                    assert f"\n| `{name}` | {type_of(field)} |" in section
+                    needed = name in body["schema"]["required"]
+                    assert f"\n| `{name}` | {value_of(field, needed)} |" in section
                     assert field["description"] in section
             for parameter in operation.get("parameters", ()):
                 assert parameter["description"] in section
@@ -251,8 +256,8 @@ def test_schemas_become_readable_types(schema: dict[str, Any], expected: tuple[s
 
 
 def test_defaults_are_shown_as_json() -> None:
-    assert default_of({"default": False}, required=False) == "`false`"
-    assert default_of({"default": None}, required=False) == "—"
+    assert default_of({"default": False}, required=False) == "default `false`"
+    assert default_of({"default": None}, required=False) == ""
     assert default_of({}, required=True) == "required"
 
 
@@ -275,8 +280,8 @@ def test_the_command_line_has_every_argument_and_option_with_its_help() -> None:
 
 
 def test_the_command_line_has_types_ranges_and_defaults() -> None:
-    assert "| `--port` | integer, ≥ 1, ≤ 65535 | — |" in _command_section("serve")
-    assert "| `--failures-per-hour` | number | `0.0` |" in _command_section("plan")
+    assert "| `--port` | integer, ≥ 1, ≤ 65535 | Port. " in _command_section("serve")
+    assert "| `--failures-per-hour` | number; default `0.0` |" in _command_section("plan")
     assert "| `--device` | `auto`, `cpu`, `cuda` |" in _command_section("serve")
     assert "diffusion-serve infer --prompt TEXT [OPTIONS]" in _command_section("infer")
     assert "diffusion-serve key NAME [OPTIONS]" in _command_section("key")
@@ -297,21 +302,21 @@ def test_the_errors_have_every_class_and_every_code() -> None:
         assert f"\n| `{kind.__name__}` |" in page
         assert meaning(kind) in page
         if not issubclass(kind, ConfigError | Cancelled):
-            assert f"\n| {kind.status} | `{kind.code}` | `{kind.type}` |" in page, kind
+            assert f"\n| {kind.status} `{kind.code}` | `{kind.type}` |" in page, kind
     for code in OUTCOMES:
         assert code == "completed" or f"`{code}`" in page, code
 
 
 def test_the_errors_have_the_headers_of_responses() -> None:
     rows = {
-        line.split("|")[2].strip(): line
+        line.split("|")[1].strip(): line
         for line in rendered("reference/errors").splitlines()
         if "|" in line
     }
-    assert "| after the time in `Retry-After` | `Retry-After` |" in rows["`overloaded`"]
-    assert "| no | `x-should-retry: false`" in rows["`invalid_value`"]
-    assert "`WWW-Authenticate: Bearer`" in rows["`invalid_api_key`"]
-    assert rows["`generation_failed`"].endswith("| yes, once or twice | — |")
+    assert rows["429 `overloaded`"].endswith("| after this time; `Retry-After` |")
+    assert rows["400 `invalid_value`"].endswith("| no; `x-should-retry: false` |")
+    assert "`WWW-Authenticate: Bearer`" in rows["401 `invalid_api_key`"]
+    assert rows["500 `generation_failed`"].endswith("| yes, once or twice |")
 
 
 # ---- Python API, and all pages -------------------------------------------------------------------
@@ -334,7 +339,7 @@ def test_nothing_generated_is_pasted_into_a_page() -> None:
         assert len(text.splitlines()) < 200, path.name
         assert "{{ " in text or "::: " in text, path.name
         tables = re.findall(r"^\| --- ", text, re.MULTILINE)
-        assert len(tables) == (path.name == "configuration.md"), path.name
+        assert len(tables) == 3 * (path.name == "configuration.md"), path.name
 
 
 # ---- architecture --------------------------------------------------------------------------------

@@ -35,17 +35,18 @@ def _section(name: str, command: Any) -> str:
     for kind, title in (("argument", "Argument"), ("option", "Option")):
         rows = [_row(one) for one in command.params if one.param_type_name == kind]
         if rows:
-            parts.append(table((title, "Type", "Default", "Meaning"), rows))
+            parts.append(table((title, "Value", "Meaning"), rows))
     parts.append(prose(command.epilog))
     return "\n\n".join(parts)
 
 
-def _row(parameter: Any) -> tuple[str, str, str, str]:
+def _row(parameter: Any) -> tuple[str, str, str]:
     names = ", ".join(map(code, _names(parameter)))
     words = [prose(parameter.help)]
     if parameter.envvar:
         words.append(f"Environment: {code(parameter.envvar)}.")
-    return names, _described_type(parameter), _default(parameter), " ".join(words)
+    value = "; ".join(one for one in (_described_type(parameter), _default(parameter)) if one)
+    return names, value, " ".join(words)
 
 
 def _names(parameter: Any) -> list[str]:
@@ -99,8 +100,8 @@ def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
     if parameter.default is None or parameter.default is False:
-        return "—"
-    return code(parameter.default)
+        return ""
+    return f"default {code(parameter.default)}"
 
 
 def options() -> Iterator[tuple[str, str, str]]:

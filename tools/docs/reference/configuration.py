@@ -12,7 +12,7 @@ from serve_app.config import environment
 from serve_app.config.models import AppConfig
 from serve_app.gateway.auth import ApiKey
 from tools.docs.reference.docstrings import attribute_docstrings
-from tools.docs.reference.json_schema import default_of, range_of, type_of
+from tools.docs.reference.json_schema import value_of
 from tools.docs.reference.markdown import code, prose, table
 
 
@@ -47,11 +47,15 @@ def scaling_policy() -> str:
     meanings = attribute_docstrings(ScalingParams)
     kinds = {"int": "integer", "float": "number"}
     rows = [
-        (code(field.name), kinds[_name(field.type)], code(field.default), meanings[field.name])
+        (
+            code(field.name),
+            f"{kinds[_name(field.type)]}; default {code(field.default)}",
+            meanings[field.name],
+        )
         for field in fields(ScalingParams)
         if field.name not in BOUNDS
     ]
-    return table(("Key", "Type", "Default", "Meaning"), rows)
+    return table(("Key", "Value", "Meaning"), rows)
 
 
 def environment_variables() -> str:
@@ -70,7 +74,7 @@ def environment_variables() -> str:
     return table(("Variable", "Meaning"), rows)
 
 
-def _rows(path: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str, str, str]]:
+def _rows(path: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
     schema = model.model_json_schema()
     required = schema.get("required", ())
     for name, field in schema["properties"].items():
@@ -78,15 +82,13 @@ def _rows(path: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str, st
             continue
         yield (
             code(f"{path}.{name}" if path else name),
-            type_of(field),
-            default_of(field, name in required),
-            range_of(field),
+            value_of(field, name in required),
             field["description"],
         )
 
 
 def _fields_table(rows: Any) -> str:
-    return table(("Key", "Type", "Default", "Range", "Meaning"), rows)
+    return table(("Key", "Value", "Meaning"), rows)
 
 
 def _name(kind: Any) -> str:

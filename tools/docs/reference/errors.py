@@ -17,7 +17,7 @@ def errors_table() -> str:
     """Return a table of the errors that a client can receive."""
     received = (one for one in errors() if not issubclass(one, ConfigError | Cancelled))
     return table(
-        ("Status", "`code`", "`type`", "Meaning", "Retry", "Headers"), map(_response_row, received)
+        ("Status, `code`", "`type`", "Meaning", "Retry, headers"), map(_response_row, received)
     )
 
 
@@ -29,12 +29,10 @@ def error_classes() -> str:
 def _response_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
     headers = error_headers(kind("message"))
     return (
-        str(kind.status),
-        code(kind.code),
+        f"{kind.status} {code(kind.code)}",
         code(kind.type),
         meaning(kind),
-        _retry(kind.status, headers),
-        ", ".join(_shown(name, value) for name, value in headers.items()) or "—",
+        "; ".join([_retry(kind.status, headers), *map(_shown, headers.items())]),
     )
 
 
@@ -50,11 +48,12 @@ def meaning(kind: type[DiffusionServeError]) -> str:
 
 def _retry(status: int, headers: dict[str, str]) -> str:
     if "Retry-After" in headers:
-        return "after the time in `Retry-After`"
+        return "after this time"
     if "x-should-retry" in headers:
         return "no" if status < 500 else "no: it would take as long again"
     return "yes, once or twice"
 
 
-def _shown(name: str, value: str) -> str:
+def _shown(header: tuple[str, str]) -> str:
+    name, value = header
     return code(name) if name == "Retry-After" else code(f"{name}: {value}")

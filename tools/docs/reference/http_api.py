@@ -12,7 +12,7 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.openapi import EVENTS
 from serve_app.gateway.routes import create_api
 from serve_app.protocol.backend import GenerationBackend
-from tools.docs.reference.json_schema import Schema, default_of, range_of, type_of
+from tools.docs.reference.json_schema import Schema, type_of, value_of
 from tools.docs.reference.markdown import code, prose, table
 
 _BODIES = {"application/json": "JSON body", "multipart/form-data": "Multipart form"}
@@ -129,16 +129,10 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
 def _fields(schema: Schema) -> str:
     required = schema.get("required", ())
     rows = [
-        (
-            code(name),
-            type_of(field),
-            default_of(field, name in required),
-            range_of(field),
-            field["description"],
-        )
+        (code(name), value_of(field, name in required), field["description"])
         for name, field in schema["properties"].items()
     ]
-    return table(("Field", "Type", "Default", "Range", "Meaning"), rows)
+    return table(("Field", "Value", "Meaning"), rows)
 
 
 def _object(name: str) -> str:

@@ -70,11 +70,17 @@ def range_of(schema: Schema) -> str:
 
 
 def default_of(schema: Schema, required: bool) -> str:
-    """Return the default of a field; a dash if its description has it, or if it is unset."""
+    """Return the default of a field; empty if it is null, so that the description explains it."""
     if required:
         return "required"
     value = schema.get("default")
-    return "—" if value is None else code(json.dumps(value))
+    return "" if value is None else f"default {code(json.dumps(value))}"
+
+
+def value_of(schema: Schema, required: bool) -> str:
+    """Return type, range and default of a field, as one cell of a table."""
+    parts = (type_of(schema), range_of(schema), default_of(schema, required))
+    return "; ".join(part for part in parts if part)
 
 
 def _plural(schema: Schema) -> str:
