@@ -26,11 +26,11 @@ from typing import ClassVar
 
 
 class DiffusionServeError(Exception):
-    """An internal error. All other errors derive from this class.
+    """An internal error of the server.
 
-    ``param`` names the field of the request that is wrong, if there is one. ``retry_after_s`` is
-    the time after which a retry may succeed, if a retry makes sense.
-    `serve_app.gateway.retry_after` passes it on to the client.
+    All other errors derive from this class. ``param`` names the field of the request that is wrong,
+    if there is one. ``retry_after_s`` is the time after which a retry may succeed, if a retry makes
+    sense. `serve_app.gateway.retry_after` passes it on to the client.
     """
 
     status: ClassVar[int] = 500

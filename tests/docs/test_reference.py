@@ -313,7 +313,7 @@ def test_the_errors_have_the_headers_of_responses() -> None:
         for line in rendered("reference/errors").splitlines()
         if "|" in line
     }
-    assert rows["429 `overloaded`"].endswith("| after this time; `Retry-After` |")
+    assert rows["429 `overloaded`"].endswith("| yes, after the time in `Retry-After` |")
     assert rows["400 `invalid_value`"].endswith("| no; `x-should-retry: false` |")
     assert "`WWW-Authenticate: Bearer`" in rows["401 `invalid_api_key`"]
     assert rows["500 `generation_failed`"].endswith("| yes, once or twice |")

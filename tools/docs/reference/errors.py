@@ -1,5 +1,7 @@
 """The errors page: every error with its status, code, type and headers."""
 
+from collections.abc import Iterator
+
 from serve_app.errors import Cancelled, ConfigError, DiffusionServeError
 from serve_app.gateway.errors import error_headers
 from tools.docs.reference.markdown import code, prose, table
@@ -23,7 +25,7 @@ def errors_table() -> str:
 
 def error_classes() -> str:
     """Return the tree of the exception classes, as a table for users of the Python API."""
-    return table(("Exception", "Parent", "`code`", "Meaning"), map(_class_row, errors()))
+    return table(("Exception", "Base class", "Meaning"), map(_class_row, errors()))
 
 
 def _response_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
@@ -32,13 +34,13 @@ def _response_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
         f"{kind.status} {code(kind.code)}",
         code(kind.type),
         meaning(kind),
-        "; ".join([_retry(kind.status, headers), *map(_shown, headers.items())]),
+        "; ".join([_retry(kind.status, headers), *_shown(headers)]),
     )
 
 
 def _class_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
     [parent] = kind.__bases__
-    return code(kind.__name__), code(parent.__name__), code(kind.code), meaning(kind)
+    return code(kind.__name__), code(parent.__name__), meaning(kind)
 
 
 def meaning(kind: type[DiffusionServeError]) -> str:
@@ -48,12 +50,13 @@ def meaning(kind: type[DiffusionServeError]) -> str:
 
 def _retry(status: int, headers: dict[str, str]) -> str:
     if "Retry-After" in headers:
-        return "after this time"
+        return "yes, after the time in `Retry-After`"
     if "x-should-retry" in headers:
         return "no" if status < 500 else "no: it would take as long again"
     return "yes, once or twice"
 
 
-def _shown(header: tuple[str, str]) -> str:
-    name, value = header
-    return code(name) if name == "Retry-After" else code(f"{name}: {value}")
+def _shown(headers: dict[str, str]) -> Iterator[str]:
+    for name, value in headers.items():
+        if name != "Retry-After":  # in the words before
+            yield code(f"{name}: {value}")
