@@ -1,5 +1,5 @@
 """Reference pages, generated from the code when the site is built.
 
-Each module has one pure function for its page, which returns Markdown. `tools.docs.macros` makes
-them callable in pages.
+Each module has one pure function for its page, which returns Markdown. `macros` collects
+those that pages may call.
 """
