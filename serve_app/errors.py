@@ -26,11 +26,11 @@ from typing import ClassVar
 
 
 class DiffusionServeError(Exception):
-    """Root of the tree.
+    """An internal error of the server.
 
-    ``param`` names the field of the request that is wrong, if there is one. ``retry_after_s`` is
-    the time after which a retry may succeed, where a retry makes sense.
-    `serve_app.gateway.retry_after` passes it on to the client.
+    All other errors derive from this class. ``param`` names the field of the request that is wrong,
+    if there is one. ``retry_after_s`` is the time after which a retry may succeed, if a retry makes
+    sense. `serve_app.gateway.retry_after` passes it on to the client.
     """
 
     status: ClassVar[int] = 500
@@ -50,7 +50,7 @@ class DiffusionServeError(Exception):
 
 
 class InvalidRequest(DiffusionServeError):
-    """The request has a value that this server does not accept."""
+    """A field of the request has a value that this server does not accept. The error names it."""
 
     status = 400
     code = "invalid_value"
@@ -58,7 +58,7 @@ class InvalidRequest(DiffusionServeError):
 
 
 class ModelNotFound(InvalidRequest):
-    """The request names a model that this server does not have."""
+    """The request names a model that this server does not serve."""
 
     status = 404
     code = "model_not_found"
@@ -72,35 +72,35 @@ class LoraNotFound(InvalidRequest):
 
 
 class BodyTooLarge(InvalidRequest):
-    """The request's body is longer than the configured limit."""
+    """The body of the request is longer than the limit in the configuration."""
 
     status = 413
     code = "body_too_large"
 
 
 class BodyTooSlow(InvalidRequest):
-    """The request's body did not arrive in time."""
+    """The body of the request did not arrive in time."""
 
     status = 408
     code = "body_too_slow"
 
 
 class CrossSite(InvalidRequest):
-    """A browser sent the request for a page of another web site, to a server without keys."""
+    """A page of another web site sent the request to a server without API keys."""
 
     status = 403
     code = "cross_site"
 
 
 class InvalidKey(InvalidRequest):
-    """The request has no API key, or an unknown one."""
+    """The server has API keys, and the request has none or an unknown one."""
 
     status = 401
     code = "invalid_api_key"
 
 
 class RateLimited(DiffusionServeError):
-    """The key's limits are used up."""
+    """The API key has reached its limit of requests per minute or at a time."""
 
     status = 429
     code = "rate_limit_exceeded"
@@ -108,7 +108,7 @@ class RateLimited(DiffusionServeError):
 
 
 class Overloaded(DiffusionServeError):
-    """More work waits than can be done in time.
+    """The waiting work of all clients leaves no time for this request.
 
     ``work_s`` is the work of this request, in seconds, by which the next retry is delayed. It is 0
     if the request reached no engine, which could have estimated it.
@@ -131,7 +131,7 @@ class Overloaded(DiffusionServeError):
 
 
 class DeadlineExceeded(DiffusionServeError):
-    """The image was not done in the longest time that the server allows."""
+    """The image was not done within the longest deadline of the server."""
 
     status = 504
     code = "deadline_exceeded"
@@ -152,18 +152,18 @@ class Cancelled(DiffusionServeError):
 
 
 class GenerationFailed(DiffusionServeError):
-    """The pipeline raised an exception while it generated this request."""
+    """The pipeline raised an exception while it generated this image. Others are not affected."""
 
     code = "generation_failed"
 
 
 class ConfigError(DiffusionServeError):
-    """The configuration cannot work on this machine."""
+    """A setting, a file or an argument is wrong, or cannot work on this machine."""
 
     code = "config_error"
 
 
 class ModelLoadError(ConfigError):
-    """The model named in the configuration cannot be loaded."""
+    """The model in the configuration cannot be loaded."""
 
     code = "model_load_error"

@@ -126,7 +126,7 @@ def test_delays_of_serve_are_rejected(late: str) -> None:
     default = f"{late} is {SERVE_DELAYS_S[late]}, Serve's default where it is not set: .* to 0"
     with pytest.raises(ConfigError, match=default):
         policy_kwargs({name: value for name, value in ours.items() if name != late})
-    with pytest.raises(ConfigError, match=f"{late} is 5: Serve would wait"):
+    with pytest.raises(ConfigError, match=f"{late} is 5: Serve waits"):
         policy_kwargs(ours | {late: 5})
     theirs = {"policy": {"policy_function": "another:policy"}}
     assert policy_kwargs(theirs) == {}

@@ -55,12 +55,3 @@ def test_every_dependency_is_pinned_to_what_is_installed() -> None:
 
 def test_torch_may_be_a_cpu_or_a_cuda_build() -> None:
     assert "+" not in PINS["torch"]
-
-
-def test_the_readme_names_every_module() -> None:
-    text = (ROOT / "README.md").read_text()
-    for module in (ROOT / "serve_app").glob("[!_]*.py"):
-        assert module.name in text
-    for folder in ("autoscaling", "deployments", "doctor", "engine", "gateway"):
-        for module in (ROOT / "serve_app" / folder).glob("[!_]*.py"):
-            assert module.name in text, module

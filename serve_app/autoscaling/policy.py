@@ -39,23 +39,29 @@ class ScalingParams:
     """The scaling parameters of an operator."""
 
     min_replicas: int = 1
+    """Least number of replicas; from ``autoscaling_config``."""
     max_replicas: int = 1
+    """Greatest number of replicas; from ``autoscaling_config``."""
     target_utilization: float = 1.0
-    """Share of the time that replicas should be busy. The policy buys the arriving work divided by
-    this; the reserve for noise in arrivals comes on top."""
+    """Share of the time that replicas should be busy, over 0 and at most 1.
+
+    Arriving work divided by this share gives the number of replicas. The reserve for random
+    variation of arrivals is added to it."""
     spare_replicas: int = 0
-    """Additional idle replicas, for load that rises faster than a replica starts."""
+    """Additional replicas, at least 0, for load that rises faster than a replica starts."""
     target_drain_s: float = 180.0
-    """Time within which waiting work should be done, counted from when replicas started now could
-    help."""
+    """Time in seconds, over 0, within which waiting work should be done. It counts from the moment
+    at which a replica that is requested now would be ready."""
     smoothing_s: float = 75.0
-    """Averaging time of the arrival rate."""
+    """Averaging time of the arrival rate, in seconds, over 0."""
     hold_s: float = 30.0
-    """Time that a surplus must last before removal; at least a third of a cold start."""
+    """Time in seconds, at least 0, that a surplus must last before replicas are removed. A third of
+    a cold start applies if it is longer."""
     cold_start_s: float = ASSUMED_COLD_START_S
-    """Time from requesting a replica until it can generate; assumed until one is measured."""
+    """Time from the request for a replica until it can generate, in seconds, over 0. Assumed until
+    a start is measured."""
     mean_work_s: float = 2.0
-    """Mean work of a request; assumed until one has arrived."""
+    """Mean work of a request, in solo seconds, over 0. Assumed until a request has arrived."""
 
     def __post_init__(self) -> None:
         for name in ("target_drain_s", "smoothing_s", "cold_start_s", "mean_work_s"):

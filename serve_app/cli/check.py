@@ -17,9 +17,9 @@ from serve_app.errors import ConfigError
 
 
 def check(
-    config: Annotated[Path, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")],
+    config: Annotated[Path, typer.Argument(help="Serve config file, such as configs/demo.yaml.")],
 ) -> None:
-    """Find mistakes in a config file within a second, before Ray is started with it."""
+    """Validate a config file within a second, without starting anything."""
     try:
         for warning in check_serve_file(config):
             typer.echo(f"warning: {warning}", err=True)
@@ -51,7 +51,7 @@ def check_serve_file(path: Path, name: object = None) -> list[str]:
         read_scaling_params(policy_kwargs(autoscaling))
         if other := foreign_policy(autoscaling):
             warnings.append(
-                f"{name or path}: Generator is scaled by {other}, which is not checked."
+                f"{name or path}: {other} scales Generator; its parameters are not checked."
             )
     for application in read_serve_config(path):
         check_model_folder(application.model)

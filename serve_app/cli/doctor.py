@@ -19,49 +19,50 @@ if TYPE_CHECKING:
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Option(help="A Serve config file: what is to run here. The demo, if none."),
+        typer.Option(help="Serve config file to check this machine for. Default: the demo model."),
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="No GPU is expected.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Expect no GPU.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
     cluster: Annotated[
         bool,
-        typer.Option("--cluster", help="Look at the cluster of the current kubeconfig instead."),
+        typer.Option("--cluster", help="Check the cluster of the current kubeconfig instead."),
     ] = False,
     namespace: Annotated[
         str | None,
         typer.Option(
-            help="Namespace of the service. Default: the overlay's, the kubeconfig's, or the one "
-            "that has it."
+            help="With --cluster: namespace of the service. Default: the overlay's, the "
+            "kubeconfig's, or the only one with a service of this project."
         ),
     ] = None,
     overlay: Annotated[
         Path | None,
         typer.Option(
             allow_dash=True,
-            help="A rendered manifest that is to be applied ('-': from stdin): what KubeRay would "
-            "reject of it, and with --cluster whether the cluster's nodes take its pods. What the "
-            "namespace holds, if none.",
+            help="Rendered manifest to check before it is applied; '-' reads stdin. With "
+            "--cluster, the check compares its pods with the cluster's nodes. Default with "
+            "--cluster: the objects in the namespace.",
         ),
     ] = None,
     rehearse: Annotated[
         bool,
         typer.Option(
             "--rehearse",
-            help="Apply the overlay in a throw-away namespace, ask for an image, change, upgrade, "
-            "roll back and delete. Creates and deletes that namespace; without this option "
-            "nothing is changed.",
+            help="Test the overlay in a temporary namespace: apply, generate an image, change, "
+            "upgrade, roll back, delete. Without this option nothing is changed.",
         ),
     ] = False,
 ) -> None:
-    """Look for what stands between this machine, or a cluster, and an image."""
+    """Check whether this machine, a manifest or a cluster can serve, and advise what to do."""
     from serve_app.doctor.report import any_failed, table
     from serve_app.doctor.report import as_json as to_json
 
     try:
         if not cluster and namespace is not None:
-            raise ConfigError("--namespace goes with --cluster.")
+            raise ConfigError("--namespace needs --cluster.")
         if (cluster or overlay is not None) and config is not None:
-            raise ConfigError("--config is for a machine; give the manifest to --overlay.")
+            raise ConfigError(
+                "--config checks a machine: for a cluster, pass a manifest to --overlay."
+            )
         if rehearse and (not cluster or overlay is None):
             raise ConfigError(
                 "--rehearse needs --cluster and --overlay: `kubectl kustomize "

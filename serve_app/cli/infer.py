@@ -22,18 +22,31 @@ FORMATS: dict[str, Literal["png", "jpeg", "webp"]] = {
 
 
 def infer(
-    prompt: Annotated[str, typer.Option(help="Content of the image.")],
-    output: Annotated[Path, typer.Option(help="A .png, .jpg or .webp file.")] = Path("image.png"),
+    prompt: Annotated[str, typer.Option(help="Description of the image.")],
+    output: Annotated[Path, typer.Option(help="File to write: .png, .jpg, .jpeg or .webp.")] = Path(
+        "image.png"
+    ),
     model: Annotated[
-        str, typer.Option(help="'demo', a folder, or a Hugging Face repository.")
+        str, typer.Option(help="'demo', a folder, or a repository on the Hugging Face hub.")
     ] = "demo",
-    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same image.")] = None,
-    size: Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels.")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="Content to avoid.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Weight of the prompt.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of denoising steps. Default: the model's.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed: the same seed gives the same image. Default: random.")
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels. Default: the model's.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="Description of content to avoid.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Weight of the prompt. Default: the model's.")
+    ] = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Noise scheduler, such as euler, dpm++ or ddim.")
+        str | None,
+        typer.Option(help="Noise scheduler, such as euler, dpm++ or ddim. Default: the model's."),
     ] = None,
 ) -> None:
     """Generate one image, without a server and without Ray."""

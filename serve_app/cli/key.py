@@ -10,15 +10,25 @@ from serve_app.errors import ConfigError
 
 
 def key(
-    name: Annotated[str, typer.Argument(help="Name of the client, for logs and metrics.")],
-    requests_per_minute: Annotated[int | None, typer.Option(help="The most per minute.")] = None,
-    max_concurrent: Annotated[int | None, typer.Option(help="The most at a time.")] = None,
+    name: Annotated[str, typer.Argument(help="Name of the client in logs and metrics.")],
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="Most requests in a minute. Default: no limit.")
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Most requests at a time. Default: no limit.")
+    ] = None,
     priority: Annotated[
         str | None,
-        typer.Option(help="'interactive', or 'batch': runs when no interactive one can."),
+        typer.Option(
+            help="'interactive' or 'batch'. Requests of 'batch' run when no interactive request "
+            "can. Default: 'interactive'."
+        ),
     ] = None,
 ) -> None:
-    """Make an API key. Its entry for the file of keys goes to stdout, the key itself to stderr."""
+    """Make an API key.
+
+    Its entry for the file of keys goes to stdout. The key itself goes to stderr, once.
+    """
     from serve_app.gateway.auth import digest, parse_keys
 
     secret = f"sk-{secrets.token_urlsafe(32)}"
@@ -37,4 +47,4 @@ def key(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     typer.echo(entry, nl=False)
-    typer.echo(f"The key, which is stored nowhere: {secret}", err=True)
+    typer.echo(f"The key, which is not stored: {secret}", err=True)

@@ -25,11 +25,30 @@ def _show_version(enabled: bool) -> None:
 @cli.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Text-to-image models in production, batched step by step."""
+    """Serve diffusers text-to-image models over HTTP, batched step by step."""
 
 
-for command in (serve, check, infer, key, plan, doctor, top):
-    cli.command()(command)
+_EXIT_CODES = "Exit codes: 0 on success, 2 for a wrong argument, file or setting."
+_SERVER_EXIT_CODES = (
+    "Exit codes: 0 after Ctrl-C, 2 for a wrong argument, file or setting, before Ray starts."
+)
+_DOCTOR_EXIT_CODES = (
+    "Exit codes: 0 if no check failed, 1 if one failed, 2 for a wrong argument or file."
+)
+
+for command, exit_codes in (
+    (serve, _SERVER_EXIT_CODES),
+    (check, _EXIT_CODES),
+    (infer, _EXIT_CODES),
+    (key, _EXIT_CODES),
+    (plan, _EXIT_CODES),
+    (doctor, _DOCTOR_EXIT_CODES),
+    (top, _EXIT_CODES),
+):
+    cli.command(epilog=exit_codes)(command)

@@ -15,91 +15,118 @@ from serve_app.planner.cluster import ClusterParams, Routing
 
 
 def plan(
-    config: Annotated[Path, typer.Option(help="A Serve config file: engine and scaling.")],
+    config: Annotated[
+        Path, typer.Option(help="Serve config file with the settings of engine and scaling.")
+    ],
     costs: Annotated[
         Path,
         typer.Option(
-            help="Step times: a file that an engine wrote to engine.profile_path, or alike."
+            help="Step times: a file that an engine wrote to engine.profile_path, or a file of "
+            "configs/costs/."
         ),
     ],
     trace: Annotated[
         Path | None,
         typer.Option(
-            help="Arrivals: CSV with at_s, size, steps; or with hour, invocations; or a time in ms "
-            "a line. The last two need --mix."
+            help="File of arrivals. Either CSV with the columns at_s, size and steps, or CSV with "
+            "the columns hour and invocations, or a time in ms on each line. The last two need "
+            "--mix."
         ),
     ] = None,
     rate: Annotated[
         float | None, typer.Option(help="Constant arrival rate, in requests per second.")
     ] = None,
     minutes: Annotated[
-        float, typer.Option(help="Length of the trace in minutes, with --rate.")
+        float, typer.Option(help="With --rate: length of the trace in minutes.")
     ] = 60.0,
     mix: Annotated[
         str | None,
-        typer.Option(help="Sizes and steps of requests: WIDTHxHEIGHT/STEPS:SHARE, with commas."),
+        typer.Option(
+            help="Sizes and steps of requests: WIDTHxHEIGHT/STEPS:SHARE, separated by commas."
+        ),
     ] = None,
     mix_at_end: Annotated[
-        str | None, typer.Option(help="The mix drifts to this one until the end of the trace.")
+        str | None,
+        typer.Option(help="Mix at the end of the trace. The mix changes gradually towards it."),
     ] = None,
     stretch: Annotated[float, typer.Option(help="Factor for the times of the trace.")] = 1.0,
     share: Annotated[
-        float, typer.Option(help="Random share of the trace to replay: over 0, up to 1.")
+        float,
+        typer.Option(help="With --trace: random share of it to replay, over 0 and at most 1."),
     ] = 1.0,
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="work (this project's), count (Ray Serve's default) or fixed; all by default. "
-            "'configured' tries the config's own policy only."
+            help="Policies to compare: 'work' (this project's), 'count' (Ray Serve's default), "
+            "'fixed' or 'configured' (the config's own policy only). Default: work, count, fixed."
         ),
     ] = None,
-    max_replicas: Annotated[int | None, typer.Option(help="Replaces the config's.")] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(help="Most replicas. Default: the config's.")
+    ] = None,
     node_start_s: Annotated[
-        float, typer.Option(help="Seconds until a requested GPU node is up.")
+        float, typer.Option(help="Seconds until a requested GPU node is ready.")
     ] = 60.0,
     replica_start_s: Annotated[
-        float, typer.Option(help="Seconds from a node to a ready replica.")
+        float, typer.Option(help="Seconds from a ready node to a ready replica.")
     ] = 30.0,
     node_idle_s: Annotated[
-        float, typer.Option(help="Seconds that a node without a replica stays.")
+        float, typer.Option(help="Seconds until a node without a replica is removed.")
     ] = 60.0,
     max_backlog_s: Annotated[
         float | None,
-        typer.Option(help="Replaces the config's engine.max_backlog_s; inf rejects no request."),
+        typer.Option(
+            help="engine.max_backlog_s of the simulation; inf rejects no request. Default: the "
+            "config's."
+        ),
     ] = None,
     failures_per_hour: Annotated[
-        float, typer.Option(help="Failures of one replica with its node.")
+        float, typer.Option(help="Failures of one replica, with its node, in an hour.")
     ] = 0.0,
     routing: Annotated[
         Routing,
-        typer.Option(help="Route a request to the replica with fewer requests, or with less work."),
+        typer.Option(
+            help="Route a request to the replica with the fewest requests ('count') or with the "
+            "least work ('work')."
+        ),
     ] = "count",
     choices: Annotated[
         int,
-        typer.Option(min=1, help="Replicas drawn for each choice; Serve's own router draws two."),
+        typer.Option(
+            min=1, help="Replicas that the router compares. Serve's own router compares two."
+        ),
     ] = 8,
     slo: Annotated[
-        float, typer.Option(help="Share of requests that must meet their deadlines.")
+        float,
+        typer.Option(
+            help="Share of requests that must meet their deadlines, over 0 and at most 1."
+        ),
     ] = 0.95,
     price: Annotated[float | None, typer.Option(help="Price of a GPU for an hour.")] = None,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Number of runs, each with other draws of sizes and steps.")
+        int, typer.Option(min=1, help="Number of runs, each with other random sizes and steps.")
     ] = 1,
-    seed: Annotated[int, typer.Option(help="Same seed, same result.")] = 1,
-    chart: Annotated[Path | None, typer.Option(help="Draw the result: a .png file.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write all results: a .json file.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed: the same seed gives the same result.")] = 1,
+    chart: Annotated[
+        Path | None, typer.Option(help="Write a chart of the result to this .png file.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write all results to this .json file.")
+    ] = None,
 ) -> None:
-    """Size a cluster before it is bought: replay arrivals in simulated time."""
+    """Choose the size of a cluster: replay arrivals in simulated time under many policies."""
     from serve_app.planner import comparison as planner
     from serve_app.planner import inputs
 
     try:
         if (trace is None) == (rate is None):
-            raise ConfigError("give either --trace or --rate.")
+            raise ConfigError("give either --trace or --rate, and not both.")
         if not (stretch > 0 and (rate is None or rate > 0) and minutes > 0 and 0 < slo <= 1):
-            raise ConfigError("--stretch, --rate and --minutes must be over 0, --slo up to 1.")
+            raise ConfigError(
+                "--stretch, --rate and --minutes must be over 0, and --slo over 0 and at most 1."
+            )
         if not 0 < share <= 1 or (share < 1 and trace is None):
-            raise ConfigError("--share must be over 0 and up to 1, and goes with --trace.")
+            raise ConfigError("--share must be over 0 and at most 1, and needs --trace.")
         families = inputs.parse_families(policy or ["work", "count", "fixed"])
         application = read_serve_config(config)[0]
         engine = application.engine

@@ -38,35 +38,48 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 def serve(
     config: Annotated[
-        Path | None, typer.Argument(help="A Serve config file, such as configs/demo.yaml.")
+        Path | None, typer.Argument(help="Serve config file, such as configs/demo.yaml.")
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            help="Serve this model without a config file: 'demo' (the default), a folder, or a "
-            "Hugging Face repository."
+            help="Model to serve without a config file: 'demo', a folder, or a repository on the "
+            "Hugging Face hub. Default without CONFIG: 'demo'."
         ),
     ] = None,
     device: Annotated[
         Device | None,
-        typer.Option(help="With --model. 'auto': a GPU; only the demo model falls back to a CPU."),
+        typer.Option(
+            help="With --model: the device. 'auto' is a GPU; only the demo model runs on the CPU "
+            "if there is none. Default: 'auto'."
+        ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="With --model: the precision.")] = None,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="With --model: the floating-point type. Default: 'auto'."),
+    ] = None,
     max_replicas: Annotated[
         int | None,
-        typer.Option(min=1, help="With --model: replicas under load, each on its own GPU."),
+        typer.Option(
+            min=1,
+            help="With --model: most replicas under load, each with its own GPU. Default: 1.",
+        ),
     ] = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 means all of them.")
+        str, typer.Option(help="Address to listen on. 0.0.0.0 listens on all addresses.")
     ] = LOCAL_HOST,
     port: Annotated[
-        int | None, typer.Option(min=1, max=65_535, help="The config's or 8000 by default.")
+        int | None,
+        typer.Option(min=1, max=65_535, help="Port. Default: the config's, otherwise 8000."),
     ] = None,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the config and exit.")
+        bool, typer.Option("--print-config", help="Print the config and exit. Nothing starts.")
     ] = False,
 ) -> None:
-    """Run a server until Ctrl-C. The config that it runs goes to stdout if no file was given."""
+    """Run a server until Ctrl-C.
+
+    Without a config file it serves one model, and prints the config that it made to stdout.
+    """
     try:
         if config is None:
             content = make_config(
@@ -74,14 +87,14 @@ def serve(
             )
         elif model or device or dtype or max_replicas:
             raise ConfigError(
-                "--model, --device, --dtype and --max-replicas make a config, and "
-                f"{config} is one. Leave them out and set model and deployments in the file."
+                "--model, --device, --dtype and --max-replicas cannot be used with a config file. "
+                f"Leave them out, and set model and deployments in {config}."
             )
         else:
             content = read_serve_file(config)
         http_options = content.get("http_options") or {}
         if not isinstance(http_options, dict):
-            raise ConfigError(f"{config}: http_options must be a mapping.")
+            raise ConfigError(f"{config}: http_options must be a mapping; it is {http_options!r}.")
         port = port or http_options.get("port", DEFAULT_PORT)
         content["http_options"] = http_options | {"host": host, "port": port}
         with tempfile.TemporaryDirectory(prefix="diffusion-serve-") as folder:
@@ -184,9 +197,9 @@ def count_gpus() -> int:
 
 
 _NO_GPU = (
-    "This machine has no NVIDIA GPU that can be used: `diffusion-serve doctor` says why. To use "
+    "This machine has no usable NVIDIA GPU: run `diffusion-serve doctor` for the reason. To use "
     "the GPUs of a running Ray cluster, set RAY_ADDRESS=auto. To run on the CPU, use --device cpu "
-    "with --model; in a config file set model.device to cpu and ray_actor_options.num_gpus to 0."
+    "with --model, or set model.device to cpu and ray_actor_options.num_gpus to 0 in a config file."
 )
 
 

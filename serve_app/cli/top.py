@@ -11,14 +11,18 @@ from serve_app.errors import DiffusionServeError
 def top(
     url: Annotated[str, typer.Argument(help="Address of the server.")] = "http://127.0.0.1:8000",
     key: Annotated[
-        str | None, typer.Option(help=f"An API key. Better: the variable {API_KEY_VARIABLE}.")
+        str | None,
+        typer.Option(
+            help=f"API key. Other users of the machine can see it: prefer the environment variable "
+            f"{API_KEY_VARIABLE}."
+        ),
     ] = None,
-    every: Annotated[float, typer.Option(min=0.2, help="Seconds between frames.")] = 1.0,
+    every: Annotated[float, typer.Option(min=0.2, help="Seconds between two frames.")] = 1.0,
     once: Annotated[
-        bool, typer.Option("--once", help="Print one frame, over --every seconds, and exit.")
+        bool, typer.Option("--once", help="Print one frame, of --every seconds, and exit.")
     ] = False,
 ) -> None:
-    """Watch a deployment in the terminal, by its /metrics. Ctrl-C ends it."""
+    """Show the metrics of a deployment in the terminal until Ctrl-C."""
     try:
         from rich.console import Console
 

@@ -7,25 +7,29 @@ No other module reads the environment. The variables that libraries read themsel
 import os
 
 KEYS_VARIABLE = "DIFFUSION_SERVE_KEYS"
-"""The variable that holds API key entries."""
+"""API key entries of the server, as YAML, in addition to those of a file."""
 
 KEYS_PATH_VARIABLE = "DIFFUSION_SERVE_KEYS_PATH"
-"""The variable that names a file of API key entries. ``gateway.keys_path`` goes before it."""
+"""Path of a file of API key entries. ``gateway.keys_path`` takes precedence."""
 
 API_KEY_VARIABLE = "DIFFUSION_SERVE_API_KEY"
-"""The variable that holds the API key of a client of a server."""
+"""API key that ``diffusion-serve top`` sends, unless ``--key`` is given."""
 
 PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
-"""The variable by which Ray's processes learn the middlewares of Serve's proxies."""
+"""Import path of the middlewares of Serve's proxies, for every process of Ray.
 
-_MACHINE_VARIABLES = (
-    "CUDA_MPS_PIPE_DIRECTORY",
-    "CUDA_VISIBLE_DEVICES",
-    "KUBERNETES_SERVICE_HOST",
-    "NVIDIA_DRIVER_CAPABILITIES",
-    "NVIDIA_VISIBLE_DEVICES",
-    "RAY_ADDRESS",
-)
+``diffusion-serve serve`` sets it to ``serve_app.gateway.proxy:middlewares`` unless it is set.
+"""
+
+MACHINE_VARIABLES = {
+    "CUDA_MPS_PIPE_DIRECTORY": "Folder of a CUDA MPS daemon that shares the GPU.",
+    "CUDA_VISIBLE_DEVICES": "GPUs that a process may use. Empty or -1 hides all of them.",
+    "KUBERNETES_SERVICE_HOST": "Address of the API server. Set in every pod of Kubernetes.",
+    "NVIDIA_DRIVER_CAPABILITIES": "Parts of the driver that a container gets.",
+    "NVIDIA_VISIBLE_DEVICES": "GPUs that a container gets.",
+    "RAY_ADDRESS": "Running Ray cluster to join, instead of a new one on this machine.",
+}
+"""Variables about GPUs, Kubernetes and a Ray cluster, with their meanings."""
 
 _NUMERIC_PREFIXES = (
     "ATEN_",
@@ -37,11 +41,12 @@ _NUMERIC_PREFIXES = (
     "OMP_",
     "ONEDNN_",
 )
-_GENERATION_PREFIXES = ("DIFFUSERS_", "PYTORCH_", "TORCH", *_NUMERIC_PREFIXES)
+GENERATION_PREFIXES = ("DIFFUSERS_", "PYTORCH_", "TORCH", *_NUMERIC_PREFIXES)
+"""Prefixes of variables of libraries that change the speed or the result of a generation."""
 
 
 def keys_in_environment() -> str | None:
-    """Return the API key entries of the environment, for containers that get their secrets so."""
+    """Return the API key entries of the environment, for containers with secrets in variables."""
     return os.environ.get(KEYS_VARIABLE)
 
 
@@ -60,10 +65,10 @@ def generation_environment() -> dict[str, str]:
     return {
         name: os.environ[name]
         for name in sorted(os.environ)
-        if name.startswith(_GENERATION_PREFIXES)
+        if name.startswith(GENERATION_PREFIXES)
     }
 
 
 def machine_environment() -> dict[str, str]:
     """Return the variables about GPUs, Kubernetes and a Ray cluster to join."""
-    return {name: os.environ[name] for name in _MACHINE_VARIABLES if name in os.environ}
+    return {name: os.environ[name] for name in MACHINE_VARIABLES if name in os.environ}

@@ -24,18 +24,18 @@ def find_loras(model: ModelConfig) -> dict[str, str]:
     for name, source in found.items():
         path = Path(source).expanduser()
         if is_path(source) and not (path.is_file() and path.suffix == ".safetensors"):
-            raise ModelLoadError(f"model.loras: {name!r}: there is no .safetensors file {path}.")
+            raise ModelLoadError(f"model.loras: {name!r}: {path} is not a .safetensors file.")
     if model.lora_folder is None:
         return found
     folder = Path(model.lora_folder).expanduser()
     if not folder.is_dir():
-        raise ModelLoadError(f"model.lora_folder: there is no folder {folder}.")
+        raise ModelLoadError(f"model.lora_folder: the folder {folder} does not exist.")
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).with_suffix("").as_posix()
         if name in found:
             raise ModelLoadError(
-                f"model.lora_folder: {path} is called {name!r}, as one of model.loras is. Rename "
-                "one of the two."
+                f"model.lora_folder: {path} and an entry of model.loras have the name {name!r}. "
+                "Rename one of the two."
             )
         found[name] = str(path)
     return found
@@ -64,8 +64,8 @@ def find_model(name: str) -> ModelConfig:
         )
     if name.count("/") != 1 or not all(name.split("/")):
         raise ModelLoadError(
-            f"model {name!r}: there is no such folder in {Path.cwd()}, and a Hugging Face "
-            "repository is written as owner/name. Give one of the two, or 'demo'."
+            f"model {name!r}: {path.absolute()} does not exist, and a Hugging Face repository is "
+            "written as owner/name. Give one of the two, or 'demo'."
         )
     return ModelConfig(id=name)
 

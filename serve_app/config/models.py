@@ -43,7 +43,7 @@ class SpeedConfig(_Config):
     compile: bool = Field(
         False,
         description="Compile the repeated blocks of the denoiser at start-up, for batches of "
-        "1, 2, 4 and more of engine.warmup_sizes_px. Other sizes run uncompiled.",
+        "1, 2, 4, … images of each size in engine.warmup_sizes_px. Other sizes run uncompiled.",
     )
     channels_last: bool = Field(
         False, description="Keep the weights of convolutions in channels-last order."
@@ -51,56 +51,77 @@ class SpeedConfig(_Config):
     attention_backend: str | None = Field(
         None,
         min_length=1,
-        description="diffusers' name of an attention kernel, such as 'native' or 'flash'.",
+        description="Attention kernel by its name in diffusers, such as 'native' or 'flash'. "
+        "Default: the kernel that diffusers chooses. Not for UNets.",
     )
     offload: Literal["none", "model"] = Field(
         "none",
-        description="'model': text encoders and denoisers take turns on the GPU, for cards that "
-        "do not hold them all.",
+        description="'model': text encoders and denoisers take turns on the GPU, for GPUs that "
+        "cannot hold all networks at once.",
     )
     quantize: Literal["none", "int8", "fp8"] = Field(
         "none",
-        description="Hold the weights of the denoiser's linear layers in 8 bits. The arithmetic "
-        "keeps to the dtype.",
+        description="Store the weights of the denoiser's linear layers in 8 bits. Calculations "
+        "use model.dtype. Needs the package torchao.",
     )
 
 
 class ModelConfig(_Config):
     """The model, its source, its precision and its device."""
 
-    id: str = Field("demo", min_length=1, description="Name in the API.")
+    id: str = Field("demo", min_length=1, description="Name of the model in the API.")
     path: str | None = Field(
         None,
-        description="Folder in the diffusers format (starts with '/', '.' or '~'), or a Hugging "
-        "Face repository. Default: the bundled model for 'demo', else the id.",
+        description="Folder in the diffusers format (starts with '/', '.' or '~'), or a "
+        "repository on the Hugging Face hub. Default: the bundled model if model.id is 'demo', "
+        "otherwise the repository that model.id names.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of the repository.")
-    variant: str | None = Field(None, description="Weight variant, such as 'fp16'.")
+    revision: str | None = Field(
+        None, description="Branch, tag or commit of the repository. Default: its main branch."
+    )
+    variant: str | None = Field(
+        None,
+        description="Variant of the weight files, such as 'fp16'. "
+        "Default: the files without a variant.",
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        "auto", description="'auto': bfloat16 on a GPU, float32 on a CPU."
+        "auto",
+        description="Floating-point type of the weights and the calculations. 'auto' is bfloat16 "
+        "on a GPU and float32 on a CPU.",
     )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device of the model. 'auto' is a GPU if the replica has one."
+    )
     default_size_px: tuple[Side, Side] | None = Field(
-        None, description="(width, height) when a request names none. Default: the model's own."
+        None,
+        description="Width and height, in pixels, of requests that set no size. Default: the "
+        "model's own.",
     )
     default_steps: int | None = Field(
-        None, ge=1, description="Denoising steps when a request names none. Default: the model's."
+        None,
+        ge=1,
+        description="Denoising steps of requests that set none, at most engine.limits.max_steps. "
+        "Default: the pipeline's.",
     )
-    default_guidance_scale: float | None = Field(None, ge=0)
+    default_guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        description="Guidance scale of requests that set none. Default: the pipeline's.",
+    )
     call_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Further arguments for every call of the pipeline, such as "
-        "max_sequence_length.",
+        description="Additional arguments of every pipeline call, such as max_sequence_length.",
     )
     loras: dict[str, str] = Field(
         default_factory=dict,
-        description="LoRA adapters that requests may name: a .safetensors file (starts with '/', "
-        "'.' or '~'), or a Hugging Face repository, owner/name or owner/name/file.",
+        description="LoRA adapters that requests may use, by name. Each source is a .safetensors "
+        "file (starts with '/', '.' or '~') or a repository on the Hugging Face hub "
+        "(owner/name or owner/name/file).",
     )
     lora_folder: str | None = Field(
         None,
-        description="Every .safetensors file below this folder is an adapter as well. Its name is "
-        "its path without the suffix.",
+        description="Folder of further LoRA adapters: every .safetensors file below it. An "
+        "adapter's name is its path in the folder without the suffix.",
     )
     speed: SpeedConfig = SpeedConfig()
 
@@ -167,92 +188,103 @@ class LimitsConfig(_Config):
 
     max_pixels: int = Field(2048 * 2048, ge=64, description="Width times height of one image.")
     max_side_px: int = Field(
-        4096, ge=8, description="Longer side. The position embeddings of a model end somewhere."
+        4096,
+        ge=8,
+        description="Width or height of one image, in pixels. Position embeddings limit the side "
+        "that a model supports.",
     )
     max_image_pixels: int = Field(
         16 * 1024 * 1024,
         ge=64,
-        description="Width times height of an input image. While the gateway reads it, it needs "
-        "8 bytes for each pixel.",
+        description="Width times height of an input image. The gateway needs 8 bytes for each of "
+        "its pixels while it reads the image.",
     )
-    max_steps: int = Field(100, ge=1)
-    max_images: int = Field(10, ge=1, description="Images per HTTP request (n).")
-    max_loras: int = Field(4, ge=0, description="LoRA adapters at a time, for one image.")
-    max_prompt_chars: int = Field(4_000, ge=1)
-    max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Size of a JSON body.")
+    max_steps: int = Field(100, ge=1, description="Denoising steps of one image.")
+    max_images: int = Field(10, ge=1, description="Images of one HTTP request (`n`).")
+    max_loras: int = Field(4, ge=0, description="LoRA adapters of one image.")
+    max_prompt_chars: int = Field(
+        4_000, ge=1, description="Characters of a prompt or a negative prompt."
+    )
+    max_body_bytes: int = Field(1024 * 1024, ge=1024, description="Bytes of a JSON body.")
     max_upload_bytes: int = Field(
-        32 * 1024 * 1024, ge=1024, description="Size of a body with an input image."
+        32 * 1024 * 1024, ge=1024, description="Bytes of a body with an input image."
     )
     max_deadline_s: float = Field(
         600.0,
         gt=0,
-        description="The longest deadline that a request may name. A replica cancels a request "
-        "that is not done so long after its admission.",
+        description="Longest deadline that a request may set, in seconds. A request that is not "
+        "done this long after a replica admitted it is cancelled and ends with status 504.",
     )
 
 
 class EngineConfig(_Config):
-    """The sharing of one device between requests."""
+    """The engine: how requests share one device, and which limits they have."""
 
-    max_batch_size: int = Field(16, ge=1, description="Requests merged into one denoiser call.")
+    max_batch_size: int = Field(16, ge=1, description="Most requests that share one denoiser call.")
     max_running: int = Field(
-        32, ge=1, description="Requests that run at the same time. The others wait in the queue."
+        32,
+        ge=1,
+        description="Most requests that run at the same time. The others wait in the queue.",
     )
     scheduling: Literal["on_time", "fifo", "least_slack", "shortest_first"] = Field(
-        "on_time", description="Order of the requests. 'on_time' meets the most deadlines."
+        "on_time",
+        description="Policy that orders the requests. 'on_time' meets the most deadlines.",
     )
     slo_scale: float = Field(
         3.0,
         gt=0,
-        description="The deadline of a request that names none, in multiples of its solo seconds.",
+        description="Deadline of a request that sets none, as a multiple of its predicted time on "
+        "an idle replica. It only orders requests, and rejects none.",
     )
     max_backlog_s: float = Field(
         30.0,
         gt=0,
         description="Predicted seconds of interactive work that a new request may wait for. A "
-        "request that would wait longer is rejected with a time to retry. Longer queues finish no "
-        "more images, and clients give up: most after 30 to 60 s.",
+        "request that would wait longer is rejected with status 429 and a time to retry. A longer "
+        "queue does not raise throughput, and most clients give up after 30 to 60 s.",
     )
     warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
         (),
         max_length=64,
-        description="(width, height) to measure at start-up, for predictions and for the largest "
-        "batch that pays. Other sizes are measured as requests come, and capped by analogy. "
-        "Without any, max_batch_size is the only cap.",
+        description="Sizes, as width and height in pixels, to measure at start-up. The results "
+        "give predicted times and the largest batch of each size that still raises throughput. "
+        "Other sizes are measured as requests arrive, and their batches are limited by the nearest "
+        "measured size. Without any size, engine.max_batch_size is the only limit.",
     )
     profile_path: str | None = Field(
         None,
-        description="File that keeps the results of the start-up, so that the next start is quick: "
-        "how requests share the pipeline, previews, times. It is used as long as nothing changed: "
-        "weights, packages, device, settings.",
+        description="File that stores the results of the start-up, so that the next start is "
+        "faster: the certification, previews and times. A start ignores the file if weights, "
+        "packages, device or settings have changed.",
     )
     prompt_cache_mib: int = Field(
-        128, ge=0, description="Device memory for the outputs of text encoders."
+        128, ge=0, description="Device memory for encoded prompts of earlier requests, in MiB."
     )
     limits: LimitsConfig = LimitsConfig()
 
 
 class GatewayConfig(_Config):
-    """The HTTP side."""
+    """The gateway: the page, API keys, waits, logs and traces."""
 
-    page: bool = Field(True, description="Serve the page to try the model on, at '/'.")
+    page: bool = Field(True, description="Serve a web page at '/' to try the model.")
     keys_path: str | None = Field(
         None,
-        description="File with the API keys that may use the server. `diffusion-serve key` writes "
-        f"entries for it. The environment variable {KEYS_PATH_VARIABLE} names such a file as well, "
-        f"for containers where it is mounted, and {KEYS_VARIABLE} holds such entries itself.",
+        description="File of API keys, with entries from `diffusion-serve key`. Without keys, "
+        f"every client is admitted. Default: the file that {KEYS_PATH_VARIABLE} names. The "
+        f"environment variable {KEYS_VARIABLE} may hold further entries.",
     )
     max_hold_s: float = Field(
         300.0,
         gt=0,
-        description="Seconds that a request waits for a replica that starts, before the gateway "
-        "rejects it with a time to retry.",
+        description="Longest time, in seconds, that a request waits in the gateway for a starting "
+        "replica. After it the gateway rejects the request with a time to retry.",
     )
-    log_prompts: bool = Field(False, description="Write prompts into the log, and into traces.")
+    log_prompts: bool = Field(False, description="Write prompts into the log and into traces.")
     tracing: bool = Field(
         False,
-        description="Send OpenTelemetry traces of requests, over OTLP/HTTP. OpenTelemetry's own "
-        "environment variables, such as OTEL_EXPORTER_OTLP_ENDPOINT, set the destination.",
+        description="Send OpenTelemetry traces of requests over OTLP/HTTP. OpenTelemetry's own "
+        "environment variables, such as OTEL_EXPORTER_OTLP_ENDPOINT, set the destination. Needs "
+        "the extra 'tracing'.",
     )
 
     @model_validator(mode="after")
@@ -279,7 +311,7 @@ def _is_installed(module: str) -> bool:
 
 
 class AppConfig(_Config):
-    """The arguments of `serve_app.app.build`, under ``args`` in a Serve config file."""
+    """The application: the arguments of `serve_app.app.build`, ``args`` in a Serve config file."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()

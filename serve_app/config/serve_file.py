@@ -85,9 +85,9 @@ def policy_kwargs(autoscaling: Mapping[str, Any]) -> dict[str, object]:
             continue
         origin = "" if name in autoscaling else ", Serve's default where it is not set"
         raise ConfigError(
-            f"autoscaling_config.{name} is {autoscaling.get(name, default_s)}{origin}: Serve would "
-            "wait so many seconds before it applies a decision of the policy, which has delays of "
-            "its own. Set it to 0."
+            f"autoscaling_config.{name} is {autoscaling.get(name, default_s)}{origin}: Serve waits "
+            "this many seconds before it applies a decision of the policy, which has its own "
+            "delays. Set it to 0."
         )
     given = policy.get("policy_kwargs") or {}
     if not isinstance(given, dict):

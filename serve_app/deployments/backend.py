@@ -169,7 +169,7 @@ class ServeBackend:
                 except TimeoutError:
                     raise DeadlineExceeded(
                         f"the image was not done within {self._max_deadline_s:g} s; its request "
-                        "was cancelled."
+                        "was cancelled. Use fewer steps or a smaller size."
                     ) from None
             ended = True
         finally:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 OPEN_TO_ALL = f"""
 ****************************************************************************************************
-*  NO API KEY IS CONFIGURED, and this server listens on %s: anyone there may use the GPU.
+*  NO API KEY IS CONFIGURED, and this server listens on %s: every client may use it.
 *  Make a key with `diffusion-serve key NAME` and name its file in gateway.keys_path, or set
 *  {KEYS_VARIABLE}. Or set http_options.host to 127.0.0.1.
 ****************************************************************************************************

@@ -47,18 +47,18 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Serves many requests together, step by step, with one stock pipeline.
+    """Generates many requests together, step by step, with one stock pipeline on one device.
 
-    Any thread may call the public methods, but `close` and `generate` wait for the engine's thread,
-    so event callbacks must not call them. Other threads read counters of the engine's thread
-    without a lock: each is one attribute, so it is current or one step old.
-
-    A context manager: leaving it drains the engine, or drops all requests if an exception is on its
-    way.
+    Any thread may call the public methods. `generate` and `close` wait for the engine's thread, so
+    an event callback must not call them. The engine is a context manager: at the end of its block
+    it finishes the admitted requests, or drops them if the block raised an exception.
     """
 
+    # Other threads read counters of the engine's thread without a lock: each is one attribute, so
+    # its value is current or one step old.
+
     info: ModelInfo
-    """Description of the loaded model."""
+    """Options and limits of the loaded model."""
     certificate: Certificate
     """Result of the certification: the way in which requests share the pipeline."""
     cold_start: ColdStart
@@ -81,14 +81,12 @@ class Engine:
     ) -> None:
         """Start the engine's thread, and wait until the pipeline is certified.
 
-        ``policy`` replaces the configured one. ``cold_start`` is a stopwatch that is already
-        running, if the model was loaded for this engine. ``metrics`` have the model's id as their
-        label by default.
+        ``policy`` replaces the configured one. ``cold_start`` is a stopwatch that already runs, if
+        the model was loaded for this engine. The default metrics have ``model.id`` as their label.
 
         Raises:
-            ModelLoadError: if the pipeline cannot generate an image.
-            ConfigError: if the model's defaults break the configured limits, or the profile file
-                is not one.
+            ModelLoadError: If the pipeline cannot generate an image.
+            ConfigError: If the model's defaults exceed the limits, or the profile is not one.
         """
         self._model = model
         self._config = config or EngineConfig()
@@ -140,10 +138,11 @@ class Engine:
 
     @classmethod
     def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
-        """Load the model, and start an engine on it.
+        """Load a model, start an engine for it, and return when it is ready.
 
         Raises:
-            ConfigError: if the model or the device cannot be used.
+            ModelLoadError: If the model does not exist, or cannot be loaded.
+            ConfigError: If the device cannot be used, or a setting does not fit the model.
         """
         cold_start = ColdStart()
         pipeline = LoadedPipeline.load(model)
@@ -276,14 +275,15 @@ class Engine:
         on_event: EventCallback,
         context: RequestContext = INITIAL,
     ) -> int:
-        """Queue a request, and return its number for `cancel` and `locate`.
+        """Submit a request, and return its number for `cancel` and `locate`.
 
-        The last event is `Completed` or `Failed`. A request that is not admitted has one event:
-        `Failed` with `Overloaded`, or with `InvalidRequest` if its deadline is far too short.
+        ``on_event`` receives each event on the engine's thread: it must return at once. The last
+        event is `Completed` or `Failed`. A rejected request has one event: `Failed` with
+        `Overloaded`, or with `InvalidRequest` if its deadline is far too short.
 
         Raises:
-            InvalidRequest: if the model cannot do what the request asks for.
-            Unavailable: if the engine is closing or has stopped.
+            InvalidRequest: If a parameter is out of its range, or the model does not support it.
+            Unavailable: If the engine is closing or has stopped.
         """
         resolved = params.resolved(self.info)
         with self._gate:
@@ -297,22 +297,28 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> None:
-        """Drop a request before its next step. Does nothing if it has already ended."""
+        """Cancel a request before its next step: its last event is `Failed` with `Cancelled`.
+
+        A request that has ended is not affected.
+        """
         self._log.note(self._executor.denoiser_calls, number, "cancel_requested")
         requested_at = time.perf_counter()
         self._commands.put(lambda: self._cancel(number, requested_at))
 
     def locate(self, number: int) -> None:
-        """Make a request report its position: `Queued`, or `Progress` with an ETA."""
+        """Send an event with a request's position: `Queued`, or `Progress` with ``eta_s``."""
         self._commands.put(lambda: self._locate(number))
 
     def generate(
         self, params: GenerationParams, on_event: EventCallback | None = None
     ) -> GenerationResult:
-        """Generate one image and wait for it.
+        """Generate one image and wait for it. ``on_event`` receives its events on this thread.
 
         Raises:
-            DiffusionServeError: as `submit` does, and the error of a request that failed.
+            InvalidRequest: If a parameter is out of its range, or the model does not support it.
+            Overloaded: If too much work waits, or the deadline cannot be met.
+            GenerationFailed: If the pipeline raised an exception.
+            Unavailable: If the engine is closing or has stopped.
         """
         for event in self.stream(params):
             if on_event is not None:
@@ -325,13 +331,18 @@ class Engine:
         raise AssertionError("a request ended without a last event")
 
     def stream(self, params: GenerationParams) -> EventStream:
-        """Submit now, and return the events. Closing the stream cancels the request."""
+        """Submit a request and return its events. Closing the stream cancels the request.
+
+        Raises:
+            InvalidRequest: If a parameter is out of its range, or the model does not support it.
+            Unavailable: If the engine is closing or has stopped.
+        """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         number = self.submit(params, events.put)
         return EventStream(events, lambda: self.cancel(number))
 
     def stats(self) -> EngineStats:
-        """Return a snapshot. Its counts may be one step apart from each other."""
+        """Return a snapshot of the engine's counts, which may be one step apart."""
         return EngineStats(
             waiting=len(self._scheduler.waiting),
             running=len(self._scheduler.running),
@@ -342,7 +353,7 @@ class Engine:
         )
 
     def replica_load(self) -> ReplicaLoad:
-        """Return the load that the autoscaling policy reads. Takes microseconds."""
+        """Return the load that the scaling policy reads. Takes microseconds."""
         return self._load_tracker.load(time.perf_counter())
 
     def _count(self, state: State) -> int:
@@ -359,7 +370,10 @@ class Engine:
             raise Unavailable(f"the engine has stopped: {self._crash!r}")
 
     def close(self, drain: bool = True) -> None:
-        """Reject new requests, finish the admitted ones (or fail them), and end the thread."""
+        """Reject new requests, and end the engine's thread when the admitted ones have ended.
+
+        Without ``drain`` they fail with `Unavailable` instead.
+        """
         with self._gate:
             self._closing = True
             if not drain:

@@ -11,7 +11,7 @@ RequestEvent = Literal[
 
 @dataclass(frozen=True)
 class LogEntry:
-    """One event of one request."""
+    """One entry of the engine's log: an event of a request."""
 
     denoiser_call: int
     """Number of denoiser calls made before the event."""
@@ -36,18 +36,22 @@ class EventLog:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Work of an engine, now and since its start."""
+    """Counts of an engine, now and since its start."""
 
     waiting: int
+    """Requests that wait in the queue."""
     running: int
+    """Requests that run."""
     denoiser_calls: int
+    """Denoiser calls since the start."""
     steps: int
     """Requests in denoiser calls, summed over the calls that succeeded."""
     forecast_error: float | None
-    """Median relative error of the recent predictions of completion times."""
+    """Median relative error of recent predictions of completion times; ``None`` before any."""
     log: tuple[LogEntry, ...]
     """Last few hundred events, the oldest first."""
 
     @property
     def mean_batch_size(self) -> float:
+        """Mean number of requests in a denoiser call."""
         return self.steps / self.denoiser_calls if self.denoiser_calls else 0.0

@@ -7,7 +7,11 @@ from serve_app.protocol.events import Completed, Event, Failed
 
 
 class EventStream(Iterator[Event]):
-    """Waits for each event. Closing it, or dropping it, cancels the request."""
+    """The events of one request, in their order.
+
+    The iterator waits for each event, and ends after `Completed` or `Failed`. Closing it, or
+    deleting it, cancels the request.
+    """
 
     def __init__(self, events: "queue.SimpleQueue[Event]", cancel: Callable[[], None]) -> None:
         self._events = events
@@ -15,6 +19,7 @@ class EventStream(Iterator[Event]):
         self._ended = False
 
     def __next__(self) -> Event:
+        """Wait for the next event."""
         if self._ended:
             raise StopIteration
         event = self._events.get()

@@ -35,18 +35,22 @@ ANONYMOUS = "anonymous"
 
 
 class ApiKey(BaseModel):
-    """One entry of the file or of the environment. The key itself is stored nowhere."""
+    """One entry of the file or of the environment. It has the hash of the key, not the key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=64, description="Name in logs and metrics.")
+    name: str = Field(
+        min_length=1, max_length=64, description="Name of the client in logs and metrics."
+    )
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="SHA-256 of the key, in hexadecimal.")
-    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Most requests in a minute, for each gateway replica. Default: no limit."
+    )
     max_concurrent: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="Requests at a time."
+        None, description="Most requests at a time, for each gateway replica. Default: no limit."
     )
     priority: Priority = Field(
-        "interactive", description="'batch': its requests run when no interactive one can."
+        "interactive", description="'batch': its requests run when no interactive request can."
     )
 
 
@@ -95,7 +99,7 @@ def _check_distinct(keys: Sequence[ApiKey]) -> None:
         counts = Counter(getattr(key, field) for key in keys)
         twice = [value for value, count in counts.items() if count > 1]
         if twice:
-            raise ConfigError(f"two API keys have the {field} {twice[0]!r}.")
+            raise ConfigError(f"two API keys have the {field} {twice[0]!r}; each needs its own.")
 
 
 class KeyRing:
@@ -144,7 +148,8 @@ class KeyRing:
             return principal_of(key)
         if key.max_concurrent is not None and self._running[key.name] >= key.max_concurrent:
             raise RateLimited(
-                f"the key {key.name!r} may have {key.max_concurrent} requests at a time.",
+                f"the key {key.name!r} has reached its limit of {key.max_concurrent} requests at a "
+                "time.",
                 retry_after_s=1.0,
             )
         if key.requests_per_minute is not None:
@@ -152,7 +157,8 @@ class KeyRing:
             if not self._rates.hit(rate, key.name):
                 wait_s = self._rates.get_window_stats(rate, key.name).reset_time - time.time()
                 raise RateLimited(
-                    f"the key {key.name!r} may send {key.requests_per_minute} requests a minute.",
+                    f"the key {key.name!r} has reached its limit of {key.requests_per_minute} "
+                    "requests a minute.",
                     retry_after_s=wait_s,
                 )
         self._running[key.name] += 1
@@ -182,7 +188,9 @@ class KeyRing:
         try:
             self._read()
         except ConfigError as error:
-            logger.error("the API keys are kept as they were: %s", error)
+            logger.error(
+                "the earlier API keys stay valid, because the new ones are wrong: %s", error
+            )
 
     def _read(self) -> None:
         """Read the entries if the file has changed."""

@@ -28,16 +28,16 @@ MOST_SHOWN = 100
 """Characters of a client's value that an error repeats."""
 
 _REASONS = {
-    400: "The request is wrong; the message says where.",
-    401: "No API key, or an unknown one.",
-    403: "The request comes from a page of another web site, and there are no API keys.",
-    404: "No such model, LoRA adapter or path.",
-    408: "The body did not come in time.",
-    413: "The body is too long.",
-    429: "Too many requests.",
-    500: "The image could not be generated.",
+    400: "A field of the request is wrong. The message names it.",
+    401: "The request has no API key, or an unknown one.",
+    403: "A page of another web site sent the request to a server without API keys.",
+    404: "The model, the LoRA adapter or the path does not exist.",
+    408: "The body did not arrive in time.",
+    413: "The body is longer than the server's limit.",
+    429: "The server is overloaded, or the limits of the API key are used up.",
+    500: "The generation failed. The server's log has the reason.",
     503: "No replica can generate now.",
-    504: "Not done within the longest deadline of the server.",
+    504: "The image was not done within the server's longest deadline.",
 }
 
 
@@ -74,12 +74,18 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
     record = record_of(scope)
     record.failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
-    headers = retry_headers(ours)
+    headers = error_headers(ours)
     if record.traceparent:
         headers["traceparent"] = record.traceparent
-    if isinstance(ours, InvalidKey):
-        headers["WWW-Authenticate"] = "Bearer"
     return Problem(status, detail, given | headers)
+
+
+def error_headers(error: DiffusionServeError) -> dict[str, str]:
+    """Return the headers of an error's response: the retry, and how to authenticate."""
+    headers = retry_headers(error)
+    if isinstance(error, InvalidKey):
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
 
 
 class _HttpError(InvalidRequest):

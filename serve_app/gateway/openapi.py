@@ -31,10 +31,10 @@ _FILE = {"type": "string", "format": "binary"}
 def described(config: AppConfig) -> str:
     """Write the description's introduction."""
     return (
-        f"Generates images with the model `{config.model.id}`. OpenAI's images API: any of its "
-        "clients works, with this server's address and `/v1` as base URL.\n\n"
-        "Where the server has API keys, send one as `Authorization: Bearer KEY`. Every error is "
-        '`{"error": {"message", "type", "param", "code"}}`, and every response carries '
+        f"Generates images with the model `{config.model.id}`. The API is OpenAI's images API: use "
+        "any of its clients, with this server's address and `/v1` as base URL.\n\n"
+        "If the server has API keys, send one as `Authorization: Bearer KEY`. Every error has the "
+        'body `{"error": {"message", "type", "param", "code"}}`. Every response has the header '
         "`x-request-id`."
     )
 
@@ -54,14 +54,14 @@ def edit_body(limits: LimitsConfig) -> dict[str, Any]:
     files = {
         "image": _FILE
         | {
-            "description": "The image to start from: PNG, JPEG or WebP, of at most "
-            f"{limits.max_image_pixels} pixels. Turned as its EXIF says; transparent parts become "
-            "white."
+            "description": "Input image: PNG, JPEG or WebP, of at most "
+            f"{limits.max_image_pixels} pixels. Its EXIF orientation is applied. Transparent parts "
+            "become white."
         },
         "mask": _FILE
         | {
-            "description": "PNG or WebP of the same size, transparent where the image is generated "
-            "anew. Without a mask, all of it is."
+            "description": "PNG or WebP of the same size. Its transparent parts are generated "
+            "again. Without a mask, the whole image is."
         },
     }
     schema["properties"] = files | schema["properties"]
@@ -78,7 +78,7 @@ def streamed(kind: ImageOperation) -> dict[int | str, dict[str, Any]]:
     models: list[type[BaseModel]] = [*EVENTS.values(), ErrorResponse]
     event = {
         "type": "object",
-        "description": "With `stream`: server-sent events. The image, or an error, is the last.",
+        "description": "With `stream`: server-sent events. The last one is the image or an error.",
         "properties": {
             "event": {"enum": names},
             "data": {
@@ -92,18 +92,27 @@ def streamed(kind: ImageOperation) -> dict[int | str, dict[str, Any]]:
         "required": ["event", "data"],
     }
     content = {"text/event-stream": {"schema": event}}
-    return {200: {"description": "The images.", "content": content}}
+    return {200: {"description": "The images, or a stream of events.", "content": content}}
 
 
 def complete(api: FastAPI, with_keys: bool) -> None:
-    """Add the events, which no endpoint returns by itself, and the keys, if there are any."""
+    """Add the events, which no endpoint returns by itself, and the keys, if there are any.
+
+    Removes FastAPI's status 422: no parameter of a path can be wrong, and bodies are parsed here.
+    """
     stock = api.openapi
 
     def openapi() -> dict[str, Any]:
         described = stock()
         models = [(model, "serialization") for model in EVENTS.values()]
         _, definitions = models_json_schema(models, ref_template=_REFERENCE)  # type: ignore[arg-type]
-        described["components"]["schemas"] |= definitions["$defs"]
+        components = described["components"]["schemas"]
+        components |= definitions["$defs"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            components.pop(name, None)
+        for operations in described["paths"].values():
+            for operation in operations.values():
+                operation["responses"].pop("422", None)
         if with_keys:
             scheme = {"type": "http", "scheme": "bearer"}
             described["components"]["securitySchemes"] = {"key": scheme}

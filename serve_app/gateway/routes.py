@@ -3,9 +3,9 @@
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Path, Request
 from fastapi.responses import HTMLResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
@@ -90,7 +90,7 @@ def create_api(
         tags=["images"],
     )
     async def generate_images(request: Request) -> Response | ImagesResponse:
-        """Generate images that show the prompt."""
+        """Generate images from a prompt."""
         body = await read_generation(request)
         scope = request.scope
         job = await service.prepare(
@@ -108,7 +108,10 @@ def create_api(
         tags=["images"],
     )
     async def edit_images(request: Request) -> Response | ImagesResponse:
-        """Generate an image anew: all of it, or where the mask is transparent."""
+        """Generate images from a prompt and an input image.
+
+        With a mask, only its transparent parts change.
+        """
         form = await read_edit(request)
         scope = request.scope
         job = await service.prepare(
@@ -125,7 +128,7 @@ def create_api(
 
     @api.get("/v1/models", responses=documented(401, 403, 429, 503), tags=["models"])
     async def list_models() -> ModelList:
-        """List the model that is served, with its options."""
+        """List the served model with its options and limits."""
         info = await backend.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
@@ -133,8 +136,10 @@ def create_api(
     @api.get(
         "/v1/models/{model:path}", responses=documented(401, 403, 404, 429, 503), tags=["models"]
     )
-    async def retrieve_model(model: str) -> ModelObject:
-        """Describe one model by its name."""
+    async def retrieve_model(
+        model: Annotated[str, Path(description="Name of the model; it may contain slashes.")],
+    ) -> ModelObject:
+        """Describe one model."""
         if model != config.model.id:
             raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
         return _model_object(await backend.describe(), started_at)
@@ -142,13 +147,13 @@ def create_api(
     @api.head("/health", include_in_schema=False)
     @api.get("/health", tags=["health"])
     async def health() -> Health:
-        """Check liveness: 200 as long as the gateway answers."""
+        """Check liveness: status 200 as long as the gateway runs."""
         return Health()
 
     @api.head("/ready", include_in_schema=False)
     @api.get("/ready", responses=documented(503), tags=["health"])
     async def ready() -> Health:
-        """Check readiness: 200 if a replica can generate now, else 503."""
+        """Check readiness: status 200 if a replica can generate, otherwise 503."""
         await backend.check_ready()
         return Health()
 
@@ -165,6 +170,7 @@ def create_api(
         @api.head("/", include_in_schema=False)
         @api.get("/", include_in_schema=False)
         async def show_page() -> HTMLResponse:
+            """Return the page to try the model on, unless ``gateway.page`` is false."""
             return HTMLResponse(content, headers={"Content-Security-Policy": policy})
 
         scripts = page.scripts()
@@ -172,6 +178,7 @@ def create_api(
         @api.head("/page/{name}", include_in_schema=False)
         @api.get("/page/{name}", include_in_schema=False)
         async def show_script(name: str) -> Response:
+            """Return a script of the page."""
             if name not in scripts:
                 raise HTTPException(404)
             return Response(
@@ -200,7 +207,7 @@ async def _while_connected(
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise Cancelled("the client went away.")
+            raise Cancelled("the client closed the connection.")
         result: ImagesResponse = working.result()
         return result
     finally:

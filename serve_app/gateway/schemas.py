@@ -18,6 +18,16 @@ RESPONSE = "response"
 PARTS = (*GENERATION_PARTS, RESPONSE)
 """Parts of a request's time, in their order."""
 
+# Descriptions of fields that responses and events share.
+_SIZE = "Size of the image, as WIDTHxHEIGHT in pixels."
+_OUTPUT_FORMAT = "File format of the image."
+_QUALITY = "Quality of the request; `medium` for `auto`."
+_BACKGROUND = "Always `opaque`."
+_CREATED_AT = "Unix time of the event, in seconds."
+_USAGE = "Tokens of the request."
+_TIMINGS = "Duration of each part of the request."
+_WARNINGS = "Parts of the request without effect, such as the end of a prompt that was cut."
+
 
 class ImageRequest(BaseModel):
     """Fields of all image endpoints: OpenAI's, then this server's extensions.
@@ -32,89 +42,106 @@ class ImageRequest(BaseModel):
         description="Description of the image.", examples=["a red circle on a blue background"]
     )
     model: str | None = Field(
-        None, description="A name from /v1/models; may be left out.", examples=["demo"]
+        None,
+        description="Name of the model, from /v1/models. Default: the served model.",
+        examples=["demo"],
     )
     n: int = Field(
-        1, ge=1, description="Number of images; the k-th has the seed `seed` + k.", examples=[1]
+        1,
+        ge=1,
+        description="Number of images. Image k, counted from 0, has the seed `seed` + k.",
+        examples=[1],
     )
     size: str | None = Field(
         None,
         pattern=r"^(auto|[0-9]{1,5}x[0-9]{1,5})$",
-        description="WIDTHxHEIGHT in pixels, in multiples of the model's `size_multiple`; or "
-        "'auto': the model's own, and for edits that of the input image, made smaller where it "
-        "has more pixels than the model's own.",
+        description="WIDTHxHEIGHT in pixels, both multiples of the model's `size_multiple`, or "
+        "'auto'. 'auto' is the model's default size. For edits it is the size of the input image, "
+        "reduced to at most the number of pixels of the model's default size.",
         examples=["64x64"],
     )
     quality: Literal["auto", "low", "medium", "high"] = Field(
         "auto",
-        description="Denoising steps in a word, as /v1/models lists them: half as many as the "
-        "model's default, as many (auto, too), twice as many. `num_inference_steps` overrides it.",
+        description="Number of denoising steps: 'low' is half of the model's default, 'medium' "
+        "and 'auto' the default, 'high' twice the default. /v1/models lists the numbers. "
+        "`num_inference_steps` overrides it.",
     )
     response_format: Literal["b64_json"] = Field(
         "b64_json",
-        description="Images are part of the answer; there are no URLs, because none is stored.",
+        description="Images are part of the response. The server stores no images, so 'url' is "
+        "not available.",
     )
-    output_format: ImageFormat = Field("png", description="Kind of file.")
+    output_format: ImageFormat = Field("png", description="File format of the images.")
     output_compression: int | None = Field(
         None,
         ge=0,
         le=100,
-        description="Quality of JPEG and WebP, 95 by default. Not for PNG, which is exact.",
+        description="Quality of JPEG and WebP. Default: 95. PNG is lossless and does not accept "
+        "it.",
     )
     background: Literal["auto", "opaque"] = Field(
-        "auto", description="Images are opaque: the models have no transparency."
+        "auto", description="Background of the images, which is always opaque."
     )
     user: str | None = Field(
-        None, max_length=512, description="Accepted for compatibility; it has no effect."
+        None, max_length=512, description="Accepted for compatibility. It has no effect."
     )
-    stream: bool = Field(False, description="Answer with server-sent events.")
+    stream: bool = Field(False, description="Respond with server-sent events.")
     partial_images: int = Field(
         0,
         ge=0,
         le=3,
-        description="Previews to send during generation, with `stream`; fewer if there are "
-        "fewer steps.",
+        description="Number of previews to send during generation. Needs `stream`. A request with "
+        "few steps has fewer.",
     )
 
     negative_prompt: str | None = Field(
-        None, description="Description of what the image must not show.", examples=["a square"]
+        None,
+        description="Description of content to avoid. It has no effect at a guidance scale of 1 "
+        "or less.",
+        examples=["a square"],
     )
     num_inference_steps: int | None = Field(
-        None, ge=1, description="Denoising steps. Default: the model's.", examples=[8]
+        None,
+        ge=1,
+        description="Number of denoising steps. Default: from `quality`.",
+        examples=[8],
     )
     guidance_scale: float | None = Field(
         None,
         ge=0,
         le=100,
-        description="How closely the image follows the prompt.",
+        description="Weight of the prompt: a higher value follows it more closely. Default: the "
+        "model's.",
         examples=[4.0],
     )
     seed: int | None = Field(
         None,
         ge=0,
         le=MAX_SEED,
-        description="The same seed gives the same image. Default: random; the answer has it.",
+        description="Seed of the random numbers: the same seed gives the same image. Default: "
+        "random. The response contains it.",
         examples=[7],
     )
     scheduler: str | None = Field(
-        None, description="Noise scheduler, by a name from /v1/models. Default: the model's own."
+        None, description="Noise scheduler, a name from /v1/models. Default: the model's own."
     )
     lora: dict[str, float] | str | None = Field(
         None,
-        description="LoRA adapters by names from /v1/models, each with its scale; or one name.",
+        description="LoRA adapters: names from /v1/models with their scales, or one name with the "
+        "scale 1.",
         examples=[None],
     )
     deadline_s: float | None = Field(
         None,
         gt=0,
-        description="Seconds in which the image must be done. A request that would miss it is "
-        "rejected with 429 and the time for a retry; one that was admitted and is late is still "
-        "completed. Without it, a multiple of the image's time on an idle replica sets the order "
-        "of requests, and none is rejected for being late.",
+        description="Deadline in seconds. A request that would miss it is rejected with status 429 "
+        "and a time to retry. An admitted request that becomes late is still completed. Without "
+        "a deadline, `engine.slo_scale` times the image's time on an idle replica orders the "
+        "requests, and none is rejected for being late.",
         examples=[30.0],
     )
     progress: bool = Field(
-        False, description="With `stream`: also send the image's progress and remaining time."
+        False, description="Also send events with the progress of the image. Needs `stream`."
     )
 
     @model_validator(mode="before")
@@ -169,7 +196,7 @@ class ImageRequest(BaseModel):
 
 
 class ImageGenerationRequest(ImageRequest):
-    """Body of ``POST /v1/images/generations``."""
+    """The body of ``POST /v1/images/generations``."""
 
 
 class ImageEditRequest(ImageRequest):
@@ -179,7 +206,7 @@ class ImageEditRequest(ImageRequest):
         None,
         gt=0,
         le=1,
-        description="How much of the image may change, also the share of the steps that run. "
+        description="Share of the input image that may change. The same share of the steps runs. "
         "Default: the model's.",
         examples=[0.6],
     )
@@ -188,42 +215,45 @@ class ImageEditRequest(ImageRequest):
 class ImageData(BaseModel):
     """One image."""
 
-    b64_json: str = Field(description="The file, in base64.")
-    seed: int = Field(description="The seed that generates this image again.")
+    b64_json: str = Field(description="Image file, in base64.")
+    seed: int = Field(description="Seed that generates this image again.")
 
 
 class InputTokensDetails(BaseModel):
     """Tokens that the model read."""
 
     text_tokens: int = Field(
-        description="Tokens of the prompt, once for each image; 0 if the tokenizer is unknown."
+        description="Tokens of the prompt, counted for each image; 0 for an unknown tokenizer."
     )
     image_tokens: int = Field(
-        description="Squares of 16 x 16 pixels of the input image, scaled to the size that is "
-        "generated; once for each generated image."
+        description="Squares of 16 x 16 pixels of the input image at the generated size, counted "
+        "for each image."
     )
 
 
 class Usage(BaseModel):
-    """Work in OpenAI's terms. An image counts one token for 16 x 16 pixels."""
+    """Tokens of a request. An image counts one token for each square of 16 x 16 pixels."""
 
-    input_tokens: int
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    total_tokens: int
+    input_tokens: int = Field(description="Text tokens and image tokens together.")
+    input_tokens_details: InputTokensDetails = Field(description="Input tokens by kind.")
+    output_tokens: int = Field(description="Image tokens of the generated images.")
+    total_tokens: int = Field(description="Input tokens and output tokens together.")
 
 
 class Timings(BaseModel):
-    """Seconds of each part, which add up to the total. Several images have the last one's."""
+    """Durations of the parts of a request, in seconds. The parts add up to the total.
+
+    For several images (`n`), these are the parts of the image that ended last.
+    """
 
     queue_s: float = Field(
-        description="From the request's arrival to its start, and the way back from the replica."
+        description="From arrival to start, with the transfers between gateway and replica."
     )
-    encode_s: float = Field(description="From there to its first step: text encoding.")
-    denoise_s: float = Field(description="The steps, with waits in between.")
-    decode_s: float = Field(description="From latents to pixels.")
-    response_s: float = Field(description="From there to this answer: the file, and its way.")
-    total_s: float = Field(description="From the request's arrival to this answer.")
+    encode_s: float = Field(description="From start to first step: text encoding.")
+    denoise_s: float = Field(description="Denoising steps, with the waits between them.")
+    decode_s: float = Field(description="Decoding, from latents to pixels.")
+    response_s: float = Field(description="Encoding of the file, and its transfer.")
+    total_s: float = Field(description="From arrival to this response.")
 
     @classmethod
     def of(cls, parts_s: Sequence[float]) -> "Timings":
@@ -242,17 +272,17 @@ class Timings(BaseModel):
 
 
 class ImagesResponse(BaseModel):
-    """Answer of the image endpoints without ``stream``."""
+    """The response of the image endpoints without ``stream``."""
 
-    created: int = Field(description="Unix time in seconds.")
-    data: list[ImageData]
-    size: str
-    output_format: ImageFormat
-    quality: Quality
-    background: Literal["opaque"] = "opaque"
-    usage: Usage
-    timings: Timings
-    warnings: list[str] = Field(description="Parts of the request without effect.")
+    created: int = Field(description="Unix time of the response, in seconds.")
+    data: list[ImageData] = Field(description="Images, in the order of their seeds.")
+    size: str = Field(description=_SIZE)
+    output_format: ImageFormat = Field(description=_OUTPUT_FORMAT)
+    quality: Quality = Field(description=_QUALITY)
+    background: Literal["opaque"] = Field("opaque", description=_BACKGROUND)
+    usage: Usage = Field(description=_USAGE)
+    timings: Timings = Field(description=_TIMINGS)
+    warnings: list[str] = Field(description=_WARNINGS)
 
 
 ImageOperation = Literal["image_generation", "image_edit"]
@@ -260,100 +290,111 @@ ImageOperation = Literal["image_generation", "image_edit"]
 
 
 class PartialImageEvent(BaseModel):
-    """A preview."""
+    """A preview of the image."""
 
-    type: str = Field(examples=["image_generation.partial_image", "image_edit.partial_image"])
-    partial_image_index: int
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Quality
-    background: Literal["opaque"] = "opaque"
-    output_format: ImageFormat
+    type: str = Field(
+        description="`image_generation.partial_image` or `image_edit.partial_image`.",
+        examples=["image_generation.partial_image", "image_edit.partial_image"],
+    )
+    partial_image_index: int = Field(description="Index of the preview, from 0.")
+    b64_json: str = Field(description="Preview file, in base64, as large as the image.")
+    created_at: int = Field(description=_CREATED_AT)
+    size: str = Field(description=_SIZE)
+    quality: Quality = Field(description=_QUALITY)
+    background: Literal["opaque"] = Field("opaque", description=_BACKGROUND)
+    output_format: ImageFormat = Field(description=_OUTPUT_FORMAT)
 
 
 class CompletedEvent(BaseModel):
-    """The finished image; the last event."""
+    """The finished image. This is the last event."""
 
-    type: str = Field(examples=["image_generation.completed", "image_edit.completed"])
-    b64_json: str
-    created_at: int
-    size: str
-    quality: Quality
-    background: Literal["opaque"] = "opaque"
-    output_format: ImageFormat
-    usage: Usage
-    seed: int
-    timings: Timings
-    warnings: list[str]
+    type: str = Field(
+        description="`image_generation.completed` or `image_edit.completed`.",
+        examples=["image_generation.completed", "image_edit.completed"],
+    )
+    b64_json: str = Field(description="Image file, in base64.")
+    created_at: int = Field(description=_CREATED_AT)
+    size: str = Field(description=_SIZE)
+    quality: Quality = Field(description=_QUALITY)
+    background: Literal["opaque"] = Field("opaque", description=_BACKGROUND)
+    output_format: ImageFormat = Field(description=_OUTPUT_FORMAT)
+    usage: Usage = Field(description=_USAGE)
+    seed: int = Field(description="Seed that generates this image again.")
+    timings: Timings = Field(description=_TIMINGS)
+    warnings: list[str] = Field(description=_WARNINGS)
 
 
 class ProgressEvent(BaseModel):
-    """The image's progress, for requests with ``progress: true``."""
+    """The progress of the image, for requests with ``progress: true``."""
 
-    type: str = Field(examples=["image_generation.progress", "image_edit.progress"])
-    step: int = Field(description="Denoising steps that are done.")
-    total_steps: int
-    queue_position: int | None = Field(
-        description="Requests that wait before it; null once it is being generated."
+    type: str = Field(
+        description="`image_generation.progress` or `image_edit.progress`.",
+        examples=["image_generation.progress", "image_edit.progress"],
     )
-    eta_s: float = Field(description="Seconds until the image should be done.")
+    step: int = Field(description="Denoising steps that are done.")
+    total_steps: int = Field(description="Denoising steps that run in all.")
+    queue_position: int | None = Field(
+        description="Number of requests that wait before this one. Null once it runs."
+    )
+    eta_s: float = Field(description="Predicted seconds until the image is done.")
 
 
 class ModelObject(BaseModel):
-    """One model in ``GET /v1/models``: OpenAI's fields, then its options."""
+    """The served model: OpenAI's fields, then its options and limits."""
 
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "diffusion-serve"
+    id: str = Field(description="Name of the model in requests.")
+    object: Literal["model"] = Field("model", description="Always `model`.")
+    created: int = Field(description="Unix time of the gateway's start, in seconds.")
+    owned_by: str = Field("diffusion-serve", description="Always `diffusion-serve`.")
     pipeline: str = Field(description="Class of the diffusers pipeline.")
-    tasks: list[str]
-    default_size: str
+    tasks: list[str] = Field(description="`text-to-image`, `image-to-image`, `inpainting`.")
+    default_size: str = Field(description="Size of requests that set none, as WIDTHxHEIGHT.")
     size_multiple: int = Field(description="Width and height must be multiples of it.")
     max_pixels: int = Field(description="Largest width times height.")
     max_side: int = Field(description="Largest width and height, in pixels.")
-    default_steps: int
-    max_steps: int
-    quality_steps: dict[Quality, int] = Field(description="Steps for each `quality`.")
+    default_steps: int = Field(description="Denoising steps of requests that set none.")
+    max_steps: int = Field(description="Largest `num_inference_steps`.")
+    quality_steps: dict[Quality, int] = Field(description="Denoising steps of each `quality`.")
     max_images: int = Field(description="Largest `n`.")
-    max_prompt_chars: int
-    max_deadline_s: float
-    takes_negative_prompt: bool
-    schedulers: list[str] = Field(description="Noise schedulers that a request may name.")
-    loras: list[str] = Field(description="LoRA adapters that a request may name.")
-    max_loras: int = Field(description="LoRA adapters of one request.")
-    batching: Literal["on", "off"]
-    batching_difference: float | None = Field(
-        description="Largest difference between batched and sequential at start-up, in [0, 1] "
-        "pixels."
+    max_prompt_chars: int = Field(description="Longest prompt, in characters.")
+    max_deadline_s: float = Field(description="Longest `deadline_s`.")
+    takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
+    schedulers: list[str] = Field(description="Noise schedulers for `scheduler`.")
+    loras: list[str] = Field(description="LoRA adapters for `lora`.")
+    max_loras: int = Field(description="Most LoRA adapters of one request.")
+    batching: Literal["on", "off"] = Field(
+        description="`on` if requests share denoiser calls, as certified at start-up."
     )
-    batching_note: str = Field(description="Why batching is off.")
+    batching_difference: float | None = Field(
+        description="Largest pixel difference, in [0, 1], between batched and sequential "
+        "generation at start-up. Null if it was not measured."
+    )
+    batching_note: str = Field(description="Reason why batching is off. Empty if it is on.")
 
 
 class ModelList(BaseModel):
-    """Answer to ``GET /v1/models``."""
+    """The response of ``GET /v1/models``."""
 
-    object: Literal["list"] = "list"
-    data: list[ModelObject]
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[ModelObject] = Field(description="The served model.")
 
 
 class Health(BaseModel):
-    """Answer to ``GET /health`` and ``GET /ready`` when all is well."""
+    """The response of ``GET /health`` and ``GET /ready`` with status 200."""
 
-    status: Literal["ok"] = "ok"
+    status: Literal["ok"] = Field("ok", description="Always `ok`.")
 
 
 class ErrorDetail(BaseModel):
     """The message, kind and field of an error."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
+    message: str = Field(description="The problem, and the allowed values.")
+    type: str = Field(description="Kind of the error, as in OpenAI's API.")
+    param: str | None = Field(description="Field of the request that is wrong, or null.")
+    code: str | None = Field(description="Code of the error, for programs.")
 
 
 class ErrorResponse(BaseModel):
-    """Every error, in OpenAI's shape."""
+    """The body of every error, as in OpenAI's API."""
 
-    error: ErrorDetail
+    error: ErrorDetail = Field(description="The error.")

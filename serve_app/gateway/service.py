@@ -212,10 +212,13 @@ class ImageService:
         body.check()
         if body.model is not None and body.model != self._config.model.id:
             raise ModelNotFound(
-                f"no model {body.model[:100]!r} here; there is {self._config.model.id!r}.", "model"
+                f"no model {body.model[:100]!r} here; there is {self._config.model.id!r}.",
+                "model",
             )
         if body.n > self._limits.max_images:
-            raise InvalidRequest(f"n must be from 1 to {self._limits.max_images}.", "n")
+            raise InvalidRequest(
+                f"n must be from 1 to {self._limits.max_images}; it is {body.n}.", "n"
+            )
 
     async def _describe_for(self, body: ImageRequest) -> ModelInfo:
         try:

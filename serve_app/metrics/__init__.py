@@ -4,5 +4,5 @@ Units are in the names: seconds, bytes, or none for counts. The values of every 
 closed set, which `labels` describes, so that no request can make a new series. `engine` has the
 metrics of a generator replica, `gateway` those of a gateway replica, and `application` those that
 the gateway that answers ``GET /metrics`` sets for all of them. `autoscaling` has Ray's gauges.
-`export` reads the registries, and ``python -m serve_app.metrics`` prints the table for the README.
+`export` reads the registries.
 """

@@ -20,14 +20,14 @@ TARGET_REPLICAS = Gauge(
 
 SCRAPED = Gauge(
     "diffusion_serve_scraped_replicas",
-    "Replicas whose metrics are in this answer, and running replicas that did not report in time.",
+    "Replicas whose metrics are in this response, and running replicas that did not report.",
     ["model", "deployment", "answer"],
     registry=APPLICATION,
 )
 
 SCRAPE = Gauge(
     "diffusion_serve_scrape_seconds",
-    "Time to gather the replicas' metrics for this answer.",
+    "Time to gather the replicas' metrics for this response.",
     ["model"],
     registry=APPLICATION,
 )

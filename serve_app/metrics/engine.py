@@ -147,7 +147,7 @@ OUT_OF_MEMORY = Counter(
 
 DEVICE_MEMORY = Gauge(
     "diffusion_serve_device_memory_bytes",
-    "GPU memory.",
+    "GPU memory, by kind.",
     ["model", "kind"],
     registry=ENGINE,
 )

@@ -27,7 +27,7 @@ OPEN_REQUESTS = Gauge(
 
 REQUEST = Histogram(
     "diffusion_serve_request_seconds",
-    "Time from the arrival of an image request at the gateway to the last byte of its answer, if "
+    "Time from the arrival of an image request at the gateway to the last byte of its response, if "
     "it completed.",
     ["model"],
     buckets=WAITS_S,
@@ -52,8 +52,7 @@ FIRST_PARTIAL = Histogram(
 
 WAITING_FOR_REPLICA = Gauge(
     "diffusion_serve_held_requests",
-    "Requests in this gateway replica that other replicas rejected and that wait for one that is "
-    "starting.",
+    "Rejected requests that wait in this gateway replica for a starting generator replica.",
     registry=GATEWAY,
 )
 

@@ -17,39 +17,41 @@ if TYPE_CHECKING:  # the gateway reads some of these events without torch
 
 @dataclass(frozen=True)
 class Queued:
-    """The request waits. This is the first event, sent again when the position is requested."""
+    """The request is admitted and waits. Sent first, and again for each `Engine.locate`."""
 
     position: int
-    """Requests that wait before this one."""
+    """Number of requests that wait before this one."""
     eta_s: float
-    """Seconds until the image should be done; 0 while the model's speed is unknown."""
+    """Predicted seconds until the image is done; 0 while the model's speed is unknown."""
     replica: str = ""
-    """Replica of the engine. The deployment sets this and ``number``."""
+    """Replica of the engine, in a served application."""
     number: int = 0
-    """Number of this request in its engine."""
+    """Number of this request in its engine, in a served application."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A denoising step is done, or the progress was requested."""
+    """A denoising step is done. Also sent for each `Engine.locate` while the request runs."""
 
     step: int
-    """Steps that are done."""
+    """Denoising steps that are done."""
     total_steps: int
+    """Denoising steps that run in all."""
     eta_s: float | None = None
-    """Seconds until the image should be done, if that was requested."""
+    """Predicted seconds until the image is done; only after `Engine.locate`."""
 
 
 class _Pixels:
-    """An image as ``pixels``, ``[3, height, width]``, sRGB in [0, 1], may still be on the device.
-
-    ``image`` copies them to the host. Read it on the reader's thread, never on the engine's.
-    """
+    """Pixels that may still be on the device."""
 
     pixels: Tensor
 
     @cached_property
     def image(self) -> Image.Image:
+        """The image in RGB with 8 bits, on the host.
+
+        The first access copies the pixels from the device: do not read it on the engine's thread.
+        """
         pixels = (self.pixels.float() * 255).round().byte()
         return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
@@ -59,7 +61,9 @@ class Preview(_Pixels):
     """A preview of the image, with one pixel for each cell of the latents."""
 
     step: int
+    """Step after which it was made, counted from 1."""
     pixels: Tensor
+    """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device."""
 
 
 class GenerationTimings(NamedTuple):
@@ -87,14 +91,16 @@ class GenerationResult(_Pixels):
     params: GenerationParams
     """Parameters, with every default filled in."""
     pixels: Tensor
+    """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device."""
     warnings: tuple[str, ...]
     """Parts of the request without effect, such as the end of a prompt that is too long."""
     prompt_tokens: int
     """Tokens of the prompt that the model read; 0 if its tokenizer is unknown."""
     timings: GenerationTimings
+    """Duration of each part of the generation, in seconds."""
     ended_at: float
-    """End of the decoding, by `time.perf_counter`. A reader of the pixels may wait for the
-    device."""
+    """Time at the end of decoding, by ``time.perf_counter``. The device may still compute the
+    pixels."""
 
 
 class Step(NamedTuple):
@@ -127,16 +133,18 @@ MAX_PEERS = 32
 
 @dataclass(frozen=True)
 class Completed:
-    """The last event of a request that was generated."""
+    """The image is finished. This is the last event."""
 
     result: GenerationResult
+    """The image."""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """The last event of a request that failed or was cancelled."""
+    """The request failed, was rejected or was cancelled. This is the last event."""
 
     error: DiffusionServeError
+    """The reason."""
 
 
 Event = Queued | Progress | Preview | Timeline | Completed | Failed

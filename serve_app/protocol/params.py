@@ -30,39 +30,48 @@ MAX_LORA_SCALE = 10.0
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """Options of the loaded model. The engine sets them once, when it is ready."""
+    """Options and limits of the loaded model. The engine sets them once, when it is ready."""
 
     id: str
+    """Name of the model in the API."""
     pipeline: str
     """Class name of the diffusers pipeline."""
     dtype: str
+    """Floating-point type of the weights, such as ``bfloat16``."""
     device: str
+    """Device of the model, such as ``cuda`` or ``cpu``."""
     default_width: int
+    """Width in pixels of requests that set none."""
     default_height: int
+    """Height in pixels of requests that set none."""
     size_multiple: int
-    """Both sides must be multiples of this many pixels."""
+    """Width and height must be multiples of this number of pixels."""
     default_steps: int
+    """Denoising steps of requests that set none."""
     takes_negative_prompt: bool
+    """True if requests may have a negative prompt."""
     tasks: tuple[Task, ...]
+    """Supported tasks."""
     default_strengths: Mapping[Task, float]
-    """Default strength of each task that starts from an image."""
+    """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
-    """Names for requests; none for models with a single scheduler of their own."""
+    """Noise schedulers for requests; empty if the model supports only its own."""
     fewest_steps: Mapping[str, int]
-    """Fewest steps of each noise scheduler: some begin with several evaluations."""
+    """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
     """Names of the LoRA adapters that are loaded."""
     sharing: Sharing
     """Result of the certification at start-up."""
     sharing_difference: float | None
-    """Largest difference between batched and alone at start-up, in [0, 1] pixels."""
+    """Largest pixel difference between batched and sequential at start-up, in [0, 1]."""
     sharing_note: str
-    """Why requests share no more than that; empty when batched."""
+    """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig
+    """Limits of one request."""
 
     @property
     def quality_steps(self) -> dict[str, int]:
-        """Denoising steps for OpenAI's words."""
+        """Denoising steps of each ``quality`` of OpenAI's API."""
         steps = self.default_steps
         return {
             "low": max(1, steps // 2),
@@ -73,35 +82,54 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GenerationParams:
-    """Parameters of one image. ``None`` means the model's default."""
+    """Parameters of one image. ``None`` means the model's default.
+
+    An engine checks the parameters when they are submitted, with `resolved`.
+    """
 
     prompt: str
+    """Description of the image, of 1 to ``limits.max_prompt_chars`` characters."""
     seed: int
+    """Seed of the random numbers, from 0 to 2⁶³ - 1. The same seed gives the same image."""
     negative_prompt: str | None = None
+    """Description of content to avoid, if ``ModelInfo.takes_negative_prompt``."""
     width: int | None = None
+    """Width in pixels, a multiple of ``ModelInfo.size_multiple``."""
     height: int | None = None
+    """Height in pixels, a multiple of ``ModelInfo.size_multiple``."""
     num_inference_steps: int | None = None
+    """Number of denoising steps, from 1 to ``limits.max_steps``."""
     guidance_scale: float | None = None
+    """Weight of the prompt, from 0 to 100."""
     noise_scheduler: str | None = None
-    """A name from `ModelInfo.noise_schedulers`."""
+    """Noise scheduler, a name from ``ModelInfo.noise_schedulers``."""
     lora: AdapterSet = ()
-    """LoRA adapters in any order; the same adapters at the same scales share batches."""
+    """LoRA adapters: pairs of a name from ``ModelInfo.loras`` and a scale from -10 to 10.
+
+    Requests with the same adapters at the same scales share batches."""
     image: Image | None = None
-    """Image to start from, scaled and cropped to ``width`` and ``height``. They default to its own
-    size, or, if it has more pixels than the model's default size, to that many in its shape."""
+    """Input image, scaled and cropped to ``width`` x ``height``.
+
+    The size of the input image is the default size of the output, reduced to at most the number of
+    pixels of the model's default size."""
     mask_image: Image | None = None
-    """Part of ``image`` to generate anew: white changes, black stays."""
+    """Mask of the input image: white parts change, black parts stay."""
     preview_steps: tuple[int, ...] = ()
-    """Steps after which to send a preview, counted from 1."""
+    """Steps after which to send a `Preview`, counted from 1."""
     deadline_s: float | None = None
-    """Seconds from its sending in which it must be done, or it is rejected. Without one, a multiple
-    of its solo seconds is its due time, which only orders it among the others."""
+    """Deadline in seconds from the submission, up to ``limits.max_deadline_s``.
+
+    A request that would miss it is rejected. Without a deadline, ``EngineConfig.slo_scale`` times
+    the request's solo seconds orders it among the others."""
     strength: float | None = None
-    """Share of ``image`` that may change, over 0 to 1; also the share of steps that run."""
+    """Share of the input image that may change, over 0 and at most 1. The same share of the steps
+    runs."""
     priority: Priority = "interactive"
+    """``"interactive"``, or ``"batch"`` for low-priority work."""
 
     @property
     def task(self) -> Task:
+        """The task that the images determine."""
         if self.image is None:
             return "text-to-image"
         return "image-to-image" if self.mask_image is None else "inpainting"
@@ -124,7 +152,7 @@ class GenerationParams:
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
             if text is not None and not _is_unicode(text):
-                raise InvalidRequest(f"{name} is not valid Unicode.", name)
+                raise InvalidRequest(f"{name} is not valid Unicode; send it in UTF-8.", name)
             if text is not None and len(text) > limits.max_prompt_chars:
                 raise InvalidRequest(
                     f"{name} has {len(text)} characters; at most {limits.max_prompt_chars} are "
@@ -133,37 +161,48 @@ class GenerationParams:
                 )
         if self.negative_prompt and not model.takes_negative_prompt:
             raise InvalidRequest(
-                f"{model.pipeline} takes no negative_prompt; leave it out.", "negative_prompt"
+                f"{model.pipeline} does not support negative_prompt; leave it out.",
+                "negative_prompt",
             )
         if self.noise_scheduler is not None and self.noise_scheduler not in model.noise_schedulers:
             names = ", ".join(model.noise_schedulers)
             raise InvalidRequest(
-                f"{model.pipeline} has no scheduler {self.noise_scheduler[:40]!r}; "
-                + (f"it has {names}." if names else "leave it out: it has one of its own."),
+                f"{model.pipeline} does not support the scheduler {self.noise_scheduler[:40]!r}; "
+                + (f"use one of {names}." if names else "leave it out to use the model's own."),
                 "scheduler",
             )
         self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
-            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}.", "seed")
+            raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}; it is {self.seed}.", "seed")
         steps = self.num_inference_steps or model.default_steps
         if not 1 <= steps <= limits.max_steps or self.num_inference_steps == 0:
             raise InvalidRequest(
-                f"num_inference_steps must be from 1 to {limits.max_steps}.", "num_inference_steps"
+                f"num_inference_steps must be from 1 to {limits.max_steps}; it is "
+                f"{steps if self.num_inference_steps is None else self.num_inference_steps}.",
+                "num_inference_steps",
             )
         fewest = model.fewest_steps.get(self.noise_scheduler or "", 1)
         if steps < fewest:
             raise InvalidRequest(
                 f"num_inference_steps must be at least {fewest} for the scheduler "
-                f"{self.noise_scheduler!r}.",
+                f"{self.noise_scheduler!r}; it is {steps}.",
                 "num_inference_steps",
             )
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
-            raise InvalidRequest("guidance_scale must be from 0 to 100.", "guidance_scale")
+            raise InvalidRequest(
+                f"guidance_scale must be from 0 to 100; it is {self.guidance_scale:g}.",
+                "guidance_scale",
+            )
         if any(not 1 <= step <= steps for step in self.preview_steps):
-            raise InvalidRequest(f"preview_steps must be from 1 to {steps}.", "preview_steps")
+            raise InvalidRequest(
+                f"preview_steps must be from 1 to {steps}; they are {self.preview_steps}.",
+                "preview_steps",
+            )
         if self.deadline_s is not None and not 0 < self.deadline_s <= limits.max_deadline_s:
             raise InvalidRequest(
-                f"deadline_s must be over 0 and at most {limits.max_deadline_s:g}.", "deadline_s"
+                f"deadline_s must be over 0 and at most {limits.max_deadline_s:g}; it is "
+                f"{self.deadline_s:g}.",
+                "deadline_s",
             )
         strength = self._checked_strength(model, steps)
         step = model.size_multiple
@@ -180,7 +219,9 @@ class GenerationParams:
             )
         if max(width, height) > limits.max_side_px:
             raise InvalidRequest(
-                f"size {width}x{height} has a side over {limits.max_side_px} pixels.", "size"
+                f"size {width}x{height} has a side of {max(width, height)} pixels; at most "
+                f"{limits.max_side_px} are allowed.",
+                "size",
             )
         if width * height > limits.max_pixels:
             side = math.isqrt(limits.max_pixels)
@@ -220,7 +261,7 @@ class GenerationParams:
                 "lora",
             )
         if len({name for name, _ in self.lora}) != len(self.lora):
-            raise InvalidRequest("lora names an adapter twice.", "lora")
+            raise InvalidRequest("lora names an adapter twice; name each once.", "lora")
         for name, scale in self.lora:
             if name not in model.loras:
                 raise LoraNotFound(
@@ -230,7 +271,7 @@ class GenerationParams:
             if not abs(scale) <= MAX_LORA_SCALE:
                 raise InvalidRequest(
                     f"the scale of {name!r} must be from -{MAX_LORA_SCALE:g} to "
-                    f"{MAX_LORA_SCALE:g}.",
+                    f"{MAX_LORA_SCALE:g}; it is {scale:g}.",
                     "lora",
                 )
 
@@ -239,12 +280,13 @@ class GenerationParams:
         if self.image is None:
             for name in ("mask_image", "strength"):
                 if getattr(self, name) is not None:
-                    raise InvalidRequest(f"{name} needs an image.", name)
+                    raise InvalidRequest(f"{name} needs an image; leave it out, or send one.", name)
             return None
         if self.task not in model.tasks:
             param = "image" if self.mask_image is None else "mask_image"
             raise InvalidRequest(
-                f"{model.pipeline} does not do {self.task}; it does {', '.join(model.tasks)}.",
+                f"{model.pipeline} does not support {self.task}; it supports "
+                f"{', '.join(model.tasks)}.",
                 param,
             )
         for name in ("image", "mask_image"):
@@ -260,8 +302,8 @@ class GenerationParams:
             strength = model.default_strengths.get(self.task)
         if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
             raise InvalidRequest(
-                f"strength must be over 0, at most 1, and leave one of {steps} steps to run; it "
-                f"is {strength:g}.",
+                f"strength must be over 0 and at most 1, and at least one of {steps} steps must "
+                f"run; it is {strength:g}.",
                 "strength",
             )
         return strength

@@ -49,4 +49,4 @@ def test_delays_that_serve_adds_to_the_policy_are_rejected(tmp_path: Path) -> No
     done = CliRunner().invoke(cli, ["check", str(path)])
     assert done.exit_code == 0
     assert "warning" in done.stderr
-    assert "scaled by mine:Policy, which is not checked" in done.stderr
+    assert "mine:Policy scales Generator; its parameters are not checked" in done.stderr

@@ -94,7 +94,7 @@ def test_the_demo_runs_on_a_cpu_where_there_is_no_gpu() -> None:
 def test_another_model_does_not_run_on_a_cpu_unless_the_operator_chooses_it() -> None:
     result = _serve("--model", "org/name", "--print-config")
     assert result.exit_code == 2
-    assert "no NVIDIA GPU" in result.stderr
+    assert "no usable NVIDIA GPU" in result.stderr
     assert "--device cpu" in result.stderr
     [application] = _printed("--model", "org/name", "--device", "cpu")["applications"]
     assert application["args"]["model"] == {"id": "org/name", "device": "cpu"}

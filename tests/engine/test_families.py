@@ -134,7 +134,7 @@ def test_images_to_start_from_share_the_batch(
     half.paste(255, (0, 0, 128, 256))
     with Engine(pipeline, config, FIFO) as engine:
         if config.id in WITHOUT_IMAGES:
-            with pytest.raises(InvalidRequest, match="does not do image-to-image"):
+            with pytest.raises(InvalidRequest, match="does not support image-to-image"):
                 engine.generate(start)
             return
         requests = [text, start, replace(start, mask_image=half), replace(start, strength=0.9)]

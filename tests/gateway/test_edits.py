@@ -73,7 +73,7 @@ async def test_input_tokens_count_at_the_generated_size(client: httpx.AsyncClien
     assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
     schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
     described = schemas["InputTokensDetails"]["properties"]["image_tokens"]["description"]
-    assert "size that is generated; once for each generated image" in described
+    assert "at the generated size, counted for each image" in described
 
 
 async def test_the_transparent_part_of_the_mask_is_generated_anew(
@@ -297,7 +297,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         ),
         (file_of(halves()), b"nothing", {}, "mask", "cannot be read"),
         (file_of(halves()), None, {"strength": "0"}, "strength", "greater than 0"),
-        (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps to run"),
+        (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps must run"),
         (file_of(halves()), None, {"n": "many"}, "n", "integer"),
         (file_of(halves()), None, {"input_fidelity": "high"}, "input_fidelity", "unknown field"),
         (file_of(halves()), None, {"image": "text"}, "image", "must be a file"),

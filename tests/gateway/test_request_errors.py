@@ -49,7 +49,7 @@ pytestmark = pytest.mark.anyio
         ({"quality": "hd"}, "quality", "'low', 'medium' or 'high'"),
         ({"style": "vivid"}, "style", "unknown field"),
         ({"style": None}, "style", "unknown field"),
-        ({"response_format": "url"}, "response_format", "no URLs"),
+        ({"response_format": "url"}, "response_format", "'url' is not available"),
         ({"background": "transparent"}, "background", "opaque"),
         ({"output_compression": 50}, "output_compression", "leave it out for png"),
         ({"output_format": "jpeg", "output_compression": 101}, "output_compression", "100"),

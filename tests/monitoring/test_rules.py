@@ -17,8 +17,8 @@ from monitoring.rules import SOURCE, alerts, rules
 from serve_app.errors import Overloaded
 from serve_app.metrics.autoscaling import RAY_GAUGES
 from serve_app.metrics.labels import UNSERVED
-from serve_app.metrics.table import declared
 from tests.monitoring.series import FOREIGN, series_of
+from tools.docs.reference.metrics import declared
 
 pytestmark = pytest.mark.slow
 

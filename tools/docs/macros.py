@@ -4,6 +4,7 @@ from typing import Any
 
 from tools.docs import tables
 from tools.docs.models import family_table, model_table
+from tools.docs.reference.macros import REFERENCE
 from tools.docs.results import results
 
 MACROS = (
@@ -29,6 +30,7 @@ MACROS = (
     tables.observability_table,
     family_table,
     model_table,
+    *REFERENCE,
 )
 
 

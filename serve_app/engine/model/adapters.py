@@ -33,7 +33,9 @@ class Adapters:
         if not loras:
             return
         if not hasattr(pipeline, "load_lora_weights"):
-            raise ModelLoadError(f"model.loras: {type(pipeline).__name__} takes no LoRA adapters.")
+            raise ModelLoadError(
+                f"model.loras: {type(pipeline).__name__} takes no LoRA adapters. Remove them."
+            )
         # diffusers warns of each adapter that does not change the text encoder.
         logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
         for name, source in loras.items():

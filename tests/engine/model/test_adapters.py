@@ -145,9 +145,9 @@ def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(ModelLoadError, match=r"'broken' cannot be loaded from .*broken.safetens"):
         load(loras={"broken": str(broken)})
-    with pytest.raises(ModelLoadError, match=r"there is no \.safetensors file"):
+    with pytest.raises(ModelLoadError, match=r"is not a \.safetensors file"):
         load(loras={"broken": str(tmp_path / "none.safetensors")})
-    with pytest.raises(ModelLoadError, match="there is no folder"):
+    with pytest.raises(ModelLoadError, match=r"the folder .* does not exist"):
         load(lora_folder=str(tmp_path / "none"))
     with pytest.raises(ModelLoadError, match="Rename"):
         load(loras={"broken": str(broken)}, lora_folder=str(tmp_path))

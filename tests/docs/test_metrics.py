@@ -1,13 +1,11 @@
-"""Names of metrics, and the table in the README. Other tests check the values."""
+"""Names of metrics, and the page that lists them. Other tests check the values."""
 
 import re
-from pathlib import Path
 
 from serve_app.metrics.autoscaling import RAY_GAUGES
 from serve_app.metrics.labels import LABELS
-from serve_app.metrics.table import declared, table
-
-README = Path(__file__).parents[2] / "README.md"
+from tests.docs.pages import rendered
+from tools.docs.reference.metrics import declared, exported_name
 
 
 def test_metric_names_follow_prometheus_conventions() -> None:
@@ -26,8 +24,14 @@ def test_every_label_is_described_and_every_description_is_used() -> None:
     assert used | {"replica", "diffusion_serve_sharing"} == LABELS.keys()
 
 
-def test_the_table_in_the_readme_is_current() -> None:
-    """If it is not, replace it by the output of ``python -m serve_app.metrics``."""
-    text = README.read_text(encoding="utf-8")
-    section = text.split("\n## Metrics\n")[1].split("\n## ")[0]
-    assert table() in section
+def test_the_page_has_every_metric_and_every_label_once() -> None:
+    page = rendered("reference/metrics")
+    names = [exported_name(metric) for metric in declared()]
+    names += [f"ray_{gauge.name}" for gauge in RAY_GAUGES]
+    for name in [*names, *LABELS]:
+        assert page.count(f"\n| `{name}` |") == 1 + (name in LABELS and name in names), name
+    for metric in declared():
+        [family] = metric.describe()
+        row = next(line for line in page.splitlines() if f"| `{exported_name(metric)}` |" in line)
+        assert family.documentation in row
+        assert all(f"`{label}`" in row for label in metric._labelnames)

@@ -1,0 +1,27 @@
+"""Pieces of Markdown that the reference pages share."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+
+def cell(text: str) -> str:
+    """Return a text as one line that may stand in a table."""
+    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table; ``rows`` have one text for each header."""
+    lines = [headers, ["---"] * len(headers), *([cell(one) for one in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def code(value: object) -> str:
+    """Return a value in the type of code."""
+    return f"`{value}`"
+
+
+def prose(text: str) -> str:
+    """Convert a docstring's double backticks to Markdown's, and its paragraphs to lines."""
+    paragraphs = text.strip().split("\n\n")
+    joined = "\n\n".join(re.sub(r"\s*\n\s*", " ", one) for one in paragraphs)
+    return joined.replace("``", "`")
