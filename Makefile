@@ -1,10 +1,12 @@
 # make serve       a server on http://127.0.0.1:8000 (CONFIG=configs/demo.yaml, HOST=127.0.0.1)
 # make manifests   every overlay of cluster/, rendered into build/manifests/
 # make docs        the documentation as a site, built into build/site/
+# make english     the check of the English of all texts that a user reads
 # make dashboards  Grafana's dashboards and Prometheus' rules, written into build/
-# make check       for use while you work: lint, types, import contract, the site and the quick tests,
-#                  which need no Ray cluster, browser or server process; under 3 minutes on 2 cores
-# make test        everything: lint, types, import contract, the site and all tests
+# make check       for use while you work: lint, types, import contract, the site, the English and the
+#                  quick tests, which need no Ray cluster, browser or server process; under
+#                  3 minutes on 2 cores
+# make test        everything: lint, types, import contract, the site, the English and all tests
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
@@ -12,7 +14,7 @@ HOST ?= 127.0.0.1
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 BIN := .venv/bin
 
-.PHONY: install serve manifests docs dashboards check test lint types imports quick-tests tests clean
+.PHONY: install serve manifests docs english dashboards check test lint types imports quick-tests tests clean
 
 install: .venv/installed
 
@@ -41,6 +43,10 @@ manifests: .venv/tested
 docs: .venv/tested
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# For the rules: tools/docs/english.py.
+english: .venv/tested
+	$(BIN)/python -m tools.docs.english
+
 dashboards: install
 	$(BIN)/python -m monitoring.dashboards build/dashboards
 	$(BIN)/python -m monitoring.rules > build/rules.yaml
@@ -50,9 +56,9 @@ dashboards: install
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,docs,plan,quantize,tracing]'
 	touch $@
 
-check: lint types imports docs quick-tests
+check: lint types imports docs english quick-tests
 
-test: lint types imports docs tests
+test: lint types imports docs english tests
 
 lint: install
 	$(BIN)/ruff format --check
