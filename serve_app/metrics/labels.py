@@ -55,7 +55,7 @@ LABELS = {
     "activity": "`denoise`, `encode`, `decode`",
     "kind": "`used`, `reserved`: by torch; `free`, `total`: of the device",
     "phase": "`load`, `certify`, `preview`, `measure`, `compile`",
-    "diffusion_serve_sharing": "`batched`, `interleaved`, `alone`",
+    "diffusion_serve_sharing": "`batched`, `interleaved`, `sequential`",
     "deployment": "Serve's name of the deployment",
     "answer": "`answered`, `silent`",
     "version": "version of diffusion-serve",
