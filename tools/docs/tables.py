@@ -19,6 +19,9 @@ WAYS = {
 
 STARTS = {"first": "without a profile", "again": "with a profile"}
 
+SIZES = {"none": "no sizes", "four": "four sizes"}
+"""Entries of ``warmup_sizes_px``."""
+
 PLANS = {
     "plan-4to32": "4 to 32 requests/s, stretched 6 times",
     "plan-4to32-drift": "the same, from small images to large",
@@ -188,20 +191,14 @@ def _speed_cells(one: Row) -> list[str]:
 def cold_start_table() -> str:
     """Show the duration of a start by phase, with and without a profile."""
     rows = results("cold-start-demo-cpu")["rows"]
-    phases = list(rows[0]["phases_s"])
-    return _table(
-        ["`warmup_sizes_px`", "start", *phases, "total", "quickest to slowest"],
-        [
-            [
-                one["sizes"],
-                STARTS[one["start"]],
-                *(f"{one['phases_s'][phase]:.1f} s" for phase in phases),
-                f"{one['total_s']:.1f} s",
-                f"{one['total_from_s']:.1f} to {one['total_to_s']:.1f} s",
-            ]
-            for one in rows
-        ],
-    )
+    header = ["", *(f"{SIZES[one['sizes']]}, {STARTS[one['start']]}" for one in rows)]
+    phases = [
+        [phase, *(f"{one['phases_s'][phase]:.1f} s" for one in rows)]
+        for phase in rows[0]["phases_s"]
+    ]
+    total = ["total", *(f"{one['total_s']:.1f} s" for one in rows)]
+    span = [f"{one['total_from_s']:.1f} to {one['total_to_s']:.1f} s" for one in rows]
+    return _table(header, [*phases, total, ["quickest to slowest", *span]])
 
 
 def streaming_table() -> str:
