@@ -109,7 +109,7 @@ def serve(
                 return
             check_gpus(path)
             check_port(host, port)
-            typer.echo(f"serving on http://{host}:{port}; Ctrl-C ends it", err=True)
+            typer.echo(f"starting on http://{host}:{port}; Ctrl-C ends it", err=True)
             _run(path)
     except ConfigError as error:
         typer.echo(f"error: {error}", err=True)

@@ -86,7 +86,8 @@ def check_model_folder(model: ModelConfig) -> None:
     if not folder.is_dir():
         raise ModelLoadError(
             f"model {model.id!r}: the folder {folder} does not exist. Set model.path to a folder "
-            "in the diffusers format, or to the name of a Hugging Face repository."
+            "in the diffusers format, or to the name of a Hugging Face repository. If the folder "
+            "is only in an image or on a volume, check the file there."
         )
     for name in _component_names(model, folder / "model_index.json"):
         _check_component(model, folder / name)

@@ -1,5 +1,6 @@
 """Loading of a stock diffusers pipeline from its config, onto its device."""
 
+import logging
 from pathlib import Path
 
 import torch
@@ -64,10 +65,16 @@ def _resolve_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def _quiet_libraries() -> None:
-    """Turn off progress bars on stderr and advice to install packages that are not needed."""
+    """Turn off progress bars on stderr, and advice without use for a server."""
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_modules)
+
+
+def _names_modules(record: logging.LogRecord) -> bool:
+    """Drop diffusers' warning of a cast that names no module: SDXL casts its VAE at each image."""
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 def read_pipeline(config: ModelConfig, device: torch.device) -> DiffusionPipeline:

@@ -1,6 +1,7 @@
 """Loading of folders in the diffusers format, and errors for invalid ones."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,17 @@ def test_the_sdxl_config_loads_and_generates_an_sdxl(tmp_path: Path) -> None:
         assert engine.info.default_steps == 30
         result = engine.generate(GenerationParams("a cat", 1, num_inference_steps=2))
     assert torch.isfinite(result.pixels).all()
+
+
+def test_a_cast_that_changes_nothing_is_not_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = _load(folder).stock
+    pipeline.vae.to(torch.float32)
+    logging.getLogger("diffusers.models.modeling_utils").warning(
+        "should be kept in float32: ['norm']"
+    )
+    assert caplog.messages == ["should be kept in float32: ['norm']"]
 
 
 def test_a_seed_generates_the_same_image_after_loading_again(folder: Path) -> None:
