@@ -13,7 +13,7 @@ from serve_app.gateway.openapi import EVENTS
 from serve_app.gateway.routes import create_api
 from serve_app.protocol.backend import GenerationBackend
 from tools.docs.reference.json_schema import Schema, type_of, value_of
-from tools.docs.reference.markdown import code, prose, table
+from tools.docs.reference.markdown import code, named, prose, table
 
 _BODIES = {"application/json": "JSON body", "multipart/form-data": "Multipart form"}
 
@@ -69,17 +69,17 @@ def stream_events() -> str:
 
 
 def schemas() -> str:
-    """Return a section for each object that answers and events contain, except the events."""
+    """Return a section for each object of responses and events, except the events themselves."""
     shown = [name for name in described_schemas() if name not in _event_names()]
-    return "\n\n".join(map(_object, sorted(shown)))
+    return "\n\n".join(map(_object, shown))
 
 
 def described_schemas() -> list[str]:
-    """Return the names of the objects that are reached from an answer or an event."""
+    """Return the objects that are reached from a response or an event, outer ones first."""
     found: list[str] = []
-    queue = [*_event_names(), *_references(_answers())]
+    queue = [*_references(_answers()), *_event_names()]
     while queue:
-        name = queue.pop()
+        name = queue.pop(0)
         if name not in found:
             found.append(name)
             queue += _references(document()["components"]["schemas"][name])
@@ -129,7 +129,7 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
 def _fields(schema: Schema) -> str:
     required = schema.get("required", ())
     rows = [
-        (code(name), value_of(field, name in required), field["description"])
+        (code(name), value_of(field, name in required), named(field["description"]))
         for name, field in schema["properties"].items()
     ]
     return table(("Field", "Value", "Meaning"), rows)
@@ -138,7 +138,7 @@ def _fields(schema: Schema) -> str:
 def _object(name: str) -> str:
     schema = document()["components"]["schemas"][name]
     rows = [
-        (code(field), type_of(about), about.get("description", ""))
+        (code(field), type_of(about), named(about.get("description", "")))
         for field, about in schema["properties"].items()
     ]
     heading = f"### {name} {{: #{name.lower()} }}"
