@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from serve_app.config.models import AppConfig
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.openapi import EVENTS
-from serve_app.gateway.routes import create_api
+from serve_app.gateway.routes import EDITS, GENERATIONS, create_api
 from serve_app.protocol.backend import GenerationBackend
 from tools.docs.reference.json_schema import Schema, type_of, value_of
 from tools.docs.reference.markdown import code, named, prose, table
@@ -117,7 +117,12 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
         ]
         parts.append(table(("Parameter", "In", "Type", "Meaning"), rows))
     for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
-        parts += [f"**{_BODIES[media_type]}** ({code(media_type)}):", _fields(body["schema"])]
+        parts += [f"**{_BODIES[media_type]}** ({code(media_type)}):", _fields(body["schema"], path)]
+        if path == EDITS:
+            parts.append(
+                f"The fields of [{code('POST ' + GENERATIONS)}](#post-v1imagesgenerations) apply "
+                "here as well, as fields of the form."
+            )
     rows = [
         (code(status), response["description"], _content(response), _headers(response))
         for status, response in operation["responses"].items()
@@ -126,11 +131,20 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _fields(schema: Schema) -> str:
+def shared_fields() -> set[str]:
+    """Return the fields of the generations, which edits have, too."""
+    operation = document()["paths"][GENERATIONS]["post"]
+    [body] = operation["requestBody"]["content"].values()
+    return set(body["schema"]["properties"])
+
+
+def _fields(schema: Schema, path: str) -> str:
     required = schema.get("required", ())
+    elsewhere = shared_fields() if path == EDITS else set()
     rows = [
         (code(name), value_of(field, name in required), named(field["description"]))
         for name, field in schema["properties"].items()
+        if name not in elsewhere
     ]
     return table(("Field", "Value", "Meaning"), rows)
 
