@@ -48,7 +48,8 @@ class SpeedConfig(_Config):
     )
     channels_last: bool = Field(
         False,
-        description="Keep the weights of convolutions in the denoiser and the VAE in channels-last order.",
+        description="Keep the weights of convolutions in the denoiser and the VAE in "
+        "channels-last order.",
     )
     attention_backend: str | None = Field(
         None,
@@ -234,8 +235,9 @@ class EngineConfig(_Config):
     )
     scheduling: Literal["on_time", "fifo", "least_slack", "shortest_first"] = Field(
         "on_time",
-        description="Policy that orders the requests. 'on_time' meets the most deadlines. The others "
-        "are for comparison.",
+        description="Policy that orders the requests. 'on_time' meets the most deadlines. 'fifo' "
+        "runs the call that has waited longest, 'least_slack' the one with the least time to "
+        "spare, 'shortest_first' the one with the least remaining work.",
     )
     slo_scale: float = Field(
         3.0,
