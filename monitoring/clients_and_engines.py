@@ -59,9 +59,9 @@ SERVICE = Dashboard(
         ),
         panel(
             "Rejected images, and waiting requests",
-            (rate("refusals_total", "reason"), "rejected images: {{reason}}"),
+            (rate("rejections_total", "reason"), "rejected images: {{reason}}"),
             (
-                "sum(diffusion_serve_held_requests * on (replica) group_left () "
+                "sum(diffusion_serve_requests_waiting_for_replica * on (replica) group_left () "
                 f"max by (replica) (diffusion_serve_gateway_info{{{MODEL}}}))",
                 "requests that wait for a starting replica",
             ),

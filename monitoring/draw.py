@@ -76,7 +76,8 @@ def _curves(series: list[dict[str, Any]], legend: str) -> Iterator[Curve]:
             name = name.replace(f"{{{{{label}}}}}", one["metric"].get(label, ""))
         points = [(float(at), float(value)) for at, value in one["values"]]
         if finite := [point for point in points if math.isfinite(point[1])]:
-            yield Curve(name.strip(), finite)
+            # A label that a series lacks, such as a namespace, leaves spaces behind.
+            yield Curve(re.sub(r" +(?=[ :,]|$)", "", name).strip(), finite)
 
 
 def draw(prometheus: str, dashboard: Dashboard, window: Window, path: Path) -> None:

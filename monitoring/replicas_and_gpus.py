@@ -22,7 +22,7 @@ SCALING = Dashboard(
     (
         panel(
             "Replicas",
-            (policy("wanted_replicas"), f"{WHOSE}: target of the policy"),
+            (policy("desired_replicas"), f"{WHOSE}: target of the policy"),
             (
                 f"sum by (ray_io_cluster, model) (diffusion_serve_target_replicas{{{MODEL}}})",
                 "{{model}} {{ray_io_cluster}}: target of Serve",
@@ -44,7 +44,7 @@ SCALING = Dashboard(
             "Deciding term",
             (f"{policy('term', 'term')} == 1", f"{WHOSE}: {{{{term}}}}"),
             description="The term that made the last decision: `min`, `max`, `arrivals`, "
-            "`backlog`, `batch`, `held` (scaling down is delayed), `blind` (a load is unknown).",
+            "`backlog`, `batch`, `hold` (scaling down is delayed), `blind` (a load is unknown).",
         ),
         panel(
             "Arriving work and throughput",
@@ -145,7 +145,7 @@ SCALING = Dashboard(
         Query(
             f"{policy('term', 'term')} == 1 and on ({', '.join(APPLICATION)}) "
             f"max by ({', '.join(APPLICATION)}) (changes("
-            f"ray_diffusion_serve_autoscaling_wanted_replicas{{{NAMESPACE}}}[{RATE}])) > 0",
+            f"ray_diffusion_serve_autoscaling_desired_replicas{{{NAMESPACE}}}[{RATE}])) > 0",
             f"{WHOSE}: by {{{{term}}}}",
         ),
     ),

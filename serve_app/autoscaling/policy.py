@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 from serve_app.protocol.load import ReplicaLoad
 
-Term = Literal["min", "blind", "held", "batch", "arrivals", "backlog", "max"]
+Term = Literal["min", "blind", "hold", "batch", "arrivals", "backlog", "max"]
 """The reason for a decision: a bound, missing metrics, a surplus not proven yet, low-priority work
 that needs one replica, arriving work, or waiting work. The values are metric labels."""
 
@@ -196,7 +196,7 @@ def _needed(
     if any(report.batch_backlog_s > 0 for report in load.reports):
         return _Choice(1, "batch")
     if not load.running and load.target and _start_may_succeed(load, params, state):
-        return _Choice(1, "held")  # the first replica: clients return when it is ready
+        return _Choice(1, "hold")  # the first replica: clients return when it is ready
     return _Choice(0, "arrivals")
 
 
@@ -206,7 +206,7 @@ def _with_noise(
     """Keep replicas that noise in the arrivals alone would request again."""
     with_noise = _for_arrivals(rate, params, _noise(rate, params, state))
     kept = min(load.target, with_noise)
-    return _Choice(kept, "held") if kept > needed.replicas else needed
+    return _Choice(kept, "hold") if kept > needed.replicas else needed
 
 
 def _remembered(load: Load, state: PolicyState, needed: int, hold_s: float) -> PolicyState:
@@ -226,7 +226,7 @@ def _with_surplus(load: Load, state: PolicyState, needed: _Choice) -> _Choice:
     if len(load.reports) < load.running:
         return _Choice(load.target, "blind")  # a replica without a report may be busy
     kept = min(load.target, state.recent_needs[0][1])
-    return _Choice(kept, "held") if kept > needed.replicas else needed
+    return _Choice(kept, "hold") if kept > needed.replicas else needed
 
 
 def _bounded(params: ScalingParams, choice: _Choice) -> _Choice:

@@ -193,7 +193,7 @@ class Engine:
         self._executor.specs = self.certificate.specs
         self._predictor.batched = self.certificate.sharing == "batched"
         self._scheduler.max_running = (
-            1 if self.certificate.sharing == "alone" else self._config.max_running
+            1 if self.certificate.sharing == "sequential" else self._config.max_running
         )
 
     def _loop(self) -> None:

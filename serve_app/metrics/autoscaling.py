@@ -16,7 +16,7 @@ class RayGauge:
 
 
 WANTED_REPLICAS = RayGauge(
-    "diffusion_serve_autoscaling_wanted_replicas", "Replicas that the policy decided on."
+    "diffusion_serve_autoscaling_desired_replicas", "Replicas that the policy decided on."
 )
 NEEDED_REPLICAS = RayGauge(
     "diffusion_serve_autoscaling_needed_replicas",

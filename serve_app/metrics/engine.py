@@ -43,7 +43,7 @@ UTILIZATION = Gauge(
 )
 
 REJECTIONS = Counter(
-    "diffusion_serve_refusals_total",
+    "diffusion_serve_rejections_total",
     "Rejected images, by the limit that they would have exceeded.",
     ["model", "reason"],
     registry=ENGINE,
@@ -154,10 +154,9 @@ DEVICE_MEMORY = Gauge(
 
 SHARING = Enum(
     "diffusion_serve_sharing",
-    "How requests share the pipeline, as certified at start-up; `alone` is sequential. Not set if "
-    "`max_running` is 1.",
+    "How requests share the pipeline, as certified at start-up. Not set if `max_running` is 1.",
     ["model"],
-    states=["batched", "interleaved", "alone"],
+    states=["batched", "interleaved", "sequential"],
     registry=ENGINE,
 )
 

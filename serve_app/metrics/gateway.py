@@ -51,7 +51,7 @@ FIRST_PARTIAL = Histogram(
 )
 
 WAITING_FOR_REPLICA = Gauge(
-    "diffusion_serve_held_requests",
+    "diffusion_serve_requests_waiting_for_replica",
     "Rejected requests that wait in this gateway replica for a starting generator replica.",
     registry=GATEWAY,
 )

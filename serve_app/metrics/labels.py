@@ -55,8 +55,8 @@ LABELS = {
     "activity": "network that ran: `denoise`, `encode`, `decode`",
     "kind": "`used`, `reserved`: by torch; `free`, `total`: of the device",
     "phase": "phase of a start: `load`, `certify`, `preview`, `measure`, `compile`",
-    "diffusion_serve_sharing": "mode: `batched`, `interleaved`, `alone` (sequential); the "
-    "metric is 1 for the mode in use",
+    "diffusion_serve_sharing": "mode: `batched`, `interleaved`, `sequential`; the metric is 1 "
+    "for the mode in use",
     "deployment": "`Generator` or `Gateway`",
     "answer": "`answered`: in this response; `silent`: running, and did not report",
     "version": "version of diffusion-serve",
@@ -64,7 +64,7 @@ LABELS = {
     "device": "such as `cpu` or `cuda`",
     "gpu": "UUID of the GPU, as in NVIDIA's tools",
     "application": "Serve's name of the application",
-    "term": "deciding term: `min`, `blind`, `held`, `batch`, `arrivals`, `backlog`, `max`",
+    "term": "deciding term: `min`, `blind`, `hold`, `batch`, `arrivals`, `backlog`, `max`",
     "by": "`arrivals`: arriving work; `backlog`: waiting work",
 }
 """The source of each label's values."""

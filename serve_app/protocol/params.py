@@ -15,7 +15,7 @@ MAX_SEED = 2**63 - 1
 
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
-Sharing = Literal["batched", "interleaved", "alone"]
+Sharing = Literal["batched", "interleaved", "sequential"]
 """Requests share denoiser calls, take turns at them, or run one after another."""
 
 

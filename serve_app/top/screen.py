@@ -150,7 +150,7 @@ def _problems(snapshot: Snapshot) -> Iterator[str]:
     for labels, value in snapshot.now.where(SHARING):
         if value and labels.get(sample_name(SHARING), "batched") != "batched":
             replica = labels.get("replica", UNKNOWN)
-            mode = labels[sample_name(SHARING)].replace("alone", "sequential")
+            mode = labels[sample_name(SHARING)]
             yield f"{replica} does not batch: its requests are {mode}"
     if snapshot.seconds >= WINDOW_S:
         for replica in _answering(snapshot):

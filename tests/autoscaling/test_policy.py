@@ -162,7 +162,7 @@ def test_a_surplus_must_last() -> None:
     for _ in range(40):
         cluster.step(4.5)
     assert cluster.target == most
-    assert cluster.terms[-1] == "held"
+    assert cluster.terms[-1] == "hold"
     for _ in range(300):
         cluster.step(4.5)
     assert 5 <= cluster.target <= 6
@@ -175,7 +175,7 @@ def test_noise_keeps_no_replica_when_the_load_clearly_falls(slow_rate: float, he
     state = PolicyState(at_s=0.0, arriving=8.0, arriving_slow=slow_rate, mean_work_s=2.0)
     each = ReplicaLoad(arrival_rate=0.8, mean_work_s=2.0)
     decision, _ = decide(Load(1.0, 10, 10, [each] * 10), params, state)
-    assert (decision.term == "held") == held
+    assert (decision.term == "hold") == held
     assert (decision.replicas == 10) == held
 
 
@@ -236,7 +236,7 @@ def test_missing_reports_block_the_scale_down_until_they_return() -> None:
         assert cluster.target == most
     for _ in range(40):
         cluster.step(0.9)
-    assert cluster.terms[-1] == "held"
+    assert cluster.terms[-1] == "hold"
     for _ in range(200):
         cluster.step(0.9, known=0)
         assert cluster.target == most

@@ -40,7 +40,7 @@ PARAMS = GenerationParams("x", 1)
 
 
 def waiting_for_replica() -> float | None:
-    return GATEWAY.get_sample_value("diffusion_serve_held_requests")
+    return GATEWAY.get_sample_value("diffusion_serve_requests_waiting_for_replica")
 
 
 async def events_of(backend: ServeBackend, params: GenerationParams = PARAMS) -> list[Any]:

@@ -6,23 +6,21 @@ because the README shows them where no program runs. Run it again after a change
 """
 
 import io
-import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 from rich.console import Console
 
 from monitoring.dashboards import DASHBOARDS
 from monitoring.draw import Window, draw
 from serve_app.top import Server, watch
+from tests.browser import running_browser
 from tests.docs.diagrams import render
 from tests.e2e.page import DONE, PREVIEW, generate, ready
 from tests.monitoring.load import MixedLoad, demo_of_two
@@ -61,16 +59,6 @@ def save(png: bytes, path: Path) -> None:
     with Image.open(io.BytesIO(png)) as image:
         image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1000:.0f} kB")
-
-
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """Start the installed Chromium without a window."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def page_images(browser: Browser, folder: Path) -> None:
@@ -124,6 +112,7 @@ def top_image(url: str, path: Path) -> None:
         record=True, width=100, file=io.StringIO(), markup=False, emoji=False, highlight=False
     )
     watch(Server.at(url, None), console, every_s=10, once=True)
+    console.print()  # the export cuts the last line
     path.write_text(console.export_svg(title="diffusion-serve top"), encoding="utf-8")
     print(path.relative_to(ROOT))
 
@@ -149,7 +138,7 @@ def main(
         planner_image(folder)
     if Part.LOAD in chosen:
         load_images(folder)
-    with chromium() as browser:
+    with running_browser() as browser:
         if Part.PAGE in chosen:
             page_images(browser, folder)
         if Part.DIAGRAMS in chosen and mermaid is not None:

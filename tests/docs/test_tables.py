@@ -1,6 +1,7 @@
 """The tables and figures of the documentation are those of the result files."""
 
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ from tools.docs import tables
 from tools.docs.macros import MACROS
 from tools.docs.results import RESULTS, results
 
-TABLES = [macro for macro in MACROS if macro.__name__.endswith("_table")]
+TABLES = [
+    macro
+    for macro in MACROS
+    if macro.__name__.endswith("_table") and not signature(macro).parameters
+]
 
 
 def cells_of(table: str) -> list[list[str]]:

@@ -67,7 +67,7 @@ def test_nodes_start_and_end_with_the_work(report: Callable[[str], None]) -> Non
     assert any(" 2 replicas, by max" in line or " 2 replicas, by backlog" in line for line in lines)
     assert len(lines) < 20, lines
     labels = r'application="diffusion-serve",.*deployment="Generator"'
-    for name in ("wanted_replicas", "waiting_seconds", "cold_start_seconds", "forecast_replicas"):
+    for name in ("desired_replicas", "waiting_seconds", "cold_start_seconds", "forecast_replicas"):
         assert re.search(f"^ray_diffusion_serve_autoscaling_{name}{{.*{labels}", metrics, re.M), (
             name
         )

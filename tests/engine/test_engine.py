@@ -280,7 +280,7 @@ def test_closing_drains_or_drops_and_rejects_new_requests(demo_pipeline: LoadedP
 
 def test_limits_come_from_the_config(demo_pipeline: LoadedPipeline) -> None:
     limits = LimitsConfig(max_steps=5, max_pixels=32 * 32)
-    with pytest.raises(ConfigError, match=r"from 1 to 5\. Set model\.default_steps"):
+    with pytest.raises(ConfigError, match=r"from 1 to 5; it is 20\. Set model\.default_steps"):
         Engine(demo_pipeline, DEMO, EngineConfig(limits=limits))
     assert "forward" not in vars(demo_pipeline.denoisers["unet"])
     small = DEMO.model_copy(update={"default_steps": 4, "default_size_px": (32, 32)})
@@ -307,7 +307,7 @@ def test_the_last_slots_are_for_requests_that_can_be_on_time(demo_pipeline: Load
 def test_the_strength_of_the_model_is_checked_too(demo_engine: Engine) -> None:
     image = Image.new("RGB", (64, 64), "red")
     assert demo_engine.info.default_strengths["image-to-image"] == 0.8
-    with pytest.raises(InvalidRequest, match=r"leave one of 1 steps to run; it is 0\.8"):
+    with pytest.raises(InvalidRequest, match=r"at least one of 1 steps must run; it is 0\.8"):
         demo_engine.submit(params(num_inference_steps=1, image=image), lambda _: None)
     result = demo_engine.generate(params(num_inference_steps=5, image=image))
     assert result.params.strength == 0.8

@@ -116,8 +116,8 @@ def test_rejections_are_counted_by_reason(
         engine.generate(params())
         with pytest.raises(InvalidRequest):
             engine.generate(params(num_inference_steps=100, deadline_s=0.001))
-    assert sample("refusals_total", "refused", reason="deadline") == 1
-    assert sample("refusals_total", "refused", reason="backlog") == 0
+    assert sample("rejections_total", "refused", reason="deadline") == 1
+    assert sample("rejections_total", "refused", reason="backlog") == 0
 
 
 def test_running_out_of_memory_is_counted(demo_pipeline: LoadedPipeline) -> None:

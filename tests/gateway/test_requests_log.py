@@ -149,16 +149,16 @@ async def test_a_full_queue_counts_as_a_rejection(backend: FakeBackend) -> None:
         await reject(Overloaded("an engine's own rejection", None, 3.0, 1.0))
         assert (
             GATEWAY.get_sample_value(
-                "diffusion_serve_refusals_total", {"model": "full", "reason": "queue"}
+                "diffusion_serve_rejections_total", {"model": "full", "reason": "queue"}
             )
             == 0
         )
         await reject(Overloaded("Serve's queue", retry_after_s=9.0), n=2)
         await reject(Overloaded("Serve's queue"), stream=True)
-        assert sample("refusals_total", "full", reason="queue") == 3
+        assert sample("rejections_total", "full", reason="queue") == 3
         backend.overloaded = True  # before the first replica has described the model
         await reject(Overloaded("not called"), n=4)
-        assert sample("refusals_total", "full", reason="queue") == 7
+        assert sample("rejections_total", "full", reason="queue") == 7
 
 
 async def test_rejections_and_failures_count_by_their_codes(backend: FakeBackend) -> None:

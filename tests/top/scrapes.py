@@ -64,7 +64,7 @@ diffusion_serve_request_part_seconds_bucket{le="0.25",model="demo",part="queue",
 diffusion_serve_request_part_seconds_bucket{le="+Inf",model="demo",part="queue",replica="gw"} 30.0
 diffusion_serve_deadlines_total{model="demo",outcome="met",replica="r1",set_by="server"} 22.0
 diffusion_serve_deadlines_total{model="demo",outcome="missed",replica="r1",set_by="client"} 2.0
-diffusion_serve_refusals_total{model="demo",reason="deadline",replica="r1"} 5.0
+diffusion_serve_rejections_total{model="demo",reason="deadline",replica="r1"} 5.0
 diffusion_serve_cancellation_seconds_count{model="demo",replica="r1"} 2.0
 diffusion_serve_cancellation_seconds_bucket{le="0.01",model="demo",replica="r1"} 0.0
 diffusion_serve_cancellation_seconds_bucket{le="0.03",model="demo",replica="r1"} 2.0

@@ -103,7 +103,7 @@ diffusion_serve_sharing{diffusion_serve_sharing="interleaved",replica="r1"} 1
 diffusion_serve_sharing{diffusion_serve_sharing="batched",replica="r2"} 1
 diffusion_serve_out_of_memory_total{replica="r1"} 3
 diffusion_serve_engine_stall_seconds_sum{replica="r1"} 1.5
-diffusion_serve_held_requests{replica="gw"} 4
+diffusion_serve_requests_waiting_for_replica{replica="gw"} 4
 diffusion_serve_engine_requests{model="demo",replica="r2",state="parked"} 1.0
 """
     silent = AFTER.replace('deployment="Generator",model="demo"} 0', 'deployment="Generator"} 1')

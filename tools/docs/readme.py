@@ -21,7 +21,7 @@ def measured() -> str:
     about = (
         f"The demo model under {load:g} times the load that one request at a time can serve. "
         f'"In time" is the share within {content["slo_scale"]:g} times the solo time. '
-        f"Hardware: {hardware(name)}. Command: `{command}`."
+        f"Hardware: {hardware(name)}."
     )
     return f"{engine_table()}\n\n{fill(about, 100)}\nCommand: `{command}`."
 

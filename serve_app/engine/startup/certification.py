@@ -124,7 +124,7 @@ def certify(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> Certificate:
     else:
         tasks, found = _certify_tasks(pipeline, rendezvous, {}, (first, second), tolerance)
         return Certificate("interleaved", {}, difference, note, tasks, lasting and found)
-    return Certificate("alone", {}, difference, note, pipeline.tasks, lasting)
+    return Certificate("sequential", {}, difference, note, pipeline.tasks, lasting)
 
 
 def contradiction(

@@ -108,7 +108,7 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
-        return Certificate("alone", {}, None, "max_running is 1", pipeline.tasks), None
+        return Certificate("sequential", {}, None, "max_running is 1", pipeline.tasks), None
     certificate = certify(pipeline, rendezvous)
     start.ended("certify")
     previews = None

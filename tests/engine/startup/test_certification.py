@@ -85,7 +85,7 @@ def test_perturbed_attention_runs_one_request_after_another() -> None:
     attention = dict(pipeline.denoisers["unet"].attn_processors)
     separate = [pipeline.generate(request)[0] for request in _requests()]
     with Engine(pipeline, DEMO) as engine:
-        assert engine.info.sharing == "alone"
+        assert engine.info.sharing == "sequential"
         assert "batched images differ" in engine.info.sharing_note
         assert "in turns differ" in engine.info.sharing_note
         assert pipeline.denoisers["unet"].attn_processors == attention
@@ -187,7 +187,7 @@ def test_one_request_at_a_time_needs_no_certification(pipeline: LoadedPipeline) 
     with engine:
         assert engine.stats().denoiser_calls == 0
         engine.generate(_requests()[0])
-    assert engine.info.sharing == "alone"
+    assert engine.info.sharing == "sequential"
     assert engine.info.sharing_note == "max_running is 1"
     samples = [one for family in report("engine", "a").families for one in family.samples]
     ours = {one.name for one in samples if one.labels.get("model") == "one at a time"}
