@@ -158,7 +158,7 @@ class GenerationFailed(DiffusionServeError):
 
 
 class ConfigError(DiffusionServeError):
-    """A setting, a file or an argument is wrong, or cannot work on this machine."""
+    """A setting, file or argument is wrong, or cannot work on this machine. Raised at start."""
 
     code = "config_error"
 

@@ -1,7 +1,7 @@
 """``diffusion-serve key``: make an API key."""
 
 import secrets
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 import yaml
@@ -18,10 +18,9 @@ def key(
         int | None, typer.Option(help="Most requests at a time. Default: no limit.")
     ] = None,
     priority: Annotated[
-        str | None,
+        Literal["interactive", "batch"] | None,
         typer.Option(
-            help="'interactive' or 'batch'. Requests of 'batch' run when no interactive request "
-            "can. Default: 'interactive'."
+            help="Requests of 'batch' run when no interactive request can. Default: 'interactive'."
         ),
     ] = None,
 ) -> None:

@@ -43,10 +43,13 @@ class SpeedConfig(_Config):
     compile: bool = Field(
         False,
         description="Compile the repeated blocks of the denoiser at start-up, for batches of "
-        "1, 2, 4, … images of each size in engine.warmup_sizes_px. Other sizes run uncompiled.",
+        "1, 2, 4, … images of each size in engine.warmup_sizes_px. Without any size, the model's "
+        "default size is compiled. Other sizes run uncompiled. Needs a C++ compiler.",
     )
     channels_last: bool = Field(
-        False, description="Keep the weights of convolutions in channels-last order."
+        False,
+        description="Keep the weights of convolutions in the denoiser and the VAE in "
+        "channels-last order.",
     )
     attention_backend: str | None = Field(
         None,
@@ -110,7 +113,8 @@ class ModelConfig(_Config):
     )
     call_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Additional arguments of every pipeline call, such as max_sequence_length.",
+        description="Additional arguments of every pipeline call, by name, such as "
+        "`max_sequence_length`. Default: none.",
     )
     loras: dict[str, str] = Field(
         default_factory=dict,
@@ -220,15 +224,20 @@ class LimitsConfig(_Config):
 class EngineConfig(_Config):
     """The engine: how requests share one device, and which limits they have."""
 
-    max_batch_size: int = Field(16, ge=1, description="Most requests that share one denoiser call.")
+    max_batch_size: int = Field(
+        16, ge=1, description="Largest number of images in one denoiser call."
+    )
     max_running: int = Field(
         32,
         ge=1,
-        description="Most requests that run at the same time. The others wait in the queue.",
+        description="Largest number of requests that run at the same time. The others wait in the "
+        "queue.",
     )
     scheduling: Literal["on_time", "fifo", "least_slack", "shortest_first"] = Field(
         "on_time",
-        description="Policy that orders the requests. 'on_time' meets the most deadlines.",
+        description="Policy that orders the requests. 'on_time' meets the most deadlines. 'fifo' "
+        "runs the call that has waited longest, 'least_slack' the one with the least time to "
+        "spare, 'shortest_first' the one with the least remaining work.",
     )
     slo_scale: float = Field(
         3.0,

@@ -16,6 +16,7 @@ class LogEntry:
     denoiser_call: int
     """Number of denoiser calls made before the event."""
     request: int
+    """Number of the request in its engine."""
     what: RequestEvent
 
 

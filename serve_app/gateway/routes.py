@@ -126,32 +126,45 @@ def create_api(
             return await stream(service, job, scope)
         return await _while_connected(request, service.generate_all(job))
 
-    @api.get("/v1/models", responses=documented(401, 403, 429, 503), tags=["models"])
+    @api.get(
+        "/v1/models",
+        response_description="The served model, as a list of one.",
+        responses=documented(401, 403, 429, 503),
+        tags=["models"],
+    )
     async def list_models() -> ModelList:
-        """List the served model with its options and limits."""
+        """List the models. There is one, the served model."""
         info = await backend.describe()
         return ModelList(data=[_model_object(info, started_at)])
 
     # Model names from the hub have a slash.
     @api.get(
-        "/v1/models/{model:path}", responses=documented(401, 403, 404, 429, 503), tags=["models"]
+        "/v1/models/{model:path}",
+        response_description="The served model.",
+        responses=documented(401, 403, 404, 429, 503),
+        tags=["models"],
     )
     async def retrieve_model(
         model: Annotated[str, Path(description="Name of the model; it may contain slashes.")],
     ) -> ModelObject:
-        """Describe one model."""
+        """Return the options and limits of a model."""
         if model != config.model.id:
             raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
         return _model_object(await backend.describe(), started_at)
 
     @api.head("/health", include_in_schema=False)
-    @api.get("/health", tags=["health"])
+    @api.get("/health", response_description="The gateway runs.", tags=["health"])
     async def health() -> Health:
         """Check liveness: status 200 as long as the gateway runs."""
         return Health()
 
     @api.head("/ready", include_in_schema=False)
-    @api.get("/ready", responses=documented(503), tags=["health"])
+    @api.get(
+        "/ready",
+        response_description="A replica can generate.",
+        responses=documented(503),
+        tags=["health"],
+    )
     async def ready() -> Health:
         """Check readiness: status 200 if a replica can generate, otherwise 503."""
         await backend.check_ready()

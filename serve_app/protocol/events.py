@@ -72,12 +72,12 @@ class GenerationTimings(NamedTuple):
     queue_s: float = 0.0
     """Time from the submission to the start."""
     encode_s: float = 0.0
-    """Time from there to the first denoiser call, to encode the prompt and the input image."""
+    """Time from the start to the first denoiser call: encoding of prompt and input image."""
     denoise_s: float = 0.0
-    """Time from there to the end of the last denoiser call."""
+    """Time from the first to the end of the last denoiser call."""
     decode_s: float = 0.0
-    """Time from there to the pixels. The device may still compute those of a `GenerationResult`;
-    for an `EncodedImage` they are copied to the host."""
+    """Time from the last denoiser call to the pixels. The device may still compute those of a
+    `GenerationResult`; for an `EncodedImage` they are copied to the host."""
 
 
 GENERATION_PARTS = tuple(field.removesuffix("_s") for field in GenerationTimings._fields)

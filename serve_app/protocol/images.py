@@ -17,6 +17,7 @@ class Encoding:
     """File format of an image."""
 
     format: ImageFormat = "png"
+    """``"png"``, ``"jpeg"`` or ``"webp"``."""
     quality: int = 95
     """Quality of JPEG and WebP, 0 to 100. PNG is exact."""
 

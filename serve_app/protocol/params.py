@@ -322,10 +322,10 @@ class RequestContext:
     is_retry: bool = False
     """The request was rejected before, and redeems a reservation or waited for a replica."""
     reserved_s: float = 0.0
-    """Seconds of work of others' reserved retries that are due before its deadline."""
+    """Work, in seconds, that retries of other requests have reserved before its deadline."""
     trace: str = ""
-    """Name of its trace for those of its batch peers; empty if it is not traced. The engine only
-    passes it on."""
+    """W3C ``traceparent`` of the request, to which the traces of its batch peers link. Empty if it
+    is not traced."""
 
 
 INITIAL = RequestContext()

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from typer.main import get_command
 
 from serve_app.cli.main import cli
-from tools.docs.reference.markdown import code, prose, table
+from tools.docs.reference.markdown import code, named, prose, table
 
 PROGRAM = "diffusion-serve"
 
@@ -42,7 +42,7 @@ def _section(name: str, command: Any) -> str:
 
 def _row(parameter: Any) -> tuple[str, str, str]:
     names = ", ".join(map(code, _names(parameter)))
-    words = [prose(parameter.help)]
+    words = [named(prose(parameter.help))]
     if parameter.envvar:
         words.append(f"Environment: {code(parameter.envvar)}.")
     value = "; ".join(one for one in (_described_type(parameter), _default(parameter)) if one)

@@ -13,7 +13,7 @@ from serve_app.config.models import AppConfig
 from serve_app.gateway.auth import ApiKey
 from tools.docs.reference.docstrings import attribute_docstrings
 from tools.docs.reference.json_schema import value_of
-from tools.docs.reference.markdown import code, prose, table
+from tools.docs.reference.markdown import code, named, prose, table
 
 
 def sections(
@@ -50,7 +50,7 @@ def scaling_policy() -> str:
         (
             code(field.name),
             f"{kinds[_name(field.type)]}; default {code(field.default)}",
-            meanings[field.name],
+            named(meanings[field.name]),
         )
         for field in fields(ScalingParams)
         if field.name not in BOUNDS
@@ -83,7 +83,7 @@ def _rows(path: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
         yield (
             code(f"{path}.{name}" if path else name),
             value_of(field, name in required),
-            field["description"],
+            named(field["description"]),
         )
 
 

@@ -16,23 +16,23 @@ def errors(
 
 
 def errors_table() -> str:
-    """Return a table of the errors that a client can receive."""
-    received = (one for one in errors() if not issubclass(one, ConfigError | Cancelled))
+    """Return a table of the errors that a client can receive, by status."""
+    received = sorted(filter(_is_received, errors()), key=lambda one: one.status)
     return table(
-        ("Status, `code`", "`type`", "Meaning", "Retry, headers"), map(_response_row, received)
+        ("Status", "`code`; `type`", "Meaning", "Retry; headers"), map(_response_row, received)
     )
 
 
 def error_classes() -> str:
-    """Return the tree of the exception classes, as a table for users of the Python API."""
-    return table(("Exception", "Base class", "Meaning"), map(_class_row, errors()))
+    """Return the exception classes with their codes, as a table for users of the Python API."""
+    return table(("Exception", "Base class", "`code`, meaning"), map(_class_row, errors()))
 
 
 def _response_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
     headers = error_headers(kind("message"))
     return (
-        f"{kind.status} {code(kind.code)}",
-        code(kind.type),
+        str(kind.status),
+        f"{code(kind.code)}; {code(kind.type)}",
         meaning(kind),
         "; ".join([_retry(kind.status, headers), *_shown(headers)]),
     )
@@ -40,7 +40,15 @@ def _response_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
 
 def _class_row(kind: type[DiffusionServeError]) -> tuple[str, ...]:
     [parent] = kind.__bases__
-    return code(kind.__name__), code(parent.__name__), meaning(kind)
+    about = code(kind.code)
+    if not _is_received(kind):  # the table of responses has the meaning of the others
+        about = f"{about}: {meaning(kind)}"
+    return code(kind.__name__), code(parent.__name__), about
+
+
+def _is_received(kind: type[DiffusionServeError]) -> bool:
+    """Return whether a client can receive the error."""
+    return not issubclass(kind, ConfigError | Cancelled)
 
 
 def meaning(kind: type[DiffusionServeError]) -> str:

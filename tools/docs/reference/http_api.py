@@ -10,10 +10,10 @@ from fastapi import FastAPI
 from serve_app.config.models import AppConfig
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.openapi import EVENTS
-from serve_app.gateway.routes import create_api
+from serve_app.gateway.routes import EDITS, GENERATIONS, create_api
 from serve_app.protocol.backend import GenerationBackend
 from tools.docs.reference.json_schema import Schema, type_of, value_of
-from tools.docs.reference.markdown import code, prose, table
+from tools.docs.reference.markdown import code, named, prose, table
 
 _BODIES = {"application/json": "JSON body", "multipart/form-data": "Multipart form"}
 
@@ -69,17 +69,17 @@ def stream_events() -> str:
 
 
 def schemas() -> str:
-    """Return a section for each object that answers and events contain, except the events."""
+    """Return a section for each object of responses and events, except the events themselves."""
     shown = [name for name in described_schemas() if name not in _event_names()]
-    return "\n\n".join(map(_object, sorted(shown)))
+    return "\n\n".join(map(_object, shown))
 
 
 def described_schemas() -> list[str]:
-    """Return the names of the objects that are reached from an answer or an event."""
+    """Return the objects that are reached from a response or an event, outer ones first."""
     found: list[str] = []
-    queue = [*_event_names(), *_references(_answers())]
+    queue = [*_references(_answers()), *_event_names()]
     while queue:
-        name = queue.pop()
+        name = queue.pop(0)
         if name not in found:
             found.append(name)
             queue += _references(document()["components"]["schemas"][name])
@@ -117,7 +117,12 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
         ]
         parts.append(table(("Parameter", "In", "Type", "Meaning"), rows))
     for media_type, body in operation.get("requestBody", {}).get("content", {}).items():
-        parts += [f"**{_BODIES[media_type]}** ({code(media_type)}):", _fields(body["schema"])]
+        parts += [f"**{_BODIES[media_type]}** ({code(media_type)}):", _fields(body["schema"], path)]
+        if path == EDITS:
+            parts.append(
+                f"The fields of [{code('POST ' + GENERATIONS)}](#post-v1imagesgenerations) apply "
+                "here as well, as fields of the form."
+            )
     rows = [
         (code(status), response["description"], _content(response), _headers(response))
         for status, response in operation["responses"].items()
@@ -126,11 +131,20 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _fields(schema: Schema) -> str:
+def shared_fields() -> set[str]:
+    """Return the fields of the generations, which edits have, too."""
+    operation = document()["paths"][GENERATIONS]["post"]
+    [body] = operation["requestBody"]["content"].values()
+    return set(body["schema"]["properties"])
+
+
+def _fields(schema: Schema, path: str) -> str:
     required = schema.get("required", ())
+    elsewhere = shared_fields() if path == EDITS else set()
     rows = [
-        (code(name), value_of(field, name in required), field["description"])
+        (code(name), value_of(field, name in required), named(field["description"]))
         for name, field in schema["properties"].items()
+        if name not in elsewhere
     ]
     return table(("Field", "Value", "Meaning"), rows)
 
@@ -138,7 +152,7 @@ def _fields(schema: Schema) -> str:
 def _object(name: str) -> str:
     schema = document()["components"]["schemas"][name]
     rows = [
-        (code(field), type_of(about), about.get("description", ""))
+        (code(field), type_of(about), named(about.get("description", "")))
         for field, about in schema["properties"].items()
     ]
     heading = f"### {name} {{: #{name.lower()} }}"

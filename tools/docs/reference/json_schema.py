@@ -4,6 +4,7 @@ Configuration and HTTP API both come as JSON schemas from pydantic.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,12 +55,14 @@ def type_of(schema: Schema) -> str:
 
 
 def range_of(schema: Schema) -> str:
-    """Return the bounds of a field, such as ``≥ 1, ≤ 100``; empty if it has none."""
-    words = [
-        text.format(_number(schema[name]))
-        for name, text in _LIMITS.items()
-        if name in schema and not (name == "maxItems" and "prefixItems" in schema)
-    ]
+    """Return the bounds of a field, such as ``1 to 100``; empty if it has none."""
+    words = []
+    shown = {name: _number(schema[name]) for name in _LIMITS if name in schema}
+    if "minimum" in shown and "maximum" in shown:
+        words.append(f"{shown.pop('minimum')} to {shown.pop('maximum')}")
+    if "prefixItems" in schema:
+        shown.pop("maxItems", None)
+    words += [_LIMITS[name].format(number) for name, number in shown.items()]
     if schema.get("minLength"):
         words.append("not empty")
     for member in (*schema.get("anyOf", ()), *schema.get("prefixItems", ())[:1]):
@@ -91,4 +94,6 @@ def _plural(schema: Schema) -> str:
 
 
 def _number(value: float) -> str:
+    if value >= 2**53:  # the largest seed, which FastAPI's model of OpenAPI rounds
+        return f"2^{math.log2(value):.0f} - 1"
     return f"{int(value):,}" if value == int(value) else f"{value:g}"

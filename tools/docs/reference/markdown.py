@@ -20,6 +20,21 @@ def code(value: object) -> str:
     return f"`{value}`"
 
 
+_CODE = re.compile(
+    r"(?<!\w)'([^'\s]+)'(?!\w)"  # a value in quotes
+    r"|(?<![\w.])((?:model|engine|gateway|autoscaling_config)\.[a-z_]+(?:\.[a-z_]+)*)"  # a key
+    r"|(?<![\w.])([A-Z]+(?:_[A-Z]+)+)\b"  # an environment variable
+)
+
+
+def named(text: str) -> str:
+    """Set quoted values, keys and environment variables of a description in the type of code."""
+    pieces = text.split("`")
+    for number in range(0, len(pieces), 2):  # the others are code already
+        pieces[number] = _CODE.sub(lambda found: code(found[found.lastindex or 0]), pieces[number])
+    return "`".join(pieces)
+
+
 def prose(text: str) -> str:
     """Convert a docstring's double backticks to Markdown's, and its paragraphs to lines."""
     paragraphs = text.strip().split("\n\n")

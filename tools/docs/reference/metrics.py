@@ -40,7 +40,7 @@ def exported_name(metric: MetricWrapperBase) -> str:
 def metrics_table(part: str) -> str:
     """Return a table of the metrics of one part: a key of `PARTS`, or ``autoscaling``."""
     rows = _ray_rows() if part == "autoscaling" else map(_row, declared(part))
-    return table(("Metric", "Kind", "Labels", "Meaning"), rows)
+    return table(("Metric", "Kind; labels", "Meaning"), rows)
 
 
 def labels_table() -> str:
@@ -48,7 +48,7 @@ def labels_table() -> str:
     return table(("Label", "Values"), ((code(label), LABELS[label]) for label in LABELS))
 
 
-def _row(metric: MetricWrapperBase) -> tuple[str, str, str, str]:
+def _row(metric: MetricWrapperBase) -> tuple[str, str, str]:
     [family] = metric.describe()
     labels = list(metric._labelnames)
     if family.type == "stateset":
@@ -56,12 +56,12 @@ def _row(metric: MetricWrapperBase) -> tuple[str, str, str, str]:
     if all(family.name != one.name for one in APPLICATION.collect()):
         labels.append("replica")
     kind = "gauge" if family.type in ("info", "stateset") else family.type
-    return code(exported_name(metric)), kind, _list(labels), family.documentation
+    return code(exported_name(metric)), f"{kind}; {_list(labels)}", family.documentation
 
 
-def _ray_rows() -> Iterator[tuple[str, str, str, str]]:
+def _ray_rows() -> Iterator[tuple[str, str, str]]:
     for gauge in RAY_GAUGES:
-        yield code(f"ray_{gauge.name}"), "gauge", _list(gauge.labels), gauge.documentation
+        yield code(f"ray_{gauge.name}"), f"gauge; {_list(gauge.labels)}", gauge.documentation
 
 
 def _list(labels: Sequence[str]) -> str:
