@@ -68,10 +68,8 @@ def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
 
 
 def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encoding) -> bytes:
-    """Encode a preview, scaled to the size of the image."""
-    assert params.width is not None
-    assert params.height is not None
-    return encoding.encode(preview.image.resize((params.width, params.height)))
+    """Encode a preview, as large as the image."""
+    return encoding.encode(preview.image_for(params))
 
 
 def _encode_result(

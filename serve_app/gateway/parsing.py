@@ -20,6 +20,7 @@ from starlette.datastructures import UploadFile
 
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest
+from serve_app.gateway.color_profiles import UnusableProfile, to_srgb, without_png_profile
 from serve_app.gateway.errors import MOST_SHOWN, from_validation
 from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest
 
@@ -133,18 +134,27 @@ async def in_image_thread(work: Callable[[], Result]) -> Result:
     return await asyncio.get_running_loop().run_in_executor(_THREADS, work)
 
 
-def read_image(data: bytes, limits: LimitsConfig) -> Image.Image:
+@dataclass(frozen=True)
+class InputImage:
+    """A decoded image, in sRGB."""
+
+    pixels: Image.Image
+    warnings: tuple[str, ...] = ()
+    """Parts of the file without effect: a color profile that cannot be used."""
+
+
+def read_image(data: bytes, limits: LimitsConfig) -> InputImage:
     """Decode an image as viewers show it: turned as its EXIF says, transparent parts on white.
 
     Raises:
         InvalidRequest: if it is no such image, or a huge one.
     """
-    image = _decode(data, "image", limits)
+    image, warnings = _decode(data, "image", limits)
     if image.mode == "RGB":
-        return image
+        return InputImage(image, warnings)
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image)
-    return white
+    return InputImage(white, warnings)
 
 
 def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image.Image:
@@ -153,7 +163,7 @@ def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image
     Raises:
         InvalidRequest: if it is no such image, not of this size, or without transparency.
     """
-    image = _decode(data, "mask", limits)
+    image, _ = _decode(data, "mask", limits)  # only its transparency is read
     if image.size != size:
         raise InvalidRequest(
             f"mask has {image.width}x{image.height} pixels and image {size[0]}x{size[1]}: both "
@@ -172,11 +182,14 @@ def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image
     return ImageOps.invert(opaque)
 
 
-def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
-    """Decode to RGBA if any part is transparent, else to RGB. At most two copies exist at once."""
+def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image, tuple[str, ...]]:
+    """Decode to RGBA if any part is transparent, else to RGB. At most two copies exist at once.
+
+    Returns the image in sRGB, and warnings.
+    """
     most = limits.max_image_pixels
     try:
-        image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = _open(data)
         if image.width * image.height > most:
             raise InvalidRequest(
                 f"{param} has {image.width}x{image.height} pixels; at most {most} are allowed.",
@@ -189,7 +202,7 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
         if image.mode == "I;16":  # Pillow would clip values over 255 to white
             image = image.point(lambda value: value * (1 / 256)).convert("L")
             image.info.pop("transparency", None)  # a grey of 16 bits
-        return image.convert("RGBA" if image.has_transparency_data else "RGB")
+        return _in_srgb(image, param)
     except InvalidRequest:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -202,3 +215,43 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> Image.Image:
         raise InvalidRequest(
             f"{param} cannot be read as one of {', '.join(FORMATS)}{reason}.", param
         ) from None
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header of an image. Its ``info`` has ``None`` for a profile that cannot be read."""
+    try:
+        return Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception:
+        stripped = without_png_profile(data)
+        if stripped is None:
+            raise
+    image = Image.open(io.BytesIO(stripped), formats=FORMATS)
+    image.info["icc_profile"] = None
+    return image
+
+
+def _in_srgb(image: Image.Image, param: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """Convert to RGBA if any part is transparent, else to RGB, and from its profile to sRGB."""
+    has_profile = "icc_profile" in image.info
+    profile = image.info.pop("icc_profile", None)
+    alpha = "A" if image.has_transparency_data else ""
+    if has_profile:
+        if image.mode in ("1", "L", "LA"):
+            mode = "L" + alpha
+        else:
+            mode = "CMYK" if image.mode == "CMYK" else "RGB" + alpha
+        if image.mode != mode:
+            image = image.convert(mode)
+        try:
+            if profile is None:
+                raise UnusableProfile("it is broken or incomplete")
+            converted = to_srgb(image, profile)
+            converted.info.pop("icc_profile", None)  # Pillow sets that of sRGB
+            return converted, ()
+        except UnusableProfile as error:
+            warning = (
+                f"the color profile of {param} is ignored: {error}. Its colors are read as sRGB; "
+                "convert the file to sRGB if they must be exact."
+            )
+            return image.convert("RGB" + alpha), (warning,)
+    return image.convert("RGB" + alpha), ()

@@ -53,6 +53,8 @@ class ImageJob:
     fingerprint: bytes
     """Identity of the request, by which a retry of it is recognised."""
     context: RequestContext
+    warnings: tuple[str, ...] = ()
+    """Parts of the input files without effect."""
 
     @property
     def size(self) -> str:
@@ -61,6 +63,11 @@ class ImageJob:
     @property
     def steps(self) -> int:
         return self.images[0].steps_to_run
+
+    def all_warnings(self, images: Sequence[EncodedImage]) -> list[str]:
+        """Return the warnings of the input and of these images, each once."""
+        texts = [*self.warnings, *(text for image in images for text in image.warnings)]
+        return list(dict.fromkeys(texts))
 
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
         text_tokens = sum(image.prompt_tokens for image in images)
@@ -110,10 +117,11 @@ class ImageService:
         self._check(body)
         model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=principal.priority)
+        warnings: tuple[str, ...] = ()
         if image is None:
             params = params.resolved(model)
         else:
-            params = await in_image_thread(
+            params, warnings = await in_image_thread(
                 functools.partial(self._with_image, params, image, mask, model)
             )
         images = _numbered(params.with_previews(body.partial_images), body.n)
@@ -121,7 +129,7 @@ class ImageService:
         identity = await _identity(principal.name, kind, body, image, mask)
         # Last, because it uses up the request's reservation.
         context = self._redeemed(identity, body.deadline_s, principal.priority, sent_at, record)
-        return ImageJob(kind, body, images, record, principal, identity, context)
+        return ImageJob(kind, body, images, record, principal, identity, context, warnings)
 
     async def generate_all(self, job: ImageJob) -> ImagesResponse:
         """Generate all images or none.
@@ -150,7 +158,7 @@ class ImageService:
             quality=job.body.resolved_quality,
             usage=job.usage(images),
             timings=job.record.complete(),
-            warnings=list(dict.fromkeys(text for image in images for text in image.warnings)),
+            warnings=job.all_warnings(images),
         )
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[GenerationEvent, None]:
@@ -246,11 +254,16 @@ class ImageService:
 
     def _with_image(
         self, params: GenerationParams, image: bytes, mask: bytes | None, model: ModelInfo
-    ) -> GenerationParams:
-        """Decode the image and its mask, and resolve the parameters with them."""
+    ) -> tuple[GenerationParams, tuple[str, ...]]:
+        """Decode the image and its mask, and resolve the parameters with them.
+
+        Returns the parameters, and warnings.
+        """
         decoded = read_image(image, self._limits)
-        mask_image = None if mask is None else read_mask(mask, self._limits, decoded.size)
-        return replace(params, image=decoded, mask_image=mask_image).resolved(model)
+        size = decoded.pixels.size
+        mask_image = None if mask is None else read_mask(mask, self._limits, size)
+        params = replace(params, image=decoded.pixels, mask_image=mask_image).resolved(model)
+        return params, decoded.warnings
 
 
 def _numbered(params: GenerationParams, count: int) -> tuple[GenerationParams, ...]:

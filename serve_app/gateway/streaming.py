@@ -121,5 +121,5 @@ def _event(
                 usage=job.usage([event]),
                 seed=event.seed,
                 timings=job.record.complete(),
-                warnings=list(event.warnings),
+                warnings=job.all_warnings([event]),
             )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 
 from serve_app.errors import DiffusionServeError
+from serve_app.protocol.inpainting import with_kept_part
 from serve_app.protocol.params import GenerationParams
 
 if TYPE_CHECKING:  # the gateway reads some of these events without torch
@@ -41,29 +42,36 @@ class Progress:
     """Predicted seconds until the image is done; only after `Engine.locate`."""
 
 
-class _Pixels:
-    """Pixels that may still be on the device."""
-
-    pixels: Tensor
-
-    @cached_property
-    def image(self) -> Image.Image:
-        """The image in RGB with 8 bits, on the host.
-
-        The first access copies the pixels from the device: do not read it on the engine's thread.
-        """
-        pixels = (self.pixels.float() * 255).round().byte()
-        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+def _to_host(pixels: Tensor) -> Image.Image:
+    """Copy pixels from the device to an image in RGB with 8 bits."""
+    return Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(frozen=True)
-class Preview(_Pixels):
+class Preview:
     """A preview of the image, with one pixel for each cell of the latents."""
 
     step: int
     """Step after which it was made, counted from 1."""
     pixels: Tensor
     """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device."""
+
+    def image_for(self, params: GenerationParams) -> Image.Image:
+        """Return it at the size of the image, with the part that the request's mask keeps.
+
+        Copies the pixels from the device: do not call it on the engine's thread.
+        """
+        assert params.width is not None
+        assert params.height is not None
+        return with_kept_part(self.image.resize((params.width, params.height)), params)
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The preview in RGB with 8 bits, on the host.
+
+        The first access copies the pixels from the device: do not read it on the engine's thread.
+        """
+        return _to_host(self.pixels)
 
 
 class GenerationTimings(NamedTuple):
@@ -85,13 +93,14 @@ GENERATION_PARTS = tuple(field.removesuffix("_s") for field in GenerationTimings
 
 
 @dataclass(frozen=True)
-class GenerationResult(_Pixels):
+class GenerationResult:
     """A finished image."""
 
     params: GenerationParams
     """Parameters, with every default filled in."""
     pixels: Tensor
-    """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device."""
+    """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device: the output of the
+    pipeline. With a mask, only `image` has the kept part of the input image exactly."""
     warnings: tuple[str, ...]
     """Parts of the request without effect, such as the end of a prompt that is too long."""
     prompt_tokens: int
@@ -101,6 +110,14 @@ class GenerationResult(_Pixels):
     ended_at: float
     """Time at the end of decoding, by ``time.perf_counter``. The device may still compute the
     pixels."""
+
+    @cached_property
+    def image(self) -> Image.Image:
+        """The image in RGB with 8 bits, on the host, with the part that the mask keeps.
+
+        The first access copies the pixels from the device: do not read it on the engine's thread.
+        """
+        return with_kept_part(_to_host(self.pixels), self.params)
 
 
 class Step(NamedTuple):

@@ -108,7 +108,7 @@ class GenerationParams:
 
     Requests with the same adapters at the same scales share batches."""
     image: Image | None = None
-    """Input image, scaled and cropped to ``width`` x ``height``.
+    """Input image in sRGB, scaled and cropped to ``width`` x ``height``.
 
     The size of the input image is the default size of the output, reduced to at most the number of
     pixels of the model's default size."""

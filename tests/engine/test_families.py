@@ -16,8 +16,9 @@ from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.events import Completed, Preview
-from serve_app.protocol.params import GenerationParams
+from serve_app.protocol.events import Completed, GenerationResult, Preview
+from serve_app.protocol.inpainting import feather_px
+from serve_app.protocol.params import GenerationParams, fitted
 from tests.conftest import FIFO
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 
@@ -119,6 +120,17 @@ def test_together_as_alone(
         assert _difference(one, two) > VISIBLE
 
 
+def check_kept(result: GenerationResult, image: Image.Image) -> None:
+    """Check that the right half is that of the input image, and the left one as generated."""
+    middle, edge = WIDTH_PX // 2, WIDTH_PX // 2 + feather_px((WIDTH_PX, HEIGHT_PX))
+    right, left = (edge, 0, WIDTH_PX, HEIGHT_PX), (0, 0, middle, HEIGHT_PX)
+    kept = fitted(image, "RGB", (WIDTH_PX, HEIGHT_PX)).crop(right)
+    assert result.image.crop(right).tobytes() == kept.tobytes()
+    generated = Image.fromarray((result.pixels * 255).round().byte().permute(1, 2, 0).numpy())
+    assert result.image.crop(left).tobytes() == generated.crop(left).tobytes()
+    assert generated.crop(right).tobytes() != kept.tobytes()
+
+
 WITHOUT_IMAGES = {"pixart-sigma", "sana"}
 """Families for which diffusers has no image-to-image pipeline."""
 
@@ -144,6 +156,8 @@ def test_images_to_start_from_share_the_batch(
             *_, last = stream
             assert isinstance(last, Completed), last
             together.append(last.result.pixels)
+            if last.result.params.task == "inpainting":
+                check_kept(last.result, image)
         mean = engine.stats().mean_batch_size
     alone = [pipeline.generate(params)[0] for params in requests]
     differences = [_difference(a, b) for a, b in zip(alone, together, strict=True)]
