@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import HTMLResponse
-from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -16,12 +15,14 @@ from serve_app import __version__
 from serve_app.config.models import AppConfig
 from serve_app.errors import Cancelled, ModelNotFound
 from serve_app.gateway import page
+from serve_app.gateway.api_docs import create_documented
 from serve_app.gateway.auth import KeyGuard, KeyRing
 from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
 from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
 from serve_app.gateway.parsing import read_edit, read_generation
+from serve_app.gateway.relative_redirects import RelativeRedirects
 from serve_app.gateway.requests_log import RequestLog, record_of
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
 from serve_app.gateway.service import ImageService
@@ -57,17 +58,13 @@ def create_api(
     limits = config.engine.limits
     started_at = int(time.time())
     service = ImageService(config, backend)
-    api = FastAPIOffline(
-        title="diffusion-serve",
-        version=__version__,
-        description=described(config),
-        redoc_url=None,
-    )
+    api = create_documented("diffusion-serve", __version__, described(config))
 
     def max_body_bytes(path: str) -> int:
         return limits.max_upload_bytes if path == EDITS else limits.max_body_bytes
 
     # The last one added sees a request first: without a valid key, no body is read.
+    api.add_middleware(RelativeRedirects)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
     if traced is not None:

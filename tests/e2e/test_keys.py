@@ -1,5 +1,6 @@
 """A server with API keys below a route prefix, used through OpenAI's client."""
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import pytest
 
 from serve_app.config.environment import KEYS_VARIABLE
 from serve_app.gateway.auth import digest
+from tests.fakes.reverse_proxy import stripping_proxy
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
 
@@ -78,3 +80,21 @@ def test_a_prefix_exempts_no_path_from_the_keys(url: str) -> None:
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == "no such path: /v1/models"
     assert len(answer.headers.get_list("x-request-id")) == 1
+
+
+def test_all_addresses_stay_below_the_prefix_and_that_of_a_proxy(url: str) -> None:
+    origin = url.removesuffix("/sd")
+    key = {"authorization": "Bearer sk-plain"}  # only the exact path /docs needs none
+    with stripping_proxy("/team", origin) as proxy:
+        for base in (url, f"{proxy}/team/sd"):
+            docs = httpx.get(f"{base}/docs/", headers=key, timeout=20, follow_redirects=True)
+            assert str(docs.url) == f"{base}/docs"
+            addresses = re.findall(r"""(?:src|href)="([^"]+)"|url: '([^']+)'""", docs.text)
+            found = [docs.url.join("".join(either)) for either in addresses]
+            assert len(found) == 4
+            page = httpx.get(base, timeout=20, follow_redirects=True)
+            assert str(page.url) == f"{base}/"
+            found += [page.url.join(re.findall(r'type="module" src="([^"]+)"', page.text)[0])]
+            for address in found:
+                assert str(address).startswith(f"{base}/")
+                assert httpx.get(address, timeout=20).status_code == 200, address

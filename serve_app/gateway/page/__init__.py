@@ -13,18 +13,22 @@ def render() -> tuple[str, str]:
         (_FOLDER / name).read_text(encoding="utf-8") for name in ("index.html", "style.css")
     )
     document = html.replace("/* style.css */", style)
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    script = html.partition("<script>")[2].partition("</script>")[0]
     policy = (
         "default-src 'none'",
         "connect-src 'self'",
         "img-src 'self' data: blob:",
-        f"style-src 'sha256-{digest}'",
-        "script-src 'self'",
+        f"style-src {_digest(style)}",
+        f"script-src 'self' {_digest(script)}",
         "base-uri 'none'",
         "form-action 'none'",
         "frame-ancestors 'none'",
     )
     return document, "; ".join(policy)
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
 def scripts() -> dict[str, str]:
