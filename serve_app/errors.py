@@ -7,6 +7,7 @@
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
     │   ├── BodyTooLarge                413  body_too_large
+    │   ├── UnsupportedEncoding         415  unsupported_encoding
     │   ├── BodyTooSlow                 408  body_too_slow
     │   ├── CrossSite                   403  cross_site          sent by another web site's page
     │   └── InvalidKey                  401  invalid_api_key
@@ -76,6 +77,13 @@ class BodyTooLarge(InvalidRequest):
 
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The body of the request is compressed, as its header Content-Encoding says."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class BodyTooSlow(InvalidRequest):

@@ -1,17 +1,17 @@
 """The files of a model on this machine: its folder and its LoRA adapters.
 
-These checks read folder listings and one JSON file, so they take milliseconds. The loader and the
-command line call them before torch is imported.
+These checks read folder listings, JSON files and the headers of weights, so they take less than a
+second. The loader and the command line call them before torch is imported.
 """
 
-import json
 from pathlib import Path
 
+from serve_app.config.component_files import check_component
+from serve_app.config.model_index import read_model_index
 from serve_app.config.models import ModelConfig, is_path
+from serve_app.config.safetensors_header import read_header
+from serve_app.config.weight_files import has_variant
 from serve_app.errors import ModelLoadError
-
-_WEIGHTS = (".safetensors",)
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def find_loras(model: ModelConfig) -> dict[str, str]:
@@ -23,8 +23,16 @@ def find_loras(model: ModelConfig) -> dict[str, str]:
     found = dict(model.loras)
     for name, source in found.items():
         path = Path(source).expanduser()
-        if is_path(source) and not (path.is_file() and path.suffix == ".safetensors"):
-            raise ModelLoadError(f"model.loras: {name!r}: {path} is not a .safetensors file.")
+        if is_path(source) and path.suffix != ".safetensors":
+            raise ModelLoadError(
+                f"model.loras: {name!r}: {path} is not a .safetensors file. Only such files are "
+                "loaded: convert it."
+            )
+        if is_path(source) and not path.is_file():
+            raise ModelLoadError(
+                f"model.loras: {name!r}: the file {path} does not exist. Correct the path, or copy "
+                "the file to it."
+            )
     if model.lora_folder is None:
         return found
     folder = Path(model.lora_folder).expanduser()
@@ -77,57 +85,45 @@ def check_model_folder(model: ModelConfig) -> None:
 
     Raises:
         ModelLoadError: if the folder is missing, is not in the diffusers format, needs code of its
-            own, or holds a component whose weights are pickles only; or if an adapter is missing.
+            own, or holds a component that cannot be loaded; or if an adapter is missing.
     """
-    find_loras(model)
-    if not model.is_folder:
-        return
-    folder = Path(model.source)
+    try:
+        for source in find_loras(model).values():
+            if is_path(source):
+                read_header(Path(source).expanduser())
+        if model.is_folder or _is_single_file(model.source):
+            _check_folder(model, Path(model.source))
+    except OSError as error:
+        raise ModelLoadError(
+            f"model {model.id!r}: {error.filename} cannot be read: {error.strerror}. Check its "
+            "owner and mode."
+        ) from None
+
+
+def _is_single_file(source: str) -> bool:
+    return source.endswith((".safetensors", ".ckpt", ".gguf"))
+
+
+def _check_folder(model: ModelConfig, folder: Path) -> None:
+    if folder.is_file() or _is_single_file(str(folder)):
+        raise ModelLoadError(
+            f"model {model.id!r}: {folder} is a file, and model.path is a folder in the diffusers "
+            "format. Convert the file with diffusers' from_single_file and save_pretrained, and "
+            "set model.path to the folder that they write."
+        )
     if not folder.is_dir():
         raise ModelLoadError(
             f"model {model.id!r}: the folder {folder} does not exist. Set model.path to a folder "
             "in the diffusers format, or to the name of a Hugging Face repository. If the folder "
             "is only in an image or on a volume, check the file there."
         )
-    for name in _component_names(model, folder / "model_index.json"):
-        _check_component(model, folder / name)
-
-
-def _component_names(model: ModelConfig, index_file: Path) -> list[str]:
-    """Return the components that ``model_index.json`` lists, without those that are null."""
-    if not index_file.is_file():
+    components = read_model_index(model, folder / "model_index.json")
+    if (variant := model.variant) is not None and not any(
+        has_variant(folder / name, variant) for name in components
+    ):
         raise ModelLoadError(
-            f"model {model.id!r}: {index_file.parent} has no model_index.json, so it is not in the "
-            "diffusers format. Convert a single-file checkpoint with diffusers' from_single_file "
-            "and save_pretrained."
+            f"model {model.id!r}: {folder} has no files of the variant {variant!r}. Correct "
+            "model.variant, or leave it out to load the files without a variant."
         )
-    try:
-        index = json.loads(index_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelLoadError(f"model {model.id!r}: {index_file} is not JSON: {error}") from None
-    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
-        raise ModelLoadError(
-            f"model {model.id!r}: {index_file} names no stock pipeline in _class_name; models that "
-            "bring code of their own are not loaded."
-        )
-    return [
-        name
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[:1] not in ([], [None])
-    ]
-
-
-def _check_component(model: ModelConfig, component: Path) -> None:
-    if not component.is_dir():
-        raise ModelLoadError(
-            f"model {model.id!r}: {component.parent / 'model_index.json'} names the component "
-            f"{component.name!r}, but {component} does not exist. Copy the whole model folder."
-        )
-    files = [file.name for file in component.iterdir()]
-    pickles = sorted(file for file in files if file.endswith(_PICKLES))
-    if pickles and not any(file.endswith(_WEIGHTS) for file in files):
-        raise ModelLoadError(
-            f"model {model.id!r}: {component} has only pickled weights ({', '.join(pickles)}), "
-            "which can run code when they are loaded. Convert them to safetensors: load them "
-            "where you trust them and call save_pretrained(..., safe_serialization=True)."
-        )
+    for name, (library, class_name) in components.items():
+        check_component(model, folder / name, library, class_name)

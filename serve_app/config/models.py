@@ -84,6 +84,7 @@ class ModelConfig(_Config):
     )
     variant: str | None = Field(
         None,
+        min_length=1,
         description="Variant of the weight files, such as 'fp16'. "
         "Default: the files without a variant.",
     )

@@ -5,14 +5,15 @@ their safetensors of the configured variant, at the configured dtype.
 """
 
 import json
+import math
 import re
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
 
 from serve_app.config.models import ModelConfig
+from serve_app.config.safetensors_header import read_header
 from serve_app.errors import ModelLoadError
 
 _FLOATS = ("F8", "F16", "BF16", "F32", "F64")
@@ -20,8 +21,6 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _TAKE_TURNS = ("unet", "transformer", "text_encoder")
 """Name prefixes of the networks that ``offload: model`` loads in turns: denoisers, encoders."""
 _DENOISERS = ("unet", "transformer")
-_HEADER_LIMIT = 100 * 2**20
-"""The format's own limit for its header."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def read_components(folder: Path, model: ModelConfig) -> list[Component]:
     """
     found = []
     for name in _named(folder / "model_index.json"):
-        sizes = [_read_header(file) for file in _files(folder / name, model)]
+        sizes = [_size(file) for file in _files(folder / name, model)]
         found.append(Component(name, sum(p for p, _ in sizes), sum(b for _, b in sizes)))
     return found
 
@@ -106,40 +105,14 @@ def _files(folder: Path, model: ModelConfig) -> list[Path]:
     return chosen
 
 
-def _read_header(file: Path) -> tuple[int, int]:
+def _size(file: Path) -> tuple[int, int]:
     """Return (count of floats, bytes of other numbers). Raises `ModelLoadError`."""
-    start = b""
-    try:
-        with file.open("rb") as opened:
-            start = opened.read(8)
-            [length] = struct.unpack("<Q", start)
-            if length > _HEADER_LIMIT:
-                raise ValueError("its header has no end")
-            header = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        parameters = other_bytes = end = 0
-        for tensor in header.values():
-            first, last = tensor["data_offsets"]
-            end = max(end, last)
-            if not tensor["dtype"].startswith(_FLOATS):
-                other_bytes += last - first
-                continue
-            count = 1
-            for side in tensor["shape"]:
-                count *= side
-            parameters += count
-        if file.stat().st_size < 8 + length + end:
-            raise ValueError("it is cut off")
-    except OSError as error:
-        raise ModelLoadError(
-            f"{file} cannot be read: {error.strerror}. Check its owner and mode."
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        what = "a Git LFS pointer" if start.startswith(b"version ") else f"damaged ({error})"
-        raise ModelLoadError(
-            f"{file} has no weights, it is {what}. Fetch it again: `git lfs pull`, or `hf "
-            "download`."
-        ) from None
+    parameters = other_bytes = 0
+    for tensor in read_header(file).values():
+        if tensor.dtype.startswith(_FLOATS):
+            parameters += math.prod(tensor.shape)
+        else:
+            other_bytes += tensor.size_bytes
     return parameters, other_bytes
 
 

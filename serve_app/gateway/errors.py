@@ -17,6 +17,7 @@ from serve_app.errors import (
     InvalidRequest,
     Overloaded,
     Unavailable,
+    UnsupportedEncoding,
 )
 from serve_app.gateway.requests_log import record_of, request_id
 from serve_app.gateway.retry_after import documented_headers, retry_headers
@@ -34,6 +35,7 @@ _REASONS = {
     404: "The model, the LoRA adapter or the path does not exist.",
     408: "The body did not arrive in time.",
     413: "The body is longer than the server's limit.",
+    415: "The header Content-Encoding names a compression. Send the body without one.",
     429: "The server is overloaded, or the limits of the API key are used up.",
     500: "The generation failed. The server's log has the reason.",
     503: "No replica can generate now.",
@@ -81,10 +83,12 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
 
 
 def error_headers(error: DiffusionServeError) -> dict[str, str]:
-    """Return the headers of an error's response: the retry, and how to authenticate."""
+    """Return the headers of an error's response: the retry, and what the server accepts."""
     headers = retry_headers(error)
     if isinstance(error, InvalidKey):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedEncoding):
+        headers["Accept-Encoding"] = "identity"
     return headers
 
 

@@ -19,7 +19,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 
 from serve_app.config.models import LimitsConfig
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, UnsupportedEncoding
 from serve_app.gateway.color_profiles import UnusableProfile, to_srgb, without_png_profile
 from serve_app.gateway.errors import MOST_SHOWN, from_validation
 from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest
@@ -52,7 +52,9 @@ async def read_generation(request: Request) -> ImageGenerationRequest:
 
     Raises:
         InvalidRequest: naming the field and what is allowed.
+        UnsupportedEncoding: the body is compressed.
     """
+    _reject_compressed(request)
     try:
         return ImageGenerationRequest.model_validate_json(await request.body())
     except ValidationError as error:
@@ -75,7 +77,9 @@ async def read_edit(request: Request) -> EditForm:
 
     Raises:
         InvalidRequest: naming the field and what is allowed.
+        UnsupportedEncoding: the body is compressed.
     """
+    _reject_compressed(request)
     given, options = parse_options_header(request.headers.get("content-type"))
     kind = given.decode("latin-1").lower()
     if kind != "multipart/form-data":
@@ -108,6 +112,17 @@ async def read_edit(request: Request) -> EditForm:
     except ValidationError as error:
         raise from_validation(error, ImageEditRequest) from None
     return EditForm(fields, files["image"], files.get("mask"))
+
+
+def _reject_compressed(request: Request) -> None:
+    """Reject a body in a coding: limits count the bytes that arrive, and few could become many."""
+    given = ", ".join(request.headers.getlist("content-encoding"))
+    codings = {coding.strip().lower() for coding in given.split(",")}
+    if codings - {"", "identity"}:
+        raise UnsupportedEncoding(
+            f"the header Content-Encoding is {given[:MOST_SHOWN]!r}; send the body without "
+            "compression, and without this header."
+        )
 
 
 def _add(texts: dict[str, object], field: str, value: str) -> None:

@@ -33,7 +33,7 @@ from serve_app.protocol.params import ModelInfo
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 
-GENERATION_ERRORS = documented(400, 401, 403, 404, 408, 413, 429, 500, 503, 504)
+GENERATION_ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 OPEN = ("", "/", "/page/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
 """Paths that need no key: health, the API's description and the page, to which "" leads."""

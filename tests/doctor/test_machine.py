@@ -17,7 +17,7 @@ import pynvml
 import pytest
 from huggingface_hub import constants
 
-from serve_app.config.models import ModelConfig
+from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
 from serve_app.doctor import driver
 from serve_app.doctor.disk import check_disk, check_temporary_disk
 from serve_app.doctor.driver import TorchBuild
@@ -131,7 +131,7 @@ def test_the_smallest_gpu_must_hold_the_model(tmp_path: Path) -> None:
     assert _look(Wanted(model, 1, cpu=False), HOST, nvml)["gpu memory"].outcome == "failed"
     nvml = FakeNvml([FakeGpu(memory_told=False)])
     assert _look(Wanted(model, 1, cpu=False), HOST, nvml)["gpu memory"].outcome == "warning"
-    write_model(tmp_path / "model")
+    shutil.copytree(DEMO_MODEL_DIR, tmp_path / "model")
     (tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     broken = ModelConfig(id="x", path=str(tmp_path / "model"))
     findings = _look(Wanted(broken, 1, cpu=False), HOST, FakeNvml())

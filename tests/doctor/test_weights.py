@@ -118,7 +118,7 @@ def test_the_hubs_cache_is_searched(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
             "a Git LFS pointer",
         ),
-        (b"", "damaged"),
+        (b"", "it is empty"),
         (b"\x02\0\0\0\0\0\0\0[]", "damaged"),
         (b"\xff" * 8, "has no end"),
     ],

@@ -1,5 +1,6 @@
 """Requests that the API rejects, and the errors that it answers."""
 
+import gzip
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -98,6 +99,43 @@ async def test_a_body_that_is_no_json_object_is_a_400(
 ) -> None:
     error = error_of(await client.post("/v1/images/generations", content=content), 400)
     assert "JSON" in error["message"]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate", "br", "zstd", "x-gzip", "gzip, identity"])
+async def test_a_compressed_body_is_rejected_by_the_name_of_its_header(
+    client: httpx.AsyncClient, backend: FakeBackend, encoding: str
+) -> None:
+    body = gzip.compress(b'{"prompt": "x"}')
+    for path, kind in (
+        ("generations", "application/json"),
+        ("edits", "multipart/form-data; boundary=x"),
+    ):
+        headers = {"content-encoding": encoding, "content-type": kind}
+        response = await client.post(f"/v1/images/{path}", content=body, headers=headers)
+        error = error_of(response, 415)
+        assert f"Content-Encoding is {encoding!r}" in error["message"]
+        assert "without compression" in error["message"]
+        assert error["code"] == "unsupported_encoding"
+        assert response.headers["accept-encoding"] == "identity"
+        assert response.headers["x-should-retry"] == "false"
+    assert backend.received == []
+
+
+async def test_an_encoding_that_changes_nothing_is_accepted(client: httpx.AsyncClient) -> None:
+    for encoding in ("identity", "Identity", "", "identity, identity"):
+        response = await client.post(
+            "/v1/images/generations",
+            json={"prompt": "x"},
+            headers={"content-encoding": encoding},
+        )
+        assert response.status_code == 200, response.text
+
+
+async def test_a_compressed_body_is_documented(client: httpx.AsyncClient) -> None:
+    described = (await client.get("/openapi.json")).json()
+    for path in ("generations", "edits"):
+        response = described["paths"][f"/v1/images/{path}"]["post"]["responses"]["415"]
+        assert "Content-Encoding" in response["description"]
 
 
 async def test_infinities_are_rejected(client: httpx.AsyncClient) -> None:

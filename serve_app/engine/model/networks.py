@@ -7,10 +7,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from serve_app.config.model_index import DENOISERS
 from serve_app.engine.batching.rendezvous import Site
-
-DENOISERS = ("unet", "transformer", "transformer_2")
-"""Component names under which diffusers keeps the network of the denoising loop."""
 
 
 def networks_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

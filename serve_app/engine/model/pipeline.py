@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from serve_app.config.model_files import find_loras
+from serve_app.config.model_index import DENOISERS
 from serve_app.config.models import ModelConfig
 from serve_app.engine.model import inspection
 from serve_app.engine.model.adapters import Adapters
@@ -25,7 +26,6 @@ from serve_app.engine.model.call_hooks import (
 from serve_app.engine.model.fingerprint import Fingerprint, of_component
 from serve_app.engine.model.loader import load_stock
 from serve_app.engine.model.networks import (
-    DENOISERS,
     NetworkState,
     denoisers_of,
     find_sites,
