@@ -128,6 +128,11 @@ class ModelConfig(_Config):
         description="Folder of further LoRA adapters: every .safetensors file below it. An "
         "adapter's name is its path in the folder without the suffix.",
     )
+    partial_loras: bool = Field(
+        False,
+        description="Also load adapters of which only a part fits the model. `/v1/models` names "
+        "them.",
+    )
     speed: SpeedConfig = SpeedConfig()
 
     @field_validator("loras")

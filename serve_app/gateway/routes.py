@@ -246,6 +246,7 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         takes_negative_prompt=info.takes_negative_prompt,
         schedulers=list(info.noise_schedulers),
         loras=list(info.loras),
+        partial_loras=dict(info.partial_loras),
         max_loras=limits.max_loras,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,

@@ -127,8 +127,7 @@ class ImageRequest(BaseModel):
     )
     lora: dict[str, float] | str | None = Field(
         None,
-        description="LoRA adapters: names from /v1/models with their scales, or one name with the "
-        "scale 1.",
+        description="LoRA adapters: names from /v1/models with scales, or one name (scale 1).",
         examples=[None],
     )
     deadline_s: float | None = Field(
@@ -361,6 +360,7 @@ class ModelObject(BaseModel):
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
     schedulers: list[str] = Field(description="Noise schedulers for `scheduler`.")
     loras: list[str] = Field(description="LoRA adapters for `lora`.")
+    partial_loras: dict[str, str] = Field(description="Adapters that fit in part: the used share.")
     max_loras: int = Field(description="Most LoRA adapters of one request.")
     batching: Literal["on", "off"] = Field(
         description="`on` if requests share denoiser calls, as certified at start-up."

@@ -60,6 +60,8 @@ class ModelInfo:
     """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
     """Names of the LoRA adapters that are loaded."""
+    partial_loras: Mapping[str, str]
+    """Adapters that fit the model only in part, with the share that is used."""
     sharing: Sharing
     """Result of the certification at start-up."""
     sharing_difference: float | None

@@ -37,6 +37,7 @@ INFO = ModelInfo(
     noise_schedulers=("euler", "ddim"),
     fewest_steps={"euler": 1, "ddim": 1},
     loras=("pixel", "ink"),
+    partial_loras={"ink": "2 of its 4 tensors are used"},
     sharing="batched",
     sharing_difference=1e-6,
     sharing_note="",

@@ -49,6 +49,12 @@ async def test_an_image_has_the_requested_format(
     assert backend.received == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
 
 
+async def test_the_model_names_adapters_that_fit_in_part(client: httpx.AsyncClient) -> None:
+    [model] = (await client.get("/v1/models")).json()["data"]
+    assert model["loras"] == ["pixel", "ink"]
+    assert model["partial_loras"] == {"ink": "2 of its 4 tensors are used"}
+
+
 async def test_defaults_are_the_models_and_the_seed_is_random(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:

@@ -8,25 +8,44 @@ import logging
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from serve_app.config.models import is_path
+from serve_app.engine.model.weights import name_keys
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import AdapterSet
 
+if TYPE_CHECKING:
+    from serve_app.engine.model.lora_coverage import LoraCoverage
+
+
+logger = logging.getLogger(__name__)
+
 
 class Adapters:
-    """The adapters in the networks of one pipeline; used by the thread that runs them."""
+    """The adapters in the networks of one pipeline; used by the thread that runs them.
 
-    def __init__(self, pipeline: Any, networks: Collection[nn.Module], loras: Mapping[str, str]):
+    Attributes:
+        names: names of all adapters.
+        partial: for each adapter that fits only in part, the share of it that is used.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        networks: Collection[nn.Module],
+        loras: Mapping[str, str],
+        allow_partial: bool = False,
+    ) -> None:
         """Load ``loras`` into the pipeline's networks, and switch all of them off.
 
         Raises:
-            ModelLoadError: an adapter cannot be loaded; the message names it.
+            ModelLoadError: an adapter cannot be loaded or does not fit; the message names it.
         """
         self.names = tuple(loras)
+        self.partial: dict[str, str] = {}
         self._keys = {name: f"lora_{index}" for index, name in enumerate(loras)}
         self._layers: list[Any] = []
         self._active: AdapterSet = ()
@@ -38,17 +57,29 @@ class Adapters:
             )
         # diffusers warns of each adapter that does not change the text encoder.
         logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
+        # These import peft, which is slow and rarely needed.
+        from serve_app.engine.model.lora_coverage import cover, expected_tensors, wrong_shapes
+
         for name, source in loras.items():
+            expected: dict[str, Tensor] = {}
             try:
+                expected = expected_tensors(pipeline, _located(source))
                 with warnings.catch_warnings(action="ignore"):  # for each adapter after the first
                     pipeline.load_lora_weights(
                         **_located(source), adapter_name=self._keys[name], use_safetensors=True
                     )
             except Exception as error:
+                shapes = name_keys(wrong_shapes(pipeline, expected))
+                reason = f"it was trained for another model: {shapes}" if shapes else error
                 raise ModelLoadError(
                     f"model.loras: {name!r} cannot be loaded from {source}: "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {reason}"
                 ) from error
+            coverage = cover(pipeline, expected, self._keys[name])
+            what = f"model.loras: {name!r} ({source})"
+            share = _used_share(what, type(pipeline).__name__, coverage, allow_partial)
+            if share:
+                self.partial[name] = share
         changed = [
             name
             for name in ("_transformer_norm_layers", "_overwritten_params")
@@ -94,6 +125,37 @@ class Adapters:
             for key, (_, scale) in zip(keys, wanted, strict=True):
                 layer.set_scale(key, scale)
         self._active = wanted
+
+
+def _used_share(what: str, pipeline: str, coverage: "LoraCoverage", allow_partial: bool) -> str:
+    """Return the used share of an adapter that fits only in part, or an empty text.
+
+    Raises:
+        ModelLoadError: the adapter fits not at all, is incomplete, or may not be partial.
+    """
+    remedy = f"Use an adapter that was trained for this {pipeline}"
+    count = len(coverage.used) + len(coverage.unused)
+    if not coverage.used:
+        raise ModelLoadError(
+            f"{what} would change nothing: none of its {count} tensors fits the model. Its keys "
+            f"are {name_keys(coverage.unused) or '(none)'}. Keys that fit begin with "
+            f"{' or '.join(f'{part}.' for part in coverage.parts)}. {remedy}."
+        )
+    if coverage.unfilled:
+        raise ModelLoadError(
+            f"{what} is incomplete: {len(coverage.unfilled)} tensors of the layers that it changes "
+            f"are missing: {name_keys(coverage.unfilled)}. Copy or download the file again."
+        )
+    if not coverage.unused:
+        return ""
+    share = f"{len(coverage.used)} of its {count} tensors are used"
+    if not allow_partial:
+        raise ModelLoadError(
+            f"{what} fits the model only in part: {share}. No layer takes "
+            f"{name_keys(coverage.unused)}. {remedy}, or set model.partial_loras to true."
+        )
+    logger.warning("%s fits only in part: %s", what, share)
+    return share
 
 
 def _located(source: str) -> dict[str, str]:

@@ -12,6 +12,7 @@ from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import ModelConfig
 from serve_app.engine.model.networks import denoisers_of, networks_of
 from serve_app.engine.model.speed import speed_up
+from serve_app.engine.model.weights import check_weights, record_weights
 from serve_app.errors import ConfigError, ModelLoadError
 
 
@@ -27,6 +28,8 @@ def load_stock(config: ModelConfig) -> DiffusionPipeline:
     _quiet_libraries()
     try:
         pipeline = read_pipeline(config, device)
+    except ModelLoadError:
+        raise
     except Exception as error:
         raise ModelLoadError(
             f"model {config.id!r} cannot be loaded from {config.source}: "
@@ -78,19 +81,27 @@ def _names_modules(record: logging.LogRecord) -> bool:
 
 
 def read_pipeline(config: ModelConfig, device: torch.device) -> DiffusionPipeline:
-    """Read the pipeline and its weights, directly to ``device`` where that is possible."""
+    """Read the pipeline and its weights, directly to ``device`` where that is possible.
+
+    Raises:
+        ModelLoadError: weights are missing in the files, or have the wrong shape.
+    """
 
     def read(**placement: str) -> DiffusionPipeline:
-        return DiffusionPipeline.from_pretrained(
-            config.source,
-            revision=config.revision,
-            variant=config.variant,
-            dtype=_resolve_dtype(config.dtype, device),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=Path(config.source).is_dir(),
-            **placement,
-        )
+        with record_weights() as reports:
+            try:
+                return DiffusionPipeline.from_pretrained(
+                    config.source,
+                    revision=config.revision,
+                    variant=config.variant,
+                    dtype=_resolve_dtype(config.dtype, device),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=Path(config.source).is_dir(),
+                    **placement,
+                )
+            finally:
+                check_weights(config, reports)  # the better reason, if reading failed as well
 
     # Some options must not put all weights on the GPU. Offloading keeps most networks on the CPU,
     # and 8-bit weights are made layer by layer so that the originals never fill the GPU.

@@ -60,7 +60,9 @@ class LoadedPipeline:
         self._config = config
         self.class_name = type(pipeline).__name__
         networks = networks_of(pipeline)
-        self.adapters = Adapters(pipeline, networks.values(), find_loras(config))
+        self.adapters = Adapters(
+            pipeline, networks.values(), find_loras(config), config.partial_loras
+        )
         self.pipelines = inspection.pipelines_by_task(pipeline)
         self.tasks = tuple(self.pipelines)
         self.default_strengths = inspection.default_strengths(self.pipelines)

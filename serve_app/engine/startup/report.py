@@ -37,6 +37,7 @@ def describe_model(
         noise_schedulers=pipeline.noise_schedulers,
         fewest_steps=pipeline.fewest_steps,
         loras=pipeline.adapters.names,
+        partial_loras=pipeline.adapters.partial,
         sharing=certificate.sharing,
         sharing_difference=certificate.difference,
         sharing_note=certificate.note,
