@@ -40,7 +40,7 @@ def check_component(model: ModelConfig, folder: Path, library: str, class_name: 
         _check_vocabulary(model, folder, class_name)
     elif library == "diffusers" and class_name.endswith("Scheduler"):
         _read_config(model, folder / "scheduler_config.json", required=True)
-    elif class_name.endswith(("Processor", "ProcessorFast", "FeatureExtractor")):
+    elif "Processor" in class_name or "FeatureExtractor" in class_name:  # also ProcessorPil
         for name in ("preprocessor_config.json", "processor_config.json"):
             _read_config(model, folder / name, required=False)
     elif library != "diffusers" or is_network(class_name):
