@@ -143,9 +143,9 @@ def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     def load(**options: object) -> None:
         LoadedPipeline.load(ModelConfig.model_validate(DEMO.model_dump() | options))
 
-    with pytest.raises(ModelLoadError, match=r"'broken' cannot be loaded from .*broken.safetens"):
+    with pytest.raises(ModelLoadError, match=r"broken.safetensors has no weights"):
         load(loras={"broken": str(broken)})
-    with pytest.raises(ModelLoadError, match=r"is not a \.safetensors file"):
+    with pytest.raises(ModelLoadError, match=r"none.safetensors does not exist"):
         load(loras={"broken": str(tmp_path / "none.safetensors")})
     with pytest.raises(ModelLoadError, match=r"the folder .* does not exist"):
         load(lora_folder=str(tmp_path / "none"))
