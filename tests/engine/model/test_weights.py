@@ -106,9 +106,8 @@ def test_missing_weights_are_named(
 
 @pytest.mark.parametrize("file", [UNET, TEXT_ENCODER])
 def test_an_empty_file_has_no_weights(folder: Path, file: str) -> None:
-    count = len(load_file(folder / file))
     save_file({}, folder / file, metadata={"format": "pt"})
-    with pytest.raises(ModelLoadError, match=rf"{count} of {count} tensors.*and {count - 5} more"):
+    with pytest.raises(ModelLoadError, match=rf"{file} has no weights.*it lists no tensors"):
         _load(folder)
 
 
@@ -116,7 +115,7 @@ def test_an_empty_file_has_no_weights(folder: Path, file: str) -> None:
 @pytest.mark.parametrize("size", [0, 5, 2000, -1])
 def test_a_file_cut_short_is_named(folder: Path, file: str, size: int) -> None:
     (folder / file).write_bytes((folder / file).read_bytes()[:size])
-    with pytest.raises(ModelLoadError, match=rf"{file}.*Copy or download"):
+    with pytest.raises(ModelLoadError, match=rf"{file} has no weights.*Fetch it again"):
         _load(folder)
 
 
@@ -142,7 +141,7 @@ def test_tensors_of_a_shard_are_compared_with_the_index(folder: Path, component:
     assert _tensors(_load(folder)).keys() == _tensors(pipeline).keys()
     key, shard = next(iter(json.loads(index.read_text())["weight_map"].items()))
     _edit(folder / component / shard, _without(key))
-    with pytest.raises(ModelLoadError, match=rf"1 of \d+ tensors are missing.*{key}"):
+    with pytest.raises(ModelLoadError, match=rf"names 1 tensors that none of its files.*{key}"):
         _load(folder)
     (folder / component / shard).unlink()
     with pytest.raises(ModelLoadError, match=shard):
