@@ -1,7 +1,6 @@
 """Every overlay, and every combination that the pages name, against all rules; and every
 rule against a one-line edit that breaks it."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -14,23 +13,18 @@ import yaml
 from tests.cluster.manifests import KUBECTL, Manifests, RenderError, render
 from tests.cluster.platform_rules import SECTION as PLATFORM_SECTION
 from tests.cluster.rules import RULES, problems
-from tests.cluster.schemas import CRD_DIR
 from tests.pages import KUBERNETES, OWN_OVERLAY, section
 
 # Ray 2.60 has nothing else yet that works.
-pytestmark = pytest.mark.filterwarnings("ignore:The .metrics_interval_s. field:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("crds"),
+    pytest.mark.filterwarnings("ignore:The .metrics_interval_s. field:DeprecationWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 OVERLAYS = sorted(path.name for path in (CLUSTER / "overlays").iterdir())
 COMPONENTS = sorted(path.name for path in (CLUSTER / "components").iterdir())
-
-
-@pytest.fixture(autouse=True)
-def _crds() -> None:
-    if not CRD_DIR.is_dir():
-        reason = f"KUBERAY_CRD_DIR: no folder {CRD_DIR} with the CRDs of KubeRay 1.7.0"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
 @pytest.fixture

@@ -15,20 +15,15 @@ from serve_app import __version__
 from serve_app.config.models import DEMO_MODEL_DIR
 from tests.cluster.manifests import Manifests, render
 from tests.cluster.rules import problems
-from tests.cluster.schemas import CRD_DIR
 from tests.pages import OWN_OVERLAY, section
 
 # Ray 2.60 has nothing else yet that works.
-pytestmark = pytest.mark.filterwarnings("ignore:The .metrics_interval_s. field:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("crds"),
+    pytest.mark.filterwarnings("ignore:The .metrics_interval_s. field:DeprecationWarning"),
+]
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _crds() -> None:
-    if not CRD_DIR.is_dir():
-        reason = f"KUBERAY_CRD_DIR: no folder {CRD_DIR} with the CRDs of KubeRay 1.7.0"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
 
 
 @pytest.fixture

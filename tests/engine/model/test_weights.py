@@ -41,6 +41,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def _place(monkeypatch: pytest.MonkeyPatch, placement: dict[str, str]) -> None:
+    """Let pipelines be read with these further options."""
+    read = DiffusionPipeline.from_pretrained
+    monkeypatch.setattr(
+        DiffusionPipeline,
+        "from_pretrained",
+        lambda source, **options: read(source, **(options | placement)),
+    )
+
+
 def _load(folder: Path, **options: object) -> DiffusionPipeline:
     return load_stock(
         ModelConfig.model_validate({"id": "m", "path": str(folder), "device": "cpu"} | options)
@@ -87,12 +97,7 @@ def test_missing_weights_are_named(
     placement: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = DiffusionPipeline.from_pretrained
-    monkeypatch.setattr(
-        DiffusionPipeline,
-        "from_pretrained",
-        lambda source, **options: read(source, **(options | placement)),
-    )
+    _place(monkeypatch, placement)
     keys = _keys(folder / file, part)
     assert len(keys) == 2
     count = len(load_file(folder / file))
@@ -174,12 +179,7 @@ def test_complete_models_load_without_a_warning(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    read = DiffusionPipeline.from_pretrained
-    monkeypatch.setattr(
-        DiffusionPipeline,
-        "from_pretrained",
-        lambda source, **options: read(source, **(options | placement)),
-    )
+    _place(monkeypatch, placement)
     pipeline = BUILDERS[family]()
     pipeline.save_pretrained(tmp_path)
     found = _tensors(read_pipeline(ModelConfig(id="m", path=str(tmp_path)), torch.device("cpu")))
