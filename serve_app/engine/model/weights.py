@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from serve_app.config.models import ModelConfig
+from serve_app.config.safetensors_header import read_header
 from serve_app.errors import ModelLoadError
 
 logger = logging.getLogger(__name__)
@@ -128,18 +128,16 @@ def _is_computed(buffers: dict[str, Tensor], key: str) -> bool:
 def check_files(folder: Path, error: Exception) -> None:
     """Reject files of a component that are not whole, after ``error`` ended its reading.
 
+    Files of a folder were checked before; those of a repository came only now.
+
     Raises:
         ModelLoadError: a file is not in the safetensors format or was cut short.
     """
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, framework="pt"):
-                pass
-        except SafetensorError as problem:
-            raise ModelLoadError(
-                f"the weights in {file} cannot be read: {problem}. The file has "
-                f"{file.stat().st_size} bytes. Copy or download it again."
-            ) from error
+            read_header(file)
+        except ModelLoadError as problem:
+            raise problem from error
 
 
 def check_weights(model: ModelConfig, reports: Collection[WeightsReport]) -> None:

@@ -124,6 +124,14 @@ def test_a_file_cut_short_is_named(folder: Path, file: str, size: int) -> None:
         _load(folder)
 
 
+@pytest.mark.parametrize("file", [UNET, TEXT_ENCODER])
+def test_a_file_cut_short_is_named_without_an_earlier_check(folder: Path, file: str) -> None:
+    """Files of a repository are fetched by the reading itself."""
+    (folder / file).write_bytes((folder / file).read_bytes()[:2000])
+    with pytest.raises(ModelLoadError, match=rf"{file} has no weights.*cut off in its header"):
+        read_pipeline(ModelConfig(id="m", path=str(folder)), torch.device("cpu"))
+
+
 @pytest.mark.parametrize(
     ("file", "key", "needed"),
     [(UNET, "conv_in.bias", r"\[\d+\]"), (TEXT_ENCODER, "final_layer_norm.bias", r"\[32\]")],
