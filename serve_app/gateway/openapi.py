@@ -7,11 +7,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve_app.config.models import AppConfig, LimitsConfig
+from serve_app.gateway.image_request import ImageEditRequest, ImageGenerationRequest
 from serve_app.gateway.schemas import (
     CompletedEvent,
     ErrorResponse,
-    ImageEditRequest,
-    ImageGenerationRequest,
     ImageOperation,
     PartialImageEvent,
     ProgressEvent,

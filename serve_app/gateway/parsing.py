@@ -22,7 +22,7 @@ from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest, UnsupportedEncoding
 from serve_app.gateway.color_profiles import UnusableProfile, to_srgb, without_png_profile
 from serve_app.gateway.errors import MOST_SHOWN, from_validation
-from serve_app.gateway.schemas import ImageEditRequest, ImageGenerationRequest
+from serve_app.gateway.image_request import ImageEditRequest, ImageGenerationRequest
 
 MAX_FIELDS = 64
 _FILES = ("image", "mask")

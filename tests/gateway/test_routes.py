@@ -12,8 +12,8 @@ from serve_app.errors import (
     DiffusionServeError,
 )
 from serve_app.gateway.auth import KeyRing
+from serve_app.gateway.image_request import ImageGenerationRequest
 from serve_app.gateway.routes import create_api
-from serve_app.gateway.schemas import ImageGenerationRequest
 from serve_app.protocol.params import MAX_SEED, GenerationParams
 from tests.fakes.backend import CONFIG, FakeBackend
 from tests.gateway.conftest import decoded, error_of, post
