@@ -17,6 +17,7 @@
     ├── DeadlineExceeded                504  deadline_exceeded
     ├── Cancelled                       499  cancelled           the client went away
     ├── GenerationFailed                500  generation_failed   only this request
+    │   └── NotFinite                   500  generation_failed   its values are NaN or infinite
     └── ConfigError                     500  config_error        raised at start, never by a request
         └── ModelLoadError              500  model_load_error
 
@@ -163,6 +164,13 @@ class GenerationFailed(DiffusionServeError):
     """The pipeline raised an exception while it generated this image. Others are not affected."""
 
     code = "generation_failed"
+
+
+class NotFinite(GenerationFailed):
+    """The model's output has values that are NaN or infinite, so there is no image.
+
+    Clients receive this message, because it names settings only. A retry would fail again.
+    """
 
 
 class ConfigError(DiffusionServeError):

@@ -278,7 +278,8 @@ class Engine:
         """Submit a request, and return its number for `cancel` and `locate`.
 
         ``on_event`` receives each event on the engine's thread: it must return at once. The last
-        event is `Completed` or `Failed`. A rejected request has one event: `Failed` with
+        event is `Completed` or `Failed`. Reading the image of a `Completed` raises `NotFinite` if
+        the model's output is NaN or infinite. A rejected request has one event: `Failed` with
         `Overloaded`, or with `InvalidRequest` if its deadline is far too short.
 
         Raises:
@@ -317,7 +318,7 @@ class Engine:
         Raises:
             InvalidRequest: If a parameter is out of its range, or the model does not support it.
             Overloaded: If too much work waits, or the deadline cannot be met.
-            GenerationFailed: If the pipeline raised an exception.
+            GenerationFailed: If the pipeline raised an exception, or the image is not finite.
             Unavailable: If the engine is closing or has stopped.
         """
         for event in self.stream(params):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Job
+from serve_app.engine.model.finite import FiniteCheck
 from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.scheduling.queue import QueueEntry
 from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
@@ -47,6 +48,8 @@ class Request:
     non_denoiser_s: float = 0.0
     """Seconds spent on it outside the denoiser since its last denoiser call."""
     job: Job[Tensor] | None = None
+    check: FiniteCheck | None = None
+    """Check of its image, once the pipeline has returned it."""
     rows: float = 1.0
     """Batch rows of its denoiser calls, relative to one image with guidance."""
     prompt_tokens: int = 0

@@ -17,6 +17,7 @@ from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.device import check_device, free_memory, release
 from serve_app.engine.executor import Executor
 from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.model.finite import FiniteCheck
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.prompt_cache import PromptCache
@@ -112,7 +113,8 @@ class Runner:
         """End a request before its time."""
         if request.job is not None:
             request.job.kill()
-        self._end(request, what, Failed(error))
+        self._note(request, what)
+        self._end(request, Failed(error))
 
     def report(self, request: Request, what: RequestEvent, event: Event) -> None:
         """Log what happened to a request, and send the event."""
@@ -150,12 +152,15 @@ class Runner:
 
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
-        return self._pipeline.generate(
+        pixels = self._pipeline.generate(
             request.params,
             on_step,
             on_latents=on_latents if previews_due else None,
             prompt_cache=self._prompts,
         )[0]
+        # Here, because it needs memory: an error fails only this request.
+        request.check = FiniteCheck(pixels, request.params, self._pipeline.dtype)
+        return pixels
 
     def _switch(self, request: Request, switch: Callable[[], None]) -> None:
         """Run the job up to where it parks or ends, then act on that."""
@@ -218,12 +223,16 @@ class Runner:
         logger.error("request %d failed", request.number, exc_info=error)
         failure = GenerationFailed(f"the pipeline failed: {type(error).__name__}: {error}")
         release(error)
-        self._end(request, "failed", Failed(failure))
+        self._note(request, "failed")
+        self._end(request, Failed(failure))
 
     def _job_completed(self, request: Request, pixels: Tensor) -> None:
         now = time.perf_counter()
         took_s = now - request.accepted_at
         self._executor.when_timed(functools.partial(self._predictor.learn_from, request, took_s))
+        check = request.check
+        assert check is not None
+        self._executor.when_timed(functools.partial(self._count, request, now, check))
         result = GenerationResult(
             params=request.params,
             pixels=pixels,
@@ -236,21 +245,24 @@ class Runner:
                 decode_s=now - request.denoised_at,
             ),
             ended_at=now,
+            not_finite=check.error,
         )
+        self._end(request, Completed(result))
+
+    def _count(self, request: Request, ended_at: float, check: FiniteCheck) -> None:
+        """Count an image, unless it is not finite. The device knows that only later."""
+        if (error := check.error()) is not None:
+            logger.error("request %d failed: %s", request.number, error)
+            self._note(request, "failed")
+            return
+        self._note(request, "completed")
         self._metrics.generated(request.size)
         if not request.entry.low_priority:
-            in_time = now <= request.entry.deadline_at
+            in_time = ended_at <= request.entry.deadline_at
             self._metrics.due(in_time, request.params.deadline_s is not None)
-        self._end(request, "completed", Completed(result))
 
-    def _end(
-        self,
-        request: Request,
-        what: Literal["completed", "failed", "cancelled"],
-        event: Completed | Failed,
-    ) -> None:
+    def _end(self, request: Request, event: Completed | Failed) -> None:
         """Remove the request, send its last event, and retry requests that lacked memory."""
-        self._note(request, what)
         # The submitter may keep its callback for long, and with it all that hangs on the request.
         request.job = None
         request.mergeable = None

@@ -15,6 +15,7 @@ from serve_app.errors import (
     DiffusionServeError,
     InvalidKey,
     InvalidRequest,
+    NotFinite,
     Overloaded,
     Unavailable,
     UnsupportedEncoding,
@@ -59,7 +60,7 @@ class Problem:
 def problem_of(error: Exception, scope: Scope) -> Problem:
     """Convert an exception to an answer, and note it in the request's record.
 
-    Details of server errors go to the log, not to the client.
+    Details of server errors go to the log, not to the client, except that an image is not finite.
     """
     given: dict[str, str] = {}
     if isinstance(error, HTTPException):
@@ -72,7 +73,10 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
         logger.error("request %s failed", number, exc_info=error)
         ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
         status = ours.status
-        message = f"The image could not be generated. See the server's log for request {number}."
+        reason = "The image could not be generated."
+        if isinstance(ours, NotFinite):
+            reason = f"The image could not be generated: {ours}"
+        message = f"{reason} See the server's log for request {number}."
     record = record_of(scope)
     record.failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)

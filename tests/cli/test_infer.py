@@ -1,5 +1,7 @@
 """``diffusion-serve infer``, as a process of its own where that matters."""
 
+import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,6 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
+from serve_app.config.models import DEMO_MODEL_DIR
 from tests.cli.server import PROGRAM
 from tools.demo_model.judge import read
 
@@ -68,6 +71,21 @@ def test_mistakes_end_with_2_and_say_what_to_do(
     code, text = _infer("--prompt", "a cat", "--output", str(output), *arguments)
     assert code == 2
     assert words in text
+    assert text.count("error: ") == 1
+    assert not output.exists()
+
+
+def test_an_image_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    """Zero-SNR betas leave no signal at the first step, and epsilon prediction divides by it."""
+    model, output = tmp_path / "model", tmp_path / "x.png"
+    shutil.copytree(DEMO_MODEL_DIR, model)
+    path = model / "scheduler" / "scheduler_config.json"
+    changes = {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code, text = _infer("--prompt", "a cat", "--model", str(model), "--output", str(output))
+    assert code == 2
+    assert "cannot generate an image: NotFinite: the image is not finite (NaN or" in text
+    assert "Try another noise_scheduler" in text
     assert text.count("error: ") == 1
     assert not output.exists()
 

@@ -24,6 +24,7 @@ from serve_app.engine.model.call_hooks import (
     report_steps,
 )
 from serve_app.engine.model.fingerprint import Fingerprint, of_component
+from serve_app.engine.model.finite import mark_infinity
 from serve_app.engine.model.loader import load_stock
 from serve_app.engine.model.networks import (
     NetworkState,
@@ -70,6 +71,7 @@ class LoadedPipeline:
         self.dtype: torch.dtype = pipeline.dtype
         for network in networks.values():
             network.eval()  # loading does this; a pipeline built in memory may still drop out
+        mark_infinity(networks.values())
         self._state = NetworkState(pipeline)
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
@@ -159,7 +161,8 @@ class LoadedPipeline:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
         ``params`` must be resolved. The first latents are drawn on the CPU, so that a seed gives
-        the same image on every device. Changes nothing that another request can see.
+        the same image on every device. Changes nothing that another request can see. The image has
+        pixels of NaN if the model failed; `FiniteCheck` finds them.
         """
         pipeline = self._copy_for_call(params)
         report_steps(pipeline, on_step)

@@ -20,6 +20,7 @@ from serve_app.engine.batching.axis import NotWritable
 from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
+from serve_app.engine.model.finite import require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.speed import compile_batches
@@ -108,6 +109,8 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
+        params = probe(pipeline.default_size_px)
+        require_finite(pipeline.generate(params), params, pipeline.dtype)
         return Certificate("sequential", {}, None, "max_running is 1", pipeline.tasks), None
     certificate = certify(pipeline, rendezvous)
     start.ended("certify")
