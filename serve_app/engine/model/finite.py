@@ -1,51 +1,60 @@
 """The check that an image is finite: its pixels are neither NaN nor infinite.
 
 Conversion to 8 bits turns NaN into black without an error, and clamping turns infinity into black
-or white. So infinity becomes NaN in the VAE, before any family clamps, and NaN survives up to the
-pixels. One sum over them finds it, and the engine does not wait for its value.
+or white. So infinity becomes NaN where it leaves a network, and NaN survives up to the pixels. One
+sum over them finds it, and the engine does not wait for its value.
 """
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
+from serve_app.config.model_index import DENOISERS
 from serve_app.errors import NotFinite
 from serve_app.protocol.params import GenerationParams
 
 
-def mark_infinity(networks: Iterable[nn.Module]) -> None:
-    """Turn infinity into NaN at both ends of every half of a VAE. Finite values are not changed.
+def mark_infinity(networks: Mapping[str, nn.Module]) -> None:
+    """Turn infinity into NaN where it leaves a network for code that may clamp.
 
-    At the input too: the decoder of a tiny autoencoder begins with a limit for its latents. Wraps
-    ``forward`` permanently.
+    That is the output of denoisers, which noise schedulers clip, and of both halves of a VAE. Its
+    input counts too: the decoder of a tiny autoencoder begins with a limit. Finite values are not
+    changed.
     """
-    for network in networks:
-        if not hasattr(network, "decode"):
-            continue
-        for half in (getattr(network, name, None) for name in ("encoder", "decoder")):
-            if isinstance(half, nn.Module):
-                half.forward = _marking(half.forward)
+    for name, network in networks.items():
+        if name in DENOISERS:
+            network.register_forward_hook(mark_output)
+        elif hasattr(network, "decode"):
+            for half in (getattr(network, name, None) for name in ("encoder", "decoder")):
+                if isinstance(half, nn.Module):
+                    half.register_forward_pre_hook(mark_arguments)
+                    half.register_forward_hook(mark_output)
 
 
-def _marking(forward: Callable[..., Any]) -> Callable[..., Any]:
-    # Not a hook of torch: a network with hooks has no fingerprint.
-    @functools.wraps(forward)
-    def marking(*args: Any, **kwargs: Any) -> Any:
-        return marked(forward(*marked(args), **kwargs))
+def mark_arguments(_: nn.Module, args: tuple[Any, ...]) -> Any:
+    return marked(args)
 
-    return marking
+
+def mark_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+    return marked(output)
+
+
+HOOKS = (mark_arguments, mark_output)
+"""Hooks that every pipeline has."""
 
 
 def marked(values: Any) -> Any:
-    """Return a tensor with NaN in place of infinity; of a tuple, do so for each tensor."""
-    if isinstance(values, tuple):
-        return tuple(marked(value) for value in values)
+    """Return a tensor with NaN in place of infinity; do so for each tensor of an output."""
     if isinstance(values, Tensor) and values.is_floating_point():
         nan = float("nan")
         return torch.nan_to_num(values, nan=nan, posinf=nan, neginf=nan)
+    if isinstance(values, BaseOutput):
+        return type(values)(**{name: marked(value) for name, value in values.items()})
+    if type(values) in (tuple, list):
+        return type(values)(marked(value) for value in values)
     return values
 
 

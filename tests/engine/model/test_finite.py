@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    SchedulerMixin,
+)
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from serve_app.config.models import EngineConfig, ModelConfig
@@ -25,7 +31,7 @@ from serve_app.protocol.events import Completed, Event, Failed, Preview
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO, FIFO
 from tests.engine.engines import TOLERANCE, largest_difference, params, result_of
-from tests.lora import ADAPTER_FILE, save_adapter
+from tests.lora import ADAPTER_FILE, save_adapter, spoil_adapter
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX, animatediff
 from tests.waiting import wait_until
 
@@ -99,17 +105,34 @@ def test_a_noise_scheduler_that_divides_by_zero_fails_the_request() -> None:
     assert "float16" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        pytest.param(DDPMScheduler(clip_sample=True), id="clip_sample"),
+        pytest.param(DPMSolverMultistepScheduler(thresholding=True), id="thresholding"),
+    ],
+)
+def test_infinity_that_a_noise_scheduler_would_clip_fails_the_request(
+    scheduler: SchedulerMixin,
+) -> None:
+    pipeline = LoadedPipeline.load(DEMO)
+    for stock in pipeline.pipelines.values():
+        stock.register_modules(scheduler=scheduler)
+    with Engine(pipeline, DEMO, ONE) as engine:
+        assert isinstance(ends(engine, [quick()])[0], Completed)
+        # Infinity in the row without the prompt would become NaN by the guidance.
+        with output_of(pipeline.denoisers["unet"].conv_out, with_one(INFINITY, row=1)):
+            failure(ends(engine, [quick()])[0])
+
+
 @pytest.mark.parametrize("value", [NAN, INFINITY])
 def test_an_adapter_with_one_bad_weight_harms_only_its_own_requests(
     value: float, tmp_path: Path
 ) -> None:
     save_adapter(tmp_path, 1)
-    path = tmp_path / ADAPTER_FILE
-    weights = load_file(path)
-    name = next(name for name in weights if "mid_block" in name and "lora_B" in name)
-    weights[name][0, 0] = value
-    save_file(weights, path)
-    model = ModelConfig.model_validate(DEMO.model_dump() | {"loras": {"ink": str(path)}})
+    spoil_adapter(tmp_path, value)
+    loras = {"ink": str(tmp_path / ADAPTER_FILE)}
+    model = ModelConfig.model_validate(DEMO.model_dump() | {"loras": loras})
     pipeline = LoadedPipeline.load(model)
     good = [quick(seed=seed) for seed in range(3)]
     alone = [pipeline.generate(request) for request in good]
