@@ -250,5 +250,6 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         max_loras=limits.max_loras,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,
+        batching_psnr_db=info.sharing_psnr_db,
         batching_note=info.sharing_note,
     )

@@ -66,6 +66,8 @@ class ModelInfo:
     """Result of the certification at start-up."""
     sharing_difference: float | None
     """Largest pixel difference between batched and sequential at start-up, in [0, 1]."""
+    sharing_psnr_db: float | None
+    """Peak signal-to-noise ratio of the batched image that differs most; 200 for equal images."""
     sharing_note: str
     """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig

@@ -40,6 +40,7 @@ INFO = ModelInfo(
     partial_loras={"ink": "2 of its 4 tensors are used"},
     sharing="batched",
     sharing_difference=1e-6,
+    sharing_psnr_db=130.0,
     sharing_note="",
     limits=LIMITS,
 )

@@ -74,6 +74,7 @@ class LoadedPipeline:
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
         self.sites = find_sites(pipeline)
+        self._vaes = tuple(name for name in networks if name not in self.sites)
         self._stateful = inspection.stateful_components(pipeline)
         self.size_multiple = inspection.size_multiple(pipeline)
         self.default_size_px = config.default_size_px or inspection.default_size(pipeline)
@@ -185,6 +186,8 @@ class LoadedPipeline:
             # Not by setattr, which writes to the config that all copies share. Not by from_config
             # either: pipelines correct old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
+        for name in self._vaes:
+            vars(pipeline)[name] = copy.copy(getattr(pipeline, name))
         if params.noise_scheduler is not None:
             vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
         return pipeline
