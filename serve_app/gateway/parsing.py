@@ -23,8 +23,11 @@ from serve_app.errors import InvalidRequest, UnsupportedEncoding
 from serve_app.gateway.color_profiles import UnusableProfile, to_srgb, without_png_profile
 from serve_app.gateway.errors import MOST_SHOWN, from_validation
 from serve_app.gateway.image_request import ImageEditRequest, ImageGenerationRequest
+from serve_app.gateway.openai_fields import REJECTED
 
 MAX_FIELDS = 64
+MOST_NAMED = 8
+"""Query parameters that a warning names."""
 _FILES = ("image", "mask")
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -92,13 +95,17 @@ async def read_edit(request: Request) -> EditForm:
         raise InvalidRequest(f"the body must be in UTF-8, not {charset[:100]!r}.")
     texts: dict[str, object] = {}
     files: dict[str, bytes] = {}
-    async with request.form(max_files=len(_FILES) + 1, max_fields=MAX_FIELDS) as form:
+    async with request.form(max_files=MAX_FIELDS, max_fields=MAX_FIELDS) as form:
         for name, value in form.multi_items():
             field = name.removesuffix("[]")
             shown = field[:MOST_SHOWN]
+            if field in REJECTED:
+                raise InvalidRequest(f"{field}: {REJECTED[field]}", field)
             if isinstance(value, UploadFile) != (field in _FILES):
                 wanted = "a file" if field in _FILES else "text"
                 raise InvalidRequest(f"{shown} must be {wanted}.", shown)
+            if field == "image" and field in files:
+                raise InvalidRequest("image is given twice; an edit has one input image.", field)
             if field in files or field in texts:
                 raise InvalidRequest(f"{shown} is given twice; send it once.", shown)
             if isinstance(value, UploadFile):
@@ -112,6 +119,15 @@ async def read_edit(request: Request) -> EditForm:
     except ValidationError as error:
         raise from_validation(error, ImageEditRequest) from None
     return EditForm(fields, files["image"], files.get("mask"))
+
+
+def query_warnings(request: Request) -> list[str]:
+    """Warn of query parameters, which no endpoint of images reads."""
+    names = [repr(name[:MOST_SHOWN]) for name in dict.fromkeys(request.query_params.keys())]
+    if not names:
+        return []
+    shown = ", ".join(names[:MOST_NAMED]) + (", …" if len(names) > MOST_NAMED else "")
+    return [f"query parameters have no effect: {shown}. Send fields in the body."]
 
 
 def _reject_compressed(request: Request) -> None:

@@ -6,7 +6,7 @@ import functools
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -53,7 +53,7 @@ class ImageJob:
     """Identity of the request, by which a retry of it is recognised."""
     context: RequestContext
     warnings: tuple[str, ...] = ()
-    """Parts of the input files without effect."""
+    """Parts of the request without effect: fields, or parts of the input files."""
 
     @property
     def size(self) -> str:
@@ -62,6 +62,10 @@ class ImageJob:
     @property
     def steps(self) -> int:
         return self.images[0].steps_to_run
+
+    def warned(self, warnings: Iterable[str]) -> "ImageJob":
+        """Return the same job with more warnings."""
+        return replace(self, warnings=(*self.warnings, *warnings))
 
     def all_warnings(self, images: Sequence[EncodedImage]) -> list[str]:
         """Return the warnings of the input and of these images, each once."""
@@ -128,6 +132,7 @@ class ImageService:
         identity = await _identity(principal.name, kind, body, image, mask)
         # Last, because it uses up the request's reservation.
         context = self._redeemed(identity, body.deadline_s, principal.priority, sent_at, record)
+        warnings = (*body.warnings(), *warnings)
         return ImageJob(kind, body, images, record, principal, identity, context, warnings)
 
     async def generate_all(self, job: ImageJob) -> ImagesResponse:

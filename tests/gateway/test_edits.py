@@ -305,7 +305,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         (file_of(halves()), None, {"strength": "0"}, "strength", "greater than 0"),
         (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps must run"),
         (file_of(halves()), None, {"n": "many"}, "n", "integer"),
-        (file_of(halves()), None, {"input_fidelity": "high"}, "input_fidelity", "unknown field"),
+        (file_of(halves()), None, {"style": "vivid"}, "style", "unknown field"),
         (file_of(halves()), None, {"image": "text"}, "image", "must be a file"),
         (file_of(halves()), None, {"lora": "{"}, "lora", "not JSON"),
         (file_of(halves()), None, {"lora": "[" * 2_000}, "lora", "no LoRA adapter"),
