@@ -14,7 +14,7 @@ from serve_app.config.models import AppConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Principal
 from serve_app.gateway.image_request import ImageEditRequest, ImageRequest
-from serve_app.gateway.parsing import in_image_thread, read_image, read_mask
+from serve_app.gateway.input_images import in_image_thread, read_image, read_mask
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from serve_app.config.models import LimitsConfig
 from serve_app.gateway.color_profiles import MAX_PROFILE_BYTES
-from serve_app.gateway.parsing import InputImage, read_image, read_mask
+from serve_app.gateway.input_images import InputImage, read_image, read_mask
 from tests.fakes.backend import FakeBackend
 from tests.gateway.test_edits import edit, file_of, halves, mask_of
 from tests.icc import (

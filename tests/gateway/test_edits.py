@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from serve_app.config.models import LimitsConfig
-from serve_app.gateway.parsing import read_image
+from serve_app.gateway.input_images import read_image
 from tests.fakes.backend import LIMITS, FakeBackend
 from tests.gateway.conftest import decoded, error_of
 from tests.icc import gamma_curve, grey_profile, rgb_profile
@@ -236,7 +236,7 @@ READ = """
 import re, sys
 from pathlib import Path
 from serve_app.config.models import LimitsConfig
-from serve_app.gateway.parsing import read_image
+from serve_app.gateway.input_images import read_image
 
 def peak_bytes():  # of this process alone; getrusage includes its parent
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
