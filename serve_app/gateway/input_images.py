@@ -14,7 +14,12 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest
-from serve_app.gateway.color_profiles import UnusableProfile, to_srgb, without_png_profile
+from serve_app.gateway.color_profiles import UnusableProfile, to_srgb
+from serve_app.gateway.png_files import (
+    UnreadableTransparency,
+    with_transparent_color,
+    without_profile,
+)
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -96,22 +101,24 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
     """
     most = limits.max_image_pixels
     try:
-        image = _open(data)
+        image, profile = _open(data)
         if image.width * image.height > most:
             raise InvalidRequest(
                 f"{param} has {image.width}x{image.height} pixels; at most {most} are allowed.",
                 param,
             )
         image.load()
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.format == "PNG":
+            image = with_transparent_color(image, data)
+        turn = _TURNS.get(orientation)
         if turn is not None:
             image = image.transpose(turn)
-        if image.mode == "I;16":  # Pillow would clip values over 255 to white
-            image = image.point(lambda value: value * (1 / 256)).convert("L")
-            image.info.pop("transparency", None)  # a grey of 16 bits
-        return _in_srgb(image, param)
+        return _in_srgb(image, profile, param)
     except InvalidRequest:
         raise
+    except UnreadableTransparency as error:
+        raise InvalidRequest(f"{param} cannot be read: {error}.", param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(
             f"{param} has too many pixels; at most {most} are allowed.", param
@@ -124,41 +131,43 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
         ) from None
 
 
-def _open(data: bytes) -> Image.Image:
-    """Read the header of an image. Its ``info`` has ``None`` for a profile that cannot be read."""
+def _open(data: bytes) -> tuple[Image.Image, bytes | UnusableProfile | None]:
+    """Read the header of an image. Returns its color profile, too, or why it cannot be used."""
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:
-        stripped = without_png_profile(data)
+        stripped = without_profile(data)
         if stripped is None:
             raise
-    image = Image.open(io.BytesIO(stripped), formats=FORMATS)
-    image.info["icc_profile"] = None
-    return image
+        image = Image.open(io.BytesIO(stripped), formats=FORMATS)
+        image.info["icc_profile"] = None
+    if "icc_profile" not in image.info:
+        return image, None
+    return image, image.info.pop("icc_profile") or UnusableProfile("it is broken or incomplete")
 
 
-def _in_srgb(image: Image.Image, param: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _in_srgb(
+    image: Image.Image, profile: bytes | UnusableProfile | None, param: str
+) -> tuple[Image.Image, tuple[str, ...]]:
     """Convert to RGBA if any part is transparent, else to RGB, and from its profile to sRGB."""
-    has_profile = "icc_profile" in image.info
-    profile = image.info.pop("icc_profile", None)
     alpha = "A" if image.has_transparency_data else ""
-    if has_profile:
-        if image.mode in ("1", "L", "LA"):
-            mode = "L" + alpha
-        else:
-            mode = "CMYK" if image.mode == "CMYK" else "RGB" + alpha
-        if image.mode != mode:
-            image = image.convert(mode)
-        try:
-            if profile is None:
-                raise UnusableProfile("it is broken or incomplete")
-            converted = to_srgb(image, profile)
-            converted.info.pop("icc_profile", None)  # Pillow sets that of sRGB
-            return converted, ()
-        except UnusableProfile as error:
-            warning = (
-                f"the color profile of {param} is ignored: {error}. Its colors are read as sRGB; "
-                "convert the file to sRGB if they must be exact."
-            )
-            return image.convert("RGB" + alpha), (warning,)
-    return image.convert("RGB" + alpha), ()
+    if profile is None:
+        return image.convert("RGB" + alpha), ()
+    if image.mode in ("1", "L", "LA"):
+        mode = "L" + alpha
+    else:
+        mode = "CMYK" if image.mode == "CMYK" else "RGB" + alpha
+    if image.mode != mode:
+        image = image.convert(mode)
+    try:
+        if isinstance(profile, UnusableProfile):
+            raise profile
+        converted = to_srgb(image, profile)
+        converted.info.pop("icc_profile", None)  # Pillow sets that of sRGB
+        return converted, ()
+    except UnusableProfile as error:
+        warning = (
+            f"the color profile of {param} is ignored: {error}. Its colors are read as sRGB; "
+            "convert the file to sRGB if they must be exact."
+        )
+        return image.convert("RGB" + alpha), (warning,)
