@@ -114,7 +114,9 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
         turn = _TURNS.get(orientation)
         if turn is not None:
             image = image.transpose(turn)
-        return _in_srgb(image, profile, param)
+        image, warnings = _in_srgb(image, profile, param)
+        image.info = {}  # comments and EXIF must not reach the generated file
+        return image, warnings
     except InvalidRequest:
         raise
     except UnreadableTransparency as error:
@@ -162,9 +164,7 @@ def _in_srgb(
     try:
         if isinstance(profile, UnusableProfile):
             raise profile
-        converted = to_srgb(image, profile)
-        converted.info.pop("icc_profile", None)  # Pillow sets that of sRGB
-        return converted, ()
+        return to_srgb(image, profile), ()
     except UnusableProfile as error:
         warning = (
             f"the color profile of {param} is ignored: {error}. Its colors are read as sRGB; "

@@ -9,6 +9,9 @@ from PIL import Image
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.input_images import read_image, read_mask
+from serve_app.protocol.images import IMAGE_FORMATS, Encoding
+from serve_app.protocol.inpainting import with_kept_part
+from serve_app.protocol.params import GenerationParams
 from tests.gateway.test_edits import file_of
 from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGB_ALPHA, png
 
@@ -187,6 +190,26 @@ def test_inks_without_a_profile_are_read_as_browsers_do(adobe: bool) -> None:
         data = data[:start] + data[start + 16 :]
     expected = tuple((255 - ink) * (255 - inks[3]) / 255 for ink in inks[:3])
     assert read_image(data, LIMITS).pixels.getpixel((8, 8)) == pytest.approx(expected, abs=3)
+
+
+def test_metadata_of_an_upload_is_not_in_the_answer() -> None:
+    """The part that a mask keeps is that of the upload, pixels only."""
+    secret = "place of the photograph"
+    exif = Image.Exif()
+    exif[0x010E] = secret
+    image = Image.new("RGB", (64, 64), "red")
+    mask = Image.new("L", (64, 64), 0)
+    for given in ("png", "jpeg", "webp"):
+        options: dict[str, Any] = {"exif": exif, "xmp": secret.encode()}
+        if given == "jpeg":
+            options["comment"] = secret
+        pixels = read_image(file_of(image, given, **options), LIMITS).pixels
+        assert pixels.info == {}
+        params = GenerationParams("x", 1, image=pixels, mask_image=mask)
+        result = with_kept_part(Image.new("RGB", (64, 64)), params)
+        assert result.getpixel((5, 5)) == pixels.getpixel((5, 5))
+        for image_format in IMAGE_FORMATS:
+            assert secret.encode() not in Encoding(image_format).encode(result)
 
 
 def test_the_first_image_of_a_photo_with_several_is_read() -> None:
