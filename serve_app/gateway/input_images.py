@@ -38,6 +38,11 @@ _TURNS = {
 """Transpositions by EXIF orientation. Pillow's exif_transpose also rewrites the rest of EXIF, and
 fails where that is malformed."""
 
+_NO_MASK = (
+    "image is transparent in part, and there is no mask: these parts become white, and the whole "
+    "image changes. To change only these parts, send the file as mask, too."
+)
+
 Result = TypeVar("Result")
 
 
@@ -52,11 +57,16 @@ class InputImage:
 
     pixels: Image.Image
     warnings: tuple[str, ...] = ()
-    """Parts of the file without effect: a color profile that cannot be used."""
+    """Parts of the file without effect, such as a color profile that cannot be used."""
 
 
-def read_image(data: bytes, limits: LimitsConfig) -> InputImage:
+def read_image(data: bytes, limits: LimitsConfig, has_mask: bool = False) -> InputImage:
     """Decode an image as viewers show it: turned as its EXIF says, transparent parts on white.
+
+    Args:
+        data: content of the file.
+        limits: limits of the server.
+        has_mask: True if a mask has the part to generate anew.
 
     Raises:
         InvalidRequest: if it is no such image, or a huge one.
@@ -64,18 +74,20 @@ def read_image(data: bytes, limits: LimitsConfig) -> InputImage:
     image, warnings = _decode(data, "image", limits)
     if image.mode == "RGB":
         return InputImage(image, warnings)
+    if not has_mask and _is_transparent(image):
+        warnings = (*warnings, _NO_MASK)
     white = Image.new("RGB", image.size, "white")
     white.paste(image, mask=image)
     return InputImage(white, warnings)
 
 
-def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image.Image:
+def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> InputImage:
     """Decode a mask: white where the file is transparent, which is the part to generate anew.
 
     Raises:
         InvalidRequest: if it is no such image, not of this size, or without transparency.
     """
-    image, _ = _decode(data, "mask", limits)  # only its transparency is read
+    image, warnings = _decode(data, "mask", limits)
     if image.size != size:
         raise InvalidRequest(
             f"mask has {image.width}x{image.height} pixels and image {size[0]}x{size[1]}: both "
@@ -86,12 +98,16 @@ def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Image
         raise InvalidRequest(
             "mask has no transparency: make the part to generate anew transparent.", "mask"
         )
-    opaque = image.getchannel("A")
-    if opaque.getextrema()[0] == 255:
+    if not _is_transparent(image):
         raise InvalidRequest(
             "mask is opaque everywhere: make the part to generate anew transparent.", "mask"
         )
-    return ImageOps.invert(opaque)
+    return InputImage(ImageOps.invert(image.getchannel("A")), warnings)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    least, _ = image.getchannel("A").getextrema()
+    return least != 255
 
 
 def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image, tuple[str, ...]]:
@@ -102,12 +118,16 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
     most = limits.max_image_pixels
     try:
         image, profile = _open(data)
+        if param == "mask":
+            profile = None  # only its transparency is read
         if image.width * image.height > most:
             raise InvalidRequest(
                 f"{param} has {image.width}x{image.height} pixels; at most {most} are allowed.",
                 param,
             )
         image.load()
+        # Photos have further images, which are no frames: previews, depth maps, gain maps.
+        frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         if image.format == "PNG":
             image = with_transparent_color(image, data)
@@ -116,6 +136,9 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
             image = image.transpose(turn)
         image, warnings = _in_srgb(image, profile, param)
         image.info = {}  # comments and EXIF must not reach the generated file
+        if frames > 1:
+            animated = f"{param} is an animation of {frames} frames; only the first one is read."
+            warnings = (*warnings, animated)
         return image, warnings
     except InvalidRequest:
         raise

@@ -263,11 +263,14 @@ class ImageService:
 
         Returns the parameters, and warnings.
         """
-        decoded = read_image(image, self._limits)
-        size = decoded.pixels.size
-        mask_image = None if mask is None else read_mask(mask, self._limits, size)
-        params = replace(params, image=decoded.pixels, mask_image=mask_image).resolved(model)
-        return params, decoded.warnings
+        decoded = read_image(image, self._limits, has_mask=mask is not None)
+        params = replace(params, image=decoded.pixels)
+        warnings = decoded.warnings
+        if mask is not None:
+            decoded_mask = read_mask(mask, self._limits, decoded.pixels.size)
+            params = replace(params, mask_image=decoded_mask.pixels)
+            warnings += decoded_mask.warnings
+        return params.resolved(model), warnings
 
 
 def _numbered(params: GenerationParams, count: int) -> tuple[GenerationParams, ...]:

@@ -151,7 +151,7 @@ def test_transparency_stays_as_it_is(mode: str) -> None:
         options = {"transparency": bytes((255, 128))}
     on_white = tuple(round(255 + (part - 255) * 128 / 255) for part in expected)
     result = read(image, icc_profile=icc, **options)
-    assert result.warnings == ()
+    assert not any("profile" in text for text in result.warnings)
     assert close(result.pixels.getpixel((4, 4)), on_white)
 
 
@@ -184,9 +184,11 @@ def test_a_mask_is_read_by_its_alpha_only(icc: bytes | None) -> None:
     mask.paste((9, 9, 9, 77), (0, 0, 8, 8))
     options = {} if icc is None else {"icc_profile": icc}
     received = read_mask(file_of(mask, **options), LIMITS, mask.size)
-    assert same(received, ImageOps.invert(mask.getchannel("A")))
+    assert received.warnings == ()
+    assert same(received.pixels, ImageOps.invert(mask.getchannel("A")))
     bomb = b"p\0\0" + zlib.compress(bytes(64 * 2**20))
-    assert read_mask(png_with_iccp(mask, bomb), LIMITS, mask.size).getpixel((4, 4)) == 178
+    received = read_mask(png_with_iccp(mask, bomb), LIMITS, mask.size)
+    assert received.pixels.getpixel((4, 4)) == 178
 
 
 COMPRESSED = zlib.compress(P3)

@@ -3,6 +3,7 @@
 import struct
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -12,7 +13,8 @@ from serve_app.gateway.input_images import read_image, read_mask
 from serve_app.protocol.images import IMAGE_FORMATS, Encoding
 from serve_app.protocol.inpainting import with_kept_part
 from serve_app.protocol.params import GenerationParams
-from tests.gateway.test_edits import file_of
+from tests.fakes.backend import FakeBackend
+from tests.gateway.test_edits import edit, file_of
 from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGB_ALPHA, png
 
 LIMITS = LimitsConfig()
@@ -36,7 +38,7 @@ def columns(data: bytes) -> list[Any]:
 
 def changed(data: bytes) -> list[Any]:
     """Return what a mask changes of each column: 255 for all of it."""
-    mask = read_mask(data, LIMITS, SIZE)
+    mask = read_mask(data, LIMITS, SIZE).pixels
     return [mask.getpixel((x, 2)) for x in range(4)]
 
 
@@ -125,7 +127,7 @@ def test_a_mask_is_turned_as_its_image(orientation: int, image_format: str) -> N
         options |= {"lossless": True}
     data = file_of(image, image_format, **options)
     pixels = read_image(data, LIMITS).pixels
-    mask = read_mask(data, LIMITS, pixels.size)
+    mask = read_mask(data, LIMITS, pixels.size).pixels
     assert [mask.getpixel((x, y)) for x in range(mask.width) for y in range(mask.height)] == [
         255 if pixels.getpixel((x, y)) == WHITE else 0
         for x in range(mask.width)
@@ -212,9 +214,56 @@ def test_metadata_of_an_upload_is_not_in_the_answer() -> None:
             assert secret.encode() not in Encoding(image_format).encode(result)
 
 
+def frames(image_format: str, **options: Any) -> bytes:
+    """Make an animation of a red and a blue frame."""
+    first, second = (Image.new("RGB", SIZE, color) for color in ("red", "blue"))
+    options |= {"lossless": True} if image_format == "webp" else {}
+    return file_of(first, image_format, save_all=True, append_images=[second], **options)
+
+
+@pytest.mark.parametrize("data", [frames("png"), frames("webp")], ids=["png", "webp"])
+def test_the_first_frame_of_an_animation_is_read_with_a_warning(data: bytes) -> None:
+    read = read_image(data, LIMITS)
+    assert read.pixels.getpixel((2, 2)) == (255, 0, 0)
+    assert read.warnings == ("image is an animation of 2 frames; only the first one is read.",)
+
+
+@pytest.mark.anyio
+async def test_warnings_of_both_files_are_in_the_answer(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    frame = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    other = Image.new("RGBA", (64, 64), "red")
+    data = file_of(frame, save_all=True, append_images=[other])
+    answer = (await edit(client, file_of(NOISE), data, size="64x64")).json()
+    assert "mask has" in answer["error"]["message"]
+    answer = (await edit(client, data, data)).json()
+    assert answer["warnings"] == [
+        f"{name} is an animation of 2 frames; only the first one is read."
+        for name in ("image", "mask")
+    ] + ["a warning"]
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("stream", ["false", "true"])
+async def test_a_transparent_image_without_a_mask_gets_a_warning(
+    client: httpx.AsyncClient, stream: str
+) -> None:
+    """DALL-E took the transparent part for the mask. Here it is a model's input: white."""
+    image = Image.new("RGBA", (64, 64), "red")
+    warning = "image is transparent in part, and there is no mask"
+    assert warning not in (await edit(client, file_of(image), stream=stream)).text
+    image.putpixel((3, 3), (255, 0, 0, 254))
+    text = (await edit(client, file_of(image), stream=stream)).text
+    assert warning in text
+    assert "send the file as mask, too" in text
+    image.putpixel((3, 3), (255, 0, 0, 100))
+    data = file_of(image)
+    assert warning not in (await edit(client, data, data, stream=stream)).text
+
+
 def test_the_first_image_of_a_photo_with_several_is_read() -> None:
     """Phones add previews, depth maps and gain maps. They are no frames."""
-    first, second = (Image.new("RGB", SIZE, color) for color in ("red", "blue"))
-    read = read_image(file_of(first, "mpo", save_all=True, append_images=[second]), LIMITS)
+    read = read_image(frames("mpo"), LIMITS)
     assert read.pixels.getpixel((2, 2)) == pytest.approx((255, 0, 0), abs=2)
     assert read.warnings == ()
