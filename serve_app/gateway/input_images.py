@@ -15,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.color_profiles import UnusableProfile, to_srgb
+from serve_app.gateway.png_colors import profile_of, profile_of_gamma
 from serve_app.gateway.png_files import (
     UnreadableTransparency,
     with_transparent_color,
@@ -166,9 +167,16 @@ def _open(data: bytes) -> tuple[Image.Image, bytes | UnusableProfile | None]:
             raise
         image = Image.open(io.BytesIO(stripped), formats=FORMATS)
         image.info["icc_profile"] = None
-    if "icc_profile" not in image.info:
-        return image, None
-    return image, image.info.pop("icc_profile") or UnusableProfile("it is broken or incomplete")
+    try:
+        # This is the order of the standard of PNG.
+        if (declared := profile_of(data)) is not None:
+            return image, declared
+        if "icc_profile" in image.info:
+            broken = UnusableProfile("it is broken or incomplete")
+            return image, image.info["icc_profile"] or broken
+        return image, profile_of_gamma(data)
+    except UnusableProfile as error:
+        return image, error
 
 
 def _in_srgb(
