@@ -4,7 +4,9 @@ FastAPI does not parse them, because its errors are not OpenAI's.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -13,10 +15,10 @@ from starlette.datastructures import UploadFile
 
 from serve_app.errors import InvalidRequest, UnsupportedEncoding
 from serve_app.gateway.errors import MOST_SHOWN, from_validation
+from serve_app.gateway.forms import multipart_form
 from serve_app.gateway.image_request import ImageEditRequest, ImageGenerationRequest
 from serve_app.gateway.openai_fields import REJECTED
 
-MAX_FIELDS = 64
 MOST_NAMED = 8
 """Query parameters that a warning names."""
 _FILES = ("image", "mask")
@@ -30,10 +32,13 @@ async def read_generation(request: Request) -> ImageGenerationRequest:
         UnsupportedEncoding: the body is compressed.
     """
     _reject_compressed(request)
+    content = await request.body()
     try:
-        return ImageGenerationRequest.model_validate_json(await request.body())
+        body = ImageGenerationRequest.model_validate_json(content)
     except ValidationError as error:
         raise from_validation(error, ImageGenerationRequest) from None
+    json.loads(content, object_pairs_hook=_each_once)  # pydantic takes the last of equal keys
+    return body
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ async def read_edit(request: Request) -> EditForm:
         raise InvalidRequest(f"the body must be in UTF-8, not {charset[:100]!r}.")
     texts: dict[str, object] = {}
     files: dict[str, bytes] = {}
-    async with request.form(max_files=MAX_FIELDS, max_fields=MAX_FIELDS) as form:
+    async with multipart_form(request) as form:
         for name, value in form.multi_items():
             field = name.removesuffix("[]")
             shown = field[:MOST_SHOWN]
@@ -124,9 +129,19 @@ def _add(texts: dict[str, object], field: str, value: str) -> None:
         within[key[:-1]] = value
     elif field == "lora" and value.startswith("{"):
         try:
-            parsed = json.loads(value)
+            parsed = json.loads(value, object_pairs_hook=_each_once)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{field} is not JSON: {error}", field) from None
         texts[field] = {key: str(scale) for key, scale in parsed.items()}
     else:
         texts[field] = value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of JSON, in which each key must be given once."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        shown = name[:MOST_SHOWN]
+        raise InvalidRequest(f"{shown} is given twice; send it once.", shown)
+    return content
