@@ -1,6 +1,7 @@
 """Parameters of a request, and the model's options."""
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -149,7 +150,7 @@ class GenerationParams:
             InvalidRequest: naming the field and what is allowed.
         """
         limits = model.limits
-        if not self.prompt.strip():
+        if not any(_is_visible(letter) for letter in self.prompt):
             raise InvalidRequest("prompt must not be empty.", "prompt")
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
@@ -370,6 +371,11 @@ def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image
         return fitted(image, mode, size)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
         raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
+
+
+def _is_visible(letter: str) -> bool:
+    """Return whether a character is neither a space nor a control character."""
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def _is_unicode(text: str) -> bool:

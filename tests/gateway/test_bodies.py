@@ -222,3 +222,24 @@ async def test_prompts_are_passed_on_as_they_are(
     body = {"prompt": prompt, "negative_prompt": prompt}
     assert (await client.post("/v1/images/generations", json=body)).status_code == 200
     assert (backend.received[-1].prompt, backend.received[-1].negative_prompt) == (prompt, prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        " ",
+        "\n\t",
+        "\N{EM SPACE}",
+        "\N{NO-BREAK SPACE}",
+        "\N{ZERO WIDTH SPACE}",
+        "\0",
+        "\ufeff \x1b",
+    ],
+)
+async def test_a_prompt_without_a_visible_character_is_empty(
+    client: httpx.AsyncClient, backend: FakeBackend, prompt: str
+) -> None:
+    response = await client.post("/v1/images/generations", json={"prompt": prompt})
+    error = error_of(response, 400)
+    assert (error["param"], "empty" in error["message"]) == ("prompt", True)
+    assert backend.received == []
