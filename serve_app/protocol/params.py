@@ -301,6 +301,11 @@ class GenerationParams:
                     name,
                 )
         strength = self.strength
+        if strength is not None and self.task not in model.default_strengths:
+            raise InvalidRequest(
+                f"{model.pipeline} does not support strength for {self.task}; leave it out.",
+                "strength",
+            )
         if strength is None:
             strength = model.default_strengths.get(self.task)
         if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):

@@ -4,6 +4,7 @@ docs/models.md describes these cases.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,11 +24,12 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from PIL import Image
 
 from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.errors import ModelLoadError
+from serve_app.errors import InvalidRequest, ModelLoadError
 from serve_app.protocol.params import GenerationParams
 from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
 from tests.tiny_pipelines import flux, stable_diffusion
@@ -141,6 +143,16 @@ def test_other_families_are_certified(name: str) -> None:
         result = engine.generate(GenerationParams("a red circle", 1, num_inference_steps=2))
     # Of a video, only the first frame is returned.
     assert result.pixels.ndim == 3
+
+
+def test_kontext_rejects_a_strength() -> None:
+    """The steps would be counted by it, and the image would be the same."""
+    image = Image.new("RGB", (32, 32), "red")
+    with _engine(kontext(), CERTIFIED["flux-kontext"][1]) as engine:
+        params = GenerationParams("a", 1, num_inference_steps=1, image=image)
+        assert engine.generate(params).pixels.shape == (3, 32, 32)
+        with pytest.raises(InvalidRequest, match="does not support strength"):
+            engine.generate(replace(params, strength=1.0))
 
 
 def test_kontext_ignores_the_size_of_the_request() -> None:
