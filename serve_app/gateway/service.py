@@ -57,6 +57,7 @@ class ImageJob:
 
     @property
     def size(self) -> str:
+        """Requested size, which most pipelines generate."""
         return f"{self.images[0].width}x{self.images[0].height}"
 
     @property
@@ -69,7 +70,13 @@ class ImageJob:
 
     def all_warnings(self, images: Sequence[EncodedImage]) -> list[str]:
         """Return the warnings of the input and of these images, each once."""
-        texts = [*self.warnings, *(text for image in images for text in image.warnings)]
+        texts = list(self.warnings)
+        if (generated := size_of(images[0])) != self.size:
+            texts.append(
+                f"size is {generated}, not {self.size}: the model's pipeline sets the number of "
+                "pixels itself."
+            )
+        texts += (text for image in images for text in image.warnings)
         return list(dict.fromkeys(texts))
 
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
@@ -85,6 +92,11 @@ class ImageJob:
             output_tokens=output_tokens,
             total_tokens=text_tokens + image_tokens + output_tokens,
         )
+
+
+def size_of(image: EncodedImage) -> str:
+    """Return the size of an image as in requests."""
+    return f"{image.width}x{image.height}"
 
 
 class ImageService:
@@ -157,7 +169,7 @@ class ImageService:
                 ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
                 for image in images
             ],
-            size=job.size,
+            size=size_of(images[0]),
             output_format=job.body.output_format,
             quality=job.body.resolved_quality,
             usage=job.usage(images),
