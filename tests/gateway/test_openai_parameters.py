@@ -4,28 +4,20 @@ The client is the installed one, over HTTP. A new version with a parameter or a 
 docs/guide/openai.md does not list fails here.
 """
 
-import base64
-import io
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, get_args
 
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
-from serve_app.gateway.auth import KeyRing
-from serve_app.gateway.routes import create_api
 from serve_app.protocol.images import Encoding
-from serve_app.protocol.params import GenerationParams, ModelInfo
+from serve_app.protocol.params import ModelInfo
 from tests.fakes.backend import INFO, FakeBackend
+from tests.gateway.openai_client import COLORS, Api, Outcome, png, send, served
 from tests.gateway.openai_parameters import Method, Row, documented_rows, parameters_of
-from tests.serve_process import free_port
-from tests.waiting import wait_until
 
 LIMITS = LimitsConfig(max_pixels=1024 * 1536, max_images=4)
 """Some of OpenAI's sizes fit, and some do not."""
@@ -40,43 +32,11 @@ class Backend(FakeBackend):
         return replace(await super().describe(deadline_s), limits=LIMITS)
 
 
-@dataclass(frozen=True)
-class Api:
-    """The API on a free port."""
-
-    client: openai.OpenAI
-    backend: Backend
-
-
 @pytest.fixture(scope="module")
 def api() -> Iterator[Api]:
-    backend = Backend()
     config = AppConfig(model=ModelConfig(id=INFO.id), engine=EngineConfig(limits=LIMITS))
-    port = free_port()
-    app = create_api(config, backend, KeyRing(None, None))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, name="gateway")
-    thread.start()
-    try:
-        wait_until(lambda: server.started, what="the gateway")
-        url = f"http://127.0.0.1:{port}/v1"
-        with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            yield Api(client, backend)
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@cache
-def png(color: str = "blue") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGBA" if color == "transparent" else "RGB", (64, 64), _COLORS[color]).save(
-        buffer, "png"
-    )
-    return buffer.getvalue()
-
-
-_COLORS: dict[str, Any] = {"blue": (0, 0, 255), "transparent": (0, 0, 0, 0)}
+    with served(config, Backend()) as found:
+        yield found
 
 
 @dataclass(frozen=True)
@@ -126,46 +86,6 @@ KINDS: dict[tuple[str, str], list[Sample]] = {
 """Values for the table's descriptions of values."""
 
 
-@dataclass
-class Outcome:
-    """The answer to a request of the client."""
-
-    status: int = 200
-    error: dict[str, Any] = field(default_factory=dict)
-    answer: Any = None
-    """The response, or the last event of a stream."""
-    events: list[str] = field(default_factory=list)
-    files: list[bytes] = field(default_factory=list)
-    received: list[GenerationParams] = field(default_factory=list)
-    """What the backend got."""
-
-    @property
-    def images(self) -> list[Image.Image]:
-        return [Image.open(io.BytesIO(file)) for file in self.files]
-
-
-def send(api: Api, method: Method, stream: bool, arguments: Mapping[str, Any]) -> Outcome:
-    """Send a request by the client's method."""
-    required = {"prompt": "x"} | ({"image": png()} if method == "edit" else {})
-    outcome = Outcome()
-    api.backend.received.clear()
-    call = getattr(api.client.images, method)
-    try:
-        found = call(**(required | ({"stream": True} if stream else {}) | arguments))
-        if stream:
-            events = list(found)
-            outcome.events = [event.type for event in events]
-            outcome.answer = events[-1]
-            outcome.files = [base64.b64decode(outcome.answer.b64_json)]
-        else:
-            outcome.answer = found
-            outcome.files = [base64.b64decode(image.b64_json) for image in found.data]
-    except openai.APIStatusError as error:
-        outcome.status, outcome.error = error.status_code, error.response.json()["error"]
-    outcome.received = list(api.backend.received)
-    return outcome
-
-
 def _all_equal(found: list[Any], expected: list[Any]) -> None:
     assert found == expected
 
@@ -185,7 +105,7 @@ HONOURED: dict[str, Callable[[Any, Outcome], None]] = {
     ),
     "image": lambda value, outcome: _all_equal(
         [params.image and params.image.getpixel((5, 5)) for params in outcome.received],
-        [_COLORS["blue"]],
+        [COLORS["blue"]],
     ),
     "mask": lambda value, outcome: _all_equal(
         [params.mask_image and params.mask_image.getextrema() for params in outcome.received],
