@@ -107,7 +107,7 @@ def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Input
 
 
 def _is_transparent(image: Image.Image) -> bool:
-    least, _ = image.getchannel("A").getextrema()
+    least, _ = image.getextrema()[-1]  # type: ignore[misc]
     return least != 255
 
 
@@ -167,16 +167,23 @@ def _open(data: bytes) -> tuple[Image.Image, bytes | UnusableProfile | None]:
             raise
         image = Image.open(io.BytesIO(stripped), formats=FORMATS)
         image.info["icc_profile"] = None
+    # This is the order of the standard of PNG.
     try:
-        # This is the order of the standard of PNG.
-        if (declared := profile_of(data)) is not None:
-            return image, declared
-        if "icc_profile" in image.info:
-            broken = UnusableProfile("it is broken or incomplete")
-            return image, image.info["icc_profile"] or broken
-        return image, profile_of_gamma(data)
+        declared: bytes | UnusableProfile | None = profile_of(data)
     except UnusableProfile as error:
-        return image, error
+        declared = error
+    if declared is None or (isinstance(declared, UnusableProfile) and "icc_profile" in image.info):
+        declared = _profile_in(image, data)
+    return image, declared
+
+
+def _profile_in(image: Image.Image, data: bytes) -> bytes | UnusableProfile | None:
+    if "icc_profile" in image.info:
+        return image.info["icc_profile"] or UnusableProfile("it is broken or incomplete")
+    try:
+        return profile_of_gamma(data)
+    except UnusableProfile as error:
+        return error
 
 
 def _in_srgb(

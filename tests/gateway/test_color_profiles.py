@@ -22,6 +22,7 @@ from tests.icc import (
     profile,
     rgb_profile,
 )
+from tests.pngs import RGB, chunk, png
 
 pytestmark = pytest.mark.anyio
 
@@ -54,10 +55,6 @@ def same(one: Image.Image, two: Image.Image) -> bool:
 def own_warnings(response: httpx.Response) -> list[str]:
     """Return the warnings other than the backend's."""
     return [text for text in response.json()["warnings"] if text != "a warning"]
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def png_with_iccp(image: Image.Image, content: bytes) -> bytes:
@@ -124,13 +121,8 @@ def test_black_and_white_images_are_converted() -> None:
 
 def test_color_pngs_of_16_bits_are_converted() -> None:
     pixel = struct.pack(">3H", *(part * 257 for part in GREEN))
-    data = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0))
-        + chunk(b"iCCP", b"p\0\0" + zlib.compress(P3))
-        + chunk(b"IDAT", zlib.compress((b"\0" + pixel * 8) * 8))
-        + chunk(b"IEND", b"")
-    )
+    profile_chunk = (b"iCCP", b"p\0\0" + zlib.compress(P3))
+    data = png((8, 8), 16, RGB, [pixel * 8] * 8, [profile_chunk])
     assert close(read_image(data, LIMITS).pixels.getpixel((4, 4)), GREEN_OF_P3)
 
 

@@ -17,6 +17,7 @@ from serve_app.gateway.input_images import read_image
 from tests.fakes.backend import LIMITS, FakeBackend
 from tests.gateway.conftest import decoded, error_of
 from tests.icc import gamma_curve, grey_profile, rgb_profile
+from tests.pngs import SIGNATURE, chunk
 
 pytestmark = pytest.mark.anyio
 
@@ -268,16 +269,9 @@ def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(
 
 def png_that_claims(width: int, height: int) -> bytes:
     """Make a small file whose header declares a huge image."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1_000)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
+    return SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(

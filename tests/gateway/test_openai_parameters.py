@@ -77,6 +77,7 @@ KINDS: dict[tuple[str, str], list[Sample]] = {
     ("partial_images", "1 to 3 with `stream`"): _only(True, 1, 2, 3),
     ("partial_images", "1 to 3 without `stream`"): _only(False, 1, 2, 3),
     ("prompt", "text"): _samples("a cat", "Straße 東京 \N{DOG}"),
+    ("prompt", "too long text"): _samples("x" * (LIMITS.max_prompt_chars + 1)),
     ("safety_identifier", "text"): _samples("user-1234"),
     ("size", "size within the limits"): _samples(*SIZES["within"]),
     ("size", "another size"): _samples(*SIZES["beyond"]),

@@ -12,7 +12,7 @@ from serve_app.gateway.input_images import InputImage, read_image, read_mask
 from tests.gateway.test_color_profiles import GREEN, GREEN_OF_P3, close, same
 from tests.gateway.test_edits import file_of
 from tests.icc import gamma_curve, rgb_profile
-from tests.pngs import GREY, RGB, RGB_ALPHA, png
+from tests.pngs import GREY, RGB, RGB_ALPHA, chunk, png
 
 LIMITS = LimitsConfig()
 SIZE = (4, 4)
@@ -151,6 +151,14 @@ def test_the_standards_order_of_chunks_decides() -> None:
         head, declared = data[:33], plain[33 : plain.index(b"IDAT") - 4]
         result = read_image(head + declared + data[33:], LIMITS)
         assert close(result.pixels.getpixel((2, 2)), expected(GREEN, gamma, space), most=2)
+
+
+def test_a_profile_stands_in_for_hdr() -> None:
+    """Programs add one to files of HDR, for viewers that lack it."""
+    data = file_of(Image.new("RGB", SIZE, GREEN), icc_profile=rgb_profile())
+    result = read_image(data[:33] + chunk(*cicp(9, 16)) + data[33:], LIMITS)
+    assert result.warnings == ()
+    assert close(result.pixels.getpixel((2, 2)), GREEN_OF_P3, most=2)
 
 
 def test_other_kinds_of_pixels_are_converted() -> None:
