@@ -4,7 +4,6 @@ They are decoded in threads of their own.
 """
 
 import asyncio
-import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest
+from serve_app.gateway.bounded_file import BoundedFile, TooManyParts
 from serve_app.gateway.color_profiles import UnusableProfile, to_srgb
 from serve_app.gateway.png_colors import profile_of, profile_of_gamma
 from serve_app.gateway.png_files import (
@@ -145,6 +145,10 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
         raise
     except UnreadableTransparency as error:
         raise InvalidRequest(f"{param} cannot be read: {error}.", param) from None
+    except TooManyParts:
+        raise InvalidRequest(
+            f"{param} cannot be read: it has too many parts for its size; save it again.", param
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise InvalidRequest(
             f"{param} has too many pixels; at most {most} are allowed.", param
@@ -160,12 +164,14 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
 def _open(data: bytes) -> tuple[Image.Image, bytes | UnusableProfile | None]:
     """Read the header of an image. Returns its color profile, too, or why it cannot be used."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image = Image.open(BoundedFile(data), formats=FORMATS)
+    except TooManyParts:
+        raise
     except Exception:
         stripped = without_profile(data)
         if stripped is None:
             raise
-        image = Image.open(io.BytesIO(stripped), formats=FORMATS)
+        image = Image.open(BoundedFile(stripped), formats=FORMATS)
         image.info["icc_profile"] = None
     # This is the order of the standard of PNG.
     try:

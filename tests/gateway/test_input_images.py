@@ -1,6 +1,7 @@
 """Kinds of image files: each is read as the standard of its format says, or rejected."""
 
 import struct
+import time
 from typing import Any
 
 import httpx
@@ -15,12 +16,14 @@ from serve_app.protocol.inpainting import with_kept_part
 from serve_app.protocol.params import GenerationParams
 from tests.fakes.backend import FakeBackend
 from tests.gateway.test_edits import edit, file_of
-from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGB_ALPHA, png
+from tests.icc import rgb_profile
+from tests.pngs import GREY, GREY_ALPHA, PALETTE, RGB, RGB_ALPHA, chunk, png
 
 LIMITS = LimitsConfig()
 SIZE = (4, 4)
 
 WHITE = (255, 255, 255)
+NOISE = Image.merge("RGB", [Image.effect_noise((32, 32), 90)] * 3)
 
 
 def grey(depth: int, values: tuple[int, int, int, int], transparent: int | None = None) -> bytes:
@@ -110,6 +113,48 @@ def test_alpha_of_every_kind_is_laid_on_white(
     assert changed(data)[:3] == [255, change, 0]
 
 
+FLOODS = {
+    "chunks of a PNG": file_of(NOISE)[:33] + chunk(b"prVt", b"") * 200_000 + file_of(NOISE)[33:],
+    "pixels of a PNG": file_of(NOISE)[:33] + chunk(b"IDAT", b"") * 200_000 + file_of(NOISE)[33:],
+    "segments of a JPEG": b"\xff\xd8" + b"\xff\xe1\x00\x02" * 600_000 + file_of(NOISE, "jpeg")[2:],
+    "padding of a JPEG": b"\xff\xd8" + b"\xff" * 2_000_000 + file_of(NOISE, "jpeg")[2:],
+    "bytes of a JPEG": b"\xff\xd8\xff\xe1\x00\x02" + b"\0" * 2_000_000 + file_of(NOISE, "jpeg")[2:],
+}
+"""Files of a few megabytes whose parts Pillow reads one by one, for seconds."""
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_a_file_of_very_many_parts_is_rejected_soon(name: str) -> None:
+    started_at = time.process_time()
+    with pytest.raises(InvalidRequest, match="too many parts"):
+        read_image(FLOODS[name], LIMITS)
+    assert time.process_time() - started_at < 0.5
+
+
+def test_large_files_have_many_parts() -> None:
+    """Programs write pixels of a PNG in chunks of 8 KiB, and profiles in segments."""
+    image = Image.effect_noise((2048, 2048), 90)
+    data = file_of(image)
+    start = data.index(b"IDAT") - 4
+    stream = b"".join(
+        data[at + 8 : at + 8 + int.from_bytes(data[at : at + 4])] for at in _idat_chunks(data)
+    )
+    pieces = b"".join(chunk(b"IDAT", stream[at : at + 8192]) for at in range(0, len(stream), 8192))
+    split = data[:start] + pieces + chunk(b"IEND", b"")
+    assert read_image(split, LIMITS).pixels.tobytes() == image.convert("RGB").tobytes()
+    profile = rgb_profile() + bytes(3_000_000)
+    assert read_image(file_of(image, "jpeg", icc_profile=profile), LIMITS).warnings == ()
+
+
+def _idat_chunks(data: bytes) -> list[int]:
+    found, at = [], 8
+    while at < len(data):
+        if data[at + 4 : at + 8] == b"IDAT":
+            found.append(at)
+        at += 12 + int.from_bytes(data[at : at + 4])
+    return found
+
+
 def _turned(orientation: int) -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -133,9 +178,6 @@ def test_a_mask_is_turned_as_its_image(orientation: int, image_format: str) -> N
         for x in range(mask.width)
         for y in range(mask.height)
     ]
-
-
-NOISE = Image.merge("RGB", [Image.effect_noise((32, 32), 90)] * 3)
 
 
 @pytest.mark.parametrize(
