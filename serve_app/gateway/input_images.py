@@ -39,6 +39,8 @@ _TURNS = {
 """Transpositions by EXIF orientation. Pillow's exif_transpose also rewrites the rest of EXIF, and
 fails where that is malformed."""
 
+_XMP = ("xmp", "XML:com.adobe.xmp", "Raw profile type xmp")
+
 _NO_MASK = (
     "image is transparent in part, and there is no mask: these parts become white, and the whole "
     "image changes. To change only these parts, send the file as mask, too."
@@ -126,9 +128,14 @@ def _decode(data: bytes, param: str, limits: LimitsConfig) -> tuple[Image.Image,
                 f"{param} has {image.width}x{image.height} pixels; at most {most} are allowed.",
                 param,
             )
-        image.load()
         # Photos have further images, which are no frames: previews, depth maps, gain maps.
         frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+        if image.info.get("default_image"):  # for viewers without animation
+            image.seek(1)
+            frames -= 1
+        image.load()
+        for name in _XMP:  # Pillow looks there for an orientation, and viewers do not
+            image.info.pop(name, None)
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         if image.format == "PNG":
             image = with_transparent_color(image, data)

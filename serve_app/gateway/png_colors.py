@@ -48,9 +48,8 @@ def _power_with_line(gamma: float, offset: float, slope: float, until: float) ->
 
 
 _CURVE_OF_SRGB = _power_with_line(2.4, 0.055, 12.92, 0.04045)
-_CURVE_OF_BT_709 = _power_with_line(1 / 0.45, 0.099, 4.5, 0.081)
 _CURVES = {
-    **dict.fromkeys((1, 6, 14, 15), _CURVE_OF_BT_709),
+    **dict.fromkeys((1, 6, 14, 15), _power(2.4)),  # of a screen for BT.709, as in browsers
     4: _power(2.2),
     5: _power(2.8),
     8: _power(1.0),
@@ -83,7 +82,7 @@ def profile_of(data: bytes) -> bytes | None:
 def profile_of_gamma(data: bytes) -> bytes | None:
     """Make the ICC profile that the chunks gAMA and cHRM of a file stand for.
 
-    The chunk sRGB overrides them, and so does a profile.
+    The chunk sRGB overrides them, and so does a profile. Without gAMA, cHRM counts for no viewer.
 
     Raises:
         UnusableProfile: with the reason.
@@ -91,13 +90,14 @@ def profile_of_gamma(data: bytes) -> bytes | None:
     if any(kind == b"sRGB" for kind, _, _ in chunks_before_pixels(data)):
         return None
     gama, chrm = _chunk(data, b"gAMA", 4), _chunk(data, b"cHRM", 32)
+    if gama is None:
+        return None
     curve, primaries = _CURVE_OF_SRGB, _SRGB
-    if gama is not None:
-        gamma = int.from_bytes(gama) / 100_000
-        if not 0.1 <= gamma <= 10:
-            raise UnusableProfile(f"its chunk gAMA has the value {gamma:g}")
-        if abs(gamma - _GAMMA_OF_SRGB) > _GAMMA_TOLERANCE:  # else sRGB is meant
-            curve = _power(1 / gamma)
+    gamma = int.from_bytes(gama) / 100_000
+    if not 0.1 <= gamma <= 10:
+        raise UnusableProfile(f"its chunk gAMA has the value {gamma:g}")
+    if abs(gamma - _GAMMA_OF_SRGB) > _GAMMA_TOLERANCE:  # else sRGB is meant
+        curve = _power(1 / gamma)
     if chrm is not None:
         primaries = tuple(value / 100_000 for value in struct.unpack(">8I", chrm))
     if (curve, primaries) == (_CURVE_OF_SRGB, _SRGB):

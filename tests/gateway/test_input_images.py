@@ -270,6 +270,16 @@ def test_the_first_frame_of_an_animation_is_read_with_a_warning(data: bytes) -> 
     assert read.warnings == ("image is an animation of 2 frames; only the first one is read.",)
 
 
+def test_the_first_frame_is_that_of_the_animation() -> None:
+    """Viewers that do not know animations show another image, which is no frame of it."""
+    first, second = (Image.new("RGB", SIZE, color) for color in ("red", "blue"))
+    green = Image.new("RGB", SIZE, "green")
+    data = file_of(green, save_all=True, append_images=[first, second], default_image=True)
+    read = read_image(data, LIMITS)
+    assert read.pixels.getpixel((2, 2)) == (255, 0, 0)
+    assert read.warnings == ("image is an animation of 2 frames; only the first one is read.",)
+
+
 @pytest.mark.anyio
 async def test_warnings_of_both_files_are_in_the_answer(
     client: httpx.AsyncClient, backend: FakeBackend

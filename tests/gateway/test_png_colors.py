@@ -93,8 +93,8 @@ def read(*chunks: tuple[bytes, bytes], color: Sequence[int] = GREEN) -> InputIma
         ([gama(1.0), chrm("sRGB")], 1.0, "sRGB"),
         ([gama(1.8), chrm("P3")], 1.8, "P3"),
         ([gama(2.6), chrm("BT.2020")], 2.6, "BT.2020"),
-        ([chrm("P3")], None, "P3"),
-        ([chrm("BT.2020")], None, "BT.2020"),
+        ([cicp(1, 1)], 2.4, "sRGB"),
+        ([cicp(9, 14)], 2.4, "BT.2020"),
         ([cicp(12, 13)], None, "P3"),
         ([cicp(9, 13)], None, "BT.2020"),
         ([cicp(1, 8)], 1.0, "sRGB"),
@@ -124,6 +124,7 @@ def test_the_formulas_are_those_of_profiles() -> None:
         [gama(2.2)],
         [gama(2.2), chrm("sRGB")],
         [chrm("sRGB")],
+        [chrm("P3")],  # primaries alone count for no viewer
         [cicp(1, 13)],
         [cicp(1, 13), gama(1.0), chrm("P3")],
     ],
@@ -177,7 +178,8 @@ def test_other_kinds_of_pixels_are_converted() -> None:
 def test_white_and_greys_stay_neutral_under_another_white() -> None:
     warm = (b"cHRM", struct.pack(">8I", 34567, 35850, *CHRM["sRGB"][2:]))
     for value in (255, 128, 20):
-        assert close(read(warm, color=(value,) * 3).pixels.getpixel((2, 2)), (value,) * 3)
+        result = read(gama(2.2), warm, color=(value,) * 3)
+        assert close(result.pixels.getpixel((2, 2)), (value,) * 3)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +193,6 @@ def test_white_and_greys_stay_neutral_under_another_white() -> None:
         ((b"cICP", b"\1"), "cICP"),
         ((b"gAMA", struct.pack(">I", 0)), "gAMA"),
         ((b"gAMA", struct.pack(">I", 2**31)), "gAMA"),
-        ((b"cHRM", struct.pack(">8I", *[0] * 8)), "cHRM"),
-        ((b"cHRM", struct.pack(">8I", *D65, *[30000] * 6)), "cHRM"),
     ],
     ids=str,
 )
@@ -203,6 +203,14 @@ def test_colors_that_cannot_be_converted_get_a_warning(
     [warning] = result.warnings
     assert reason in warning
     assert "read as sRGB" in warning
+    assert result.pixels.getpixel((2, 2)) == GREEN
+
+
+@pytest.mark.parametrize("chromaticities", [[0] * 8, [*D65, *[30000] * 6]], ids=str)
+def test_primaries_of_no_color_space_get_a_warning(chromaticities: list[int]) -> None:
+    result = read(gama(1.0), (b"cHRM", struct.pack(">8I", *chromaticities)))
+    [warning] = result.warnings
+    assert "cHRM" in warning
     assert result.pixels.getpixel((2, 2)) == GREEN
 
 
