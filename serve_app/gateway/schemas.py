@@ -23,7 +23,7 @@ _BACKGROUND = "Always `opaque`."
 _CREATED_AT = "Unix time of the event, in seconds."
 _USAGE = "Tokens of the request."
 _TIMINGS = "Duration of each part of the request."
-_WARNINGS = "Parts of the request without effect: the end of a long prompt, or a color profile."
+_WARNINGS = "Parts of the request without effect, such as a field or the end of a long prompt."
 
 
 class ImageData(BaseModel):

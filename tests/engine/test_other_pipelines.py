@@ -4,6 +4,7 @@ docs/models.md describes these cases.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
 )
+from PIL import Image
 
 from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
-from serve_app.errors import ModelLoadError
+from serve_app.errors import InvalidRequest, ModelLoadError
 from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
@@ -60,6 +62,16 @@ def test_videos_that_decode_side_by_side_equal_separate_ones(name: str) -> None:
         ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
     assert largest_difference(separate, together) <= 1e-5
+
+
+def test_kontext_rejects_a_strength() -> None:
+    """The steps would be counted by it, and the image would be the same."""
+    image = Image.new("RGB", (32, 32), "red")
+    with _engine(kontext(), CERTIFIED["flux-kontext"][1]) as engine:
+        params = GenerationParams("a", 1, num_inference_steps=1, image=image)
+        assert engine.generate(params).pixels.shape == (3, 32, 32)
+        with pytest.raises(InvalidRequest, match="does not support strength"):
+            engine.generate(replace(params, strength=1.0))
 
 
 def test_kontext_ignores_the_size_of_the_request() -> None:
