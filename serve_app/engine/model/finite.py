@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from serve_app.config.model_index import DENOISERS
+from serve_app.engine.batching.axis import map_tensors
 from serve_app.errors import NotFinite
 from serve_app.protocol.params import GenerationParams
 
@@ -47,15 +47,15 @@ HOOKS = (mark_arguments, mark_output)
 
 
 def marked(values: Any) -> Any:
-    """Return a tensor with NaN in place of infinity; do so for each tensor of an output."""
-    if isinstance(values, Tensor) and values.is_floating_point():
-        nan = float("nan")
-        return torch.nan_to_num(values, nan=nan, posinf=nan, neginf=nan)
-    if isinstance(values, BaseOutput):
-        return type(values)(**{name: marked(value) for name, value in values.items()})
-    if type(values) in (tuple, list):
-        return type(values)(marked(value) for value in values)
-    return values
+    """Return an argument or an output with NaN in place of infinity."""
+    return map_tensors(_with_nan, values)
+
+
+def _with_nan(tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    nan = float("nan")
+    return torch.nan_to_num(tensor, nan=nan, posinf=nan, neginf=nan)
 
 
 class FiniteCheck:
