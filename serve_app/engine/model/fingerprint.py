@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from serve_app import __version__
 from serve_app.config.environment import generation_environment
-from serve_app.engine.model.finite import HOOKS
 
 logger = logging.getLogger(__name__)
 
@@ -128,10 +127,9 @@ def _parts(component: Any) -> Iterator[bytes]:
 
 
 def _layers(network: nn.Module) -> str:
-    """Describe the layers in order; unique if unknown hooks run code between them."""
-    for layer in network.modules():
-        if {*layer._forward_pre_hooks.values(), *layer._forward_hooks.values()} - {*HOOKS}:
-            return _unique()
+    """Describe the layers in order; unique if hooks run other code between them."""
+    if any(layer._forward_pre_hooks or layer._forward_hooks for layer in network.modules()):
+        return _unique()
     return repr(network)
 
 

@@ -5,45 +5,38 @@ or white. So infinity becomes NaN where it leaves a network, and NaN survives up
 sum over them finds it, and the engine does not wait for its value.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from serve_app.config.model_index import DENOISERS
 from serve_app.engine.batching.axis import map_tensors
 from serve_app.errors import NotFinite
 from serve_app.protocol.params import GenerationParams
 
 
-def mark_infinity(networks: Mapping[str, nn.Module]) -> None:
-    """Turn infinity into NaN where it leaves a network for code that may clamp.
+def mark_infinity(networks: Iterable[nn.Module]) -> None:
+    """Turn infinity into NaN at both ends of every half of a VAE. Finite values are not changed.
 
-    That is the output of denoisers, which noise schedulers clip, and of both halves of a VAE. Its
-    input counts too: the decoder of a tiny autoencoder begins with a limit. Finite values are not
-    changed.
+    At the input too: the decoder of a tiny autoencoder begins with a limit for its latents. Wraps
+    ``forward`` permanently.
     """
-    for name, network in networks.items():
-        if name in DENOISERS:
-            network.register_forward_hook(mark_output)
-        elif hasattr(network, "decode"):
+    for network in networks:
+        if hasattr(network, "decode"):
             for half in (getattr(network, name, None) for name in ("encoder", "decoder")):
                 if isinstance(half, nn.Module):
-                    half.register_forward_pre_hook(mark_arguments)
-                    half.register_forward_hook(mark_output)
+                    half.forward = _marking(half.forward)
 
 
-def mark_arguments(_: nn.Module, args: tuple[Any, ...]) -> Any:
-    return marked(args)
+def _marking(forward: Callable[..., Any]) -> Callable[..., Any]:
+    # Not a hook of torch: it keeps the tensors of a failed call, and has no fingerprint.
+    @functools.wraps(forward)
+    def marking(*args: Any, **kwargs: Any) -> Any:
+        return marked(forward(*marked(args), **kwargs))
 
-
-def mark_output(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-    return marked(output)
-
-
-HOOKS = (mark_arguments, mark_output)
-"""Hooks that every pipeline has."""
+    return marking
 
 
 def marked(values: Any) -> Any:

@@ -72,7 +72,7 @@ class LoadedPipeline:
         self.dtype: torch.dtype = pipeline.dtype
         for network in networks.values():
             network.eval()  # loading does this; a pipeline built in memory may still drop out
-        mark_infinity(networks)
+        mark_infinity(networks.values())
         self._state = NetworkState(pipeline)
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
