@@ -20,6 +20,7 @@ from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
     ImageOperation,
+    ImageSafety,
     ImagesResponse,
     InputTokensDetails,
     Usage,
@@ -149,7 +150,11 @@ class ImageService:
         return ImagesResponse(
             created=int(time.time()),
             data=[
-                ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
+                ImageData(
+                    b64_json=base64.b64encode(image.data).decode(),
+                    seed=image.seed,
+                    safety=ImageSafety.of(image.safety),
+                )
                 for image in images
             ],
             size=job.size,

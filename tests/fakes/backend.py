@@ -42,6 +42,8 @@ INFO = ModelInfo(
     sharing_difference=1e-6,
     sharing_note="",
     limits=LIMITS,
+    safety="flag",
+    safety_checker=False,
 )
 
 

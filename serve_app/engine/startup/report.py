@@ -42,6 +42,8 @@ def describe_model(
         sharing_difference=certificate.difference,
         sharing_note=certificate.note,
         limits=config.limits,
+        safety=pipeline.safety.mode,
+        safety_checker=pipeline.safety.is_checked,
     )
     try:
         GenerationParams("defaults", 0).resolved(info)
