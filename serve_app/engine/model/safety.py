@@ -135,8 +135,11 @@ class SafetyCheck:
         return any(flags) if flags else None
 
     def judge(self, pixels: Tensor, reported: bool | None) -> SafetyVerdict | None:
-        """Judge an image ``[3, height, width]``; ``reported`` is the pipeline's own verdict."""
-        if self._checker is not None:
+        """Judge an image ``[3, height, width]``; ``reported`` is the pipeline's own verdict.
+
+        An image that is not finite gets no verdict: there is nothing to see.
+        """
+        if self._checker is not None and bool(pixels.isfinite().all()):
             verdict = self._checker(pixels)
             return SafetyVerdict(True) if reported else verdict
         return None if reported is None else SafetyVerdict(reported)

@@ -208,6 +208,15 @@ def test_start_up_does_not_see_the_checker(tmp_path: Path) -> None:
     assert all(one == fingerprints[0] for one in fingerprints)
 
 
+def test_an_image_that_is_not_finite_gets_no_verdict() -> None:
+    pipeline = with_checker(safety_checker(FLAGS_EVERYTHING))
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias.fill_(torch.nan)
+        pixels, verdict = LoadedPipeline(pipeline, MODEL, "block").generate_checked(params())
+    assert pixels.isnan().all()
+    assert verdict is None
+
+
 def test_off_drops_the_checker(tmp_path: Path) -> None:
     loaded = LoadedPipeline.load(save_with_checker(tmp_path, FLAGS_EVERYTHING), "off")
     assert not loaded.safety.is_checked
