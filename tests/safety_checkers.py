@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, PreTrainedModel
 
 from serve_app.config.models import ModelConfig
@@ -50,7 +50,7 @@ def concept_cosine(checker: PreTrainedModel, inputs: Tensor) -> float:
 
 
 def with_checker(
-    checker: PreTrainedModel | None, pipeline: DiffusionPipeline | None = None
+    checker: nn.Module | None, pipeline: DiffusionPipeline | None = None
 ) -> DiffusionPipeline:
     """Rebuild a pipeline, by default of Stable Diffusion, with a safety checker."""
     pipeline = pipeline or stable_diffusion()

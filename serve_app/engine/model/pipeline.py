@@ -91,6 +91,7 @@ class LoadedPipeline:
             for name in self.noise_schedulers
         }
         self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
+        self._pixels_checked = False
         self._true_cfg = inspection.guided_by_true_cfg(pipeline)
         self.takes_negative_prompt = inspection.takes_negative_prompt(pipeline, config.call_kwargs)
 
@@ -195,7 +196,11 @@ class LoadedPipeline:
         on_latents: LatentsCallback | None,
         prompt_cache: PromptCache | None,
     ) -> tuple[Tensor, bool | None]:
-        """Return the images, and whether the pipeline itself flagged one."""
+        """Return the images, and whether the pipeline itself flagged one.
+
+        Raises:
+            ModelLoadError: the first images have another form, or a checker did not report.
+        """
         pipeline = self._copy_for_call(params)
         report_steps(pipeline, on_step)
         if on_latents is not None:
@@ -211,7 +216,11 @@ class LoadedPipeline:
             raise
         # The image of a video is its first frame.
         pixels: Tensor = output.frames[:, 0] if hasattr(output, "frames") else output.images
-        return pixels, self.safety.read_report(output)
+        reported = self.safety.read_report(output)
+        if not self._pixels_checked:
+            inspection.check_pixels(self.class_name, pixels)
+            self._pixels_checked = True
+        return pixels, reported
 
     def _copy_for_call(self, params: GenerationParams) -> DiffusionPipeline:
         """Return a copy that shares the networks and has its own stateful components."""

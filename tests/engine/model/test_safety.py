@@ -11,10 +11,14 @@ from diffusers import (
     IFPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    ModelMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.pipelines.deepfloyd_if.safety_checker import IFSafetyChecker
+from diffusers.pipelines.deprecated.stable_diffusion_safe.pipeline_stable_diffusion_safe import (
+    StableDiffusionPipelineSafe,
+)
 from diffusers.pipelines.deprecated.stable_diffusion_safe.safety_checker import (
     SafeStableDiffusionSafetyChecker,
 )
@@ -110,11 +114,22 @@ def test_checkers_of_other_families_are_set_aside_too(build: object) -> None:
     assert pixels.max() > 0
 
 
+class OtherChecker(ModelMixin):
+    """A checker of a class of its own, which blackens what it flags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.checker = safety_checker(FLAGS_EVERYTHING)
+
+    def forward(self, clip_input: Tensor, images: Tensor) -> tuple[Tensor, list[bool]]:
+        result: tuple[Tensor, list[bool]] = self.checker(clip_input, images)
+        return result
+
+
 @pytest.mark.parametrize("safety", ["flag", "block"])
 def test_a_verdict_of_an_unknown_checker_counts(safety: Safety) -> None:
     """It stays inside the pipeline, whose output has the verdict."""
-    checker = safety_checker(FLAGS_EVERYTHING, SafeStableDiffusionSafetyChecker)
-    loaded = LoadedPipeline(with_checker(checker), MODEL, safety)
+    loaded = LoadedPipeline(with_checker(OtherChecker()), MODEL, safety)
     with Engine(loaded, MODEL, EngineConfig(max_running=1)) as engine:
         assert engine.info.safety_checker
         if safety == "block":
@@ -162,16 +177,36 @@ def deepfloyd() -> IFPipeline:
 @pytest.mark.parametrize("max_running", [1, 32])
 def test_a_checker_that_does_not_run_is_refused(max_running: int) -> None:
     """DeepFloyd's runs for the pixels of Pillow only, and diffusers then returns no verdict."""
-    model = MODEL.model_copy(update={"default_size_px": (32, 32)})
-    loaded = LoadedPipeline(deepfloyd(), model)
+    loaded = LoadedPipeline(deepfloyd(), MODEL)
     refused = pytest.raises(Exception, match="IFSafetyChecker did not report")
     if max_running > 1:
         with refused as raised:
-            Engine(loaded, model, EngineConfig(max_running=max_running))
+            Engine(loaded, MODEL, EngineConfig(max_running=max_running))
         assert isinstance(raised.value, ModelLoadError)
     else:
-        with Engine(loaded, model, EngineConfig(max_running=1)) as engine, refused:
-            engine.generate(GenerationParams("a red circle", 1, num_inference_steps=2))
+        with Engine(loaded, MODEL, EngineConfig(max_running=1)) as engine, refused:
+            engine.generate(params())
+
+
+@pytest.mark.filterwarnings("ignore:The decode_latents method is deprecated")
+def test_images_that_are_no_tensor_are_refused() -> None:
+    """Safe Stable Diffusion returns arrays of NumPy."""
+    checker = safety_checker(FLAGS_NOTHING, SafeStableDiffusionSafetyChecker)
+    parts = stable_diffusion().components
+    parts |= {"safety_checker": checker, "feature_extractor": feature_extractor()}
+    loaded = LoadedPipeline(StableDiffusionPipelineSafe(**parts), MODEL)
+    with pytest.raises(ModelLoadError, match="Safe returns no tensor of images"):
+        Engine(loaded, MODEL)
+
+
+def test_pixels_for_pillow_only_are_refused() -> None:
+    """Without a checker, DeepFloyd's tensors are from -1 to 1, and would become wrong colors."""
+    pipeline = deepfloyd()
+    pipeline.safety_checker = None
+    draw_weights(pipeline)
+    loaded = LoadedPipeline(pipeline, MODEL)
+    with pytest.raises(ModelLoadError, match="IFPipeline returns pixels from -1 to 1"):
+        Engine(loaded, MODEL)
 
 
 def test_a_request_yields_while_its_image_is_checked(tmp_path: Path) -> None:
