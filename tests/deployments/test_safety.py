@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from PIL import ImageChops
 
 from serve_app.config.models import AppConfig, EngineConfig, GatewayConfig, ModelConfig, Safety
 from serve_app.engine.engine import Engine
@@ -76,10 +77,11 @@ async def test_a_flagged_image_is_returned_as_generated_and_named(start: Start) 
     assert response.status_code == 200
     body = response.json()
     unchecked = (await generate(start(FLAGS_NOTHING, "flag"), "flag", n=2)).json()
-    assert [image["b64_json"] for image in body["data"]] == [
-        image["b64_json"] for image in unchecked["data"]
-    ]
-    assert decoded(body["data"][0]["b64_json"]).getextrema() != ((0, 0),) * 3, "it is not black"
+    for image, other in zip(body["data"], unchecked["data"], strict=True):
+        # Two requests may share calls or not, which rounds differently.
+        difference = ImageChops.difference(*map(decoded, (image["b64_json"], other["b64_json"])))
+        assert all(high <= 1 for _, high in difference.getextrema())
+        assert decoded(image["b64_json"]).getextrema() != ((0, 0),) * 3, "it is not black"
     assert [image["safety"] for image in body["data"]] == [{"flagged": True}] * 2
     first, second = body["warnings"]
     assert "safety checker flagged the image with seed 3" in first
