@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from diffusers import (
     AutoencoderKLWan,
     ChromaPipeline,
@@ -29,6 +30,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import GenerationParams
+from tests.tiny_ernie import ernie_image
 from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
 from tests.tiny_pipelines import flux, stable_diffusion
 
@@ -180,3 +182,17 @@ def test_a_pipeline_that_needs_an_image_is_rejected_at_the_start(
     """Every model must generate an image from a prompt alone."""
     with pytest.raises(ModelLoadError, match="cannot generate an image"):
         _engine(build(), call_kwargs)
+
+
+def test_a_pipeline_that_writes_prompts_anew_is_rejected() -> None:
+    """ERNIE-Image samples its own prompt, so that a seed does not give the same image again."""
+    with pytest.raises(ModelLoadError, match=r"writes each prompt anew.*use_pe .* to false"):
+        _engine(ernie_image(), {})
+    for pipeline, call_kwargs in ((ernie_image(), {"use_pe": False}), (ernie_image(False), {})):
+        with _engine(pipeline, call_kwargs) as engine:
+            assert engine.info.sharing == "batched"
+            one, two = (
+                engine.generate(GenerationParams("a cat", 1, num_inference_steps=2)).pixels
+                for _ in range(2)
+            )
+            assert torch.equal(one, two)

@@ -89,6 +89,22 @@ def check_pixels(pipeline: str, pixels: object) -> None:
         )
 
 
+def check_side_results(pipeline: str, output: object) -> None:
+    """Check that an output has nothing beside its images that a response would lack.
+
+    Verdicts of a safety checker are no such thing: `SafetyCheck` reads them.
+
+    Raises:
+        ModelLoadError: the pipeline used another prompt than the request's.
+    """
+    if getattr(output, "revised_prompts", None):
+        raise ModelLoadError(
+            f"{pipeline} writes each prompt anew, with random numbers that no seed sets: a seed "
+            "would not give the same image again. Set use_pe in model.call_kwargs to false, and "
+            "let clients write the whole prompt."
+        )
+
+
 def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
     """Return the pipeline's own default (width, height) in pixels."""
     width, height = default_argument(pipeline, "width"), default_argument(pipeline, "height")

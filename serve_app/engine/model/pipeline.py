@@ -91,7 +91,7 @@ class LoadedPipeline:
             for name in self.noise_schedulers
         }
         self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
-        self._pixels_checked = False
+        self._output_checked = False
         self._true_cfg = inspection.guided_by_true_cfg(pipeline)
         self.takes_negative_prompt = inspection.takes_negative_prompt(pipeline, config.call_kwargs)
 
@@ -199,7 +199,7 @@ class LoadedPipeline:
         """Return the images, and whether the pipeline itself flagged one.
 
         Raises:
-            ModelLoadError: the first images have another form, or a checker did not report.
+            ModelLoadError: the first output has another form, or a checker did not report.
         """
         pipeline = self._copy_for_call(params)
         report_steps(pipeline, on_step)
@@ -217,9 +217,10 @@ class LoadedPipeline:
         # The image of a video is its first frame.
         pixels: Tensor = output.frames[:, 0] if hasattr(output, "frames") else output.images
         reported = self.safety.read_report(output)
-        if not self._pixels_checked:
+        if not self._output_checked:
+            inspection.check_side_results(self.class_name, output)
             inspection.check_pixels(self.class_name, pixels)
-            self._pixels_checked = True
+            self._output_checked = True
         return pixels, reported
 
     def _copy_for_call(self, params: GenerationParams) -> DiffusionPipeline:
