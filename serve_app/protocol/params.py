@@ -1,6 +1,7 @@
 """Parameters of a request, and the model's options."""
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -66,6 +67,8 @@ class ModelInfo:
     """Result of the certification at start-up."""
     sharing_difference: float | None
     """Largest pixel difference between batched and sequential at start-up, in [0, 1]."""
+    sharing_psnr_db: float | None
+    """Peak signal-to-noise ratio of the batched image that differs most; 200 for equal images."""
     sharing_note: str
     """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig
@@ -153,7 +156,7 @@ class GenerationParams:
             InvalidRequest: naming the field and what is allowed.
         """
         limits = model.limits
-        if not self.prompt.strip():
+        if not any(_is_visible(letter) for letter in self.prompt):
             raise InvalidRequest("prompt must not be empty.", "prompt")
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
@@ -304,6 +307,11 @@ class GenerationParams:
                     name,
                 )
         strength = self.strength
+        if strength is not None and self.task not in model.default_strengths:
+            raise InvalidRequest(
+                f"{model.pipeline} does not support strength for {self.task}; leave it out.",
+                "strength",
+            )
         if strength is None:
             strength = model.default_strengths.get(self.task)
         if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
@@ -374,6 +382,11 @@ def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image
         return fitted(image, mode, size)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
         raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
+
+
+def _is_visible(letter: str) -> bool:
+    """Return whether a character is neither a space nor a control character."""
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def _is_unicode(text: str) -> bool:

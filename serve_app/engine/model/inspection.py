@@ -139,10 +139,18 @@ def guided_by_true_cfg(pipeline: DiffusionPipeline) -> bool:
     )
 
 
+def _reads_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Return True if the guidance is an input of the denoiser, as in latent consistency models."""
+    return any(
+        getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+        for denoiser in denoisers_of(pipeline).values()
+    )
+
+
 def takes_negative_prompt(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> bool:
     """Return True if a negative prompt changes the image."""
     parameters = call_parameters(pipeline)
-    if "negative_prompt" not in parameters:
+    if "negative_prompt" not in parameters or _reads_guidance(pipeline):
         return False
     if "true_cfg_scale" not in parameters or guided_by_true_cfg(pipeline):
         return True
