@@ -26,7 +26,7 @@ from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.stats import EventLog, RequestEvent
-from serve_app.errors import DiffusionServeError, GenerationFailed
+from serve_app.errors import ContentPolicyViolation, DiffusionServeError, GenerationFailed
 from serve_app.protocol.events import (
     Completed,
     Event,
@@ -39,6 +39,10 @@ from serve_app.protocol.events import (
 )
 
 logger = logging.getLogger(__name__)
+
+NO_PREVIEWS = (
+    "no previews are sent: gateway.safety is 'block', and only finished images can be checked."
+)
 
 
 class Runner:
@@ -152,12 +156,15 @@ class Runner:
 
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
-        pixels = self._pipeline.generate(
+        if previews_due and self._pipeline.safety.blocks:
+            previews_due.clear()
+            request.warnings += (NO_PREVIEWS,)
+        pixels, request.safety = self._pipeline.generate_checked(
             request.params,
             on_step,
             on_latents=on_latents if previews_due else None,
             prompt_cache=self._prompts,
-        )[0]
+        )
         # Here, because it needs memory: an error fails only this request.
         request.check = FiniteCheck(pixels, request.params, self._pipeline.dtype)
         return pixels
@@ -232,7 +239,9 @@ class Runner:
         self._executor.when_timed(functools.partial(self._predictor.learn_from, request, took_s))
         check = request.check
         assert check is not None
-        self._executor.when_timed(functools.partial(self._count, request, now, check))
+        block = self._act_on_verdict(request, check)
+        what: RequestEvent = "completed" if block is None else "failed"
+        self._executor.when_timed(functools.partial(self._count, request, now, check, what))
         result = GenerationResult(
             params=request.params,
             pixels=pixels,
@@ -246,20 +255,41 @@ class Runner:
             ),
             ended_at=now,
             not_finite=check.error,
+            safety=request.safety,
         )
-        self._end(request, Completed(result))
+        self._end(request, Completed(result) if block is None else Failed(block))
 
-    def _count(self, request: Request, ended_at: float, check: FiniteCheck) -> None:
+    def _count(
+        self, request: Request, ended_at: float, check: FiniteCheck, what: RequestEvent
+    ) -> None:
         """Count an image, unless it is not finite. The device knows that only later."""
         if (error := check.error()) is not None:
             logger.error("request %d failed: %s", request.number, error)
             self._note(request, "failed")
             return
-        self._note(request, "completed")
+        self._note(request, what)
         self._metrics.generated(request.size)
         if not request.entry.low_priority:
             in_time = ended_at <= request.entry.deadline_at
             self._metrics.due(in_time, request.params.deadline_s is not None)
+
+    def _act_on_verdict(
+        self, request: Request, check: FiniteCheck
+    ) -> ContentPolicyViolation | None:
+        """Note a flagged image in the warnings, or return the error that replaces it."""
+        if request.safety is None or not request.safety.flagged:
+            return None
+        if check.error() is not None:  # the checker has waited for the device, and saw black
+            return None
+        self._metrics.flagged()
+        seed = request.params.seed
+        flagged = f"the safety checker flagged the image with seed {seed} as possibly unsafe."
+        if self._pipeline.safety.blocks:
+            return ContentPolicyViolation(
+                f"{flagged} This server does not return it: change the prompt, or the seed."
+            )
+        request.warnings += (flagged,)
+        return None
 
     def _end(self, request: Request, event: Completed | Failed) -> None:
         """Remove the request, send its last event, and retry requests that lacked memory."""
