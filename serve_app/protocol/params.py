@@ -27,6 +27,9 @@ AdapterSet = tuple[tuple[str, float], ...]
 
 MAX_LORA_SCALE = 10.0
 
+OWN_SCHEDULER = "default"
+"""Name of the model's own noise scheduler among the unavailable ones."""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
@@ -56,6 +59,8 @@ class ModelInfo:
     """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
     """Noise schedulers for requests; empty if the model supports only its own."""
+    unavailable_noise_schedulers: Mapping[str, Mapping[Task, str]]
+    """Why noise schedulers are not offered, by name and task; ``default`` is the model's own."""
     fewest_steps: Mapping[str, int]
     """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
@@ -166,13 +171,7 @@ class GenerationParams:
                 f"{model.pipeline} does not support negative_prompt; leave it out.",
                 "negative_prompt",
             )
-        if self.noise_scheduler is not None and self.noise_scheduler not in model.noise_schedulers:
-            names = ", ".join(model.noise_schedulers)
-            raise InvalidRequest(
-                f"{model.pipeline} does not support the scheduler {self.noise_scheduler[:40]!r}; "
-                + (f"use one of {names}." if names else "leave it out to use the model's own."),
-                "scheduler",
-            )
+        self._check_noise_scheduler(model)
         self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}; it is {self.seed}.", "seed")
@@ -252,6 +251,21 @@ class GenerationParams:
         steps = self.steps_to_run
         after = {round(steps * share / (count + 1)) for share in range(1, count + 1)}
         return replace(self, preview_steps=tuple(sorted(after - {0, steps})))
+
+    def _check_noise_scheduler(self, model: ModelInfo) -> None:
+        name, unavailable = self.noise_scheduler, model.unavailable_noise_schedulers
+        reason = unavailable.get(name or OWN_SCHEDULER, {}).get(self.task)
+        if reason is None and (name is None or name in model.noise_schedulers):
+            return
+        others = [
+            other for other in model.noise_schedulers if self.task not in unavailable.get(other, {})
+        ]
+        what = f"{model.pipeline} does not support the scheduler {(name or OWN_SCHEDULER)[:40]!r}"
+        why = "" if reason is None else f" for {self.task}: {reason}"
+        remedy = (
+            f"use one of {', '.join(others)}" if others else "leave it out to use the model's own"
+        )
+        raise InvalidRequest(f"{what}{why}; {remedy}.", "scheduler")
 
     def _check_lora(self, model: ModelInfo) -> None:
         if self.lora and not model.loras:

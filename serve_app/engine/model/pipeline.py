@@ -18,6 +18,7 @@ from serve_app.engine.model import inspection
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.call_hooks import (
     LatentsCallback,
+    SchedulerCallback,
     StepCallback,
     cache_prompts,
     report_latents,
@@ -79,10 +80,7 @@ class LoadedPipeline:
         self.default_size_px = config.default_size_px or inspection.default_size(pipeline)
         self.default_steps = config.default_steps or inspection.default_steps(pipeline)
         self.noise_schedulers = compatible_noise_schedulers(pipeline)
-        self.fewest_steps = {
-            name: fewest_steps(new_noise_scheduler(name, pipeline))
-            for name in self.noise_schedulers
-        }
+        self.fewest_steps = {name: fewest_steps(name, pipeline) for name in self.noise_schedulers}
         self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
         self._true_cfg = inspection.guided_by_true_cfg(pipeline)
         self.takes_negative_prompt = inspection.takes_negative_prompt(pipeline, config.call_kwargs)
@@ -155,6 +153,7 @@ class LoadedPipeline:
         images: int = 1,
         on_latents: LatentsCallback | None = None,
         prompt_cache: PromptCache | None = None,
+        on_noise_scheduler: SchedulerCallback | None = None,
     ) -> Tensor:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
@@ -165,6 +164,8 @@ class LoadedPipeline:
         report_steps(pipeline, on_step)
         if on_latents is not None:
             report_latents(pipeline.scheduler, on_latents)
+        if on_noise_scheduler is not None:
+            on_noise_scheduler(pipeline.scheduler)
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
             cache_prompts(pipeline, prompt_cache, params.lora)
         self.adapters.switch(params.lora)
