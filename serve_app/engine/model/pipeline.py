@@ -77,6 +77,7 @@ class LoadedPipeline:
         self.sites = find_sites(pipeline)
         self._stateful = inspection.stateful_components(pipeline)
         self.size_multiple = inspection.size_multiple(pipeline)
+        self.longest_side_px = inspection.longest_side(pipeline)
         self.default_size_px = config.default_size_px or inspection.default_size(pipeline)
         self.default_steps = config.default_steps or inspection.default_steps(pipeline)
         self.noise_schedulers = compatible_noise_schedulers(pipeline)

@@ -27,6 +27,9 @@ def describe_model(
         ConfigError: if the model's own defaults break the configured limits.
     """
     width, height = pipeline.default_size_px
+    limits, longest_px = config.limits, pipeline.longest_side_px
+    if longest_px is not None and longest_px < limits.max_side_px:
+        limits = limits.model_copy(update={"max_side_px": longest_px})
     offered = trials.offered(pipeline.noise_schedulers, certificate.tasks)
     info = ModelInfo(
         id=model.id,
@@ -48,7 +51,7 @@ def describe_model(
         sharing=certificate.sharing,
         sharing_difference=certificate.difference,
         sharing_note=certificate.note,
-        limits=config.limits,
+        limits=limits,
     )
     try:
         GenerationParams("defaults", 0).resolved(info)
