@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.params import GenerationParams
+from tests.tiny_networks import LATENT_CHANNELS, T5_DIM, autoencoder, draw_weights, t5
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES
 
 pytestmark = pytest.mark.slow
@@ -49,3 +55,43 @@ def test_sides_beyond_the_positions_of_the_denoiser_are_rejected() -> None:
         assert engine.info.limits.max_side_px == 64
         with pytest.raises(InvalidRequest, match="a side of 72 pixels; at most 64 are allowed"):
             engine.submit(GenerationParams("a", 1, width=72, height=32), lambda _: None)
+
+
+def aura_flow() -> AuraFlowPipeline:
+    tokenizer, text_encoder = t5()
+    pipeline = AuraFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+        transformer=AuraFlowTransformer2DModel(
+            sample_size=16,
+            in_channels=LATENT_CHANNELS,
+            num_mmdit_layers=1,
+            num_single_dit_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=T5_DIM,
+            caption_projection_dim=16,
+            out_channels=LATENT_CHANNELS,
+            pos_embed_max_size=256,
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def test_sides_beyond_a_table_that_counts_all_positions_are_rejected() -> None:
+    """AuraFlow takes positions of other rows for a long side, without an error."""
+    model = ModelConfig(
+        id="aura",
+        device="cpu",
+        default_size_px=(32, 32),
+        default_steps=2,
+        call_kwargs={"max_sequence_length": 16},
+    )
+    with Engine(LoadedPipeline(aura_flow(), model), model) as engine:
+        assert engine.info.limits.max_side_px == 64
+        engine.generate(GenerationParams("a", 1, width=64, height=64))
+        with pytest.raises(InvalidRequest, match="a side of 128 pixels; at most 64 are allowed"):
+            engine.submit(GenerationParams("a", 1, width=128, height=32), lambda _: None)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -254,6 +255,23 @@ def test_a_network_whose_values_are_not_finite_is_found() -> None:
     assert set(faults) == {"euler", "euler_a", "heun"}
     for reasons in faults.values():
         assert reasons == {"text-to-image": "it gives values that are not finite"}
+
+
+def test_a_result_that_a_lack_of_memory_decided_is_not_kept(tmp_path: Path) -> None:
+    own = from_json(diffusers.DPMSolverMultistepScheduler)
+    pipeline = LoadedPipeline(build("sdxl", own), config("sdxl"))
+
+    def spoil(_: Any, args: tuple[Any, ...]) -> None:
+        if args[1].is_floating_point():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    path = tmp_path / "profile.json"
+    pipeline.denoisers["unet"].register_forward_pre_hook(spoil)
+    with Engine(pipeline, config("sdxl"), EngineConfig(profile_path=str(path))) as engine:
+        faults = engine.info.unavailable_noise_schedulers
+        assert faults["euler"]["text-to-image"] == "OutOfMemoryError: CUDA out of memory"
+        assert "dpm++" in engine.info.noise_schedulers
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("karras", [False, True])
