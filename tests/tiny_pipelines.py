@@ -176,7 +176,7 @@ def sd3() -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def flux() -> FluxPipeline:
+def flux(guidance_embeds: bool = True) -> FluxPipeline:
     """Build a pipeline like FLUX.1 dev, whose guidance is an input of the transformer."""
     tokenizer, text_encoder = clip(CLIPTextModel)
     tokenizer_2, text_encoder_2 = t5()
@@ -195,7 +195,7 @@ def flux() -> FluxPipeline:
             num_attention_heads=2,
             joint_attention_dim=T5_DIM,
             pooled_projection_dim=CLIP_DIM,
-            guidance_embeds=True,
+            guidance_embeds=guidance_embeds,
             axes_dims_rope=(4, 4, 8),
         ),
     )

@@ -19,6 +19,7 @@ from serve_app.errors import (
     Unavailable,
     UnsupportedEncoding,
 )
+from serve_app.gateway.openai_fields import REJECTED
 from serve_app.gateway.requests_log import record_of, request_id
 from serve_app.gateway.retry_after import documented_headers, retry_headers
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
@@ -129,6 +130,8 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
         case "json_invalid":
             reason = problem["msg"].removeprefix("Invalid JSON: ")
             message = f"the body is not JSON: {reason}."
+        case "extra_forbidden" if param in REJECTED:
+            message = f"{param}: {REJECTED[param]}"
         case "extra_forbidden":
             message = f"unknown field {param!r}; known are {', '.join(model.model_fields)}."
         case "missing":

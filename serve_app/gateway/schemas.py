@@ -24,7 +24,7 @@ _BACKGROUND = "Always `opaque`."
 _CREATED_AT = "Unix time of the event, in seconds."
 _USAGE = "Tokens of the request."
 _TIMINGS = "Duration of each part of the request."
-_WARNINGS = "Parts of the request without effect: the end of a long prompt, or a color profile."
+_WARNINGS = "Parts of the request without effect, such as a field or the end of a long prompt."
 
 
 class ImageData(BaseModel):
@@ -189,7 +189,12 @@ class ModelObject(BaseModel):
     )
     batching_difference: float | None = Field(
         description="Largest pixel difference, in [0, 1], between batched and sequential "
-        "generation at start-up. Null if it was not measured."
+        "generation at start-up. Null if it was not measured. It decides nothing: in bfloat16 and "
+        "float16, rounding alone makes it visible."
+    )
+    batching_psnr_db: float | None = Field(
+        description="Peak signal-to-noise ratio of the same images, in decibels; 200 if they are "
+        "equal. Null if it was not measured."
     )
     batching_note: str = Field(description="Reason why batching is off. Empty if it is on.")
 

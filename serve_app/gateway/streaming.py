@@ -17,7 +17,7 @@ from serve_app.gateway.schemas import (
     PartialImageEvent,
     ProgressEvent,
 )
-from serve_app.gateway.service import ImageJob, ImageService
+from serve_app.gateway.service import ImageJob, ImageService, size_of
 from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, PartialImage
@@ -115,7 +115,7 @@ def _event(
                 type=f"{kind}.completed",
                 b64_json=base64.b64encode(event.data).decode(),
                 created_at=int(time.time()),
-                size=job.size,
+                size=size_of(event),
                 quality=body.resolved_quality,
                 output_format=body.output_format,
                 usage=job.usage([event]),

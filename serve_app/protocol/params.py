@@ -1,6 +1,7 @@
 """Parameters of a request, and the model's options."""
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,6 +11,7 @@ from PIL.Image import Image
 
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
+from serve_app.protocol.noise_schedulers import check_noise_scheduler
 
 MAX_SEED = 2**63 - 1
 
@@ -26,9 +28,6 @@ AdapterSet = tuple[tuple[str, float], ...]
 """LoRA adapters by name, each with its scale, sorted."""
 
 MAX_LORA_SCALE = 10.0
-
-OWN_SCHEDULER = "default"
-"""Name of the model's own noise scheduler among the unavailable ones."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,8 @@ class ModelInfo:
     """Result of the certification at start-up."""
     sharing_difference: float | None
     """Largest pixel difference between batched and sequential at start-up, in [0, 1]."""
+    sharing_psnr_db: float | None
+    """Peak signal-to-noise ratio of the batched image that differs most; 200 for equal images."""
     sharing_note: str
     """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig
@@ -154,7 +155,7 @@ class GenerationParams:
             InvalidRequest: naming the field and what is allowed.
         """
         limits = model.limits
-        if not self.prompt.strip():
+        if not any(_is_visible(letter) for letter in self.prompt):
             raise InvalidRequest("prompt must not be empty.", "prompt")
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
@@ -171,7 +172,10 @@ class GenerationParams:
                 f"{model.pipeline} does not support negative_prompt; leave it out.",
                 "negative_prompt",
             )
-        self._check_noise_scheduler(model)
+        faults = model.unavailable_noise_schedulers.items()
+        reasons = {name: tasks[self.task] for name, tasks in faults if self.task in tasks}
+        offered = model.noise_schedulers
+        check_noise_scheduler(self.noise_scheduler, self.task, model.pipeline, offered, reasons)
         self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}; it is {self.seed}.", "seed")
@@ -252,21 +256,6 @@ class GenerationParams:
         after = {round(steps * share / (count + 1)) for share in range(1, count + 1)}
         return replace(self, preview_steps=tuple(sorted(after - {0, steps})))
 
-    def _check_noise_scheduler(self, model: ModelInfo) -> None:
-        name, unavailable = self.noise_scheduler, model.unavailable_noise_schedulers
-        reason = unavailable.get(name or OWN_SCHEDULER, {}).get(self.task)
-        if reason is None and (name is None or name in model.noise_schedulers):
-            return
-        others = [
-            other for other in model.noise_schedulers if self.task not in unavailable.get(other, {})
-        ]
-        what = f"{model.pipeline} does not support the scheduler {(name or OWN_SCHEDULER)[:40]!r}"
-        why = "" if reason is None else f" for {self.task}: {reason}"
-        remedy = (
-            f"use one of {', '.join(others)}" if others else "leave it out to use the model's own"
-        )
-        raise InvalidRequest(f"{what}{why}; {remedy}.", "scheduler")
-
     def _check_lora(self, model: ModelInfo) -> None:
         if self.lora and not model.loras:
             raise LoraNotFound("this server has no LoRA adapters; leave lora out.", "lora")
@@ -314,6 +303,11 @@ class GenerationParams:
                     name,
                 )
         strength = self.strength
+        if strength is not None and self.task not in model.default_strengths:
+            raise InvalidRequest(
+                f"{model.pipeline} does not support strength for {self.task}; leave it out.",
+                "strength",
+            )
         if strength is None:
             strength = model.default_strengths.get(self.task)
         if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
@@ -384,6 +378,11 @@ def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image
         return fitted(image, mode, size)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
         raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
+
+
+def _is_visible(letter: str) -> bool:
+    """Return whether a character is neither a space nor a control character."""
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def _is_unicode(text: str) -> bool:

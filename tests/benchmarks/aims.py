@@ -60,13 +60,8 @@ def _at_least(text: str, least: float, measured: float | None) -> Aim:
     return Aim(text, measured, measured is not None and measured >= least)
 
 
-def aims(
-    model: str, rows: Sequence[Row], saturated: Sequence[Saturated], tolerance: float
-) -> list[Aim]:
-    """Return all targets, including those of other models and loads.
-
-    ``tolerance`` is the largest difference of a pixel that rounding explains.
-    """
+def aims(model: str, rows: Sequence[Row], saturated: Sequence[Saturated]) -> list[Aim]:
+    """Return all targets, including those of other models and loads."""
     found = {
         (model, row.width, row.steps): row
         for row in saturated
@@ -76,7 +71,6 @@ def aims(
     ours = in_time.get(OUR_WAY)
     stock = [in_time[way] for way in STOCK_WAYS if way in in_time]
     gain = None if ours is None or len(stock) < len(STOCK_WAYS) else ours - max(stock)
-    difference = max((row.difference for row in saturated), default=None)
     return [
         *(
             _at_least(
@@ -99,10 +93,5 @@ def aims(
             f"at {LOAD:g} of capacity, {100 * IN_TIME_GAIN:.0f} points above both stock ways",
             IN_TIME_GAIN,
             gain,
-        ),
-        Aim(
-            f"images generated together differ by at most {tolerance:g}",
-            difference,
-            difference is not None and difference <= tolerance,
         ),
     ]

@@ -33,7 +33,6 @@ import typer
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.model.loader import resolve_device
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.certification import TOLERANCE
 from tests.benchmarks import saturation
 from tests.benchmarks.aims import WAITING, aims
 from tests.benchmarks.saturation import Saturated, saturate
@@ -287,7 +286,7 @@ def main(
         )
     if saturated:
         typer.echo(saturation.show(saturated))
-    verdicts = aims(model, rows, saturated, TOLERANCE[pipeline.dtype]) if on_cuda else []
+    verdicts = aims(model, rows, saturated) if on_cuda else []
     for aim in verdicts:
         typer.echo(f"{aim.text}: {aim.verdict}")
     if output is not None:

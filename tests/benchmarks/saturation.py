@@ -1,13 +1,10 @@
 """Many requests of one kind at once: speed and images, compared with one at a time."""
 
-import math
 import time
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.certification import largest_difference
+from serve_app.engine.startup.comparison import largest_difference, psnr_db
 from tests.benchmarks.ways import Arrival, Kind, Way
 
 WARM_UP_STEPS = 2
@@ -35,12 +32,6 @@ class Saturated:
         return self.engine_images_per_s / self.alone_images_per_s
 
 
-def psnr(one: Tensor, two: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in decibels of images in [0, 1]; 120 if equal."""
-    error = float((one.double() - two.double()).square().mean())
-    return -10 * math.log10(max(error, 1e-12))
-
-
 def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> Saturated:
     """Measure ``waiting`` requests at once; ``serve`` must keep the images.
 
@@ -64,7 +55,7 @@ def saturate(pipeline: LoadedPipeline, serve: Way, kind: Kind, waiting: int) -> 
         alone_images_per_s=waiting / solo_s,
         engine_images_per_s=waiting / max(latencies),
         efficiency=served.report.efficiency,
-        psnr_db=min(psnr(*pair) for pair in zip(alone, together, strict=True)),
+        psnr_db=min(psnr_db(*pair) for pair in zip(alone, together, strict=True)),
         difference=largest_difference(alone, together),
     )
 

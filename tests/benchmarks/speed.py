@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from serve_app.config.models import ModelConfig, SpeedConfig
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import compiled, compiling
+from serve_app.engine.startup.comparison import psnr_db
 from serve_app.engine.timer import wait_for_device
 from serve_app.errors import DiffusionServeError
 from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.engine import hardware
-from tests.benchmarks.saturation import psnr
 
 BATCHES = (1, 8)
 
@@ -157,7 +157,7 @@ def measure(option: str, subject: Subject, baseline: Subject, repeats: int) -> R
         without_s={batch: statistics.median(values[1:]) for batch, values in without_s.items()},
         ratio={batch: statistics.median(values) for batch, values in ratios.items()},
         largest_difference=float((subject.image - baseline.image).abs().max()),
-        psnr_db=psnr(subject.image, baseline.image),
+        psnr_db=psnr_db(subject.image, baseline.image),
         denoiser_mib=subject.denoiser_mib,
         device_mib=subject.device_mib,
     )

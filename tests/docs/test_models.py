@@ -9,8 +9,7 @@ import yaml
 from diffusers import DiffusionPipeline
 
 from serve_app.engine.model.inspection import pipelines_by_task
-from tests import tiny_pipelines
-from tests.engine import test_other_pipelines
+from tests import more_pipelines, tiny_pipelines
 from tests.test_full_size import PUBLISHED
 from tools.docs.models import family_table, model_table, read_models
 
@@ -28,7 +27,7 @@ def _family(entry: dict[str, Any]) -> DiffusionPipeline:
 def test_the_table_lists_exactly_the_tested_families() -> None:
     """Other tests assert that each is certified like this: families and certified ones batch."""
     batched = {one.__name__ for one in tiny_pipelines.FAMILIES.values()}
-    batched |= {build.__name__ for build, *_ in test_other_pipelines.CERTIFIED.values()}
+    batched |= {build.__name__ for build, *_ in more_pipelines.CERTIFIED.values()}
     proven = dict.fromkeys(batched, "batched") | SPECIAL
     listed = {one["builder"].split(":")[1]: one["sharing"] for one in read_models()["families"]}
     assert listed == proven

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.startup import certification
+from serve_app.engine.startup import comparison
 from serve_app.errors import (
     Overloaded,
     Unavailable,
@@ -37,7 +37,7 @@ def result_of(events: list[Event]) -> GenerationResult:
 def largest_difference(results: list[GenerationResult], alone: list[torch.Tensor]) -> float:
     """Over all pixels, in [0, 1]; ``alone`` holds results of `LoadedPipeline.generate`."""
     images = [image[0] for image in alone]
-    return certification.largest_difference([result.pixels for result in results], images)
+    return comparison.largest_difference([result.pixels for result in results], images)
 
 
 def has_stopped(engine: Engine) -> bool:

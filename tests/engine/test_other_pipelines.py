@@ -4,131 +4,34 @@ docs/models.md describes these cases.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from diffusers import (
-    AutoencoderKLWan,
-    ChromaPipeline,
-    ChromaTransformer2DModel,
     ControlNetModel,
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     FluxFillPipeline,
-    FluxKontextPipeline,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
-    WanPipeline,
-    WanTransformer3DModel,
 )
+from PIL import Image
 
 from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.errors import ModelLoadError
+from serve_app.engine.startup.comparison import largest_difference
+from serve_app.errors import InvalidRequest, ModelLoadError
+from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams
-from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
+from tests.conftest import FIFO
+from tests.more_pipelines import CERTIFIED, FEW_TOKENS, kontext
 from tests.tiny_pipelines import flux, stable_diffusion
-
-FEW_TOKENS = {"max_sequence_length": 16}
 
 
 def _engine(pipeline: DiffusionPipeline, call_kwargs: dict[str, Any]) -> Engine:
     model = ModelConfig(id="m", device="cpu", default_size_px=(32, 32), call_kwargs=call_kwargs)
     return Engine(LoadedPipeline(pipeline, model), model)
-
-
-def lcm() -> DiffusionPipeline:
-    """Build a latent consistency model: the guidance is an input of the denoiser."""
-    parts = stable_diffusion().components
-    parts |= {
-        "unet": unet(CLIP_DIM, time_cond_proj_dim=8),
-        "scheduler": LCMScheduler(beta_schedule="scaled_linear"),
-    }
-    pipeline = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
-    draw_weights(pipeline)
-    return pipeline
-
-
-def chroma() -> DiffusionPipeline:
-    """Build Chroma: Flux without CLIP."""
-    tokenizer, text_encoder = t5()
-    parts = flux()
-    pipeline = ChromaPipeline(
-        scheduler=parts.scheduler,
-        vae=parts.vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        transformer=ChromaTransformer2DModel(
-            in_channels=4 * LATENT_CHANNELS,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=T5_DIM,
-            axes_dims_rope=(4, 4, 8),
-            approximator_num_channels=8,
-            approximator_hidden_dim=16,
-            approximator_layers=1,
-        ),
-    )
-    draw_weights(pipeline)
-    return pipeline
-
-
-def kontext() -> DiffusionPipeline:
-    """Build FLUX.1 Kontext, which edits an image that is a second input of its transformer."""
-    return FluxKontextPipeline(**flux().components)
-
-
-def wan() -> DiffusionPipeline:
-    """Build Wan, a family for videos."""
-    tokenizer, text_encoder = t5()
-    pipeline = WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=AutoencoderKLWan(
-            base_dim=8,
-            z_dim=LATENT_CHANNELS,
-            dim_mult=[1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True],
-            latents_mean=[0.0] * LATENT_CHANNELS,
-            latents_std=[1.0] * LATENT_CHANNELS,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=WanTransformer3DModel(
-            patch_size=(1, 2, 2),
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=LATENT_CHANNELS,
-            out_channels=LATENT_CHANNELS,
-            text_dim=T5_DIM,
-            freq_dim=16,
-            ffn_dim=16,
-            num_layers=1,
-            cross_attn_norm=True,
-            rope_max_seq_len=64,
-        ),
-    )
-    draw_weights(pipeline)
-    return pipeline
-
-
-CERTIFIED: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], set[str]]] = {
-    "lcm": (lcm, {}, {"text-to-image", "image-to-image"}),
-    "chroma": (chroma, FEW_TOKENS, {"text-to-image"}),
-    "flux-kontext": (
-        kontext,
-        # Kontext rescales every image to ``max_area``, here to the default size.
-        FEW_TOKENS | {"max_area": 32 * 32, "_auto_resize": False},
-        {"text-to-image", "image-to-image"},
-    ),
-    "wan": (wan, FEW_TOKENS | {"num_frames": 5}, {"text-to-image"}),
-}
-"""The builder, the call arguments and the tasks of pipelines that are certified as batched."""
 
 
 @pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
@@ -141,6 +44,34 @@ def test_other_families_are_certified(name: str) -> None:
         result = engine.generate(GenerationParams("a red circle", 1, num_inference_steps=2))
     # Of a video, only the first frame is returned.
     assert result.pixels.ndim == 3
+
+
+@pytest.mark.parametrize("name", ["wan", "anyflow"])
+def test_videos_that_decode_side_by_side_equal_separate_ones(name: str) -> None:
+    """A decoder that keeps frames in a cache must keep them for each request."""
+    build, call_kwargs, _ = CERTIFIED[name]
+    model = ModelConfig(id="m", device="cpu", default_size_px=(16, 16), call_kwargs=call_kwargs)
+    pipeline = LoadedPipeline(build(), model)
+    requests = [
+        GenerationParams("a red circle", seed, None, 16, 16, steps, guidance)
+        for seed, steps, guidance in ((1, 3, 2.0), (2, 5, 3.5), (3, 4, 5.0))
+    ]
+    separate = [pipeline.generate(params)[0] for params in requests]
+    with Engine(pipeline, model, FIFO) as engine:
+        assert engine.info.sharing == "batched", engine.info.sharing_note
+        ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(separate, together) <= 1e-5
+
+
+def test_kontext_rejects_a_strength() -> None:
+    """The steps would be counted by it, and the image would be the same."""
+    image = Image.new("RGB", (32, 32), "red")
+    with _engine(kontext(), CERTIFIED["flux-kontext"][1]) as engine:
+        params = GenerationParams("a", 1, num_inference_steps=1, image=image)
+        assert engine.generate(params).pixels.shape == (3, 32, 32)
+        with pytest.raises(InvalidRequest, match="does not support strength"):
+            engine.generate(replace(params, strength=1.0))
 
 
 def test_kontext_ignores_the_size_of_the_request() -> None:

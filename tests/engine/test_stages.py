@@ -10,7 +10,7 @@ from torch import nn
 from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.certification import largest_difference
+from serve_app.engine.startup.comparison import largest_difference
 from serve_app.errors import GenerationFailed
 from serve_app.protocol.events import Completed, Event, Failed, Progress
 from serve_app.protocol.params import GenerationParams

@@ -46,6 +46,7 @@ INFO = ModelInfo(
     partial_loras={"ink": "2 of its 4 tensors are used"},
     sharing="batched",
     sharing_difference=1e-6,
+    sharing_psnr_db=130.0,
     sharing_note="",
     limits=LIMITS,
 )
@@ -67,6 +68,8 @@ class FakeBackend:
         """Reported timings."""
         self.file_s = 0.5
         """Reported duration of encoding the file."""
+        self.size_px: tuple[int, int] | None = None
+        """Size of the images; ``None`` for the requested one."""
         self.cancelled = 0
         self.slow_seed: int | None = None
         """Seed of the request that never ends."""
@@ -92,7 +95,7 @@ class FakeBackend:
             if self.error is not None:
                 raise self.error
             yield Queued(0, 1.5)
-            image = Image.new("RGB", (params.width, params.height), "red")
+            image = Image.new("RGB", self.size_px or (params.width, params.height), "red")
             for index, step in enumerate(params.preview_steps):
                 if progress:
                     yield Progress(step, params.steps_to_run, 0.5)

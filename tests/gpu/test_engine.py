@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ from torch import Tensor
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.certification import TOLERANCE, largest_difference
+from serve_app.engine.startup.comparison import largest_difference, psnr_db
 from serve_app.protocol.events import Completed, Event, Failed, Progress
 from serve_app.protocol.params import GenerationParams
-from tests.benchmarks.saturation import psnr
 from tests.conftest import FIFO
 from tests.engine.startup.starts import NEW, reported_reuse
 from tests.full_size import MODELS
@@ -32,7 +32,11 @@ pytestmark = [
 
 DEVICE = torch.device("cuda")
 
-DIFFERENCE = TOLERANCE[torch.bfloat16]
+APART_DB = 10.0
+"""Least distance in decibels: an image is so much nearer to itself than to one of another seed.
+
+In bfloat16 the choice of kernels moves pixels visibly, so images have no tolerance of their own.
+"""
 
 FLAT_BYTES = 2**20
 """Limit for growth: less than the latents of the requests in between."""
@@ -97,13 +101,17 @@ def test_four_requests_together_give_the_images_of_separate_ones(
         together = generate(engine, requests)
         batch = engine.stats().mean_batch_size
     difference = largest_difference(separate, together)
-    worst = min(psnr(*pair) for pair in zip(separate, together, strict=True))
+    worst = min(psnr_db(*pair) for pair in zip(separate, together, strict=True))
+    others = max(psnr_db(*pair) for pair in pairwise(separate))
+    deviation = engine.certificate.deviation
+    assert deviation is not None
     report(
         f"{torch.cuda.get_device_name()}, {model.id} at {side}x{side}: {batch:.1f} requests per "
-        f"call, PSNR {worst:.1f} dB and largest difference {difference:.2g} to separate ones"
+        f"call, PSNR {worst:.1f} dB and largest difference {difference:.2g} to separate ones; "
+        f"neighbours {deviation.neighbours:.1e}, alone or merged {deviation.batching:.1e}"
     )
     assert batch > 1.5
-    assert difference <= DIFFERENCE
+    assert worst > others + APART_DB
 
 
 @only_sd15
@@ -115,8 +123,8 @@ def test_a_seed_generates_the_same_image_in_any_batch(full: Full) -> None:
         [again] = generate(engine, [first])
         batched, *_ = generate(engine, [first, *others])
         [other] = generate(engine, [replace(first, seed=99)])
-    assert largest_difference([once, once], [again, batched]) <= DIFFERENCE
-    assert largest_difference([once], [other]) > DIFFERENCE
+    assert torch.equal(once, again)
+    assert psnr_db(once, batched) > psnr_db(once, other) + APART_DB
 
 
 @only_sd15
@@ -193,7 +201,8 @@ def test_fewer_requests_run_at_a_time_if_memory_runs_out(
         torch.cuda.empty_cache()
     assert "OutOfMemoryError" in caplog.text
     separate = [pipeline.generate(params)[0].cpu() for params in requests[:4]]
-    assert largest_difference(separate, images[:4]) <= DIFFERENCE
+    worst = min(psnr_db(*pair) for pair in zip(separate, images[:4], strict=True))
+    assert worst > max(psnr_db(*pair) for pair in pairwise(separate)) + APART_DB
 
 
 def test_weights_read_to_the_gpu_equal_weights_moved_there(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ tensors; this module knows no pipeline and no request.
 
 import functools
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import NoneType
@@ -241,6 +241,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for _, item in _items(value):
             yield from tensors(item)
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of an argument or an output, with ``change`` of each of its tensors."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict | list | tuple):
+        return _rebuild(value, [map_tensors(change, item) for _, item in _items(value)])
+    return value
 
 
 def first_batched(axis: Axis, value: Any) -> Tensor | None:

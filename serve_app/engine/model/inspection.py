@@ -88,9 +88,10 @@ def _accepted(pipeline: DiffusionPipeline, multiple: int) -> int:
 def longest_side(pipeline: DiffusionPipeline) -> int | None:
     """Return the longest side in pixels that the denoisers have positions for, if it is bounded."""
     cell = int(getattr(pipeline, "vae_scale_factor", 8))
-    sides = []
-    for denoiser in denoisers_of(pipeline).values():
-        embedding = getattr(denoiser, "pos_embed", None)
+    sides: list[int] = []
+    denoisers: Mapping[str, Any] = denoisers_of(pipeline)
+    for denoiser in denoisers.values():
+        embedding: Any = getattr(denoiser, "pos_embed", None)
         if getattr(embedding, "pos_embed_max_size", None) is not None:
             positions: int = embedding.pos_embed.shape[1]
             sides.append(math.isqrt(positions) * denoiser.config.patch_size * cell)
@@ -131,10 +132,18 @@ def guided_by_true_cfg(pipeline: DiffusionPipeline) -> bool:
     )
 
 
+def _reads_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Return True if the guidance is an input of the denoiser, as in latent consistency models."""
+    return any(
+        getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+        for denoiser in denoisers_of(pipeline).values()
+    )
+
+
 def takes_negative_prompt(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> bool:
     """Return True if a negative prompt changes the image."""
     parameters = call_parameters(pipeline)
-    if "negative_prompt" not in parameters:
+    if "negative_prompt" not in parameters or _reads_guidance(pipeline):
         return False
     if "true_cfg_scale" not in parameters or guided_by_true_cfg(pipeline):
         return True

@@ -38,6 +38,7 @@ from serve_app.engine.model.noise_schedulers import (
     new_noise_scheduler,
 )
 from serve_app.engine.model.prompt_cache import PromptCache
+from serve_app.engine.model.unused_fields import unused_fields
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import GenerationParams, fitted
 
@@ -75,6 +76,7 @@ class LoadedPipeline:
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
         self.sites = find_sites(pipeline)
+        self._vaes = tuple(name for name in networks if name not in self.sites)
         self._stateful = inspection.stateful_components(pipeline)
         self.size_multiple = inspection.size_multiple(pipeline)
         self.longest_side_px = inspection.longest_side(pipeline)
@@ -84,6 +86,7 @@ class LoadedPipeline:
         self.fewest_steps = {name: fewest_steps(name, pipeline) for name in self.noise_schedulers}
         self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
         self._true_cfg = inspection.guided_by_true_cfg(pipeline)
+        self._scale_name = "true_cfg_scale" if self._true_cfg else "guidance_scale"
         self.takes_negative_prompt = inspection.takes_negative_prompt(pipeline, config.call_kwargs)
 
     @classmethod
@@ -130,11 +133,16 @@ class LoadedPipeline:
     def read_prompt(self, params: GenerationParams) -> tuple[int, tuple[str, ...]]:
         """Return the number of tokens that the model reads of the prompt, and warnings.
 
-        The number is 0 if unknown. A warning names each prompt that the model cuts off.
+        The number is 0 if unknown. A warning names each prompt that the model cuts off, and each
+        field without effect.
         """
+        configured = dict(self._config.call_kwargs)
+        if self._config.default_guidance_scale is not None:
+            configured[self._scale_name] = self._config.default_guidance_scale
+        unused = unused_fields(params, self.pipelines[params.task], self._scale_name, configured)
         tokenizer, limit = self._tokenizer
         if tokenizer is None:
-            return 0, ()
+            return 0, unused
         counts = {
             # Without ``verbose=False``, the tokenizer warns on stderr as well.
             name: len(tokenizer(getattr(params, name) or "", verbose=False).input_ids)
@@ -145,7 +153,7 @@ class LoadedPipeline:
             for name, tokens in counts.items()
             if tokens > limit
         )
-        return min(counts["prompt"], limit), warnings
+        return min(counts["prompt"], limit), (*warnings, *unused)
 
     def generate(
         self,
@@ -187,6 +195,8 @@ class LoadedPipeline:
             # Not by setattr, which writes to the config that all copies share. Not by from_config
             # either: pipelines correct old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
+        for name in self._vaes:
+            vars(pipeline)[name] = copy.copy(getattr(pipeline, name))
         if params.noise_scheduler is not None:
             vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
         return pipeline
@@ -207,7 +217,7 @@ class LoadedPipeline:
             "width": params.width,
             "height": params.height,
             "num_inference_steps": params.num_inference_steps,
-            "true_cfg_scale" if self._true_cfg else "guidance_scale": guidance,
+            self._scale_name: guidance,
         }
         if params.image is not None:
             assert params.width is not None

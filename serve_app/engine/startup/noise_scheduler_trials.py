@@ -28,7 +28,8 @@ from serve_app.engine.startup.perfect_denoiser import (
     Shares,
     TrainedNoise,
 )
-from serve_app.protocol.params import OWN_SCHEDULER, GenerationParams, Task, probe
+from serve_app.protocol.noise_schedulers import OWN_SCHEDULER
+from serve_app.protocol.params import GenerationParams, Task, probe
 
 logger = logging.getLogger(__name__)
 

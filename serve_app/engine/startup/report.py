@@ -50,6 +50,7 @@ def describe_model(
         partial_loras=pipeline.adapters.partial,
         sharing=certificate.sharing,
         sharing_difference=certificate.difference,
+        sharing_psnr_db=certificate.psnr_db,
         sharing_note=certificate.note,
         limits=limits,
     )
@@ -90,7 +91,12 @@ def report_start(
 def _log_sharing(info: ModelInfo, batching_wanted: bool) -> None:
     name = f"{info.id} ({info.pipeline})"
     if info.sharing == "batched":
-        logger.info("model %s: batching=on, largest difference %.2g", name, info.sharing_difference)
+        logger.info(
+            "model %s: batching=on, images differ from separate ones by %.2g (PSNR %.0f dB)",
+            name,
+            info.sharing_difference,
+            info.sharing_psnr_db,
+        )
         return
     logger.log(
         logging.WARNING if batching_wanted else logging.INFO,

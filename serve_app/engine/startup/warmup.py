@@ -70,13 +70,15 @@ def warm_up(
         start.ended("certify")
         trials = try_noise_schedulers(pipeline, rendezvous, certificate.tasks)
         start.ended("schedulers")
+    if certificate.sharing == "batched":  # larger batches did not fit into memory
+        cost.max_batch_size = min(cost.max_batch_size, certificate.batch_size)
 
     def measured(size: Size, max_batch_size: int) -> Measurement:
         return measure(pipeline, rendezvous, certificate.specs, size, max_batch_size)
 
     missing = [size for size in config.warmup_sizes_px if size not in cost.caps]
     for size in missing:
-        cost.measured(size, measured(size, config.max_batch_size))
+        cost.measured(size, measured(size, cost.max_batch_size))
         logger.info("size %dx%d: batches up to %d are worthwhile", *size, cost.caps[size])
     single = not cost.call_s and config.max_running > 1
     if single:  # single calls, so that the first requests have a deadline
@@ -115,8 +117,8 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
-        return Certificate("sequential", {}, None, "max_running is 1", pipeline.tasks), None
-    certificate = certify(pipeline, rendezvous)
+        return Certificate("sequential", {}, "max_running is 1", pipeline.tasks), None
+    certificate = certify(pipeline, rendezvous, config.max_batch_size)
     start.ended("certify")
     previews = None
     try:

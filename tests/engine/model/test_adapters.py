@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.certification import largest_difference
+from serve_app.engine.startup.comparison import largest_difference
 from serve_app.errors import LoraNotFound, ModelLoadError
 from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams

@@ -33,11 +33,11 @@ from serve_app.engine.model.speed import (
     speed_up,
     take_turns,
 )
-from serve_app.engine.startup.certification import certify, largest_difference
+from serve_app.engine.startup.certification import certify
+from serve_app.engine.startup.comparison import largest_difference, psnr_db
 from serve_app.errors import ConfigError
 from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams
-from tests.benchmarks.saturation import psnr
 from tests.benchmarks.speed import weight_bytes
 from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
 
@@ -100,9 +100,9 @@ def test_eight_bits_generate_nearly_the_same_with_smaller_weights(
     image = pipeline.generate(PARAMS)
     report(
         f"{kind}: denoiser {before / 2**20:.1f} -> {after / 2**20:.1f} MiB, largest difference "
-        f"{float((image - plain_image).abs().max()):.2g}, PSNR {psnr(image, plain_image):.1f} dB"
+        f"{float((image - plain_image).abs().max()):.2g}, PSNR {psnr_db(image, plain_image):.1f} dB"
     )
-    assert psnr(image, plain_image) > least_db
+    assert psnr_db(image, plain_image) > least_db
 
 
 def _linears(network: nn.Module) -> list[nn.Linear]:

@@ -13,7 +13,8 @@ from torch import nn
 from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.certification import Certificate, largest_difference
+from serve_app.engine.startup.certification import Certificate
+from serve_app.engine.startup.comparison import largest_difference
 from serve_app.engine.startup.profile import Profile
 from serve_app.engine.startup.warmup import startup_fingerprint
 from serve_app.errors import ConfigError
@@ -147,7 +148,7 @@ def test_a_new_size_is_measured_and_the_others_reused(profile: Path) -> None:
 def test_an_interleaved_certificate_is_reused(
     tmp_path: Path, log: pytest.LogCaptureFixture
 ) -> None:
-    certificate = Certificate("interleaved", {}, 0.25, "rows mix", ("text-to-image",))
+    certificate = Certificate("interleaved", {}, "rows mix", ("text-to-image",))
     pipeline, path = tiny(), tmp_path / "profile.json"
     content = {
         "certificate": certificate.to_json(),
@@ -159,7 +160,6 @@ def test_an_interleaved_certificate_is_reused(
     with Engine(pipeline, TINY, config(path)) as engine:
         assert reported_reuse(log.messages) == "certification reused, and caps of 0 of 2 sizes"
         assert engine.info.sharing == "interleaved"
-        assert engine.info.sharing_difference == 0.25
         assert engine.info.sharing_note == "rows mix"
         assert engine.info.tasks == ("text-to-image",)
         for request in requests():

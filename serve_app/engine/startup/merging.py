@@ -1,0 +1,258 @@
+"""The check of merged calls: no row depends on its neighbours, and each is what it is alone.
+
+Whole images cannot show this. In bfloat16 they differ visibly by the choice of kernels alone, and
+a tolerance that allows for it would hide rows that mix. Single calls can: a row beside other
+neighbours, in a batch of the same shapes, runs through the same kernels. So it must be the same
+bit for bit.
+"""
+
+import itertools
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+
+from serve_app.engine.batching.axis import NotMergeable
+from serve_app.engine.batching.batch import BatchSpec, MergeableCall
+from serve_app.engine.batching.rendezvous import Rendezvous
+from serve_app.engine.device import free_memory
+from serve_app.engine.startup.comparison import is_constant, relative_l2
+from serve_app.engine.startup.runs import RecordedCall, Recording
+
+ROUNDING = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Largest relative L2 distance, between a call alone and merged, that rounding explains.
+
+A GPU picks other kernels for other batch sizes, and these add in another order.
+"""
+
+
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """Return the largest relative L2 distance that rounding explains on this device.
+
+    A GPU may round the inputs of float32 kernels to TF32, which has as many bits as float16.
+    """
+    tf32 = torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32
+    if dtype == torch.float32 and device.type == "cuda" and tf32:
+        return ROUNDING[torch.float16]
+    return ROUNDING.get(dtype, ROUNDING[torch.float32])
+
+
+MOST_POSITIONS = 4
+"""Positions along the trajectory at which pairs of requests are merged."""
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """The largest deviations of the rows of merged calls, as relative L2 distances."""
+
+    neighbours: float = 0.0
+    """Between a row and the same row with other neighbours; 0 if always bit-equal."""
+    repetition: float = 0.0
+    """Between two runs of the same merged call; 0 for deterministic kernels."""
+    batching: float = 0.0
+    """Between a call alone and its row in a merged call."""
+    batch_size: int = 1
+    """Largest number of merged calls that fitted into memory."""
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Deviation":
+        """Read the result of ``dataclasses.asdict``.
+
+        Raises:
+            ValueError, TypeError: ``value`` is not such a result.
+        """
+        found = cls(**value)
+        numbers = (found.neighbours, found.repetition, found.batching)
+        if not all(isinstance(number, float) for number in numbers):
+            raise TypeError(f"deviations of {numbers}")
+        if not isinstance(found.batch_size, int) or found.batch_size < 1:
+            raise ValueError(f"a batch size of {found.batch_size!r}")
+        return found
+
+    def __or__(self, other: "Deviation") -> "Deviation":
+        return Deviation(
+            _larger(self.neighbours, other.neighbours),
+            _larger(self.repetition, other.repetition),
+            _larger(self.batching, other.batching),
+            max(self.batch_size, other.batch_size),
+        )
+
+    def reason(self, tolerance: float) -> str:
+        """Return why calls must not be merged; an empty text if they may."""
+        if not self.neighbours <= 2 * self.repetition:  # NaN fails as well
+            return f"a row depends on its neighbours: it changes by {self.neighbours:.2g}"
+        if not self.batching <= tolerance:
+            return (
+                f"a merged call differs from a single one by {self.batching:.2g}, more than "
+                f"{tolerance:.2g}"
+            )
+        return ""
+
+
+def _larger(one: float, two: float) -> float:
+    """Return the larger number, or NaN if one of them is."""
+    return two if two > one or two != two else one
+
+
+@dataclass(frozen=True)
+class _Single:
+    """A call of one request alone, ready to be merged."""
+
+    request: int
+    call: MergeableCall
+    recorded: RecordedCall
+
+
+class MergingCheck:
+    """Merges recorded calls of different requests, and compares the rows."""
+
+    def __init__(self, rendezvous: Rendezvous, specs: Mapping[str, BatchSpec]) -> None:
+        self._rendezvous = rendezvous
+        self._specs = specs
+
+    def compare(self, recordings: Sequence[Recording], max_batch_size: int = 2) -> Deviation:
+        """Merge pairs of calls along the trajectory, and once 4, 8, … ``max_batch_size`` calls.
+
+        A single recording is merged with itself.
+
+        Raises:
+            NotMergeable: the calls of a denoiser never fit together, or prove nothing.
+            torch.OutOfMemoryError: two calls do not fit into memory.
+            Exception: what the network raises for merged calls.
+        """
+        found = Deviation()
+        fewest = min(2, len(recordings))
+        groups = [
+            group
+            for group in self._groups(recordings).values()
+            if len({single.request for single in group}) >= fewest
+        ]
+        for site in self._specs:
+            of_site = [group for group in groups if group[0].call.call.site == site]
+            if not of_site:
+                raise NotMergeable(f"no two calls of {site} from different requests fit together")
+            for group in of_site:
+                found |= self._compare_group(group)
+            # Large batches are slow, so they are merged once.
+            found |= self._compare_sizes(max(of_site, key=len), max_batch_size)
+        return found
+
+    def _groups(self, recordings: Sequence[Recording]) -> dict[Hashable, list[_Single]]:
+        """Return the calls by the key of their merge, in the order of the steps."""
+        found: dict[Hashable, list[_Single]] = {}
+        rows = itertools.zip_longest(*(recording.calls for recording in recordings))
+        for row in rows:
+            for request, recorded in enumerate(row):
+                if recorded is None or recorded.call.site not in self._specs:
+                    continue
+                if is_constant(recorded.output):
+                    raise NotMergeable(
+                        f"the output of {recorded.call.site} is constant, which proves nothing"
+                    )
+                call = self._specs[recorded.call.site].prepare(recorded.call)
+                found.setdefault(call.key, []).append(_Single(request, call, recorded))
+        return found
+
+    def _compare_group(self, group: list[_Single]) -> Deviation:
+        """Merge pairs of requests, and all requests where they differ in rows."""
+        found = Deviation()
+        by_length = _by_length(group)
+        for alike in by_length.values():
+            for pair in _pairs(alike):
+                found |= self._compare_rows(pair, range(len(pair)))
+        if len(by_length) > 1:
+            mixed = [alike[-1] for alike in by_length.values()]
+            found |= self._compare_rows(mixed) | self._compare_rows(mixed[::-1])
+        return found
+
+    def _compare_sizes(self, group: list[_Single], max_batch_size: int) -> Deviation:
+        """Merge calls in batches of 4, 8 and so on, until memory runs out."""
+        found = Deviation()
+        alike = max(_by_length(group).values(), key=len)
+        for size in _sizes(max_batch_size):
+            batch = list(itertools.islice(itertools.cycle(alike), size))
+            try:
+                found |= self._compare_rows(batch, [size - 1])
+            except torch.OutOfMemoryError:
+                free_memory()
+                break
+        return found
+
+    def _compare_rows(self, batch: Sequence[_Single], controlled: Sequence[int] = ()) -> Deviation:
+        """Merge a batch, and compare each row with its call alone.
+
+        Also compare the rows at the positions ``controlled`` with those of a batch that has nothing
+        but copies of the same call.
+        """
+        merged = self._merged(batch)
+        found = Deviation(batch_size=len(batch))
+        for single, output in zip(batch, merged, strict=True):
+            found |= Deviation(batching=relative_l2(single.recorded.output, output))
+        for position in controlled:
+            copies = [batch[position]] * len(batch)
+            control = self._merged(copies)
+            for index, single in enumerate(batch):
+                if single is batch[position]:
+                    found |= self._compare_neighbours(copies, index, control[index], merged[index])
+        return found
+
+    def _compare_neighbours(
+        self, copies: Sequence[_Single], index: int, control: object, output: object
+    ) -> Deviation:
+        """Compare a row with the same one beside copies, and if they differ, that with itself."""
+        distance = relative_l2(control, output)
+        if distance == 0:
+            return Deviation()
+        repeated = [self._merged(copies)[index] for _ in range(2)]
+        return Deviation(distance, max(relative_l2(control, again) for again in repeated))
+
+    def _merged(self, batch: Sequence[_Single]) -> list[object]:
+        calls = [single.call for single in batch]
+        spec = self._specs[calls[0].call.site]
+        return spec.split(self._rendezvous.forward(spec.merge(calls)), calls)
+
+
+def _by_length(group: list[_Single]) -> dict[Fraction, list[_Single]]:
+    """Return the calls by their number of rows, which depends on guidance."""
+    lengths: dict[Fraction, list[_Single]] = {}
+    for single in group:
+        lengths.setdefault(single.call.length, []).append(single)
+    return lengths
+
+
+def _pairs(alike: Sequence[_Single]) -> Iterator[tuple[_Single, _Single]]:
+    """Yield pairs of calls along the trajectory, of two requests if there are two.
+
+    The request that comes first changes from pair to pair.
+    """
+    by_request: dict[int, list[_Single]] = {}
+    for single in alike:
+        by_request.setdefault(single.request, []).append(single)
+    if len(by_request) == 1:
+        steps = list(alike) * 2 if len(alike) == 1 else alike
+        yield from itertools.islice(itertools.pairwise(steps), MOST_POSITIONS)
+        return
+    calls = list(by_request.values())
+    for step in _spread(max(map(len, calls))):
+        one, two = calls[step % len(calls)], calls[(step + 1) % len(calls)]
+        # A request that has ended takes part with its last call.
+        yield one[min(step, len(one) - 1)], two[min(step, len(two) - 1)]
+
+
+def _spread(steps: int) -> Sequence[int]:
+    """Return at most `MOST_POSITIONS` positions, with the first and the last one."""
+    if steps <= MOST_POSITIONS:
+        return range(steps)
+    return [(steps - 1) * index // (MOST_POSITIONS - 1) for index in range(MOST_POSITIONS)]
+
+
+def _sizes(max_batch_size: int) -> Iterator[int]:
+    """Yield 4, 8, … and the largest batch size itself."""
+    size = 4
+    while size < max_batch_size:
+        yield size
+        size *= 2
+    if max_batch_size > 2:
+        yield max_batch_size

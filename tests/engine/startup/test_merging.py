@@ -1,0 +1,165 @@
+"""Right families are certified as batched, and spoilt ones are not, whatever the dtype.
+
+The figures are relative L2 distances: between a row and the same row with other neighbours, and
+between a call alone and merged.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+
+from serve_app.config.models import ModelConfig
+from serve_app.engine.batching.rendezvous import Rendezvous
+from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.startup.certification import Certificate, certify
+from serve_app.engine.startup.merging import Deviation
+from tests.more_pipelines import CERTIFIED
+from tests.spoilt_pipelines import SPOILT, spoil
+from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, animatediff, pag
+
+MAX_BATCH_SIZE = 16
+
+Family = tuple[Callable[[], DiffusionPipeline], dict[str, Any]]
+
+RIGHT: dict[str, Family] = {
+    **{name: (build, CALL_KWARGS.get(name, {})) for name, build in FAMILIES.items()},
+    **{name: (build, call_kwargs) for name, (build, call_kwargs, _) in CERTIFIED.items()},
+    "animatediff": (animatediff, {"num_frames": 3}),
+}
+
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+    pytest.param(torch.float16, marks=pytest.mark.slow),
+]
+
+ON_CPU = torch.device("cpu")
+
+
+def certificate_of(
+    pipeline: DiffusionPipeline, call_kwargs: dict[str, Any], max_batch_size: int = MAX_BATCH_SIZE
+) -> Certificate:
+    """Certify a pipeline that is on its device and has its dtype."""
+    model = ModelConfig.model_validate(
+        {
+            "id": "m",
+            "device": pipeline.device.type,
+            "default_size_px": (32, 32),
+            "call_kwargs": call_kwargs,
+        }
+    )
+    loaded = LoadedPipeline(pipeline, model)
+    rendezvous = Rendezvous(loaded.sites)
+    try:
+        with torch.no_grad():
+            return certify(loaded, rendezvous, max_batch_size)
+    finally:
+        rendezvous.close()
+
+
+def line_of(name: str, dtype: torch.dtype, certificate: Certificate) -> str:
+    """Return a line with the figures of a certificate."""
+    found = certificate.deviation
+    figures = (
+        "not merged"
+        if found is None
+        else f"neighbours {found.neighbours:.1e}, alone or merged {found.batching:.1e}"
+    )
+    return f"{name} in {str(dtype).removeprefix('torch.')}: {certificate.sharing}, {figures}"
+
+
+@pytest.mark.filterwarnings("ignore:.(FluxPosEmbed|upcast_vae). is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", RIGHT)
+def test_right_families_are_batched(
+    name: str, dtype: torch.dtype, report: Callable[[str], None]
+) -> None:
+    build, call_kwargs = RIGHT[name]
+    certificate = certificate_of(build().to(dtype), call_kwargs)
+    report(line_of(name, dtype, certificate))
+    assert certificate.sharing == "batched", certificate.note
+    assert certificate.deviation is not None
+    assert certificate.deviation.neighbours == 0
+    assert certificate.batch_size == MAX_BATCH_SIZE
+
+
+@pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["stable-diffusion", "flux"])
+@pytest.mark.parametrize("fault", SPOILT)
+def test_spoilt_families_are_not_batched(
+    fault: str, family: str, dtype: torch.dtype, report: Callable[[str], None]
+) -> None:
+    build, call_kwargs = RIGHT[family]
+    certificate = certificate_of(spoil(build().to(dtype), SPOILT[fault]), call_kwargs)
+    report(line_of(f"{family}, {fault}", dtype, certificate))
+    assert certificate.sharing == "interleaved"
+    assert certificate.note
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_perturbed_attention_is_sequential(
+    dtype: torch.dtype, report: Callable[[str], None]
+) -> None:
+    certificate = certificate_of(pag().to(dtype), {})
+    report(line_of("pag", dtype, certificate))
+    assert certificate.sharing == "sequential"
+
+
+def _noisy(share: float) -> Callable[..., Any]:
+    """Return a ``forward`` whose kernels add up in another order at each call."""
+
+    def forward(own: Callable[..., Any], arguments: dict[str, Any], _: int) -> Any:
+        (output,) = own(**arguments)
+        noise = 1e-6 * torch.randn(output.shape)
+        return (output * (1 + noise) + share * output.mean(0, keepdim=True),)
+
+    return forward
+
+
+@pytest.mark.parametrize(("share", "sharing"), [(0.0, "batched"), (0.01, "interleaved")])
+def test_kernels_that_are_not_deterministic_may_be_batched(share: float, sharing: str) -> None:
+    """Two runs of the same call differ, so rows may differ as much, and no more."""
+    pipeline = spoil(FAMILIES["stable-diffusion"](), _noisy(share))
+    certificate = certificate_of(pipeline, {})
+    assert certificate.sharing == sharing, certificate.note
+    assert certificate.deviation is not None
+    assert certificate.deviation.repetition > 0
+
+
+def test_memory_limits_the_certified_batch_size() -> None:
+    def forward(own: Callable[..., Any], arguments: dict[str, Any], rows: int) -> Any:
+        if arguments["sample"].shape[0] > 8 * rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(**arguments)
+
+    certificate = certificate_of(spoil(FAMILIES["stable-diffusion"](), forward), {})
+    assert certificate.sharing == "batched"
+    assert certificate.batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("deviation", "reason"),
+    [
+        (Deviation(), ""),
+        (Deviation(batching=9e-4), ""),
+        (Deviation(batching=2e-3), "a merged call differs"),
+        (Deviation(neighbours=1e-9), "a row depends on its neighbours"),
+        (Deviation(neighbours=1e-9, repetition=1e-9), ""),
+        (Deviation(neighbours=float("nan")), "a row depends on its neighbours"),
+        (Deviation(batching=float("nan")), "a merged call differs"),
+    ],
+)
+def test_the_criterion(deviation: Deviation, reason: str) -> None:
+    assert deviation.reason(1e-3).startswith(reason)
+    assert bool(deviation.reason(1e-3)) == bool(reason)
+
+
+@pytest.mark.parametrize("nan_first", [True, False])
+def test_the_larger_of_two_deviations_keeps_nan(nan_first: bool) -> None:
+    nan, number = Deviation(batching=float("nan")), Deviation(batching=1.0)
+    found = nan | number if nan_first else number | nan
+    assert found.batching != found.batching

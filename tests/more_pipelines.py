@@ -1,0 +1,149 @@
+"""Stock pipelines beyond `tests.tiny_pipelines.FAMILIES`, built in memory in the same way."""
+
+from collections.abc import Callable
+from typing import Any
+
+from diffusers import (
+    AnyFlowPipeline,
+    AnyFlowTransformer3DModel,
+    AutoencoderKLWan,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
+    DiffusionPipeline,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+
+from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
+from tests.tiny_pipelines import flux, stable_diffusion
+
+FEW_TOKENS = {"max_sequence_length": 16}
+
+
+def lcm() -> DiffusionPipeline:
+    """Build a latent consistency model: the guidance is an input of the denoiser."""
+    parts = stable_diffusion().components
+    parts |= {
+        "unet": unet(CLIP_DIM, time_cond_proj_dim=8),
+        "scheduler": LCMScheduler(beta_schedule="scaled_linear"),
+    }
+    pipeline = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
+    draw_weights(pipeline)
+    return pipeline
+
+
+def chroma() -> DiffusionPipeline:
+    """Build Chroma: Flux without CLIP."""
+    tokenizer, text_encoder = t5()
+    parts = flux()
+    pipeline = ChromaPipeline(
+        scheduler=parts.scheduler,
+        vae=parts.vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=ChromaTransformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=T5_DIM,
+            axes_dims_rope=(4, 4, 8),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def kontext() -> DiffusionPipeline:
+    """Build FLUX.1 Kontext, which edits an image that is a second input of its transformer."""
+    return FluxKontextPipeline(**flux().components)
+
+
+VIDEO_TRANSFORMER: dict[str, Any] = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": LATENT_CHANNELS,
+    "out_channels": LATENT_CHANNELS,
+    "text_dim": T5_DIM,
+    "freq_dim": 16,
+    "ffn_dim": 16,
+    "num_layers": 1,
+    "cross_attn_norm": True,
+    "rope_max_seq_len": 64,
+}
+
+
+def _video_vae() -> AutoencoderKLWan:
+    """Build a VAE that decodes one frame after another, and keeps the last ones in a cache."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def wan() -> DiffusionPipeline:
+    """Build Wan, a family for videos."""
+    tokenizer, text_encoder = t5()
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=_video_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=WanTransformer3DModel(**VIDEO_TRANSFORMER),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def anyflow() -> DiffusionPipeline:
+    """Build AnyFlow: Wan's parts, with the next timestep as a second input of the transformer."""
+    tokenizer, text_encoder = t5()
+    pipeline = AnyFlowPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=_video_vae(),
+        scheduler=FlowMapEulerDiscreteScheduler(),
+        transformer=AnyFlowTransformer3DModel(**VIDEO_TRANSFORMER),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def flux_schnell() -> DiffusionPipeline:
+    """Build a pipeline like FLUX.1 schnell: two calls of the transformer a step with guidance."""
+    return flux(guidance_embeds=False)
+
+
+CERTIFIED: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], set[str]]] = {
+    "lcm": (lcm, {}, {"text-to-image", "image-to-image"}),
+    "chroma": (chroma, FEW_TOKENS, {"text-to-image"}),
+    "flux-kontext": (
+        kontext,
+        # Kontext rescales every image to ``max_area``, here to the default size.
+        FEW_TOKENS | {"max_area": 32 * 32, "_auto_resize": False},
+        {"text-to-image", "image-to-image"},
+    ),
+    "flux-schnell": (
+        flux_schnell,
+        FEW_TOKENS,
+        {"text-to-image", "image-to-image", "inpainting"},
+    ),
+    "wan": (wan, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
+    "anyflow": (anyflow, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
+}
+"""The builder, the call arguments and the tasks of pipelines that are certified as batched."""
