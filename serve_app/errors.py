@@ -4,6 +4,7 @@
 
     DiffusionServeError                 500  internal_error
     ├── InvalidRequest                  400  invalid_value       names the field
+    │   ├── ContentPolicyViolation      400  content_policy_violation
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
     │   ├── BodyTooLarge                413  body_too_large
@@ -56,6 +57,12 @@ class InvalidRequest(DiffusionServeError):
     status = 400
     code = "invalid_value"
     type = "invalid_request_error"
+
+
+class ContentPolicyViolation(InvalidRequest):
+    """The safety checker flagged a generated image, and the configuration blocks such images."""
+
+    code = "content_policy_violation"
 
 
 class ModelNotFound(InvalidRequest):

@@ -86,6 +86,7 @@ def _encode_result(
         result.prompt_tokens,
         timings._replace(decode_s=timings.decode_s + copy_s),
         timeline,
+        safety=result.safety,
     )
 
 
@@ -109,7 +110,7 @@ class Generator:
         # Mostly imports, unless Ray started the process in advance.
         age_s = time.time() - psutil.Process().create_time()
         logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)
-        self._engine = Engine.load(config.model, config.engine)
+        self._engine = Engine.load(config.model, config.engine, config.gateway.safety)
 
     async def generate(
         self,

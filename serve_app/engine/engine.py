@@ -16,7 +16,7 @@ from types import TracebackType
 
 import torch
 
-from serve_app.config.models import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig, Safety
 from serve_app.engine.admission import AdmissionControl
 from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor
@@ -137,15 +137,20 @@ class Engine:
         self.metrics.watch(self.replica_load, self._count, memory_reader(pipeline.device))
 
     @classmethod
-    def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
+    def load(
+        cls, model: ModelConfig, config: EngineConfig | None = None, safety: Safety = "flag"
+    ) -> "Engine":
         """Load a model, start an engine for it, and return when it is ready.
+
+        ``safety`` is ``gateway.safety`` of a server: the treatment of images that the model's
+        safety checker flags.
 
         Raises:
             ModelLoadError: If the model does not exist, or cannot be loaded.
             ConfigError: If the device cannot be used, or a setting does not fit the model.
         """
         cold_start = ColdStart()
-        pipeline = LoadedPipeline.load(model)
+        pipeline = LoadedPipeline.load(model, safety)
         cold_start.ended("load")
         return cls(pipeline, model, config, cold_start=cold_start)
 
@@ -189,9 +194,8 @@ class Engine:
             self.cost,
             self.cold_start,
         )
-        self.info = describe_model(
-            self._model, self._config, self._pipeline, self.certificate, trials
-        )
+        found = self.certificate, trials
+        self.info = describe_model(self._model, self._config, self._pipeline, *found)
         self._executor.specs = self.certificate.specs
         self._predictor.batched = self.certificate.sharing == "batched"
         self._scheduler.max_running = (
@@ -319,6 +323,7 @@ class Engine:
         Raises:
             InvalidRequest: If a parameter is out of its range, or the model does not support it.
             Overloaded: If too much work waits, or the deadline cannot be met.
+            ContentPolicyViolation: If the safety checker flagged the image, and blocks.
             GenerationFailed: If the pipeline raised an exception.
             Unavailable: If the engine is closing or has stopped.
         """

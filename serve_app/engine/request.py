@@ -12,6 +12,7 @@ from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.scheduling.queue import QueueEntry
 from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
+from serve_app.protocol.safety import SafetyVerdict
 
 EventCallback = Callable[[Event], None]
 """Receives the events on the engine's thread: must be quick and must not raise."""
@@ -51,6 +52,7 @@ class Request:
     """Batch rows of its denoiser calls, relative to one image with guidance."""
     prompt_tokens: int = 0
     warnings: tuple[str, ...] = ()
+    safety: SafetyVerdict | None = None
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a denoiser call with others."""
     steps: list[Step] = field(default_factory=list)

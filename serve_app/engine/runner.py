@@ -25,7 +25,7 @@ from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.stats import EventLog, RequestEvent
-from serve_app.errors import DiffusionServeError, GenerationFailed
+from serve_app.errors import ContentPolicyViolation, DiffusionServeError, GenerationFailed
 from serve_app.protocol.events import (
     Completed,
     Event,
@@ -38,6 +38,10 @@ from serve_app.protocol.events import (
 )
 
 logger = logging.getLogger(__name__)
+
+NO_PREVIEWS = (
+    "no previews are sent: gateway.safety is 'block', and only finished images can be checked."
+)
 
 
 class Runner:
@@ -150,12 +154,16 @@ class Runner:
 
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
-        return self._pipeline.generate(
+        if previews_due and self._pipeline.safety.blocks:
+            previews_due.clear()
+            request.warnings += (NO_PREVIEWS,)
+        pixels, request.safety = self._pipeline.generate_checked(
             request.params,
             on_step,
             on_latents=on_latents if previews_due else None,
             prompt_cache=self._prompts,
-        )[0]
+        )
+        return pixels
 
     def _switch(self, request: Request, switch: Callable[[], None]) -> None:
         """Run the job up to where it parks or ends, then act on that."""
@@ -224,6 +232,7 @@ class Runner:
         now = time.perf_counter()
         took_s = now - request.accepted_at
         self._executor.when_timed(functools.partial(self._predictor.learn_from, request, took_s))
+        block = self._act_on_verdict(request)
         result = GenerationResult(
             params=request.params,
             pixels=pixels,
@@ -236,12 +245,30 @@ class Runner:
                 decode_s=now - request.denoised_at,
             ),
             ended_at=now,
+            safety=request.safety,
         )
         self._metrics.generated(request.size)
         if not request.entry.low_priority:
             in_time = now <= request.entry.deadline_at
             self._metrics.due(in_time, request.params.deadline_s is not None)
-        self._end(request, "completed", Completed(result))
+        if block is None:
+            self._end(request, "completed", Completed(result))
+        else:
+            self._end(request, "failed", Failed(block))
+
+    def _act_on_verdict(self, request: Request) -> ContentPolicyViolation | None:
+        """Note a flagged image in the warnings, or return the error that replaces it."""
+        if request.safety is None or not request.safety.flagged:
+            return None
+        self._metrics.flagged()
+        seed = request.params.seed
+        flagged = f"the safety checker flagged the image with seed {seed} as possibly unsafe."
+        if self._pipeline.safety.blocks:
+            return ContentPolicyViolation(
+                f"{flagged} This server does not return it: change the prompt, or the seed."
+            )
+        request.warnings += (flagged,)
+        return None
 
     def _end(
         self,

@@ -30,7 +30,7 @@ MOST_SHOWN = 100
 """Characters of a client's value that an error repeats."""
 
 _REASONS = {
-    400: "A field of the request is wrong. The message names it.",
+    400: "A field of the request is wrong, and the message names it. Or an image was blocked.",
     401: "The request has no API key, or an unknown one.",
     403: "A page of another web site sent the request to a server without API keys.",
     404: "The model, the LoRA adapter or the path does not exist.",

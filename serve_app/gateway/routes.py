@@ -253,6 +253,8 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         loras=list(info.loras),
         partial_loras=dict(info.partial_loras),
         max_loras=limits.max_loras,
+        safety=info.safety,
+        safety_checker=info.safety_checker,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,
         batching_psnr_db=info.sharing_psnr_db,

@@ -20,6 +20,7 @@ from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
     ImageOperation,
+    ImageSafety,
     ImagesResponse,
     InputTokensDetails,
     Usage,
@@ -166,7 +167,11 @@ class ImageService:
         return ImagesResponse(
             created=int(time.time()),
             data=[
-                ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
+                ImageData(
+                    b64_json=base64.b64encode(image.data).decode(),
+                    seed=image.seed,
+                    safety=ImageSafety.of(image.safety),
+                )
                 for image in images
             ],
             size=size_of(images[0]),

@@ -14,6 +14,7 @@ from serve_app.gateway.errors import problem_of
 from serve_app.gateway.schemas import (
     CompletedEvent,
     ErrorResponse,
+    ImageSafety,
     PartialImageEvent,
     ProgressEvent,
 )
@@ -120,6 +121,7 @@ def _event(
                 output_format=body.output_format,
                 usage=job.usage([event]),
                 seed=event.seed,
+                safety=ImageSafety.of(event.safety),
                 timings=job.record.complete(),
                 warnings=job.all_warnings([event]),
             )

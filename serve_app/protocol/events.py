@@ -11,6 +11,7 @@ from PIL import Image
 from serve_app.errors import DiffusionServeError
 from serve_app.protocol.inpainting import with_kept_part
 from serve_app.protocol.params import GenerationParams
+from serve_app.protocol.safety import SafetyVerdict
 
 if TYPE_CHECKING:  # the gateway reads some of these events without torch
     from torch import Tensor
@@ -42,7 +43,7 @@ class Progress:
     """Predicted seconds until the image is done; only after `Engine.locate`."""
 
 
-def _to_host(pixels: Tensor) -> Image.Image:
+def to_host(pixels: Tensor) -> Image.Image:
     """Copy pixels from the device to an image in RGB with 8 bits."""
     return Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
@@ -71,7 +72,7 @@ class Preview:
 
         The first access copies the pixels from the device: do not read it on the engine's thread.
         """
-        return _to_host(self.pixels)
+        return to_host(self.pixels)
 
 
 class GenerationTimings(NamedTuple):
@@ -102,7 +103,8 @@ class GenerationResult:
     """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device: the output of the
     pipeline. With a mask, only `image` has the kept part of the input image exactly."""
     warnings: tuple[str, ...]
-    """Parts of the request without effect, such as the end of a prompt that is too long."""
+    """Parts of the request without effect, such as the end of a prompt that is too long, and a
+    note if the safety checker flagged the image."""
     prompt_tokens: int
     """Tokens of the prompt that the model read; 0 if its tokenizer is unknown."""
     timings: GenerationTimings
@@ -110,6 +112,8 @@ class GenerationResult:
     ended_at: float
     """Time at the end of decoding, by ``time.perf_counter``. The device may still compute the
     pixels."""
+    safety: SafetyVerdict | None = None
+    """Verdict of the safety checker; ``None`` if nothing looked at the image."""
 
     @cached_property
     def image(self) -> Image.Image:
@@ -117,7 +121,7 @@ class GenerationResult:
 
         The first access copies the pixels from the device: do not read it on the engine's thread.
         """
-        return with_kept_part(_to_host(self.pixels), self.params)
+        return with_kept_part(to_host(self.pixels), self.params)
 
 
 class Step(NamedTuple):

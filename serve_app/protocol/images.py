@@ -7,6 +7,7 @@ from typing import Literal, get_args
 from PIL import Image
 
 from serve_app.protocol.events import GenerationTimings, Timeline
+from serve_app.protocol.safety import SafetyVerdict
 
 ImageFormat = Literal["png", "jpeg", "webp"]
 IMAGE_FORMATS: tuple[ImageFormat, ...] = get_args(ImageFormat)
@@ -63,3 +64,5 @@ class EncodedImage:
     """Timeline of a traced request."""
     age_s: float = 0.0
     """Seconds since the submission when it left the replica."""
+    safety: SafetyVerdict | None = None
+    """Verdict of the safety checker; ``None`` if nothing looked at the image."""

@@ -9,7 +9,7 @@ from typing import Literal
 from PIL import ImageOps
 from PIL.Image import Image
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.models import LimitsConfig, Safety
 from serve_app.errors import InvalidRequest, LoraNotFound
 from serve_app.protocol.noise_schedulers import check_noise_scheduler
 
@@ -76,6 +76,10 @@ class ModelInfo:
     """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig
     """Limits of one request."""
+    safety: Safety
+    """Treatment of images that the safety checker flags."""
+    safety_checker: bool
+    """True if a safety checker looks at every image."""
 
     @property
     def quality_steps(self) -> dict[str, int]:

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from serve_app.cli import cli
 from tests.cli.server import PROGRAM
+from tests.safety_checkers import FLAGS_EVERYTHING, save_with_checker
 from tools.demo_model.judge import read
 
 
@@ -77,3 +78,16 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     code, text = _infer("--prompt", "a cat", "--steps", "1", "--output", str(tmp_path / "x.png"))
     assert code == 2
     assert "cannot be written" in text
+
+
+def test_a_flagged_image_is_written_with_a_warning(tmp_path: Path) -> None:
+    save_with_checker(tmp_path / "model", FLAGS_EVERYTHING)
+    output = tmp_path / "x.png"
+    code, text = _infer(
+        "--prompt", "a red circle", "--model", str(tmp_path / "model"), "--steps", "2",
+        "--seed", "5", "--output", str(output),
+    )  # fmt: skip
+    assert code == 0, text
+    assert "warning: the safety checker flagged the image with seed 5" in text
+    with Image.open(output) as image:
+        assert image.getextrema() != ((0, 0),) * 3, "it is not black"

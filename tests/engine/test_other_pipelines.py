@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
@@ -26,6 +27,7 @@ from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
 from tests.more_pipelines import CERTIFIED, FEW_TOKENS, kontext
+from tests.tiny_ernie import ernie_image
 from tests.tiny_pipelines import flux, stable_diffusion
 
 
@@ -111,3 +113,17 @@ def test_a_pipeline_that_needs_an_image_is_rejected_at_the_start(
     """Every model must generate an image from a prompt alone."""
     with pytest.raises(ModelLoadError, match="cannot generate an image"):
         _engine(build(), call_kwargs)
+
+
+def test_a_pipeline_that_writes_prompts_anew_is_rejected() -> None:
+    """ERNIE-Image samples its own prompt, so that a seed does not give the same image again."""
+    with pytest.raises(ModelLoadError, match=r"writes each prompt anew.*use_pe .* to false"):
+        _engine(ernie_image(), {})
+    for pipeline, call_kwargs in ((ernie_image(), {"use_pe": False}), (ernie_image(False), {})):
+        with _engine(pipeline, call_kwargs) as engine:
+            assert engine.info.sharing == "batched"
+            one, two = (
+                engine.generate(GenerationParams("a cat", 1, num_inference_steps=2)).pixels
+                for _ in range(2)
+            )
+            assert torch.equal(one, two)

@@ -49,6 +49,8 @@ INFO = ModelInfo(
     sharing_psnr_db=130.0,
     sharing_note="",
     limits=LIMITS,
+    safety="flag",
+    safety_checker=False,
 )
 
 

@@ -8,12 +8,17 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from serve_app.engine.model.networks import denoisers_of, networks_of
+from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import Task
 
 _UNLIMITED = 10_000
 """Token limit from which on a tokenizer states none."""
+
+_ROUNDING = 1e-2
+"""Distance from the range of pixels that 16-bit types explain."""
 
 
 def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
@@ -96,6 +101,42 @@ def longest_side(pipeline: DiffusionPipeline) -> int | None:
             positions: int = embedding.pos_embed.shape[1]
             sides.append(math.isqrt(positions) * denoiser.config.patch_size * cell)
     return min(sides, default=None)
+
+
+def check_pixels(pipeline: str, pixels: object) -> None:
+    """Check that images are a tensor with values from 0 to 1. Waits for the device; NaN passes.
+
+    Raises:
+        ModelLoadError: they have another form, which the pipeline converts for Pillow only.
+    """
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ModelLoadError(
+            f"{pipeline} returns no tensor of images, although it was asked for one, so it cannot "
+            "be served. Use a model of another family."
+        )
+    least, most = float(pixels.min()), float(pixels.max())
+    if least < -_ROUNDING or most > 1 + _ROUNDING:
+        raise ModelLoadError(
+            f"{pipeline} returns pixels from {least:.2g} to {most:.2g}; they must be from 0 to 1. "
+            "It converts and checks its images for Pillow only, so it cannot be served. Use a "
+            "model of another family."
+        )
+
+
+def check_side_results(pipeline: str, output: object) -> None:
+    """Check that an output has nothing beside its images that a response would lack.
+
+    Verdicts of a safety checker are no such thing: `SafetyCheck` reads them.
+
+    Raises:
+        ModelLoadError: the pipeline used another prompt than the request's.
+    """
+    if getattr(output, "revised_prompts", None):
+        raise ModelLoadError(
+            f"{pipeline} writes each prompt anew, with random numbers that no seed sets: a seed "
+            "would not give the same image again. Set use_pe in model.call_kwargs to false, and "
+            "let clients write the whole prompt."
+        )
 
 
 def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:

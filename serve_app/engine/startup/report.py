@@ -53,6 +53,8 @@ def describe_model(
         sharing_psnr_db=certificate.psnr_db,
         sharing_note=certificate.note,
         limits=limits,
+        safety=pipeline.safety.mode,
+        safety_checker=pipeline.safety.is_checked,
     )
     try:
         GenerationParams("defaults", 0).resolved(info)
