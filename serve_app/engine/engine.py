@@ -186,7 +186,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Find out how requests may share the pipeline, and set up the parts that depend on it."""
-        self.certificate, self._runner.previews = warm_up(
+        self.certificate, self._runner.previews, trials = warm_up(
             self._pipeline,
             self._executor.rendezvous,
             self._config,
@@ -194,7 +194,8 @@ class Engine:
             self.cost,
             self.cold_start,
         )
-        self.info = describe_model(self._model, self._config, self._pipeline, self.certificate)
+        found = self.certificate, trials
+        self.info = describe_model(self._model, self._config, self._pipeline, *found)
         self._executor.specs = self.certificate.specs
         self._predictor.batched = self.certificate.sharing == "batched"
         self._scheduler.max_running = (

@@ -247,6 +247,9 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         max_deadline_s=limits.max_deadline_s,
         takes_negative_prompt=info.takes_negative_prompt,
         schedulers=list(info.noise_schedulers),
+        unavailable_schedulers={
+            name: dict(reasons) for name, reasons in info.unavailable_noise_schedulers.items()
+        },
         loras=list(info.loras),
         partial_loras=dict(info.partial_loras),
         max_loras=limits.max_loras,

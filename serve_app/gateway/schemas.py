@@ -9,6 +9,7 @@ from serve_app.config.models import Safety
 from serve_app.gateway.image_request import Quality
 from serve_app.protocol.events import GENERATION_PARTS
 from serve_app.protocol.images import ImageFormat
+from serve_app.protocol.params import Task
 from serve_app.protocol.safety import SafetyVerdict
 
 RESPONSE = "response"
@@ -192,7 +193,13 @@ class ModelObject(BaseModel):
     max_prompt_chars: int = Field(description="Longest prompt, in characters.")
     max_deadline_s: float = Field(description="Longest `deadline_s`.")
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
-    schedulers: list[str] = Field(description="Noise schedulers for `scheduler`.")
+    schedulers: list[str] = Field(
+        description="Noise schedulers for `scheduler`, in at least one task."
+    )
+    unavailable_schedulers: dict[str, dict[Task, str]] = Field(
+        description="Noise schedulers that failed their trial: the reason for each task in which "
+        "they are not offered. `default` is the model's own."
+    )
     loras: list[str] = Field(description="LoRA adapters for `lora`.")
     partial_loras: dict[str, str] = Field(description="Adapters that fit in part: the used share.")
     max_loras: int = Field(description="Most LoRA adapters of one request.")

@@ -11,6 +11,7 @@ from PIL.Image import Image
 
 from serve_app.config.models import LimitsConfig, Safety
 from serve_app.errors import InvalidRequest, LoraNotFound
+from serve_app.protocol.noise_schedulers import check_noise_scheduler
 
 MAX_SEED = 2**63 - 1
 
@@ -57,6 +58,8 @@ class ModelInfo:
     """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
     """Noise schedulers for requests; empty if the model supports only its own."""
+    unavailable_noise_schedulers: Mapping[str, Mapping[Task, str]]
+    """Why noise schedulers are not offered, by name and task; ``default`` is the model's own."""
     fewest_steps: Mapping[str, int]
     """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
@@ -173,13 +176,10 @@ class GenerationParams:
                 f"{model.pipeline} does not support negative_prompt; leave it out.",
                 "negative_prompt",
             )
-        if self.noise_scheduler is not None and self.noise_scheduler not in model.noise_schedulers:
-            names = ", ".join(model.noise_schedulers)
-            raise InvalidRequest(
-                f"{model.pipeline} does not support the scheduler {self.noise_scheduler[:40]!r}; "
-                + (f"use one of {names}." if names else "leave it out to use the model's own."),
-                "scheduler",
-            )
+        faults = model.unavailable_noise_schedulers.items()
+        reasons = {name: tasks[self.task] for name, tasks in faults if self.task in tasks}
+        offered = model.noise_schedulers
+        check_noise_scheduler(self.noise_scheduler, self.task, model.pipeline, offered, reasons)
         self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}; it is {self.seed}.", "seed")

@@ -35,6 +35,12 @@ INFO = ModelInfo(
     tasks=("text-to-image", "image-to-image", "inpainting"),
     default_strengths={"image-to-image": 0.5, "inpainting": 1.0},
     noise_schedulers=("euler", "ddim"),
+    unavailable_noise_schedulers={
+        "euler": {"image-to-image": "it adds too much noise"},
+        "pndm": dict.fromkeys(
+            ("text-to-image", "image-to-image", "inpainting"), "it gives values that are not finite"
+        ),
+    },
     fewest_steps={"euler": 1, "ddim": 1},
     loras=("pixel", "ink"),
     partial_loras={"ink": "2 of its 4 tensors are used"},

@@ -55,6 +55,22 @@ async def test_the_model_names_adapters_that_fit_in_part(client: httpx.AsyncClie
     assert model["partial_loras"] == {"ink": "2 of its 4 tensors are used"}
 
 
+async def test_the_model_names_noise_schedulers_that_are_not_offered(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    [model] = (await client.get("/v1/models")).json()["data"]
+    assert model["schedulers"] == ["euler", "ddim"]
+    unavailable = model["unavailable_schedulers"]
+    assert unavailable["euler"] == {"image-to-image": "it adds too much noise"}
+    assert set(unavailable["pndm"]) == set(model["tasks"])
+    response = await post(client, {"prompt": "x", "scheduler": "pndm"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "scheduler"
+    assert "it gives values that are not finite; use one of euler, ddim." in error["message"]
+    assert backend.received == []
+
+
 async def test_defaults_are_the_models_and_the_seed_is_random(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:

@@ -103,6 +103,17 @@ def test_previews_are_spread_over_the_steps_that_run(
         ({"prompt": "  \n"}, "prompt", "empty"),
         ({"prompt": "x" * 21}, "prompt", "at most 20"),
         ({"negative_prompt": "x" * 21}, "negative_prompt", "at most 20"),
+        ({"noise_scheduler": "default"}, "scheduler", "use one of euler, ddim"),
+        (
+            {"noise_scheduler": "pndm"},
+            "scheduler",
+            "'pndm' for text-to-image: it gives values that are not finite; use one of euler, ddim",
+        ),
+        (
+            {"noise_scheduler": "euler", "image": IMAGE},
+            "scheduler",
+            "'euler' for image-to-image: it adds too much noise; use one of ddim.",
+        ),
         ({"noise_scheduler": "fast"}, "scheduler", "use one of euler, ddim"),
         (
             {"noise_scheduler": "ddim", "num_inference_steps": 3},

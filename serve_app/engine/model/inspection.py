@@ -56,7 +56,7 @@ def default_strengths(pipelines: Mapping[Task, DiffusionPipeline]) -> dict[Task,
 
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:
-    """Return the step in pixels that every stock check accepts: a latent cell times the patch."""
+    """Return the step in pixels that the stock check accepts: a latent cell times the patch."""
     cell = int(getattr(pipeline, "vae_scale_factor", 8))
     factors = [8, cell]  # the oldest families check for multiples of 8 only
     for denoiser in denoisers_of(pipeline).values():
@@ -66,7 +66,41 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     image_processor = getattr(pipeline, "image_processor", None)
     if image_processor is not None:
         factors.append(image_processor.config.vae_scale_factor)
-    return math.lcm(*factors)
+    return _accepted(pipeline, math.lcm(*factors))
+
+
+def _accepted(pipeline: DiffusionPipeline, multiple: int) -> int:
+    """Return the multiple, or the least of its doubles that the pipeline's own check accepts.
+
+    Some families require a number of pixels that follows from nothing else.
+    """
+    check = getattr(pipeline, "check_inputs", None)
+    parameters = {} if check is None else inspect.signature(check).parameters
+    if check is None or not {"height", "width"} <= parameters.keys():
+        return multiple
+    needed: dict[str, Any] = {
+        name: None for name, parameter in parameters.items() if parameter.default is parameter.empty
+    }
+    needed |= {"prompt": "a"} | ({"callback_steps": 1} if "callback_steps" in needed else {})
+    for factor in (1, 2, 4, 8, 16):
+        side = 3 * factor * multiple  # no multiple of a larger power of two
+        with contextlib.suppress(Exception):
+            check(**needed | {"height": side, "width": side})
+            return factor * multiple
+    return multiple  # it needs more arguments
+
+
+def longest_side(pipeline: DiffusionPipeline) -> int | None:
+    """Return the longest side in pixels that the denoisers have positions for, if it is bounded."""
+    cell = int(getattr(pipeline, "vae_scale_factor", 8))
+    sides: list[int] = []
+    denoisers: Mapping[str, Any] = denoisers_of(pipeline)
+    for denoiser in denoisers.values():
+        embedding: Any = getattr(denoiser, "pos_embed", None)
+        if getattr(embedding, "pos_embed_max_size", None) is not None:
+            positions: int = embedding.pos_embed.shape[1]
+            sides.append(math.isqrt(positions) * denoiser.config.patch_size * cell)
+    return min(sides, default=None)
 
 
 def check_pixels(pipeline: str, pixels: object) -> None:

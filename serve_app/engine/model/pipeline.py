@@ -18,6 +18,7 @@ from serve_app.engine.model import inspection
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.call_hooks import (
     LatentsCallback,
+    SchedulerCallback,
     StepCallback,
     cache_prompts,
     report_latents,
@@ -87,13 +88,11 @@ class LoadedPipeline:
         self._vaes = tuple(name for name in networks if name not in self.sites)
         self._stateful = inspection.stateful_components(pipeline)
         self.size_multiple = inspection.size_multiple(pipeline)
+        self.longest_side_px = inspection.longest_side(pipeline)
         self.default_size_px = config.default_size_px or inspection.default_size(pipeline)
         self.default_steps = config.default_steps or inspection.default_steps(pipeline)
         self.noise_schedulers = compatible_noise_schedulers(pipeline)
-        self.fewest_steps = {
-            name: fewest_steps(new_noise_scheduler(name, pipeline))
-            for name in self.noise_schedulers
-        }
+        self.fewest_steps = {name: fewest_steps(name, pipeline) for name in self.noise_schedulers}
         self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
         self._output_checked = False
         self._true_cfg = inspection.guided_by_true_cfg(pipeline)
@@ -174,6 +173,7 @@ class LoadedPipeline:
         images: int = 1,
         on_latents: LatentsCallback | None = None,
         prompt_cache: PromptCache | None = None,
+        on_noise_scheduler: SchedulerCallback | None = None,
     ) -> Tensor:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
@@ -182,7 +182,8 @@ class LoadedPipeline:
         nothing that another request can see. The image has pixels of NaN if the model failed;
         `FiniteCheck` finds them.
         """
-        return self._run(params, on_step, images, on_latents, prompt_cache)[0]
+        hooks = on_latents, prompt_cache, on_noise_scheduler
+        return self._run(params, on_step, images, *hooks)[0]
 
     def generate_checked(
         self,
@@ -206,6 +207,7 @@ class LoadedPipeline:
         images: int,
         on_latents: LatentsCallback | None,
         prompt_cache: PromptCache | None,
+        on_noise_scheduler: SchedulerCallback | None = None,
     ) -> tuple[Tensor, bool | None]:
         """Return the images, and whether the pipeline itself flagged one.
 
@@ -216,6 +218,8 @@ class LoadedPipeline:
         report_steps(pipeline, on_step)
         if on_latents is not None:
             report_latents(pipeline.scheduler, on_latents)
+        if on_noise_scheduler is not None:
+            on_noise_scheduler(pipeline.scheduler)
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
             cache_prompts(pipeline, prompt_cache, params.lora)
         self.adapters.switch(params.lora)
