@@ -12,7 +12,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 import torch
 
@@ -194,8 +193,9 @@ class Engine:
             self.cost,
             self.cold_start,
         )
-        found = self.certificate, trials
-        self.info = describe_model(self._model, self._config, self._pipeline, *found)
+        self.info = describe_model(
+            self._model, self._config, self._pipeline, self.certificate, trials
+        )
         self._executor.specs = self.certificate.specs
         self._predictor.batched = self.certificate.sharing == "batched"
         self._scheduler.max_running = (
@@ -392,10 +392,5 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(drain=error is None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)

@@ -56,8 +56,8 @@ def test_the_next_start_reuses_all_measurements(tmp_path: Path) -> None:
     assert second.certificate == first.certificate
     assert second.trials == first.trials
     assert set(first.trials.faults) == {"ddim", "ddpm"}  # a tiny config says nothing of clipping
-    # One image takes three calls with PNDM; the check adds a batch of two.
-    assert len(second_calls) == 4 < len(first_calls)
+    # One image takes three calls with PNDM; the check adds a pair, and a control of each row.
+    assert len(second_calls) == 6 < len(first_calls)
     assert list(path.parent.iterdir()) == [path]
 
 
