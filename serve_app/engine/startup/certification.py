@@ -162,9 +162,9 @@ def contradiction(
 ) -> str | None:
     """Return why specs of an earlier start do not fit; ``None`` if no contradiction is found.
 
-    Generates one image in two steps, and merges one pair of its calls of each denoiser. This is cheap and
-    warms up what a certification would. It does not merge different requests; that this is
-    harmless follows from the fingerprint.
+    Generates one image in two steps, and merges one pair of its calls of each denoiser. This is
+    cheap and warms up what a certification would. It does not merge different requests; that this
+    is harmless follows from the fingerprint.
     """
     runs = Runs(pipeline, rendezvous)
     try:
