@@ -86,7 +86,7 @@ def test_a_profile_does_not_hide_that_images_are_not_finite(profile: Path) -> No
     pipeline = tiny()
     with (
         decoded(pipeline, lambda _, output: output / 0),
-        pytest.raises(ModelLoadError, match="NaN or infinite"),
+        pytest.raises(NotFinite, match="NaN or infinite"),
     ):
         start(pipeline, config(profile))
 
