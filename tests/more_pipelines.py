@@ -6,10 +6,13 @@ from typing import Any
 from diffusers import (
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
+    AutoencoderKLMagvit,
     AutoencoderKLWan,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
@@ -18,9 +21,11 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from transformers import Qwen2Config, Qwen2Model, Qwen2Tokenizer
 
 from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
 from tests.tiny_pipelines import flux, stable_diffusion
+from tools.demo_model.scenes import vocabulary
 
 FEW_TOKENS = {"max_sequence_length": 16}
 
@@ -124,6 +129,50 @@ def anyflow() -> DiffusionPipeline:
     return pipeline
 
 
+def easyanimate() -> DiffusionPipeline:
+    """Build EasyAnimate, whose VAE keeps the last frames in each of its layers."""
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        [vocabulary()], vocab_size=500, show_progress=False
+    )
+    tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    dim = 32
+    pipeline = EasyAnimatePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen2Model(
+            Qwen2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=dim,
+                intermediate_size=dim,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        ),
+        vae=AutoencoderKLMagvit(
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=(8, 8, 8),
+            down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 2),
+            up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 2),
+            layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=EasyAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            patch_size=2,
+            num_layers=2,
+            mmdit_layers=1,
+            time_embed_dim=8,
+            text_embed_dim=dim,
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
 def flux_schnell() -> DiffusionPipeline:
     """Build a pipeline like FLUX.1 schnell: two calls of the transformer a step with guidance."""
     return flux(guidance_embeds=False)
@@ -144,6 +193,7 @@ CERTIFIED: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], set[
         {"text-to-image", "image-to-image", "inpainting"},
     ),
     "wan": (wan, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
+    "easyanimate": (easyanimate, {"num_frames": 9, "negative_prompt": ""}, {"text-to-image"}),
     "anyflow": (anyflow, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
 }
 """The builder, the call arguments and the tasks of pipelines that are certified as batched."""

@@ -3,6 +3,7 @@
 docs/models.md describes these cases.
 """
 
+import queue
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
 from serve_app.errors import ModelLoadError
-from serve_app.protocol.events import Completed
+from serve_app.protocol.events import Completed, Event, Failed, Progress, Queued
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
 from tests.more_pipelines import CERTIFIED, FEW_TOKENS, kontext
@@ -44,22 +45,48 @@ def test_other_families_are_certified(name: str) -> None:
     assert result.pixels.ndim == 3
 
 
-@pytest.mark.parametrize("name", ["wan", "anyflow"])
-def test_videos_that_decode_side_by_side_equal_separate_ones(name: str) -> None:
-    """A decoder that keeps frames in a cache must keep them for each request."""
+VIDEOS = ["wan", "anyflow", "easyanimate"]
+"""Families whose decoders keep frames from one call to the next."""
+
+
+def _video(name: str) -> tuple[LoadedPipeline, ModelConfig, list[GenerationParams]]:
     build, call_kwargs, _ = CERTIFIED[name]
     model = ModelConfig(id="m", device="cpu", default_size_px=(16, 16), call_kwargs=call_kwargs)
-    pipeline = LoadedPipeline(build(), model)
     requests = [
         GenerationParams("a red circle", seed, None, 16, 16, steps, guidance)
         for seed, steps, guidance in ((1, 3, 2.0), (2, 5, 3.5), (3, 4, 5.0))
     ]
+    return LoadedPipeline(build(), model), model, requests
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_that_decode_side_by_side_equal_separate_ones(name: str) -> None:
+    pipeline, model, requests = _video(name)
     separate = [pipeline.generate(params)[0] for params in requests]
     with Engine(pipeline, model, FIFO) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
         ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
     assert largest_difference(separate, together) <= 1e-5
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_video_that_is_cancelled_while_it_decodes_leaves_nothing_behind(name: str) -> None:
+    pipeline, model, (first, second, _) = _video(name)
+    separate = pipeline.generate(second)[0]
+    with Engine(pipeline, model, FIFO) as engine:
+        ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Progress) and event.step == event.total_steps:
+                engine.cancel(number)
+            elif not isinstance(event, Progress):
+                ended.put(event)
+
+        number = engine.submit(first, on_event)
+        assert isinstance(ended.get(timeout=30), Queued)
+        assert isinstance(ended.get(timeout=30), Failed)
+        assert largest_difference([separate], [engine.generate(second).pixels]) <= 1e-5
 
 
 def test_kontext_ignores_the_size_of_the_request() -> None:

@@ -1,7 +1,7 @@
 """The loaded pipeline: everything that the engine needs to know of it, and one call of it.
 
 Pipelines are used as they are. Each request calls ``__call__`` on a shallow copy that shares the
-networks and has its own noise scheduler, guiders and call state.
+weights and has its own noise scheduler, guiders, call state and modules of the VAE.
 """
 
 import copy
@@ -27,6 +27,7 @@ from serve_app.engine.model.fingerprint import Fingerprint, of_component
 from serve_app.engine.model.loader import load_stock
 from serve_app.engine.model.networks import (
     NetworkState,
+    copy_modules,
     denoisers_of,
     find_sites,
     networks_of,
@@ -187,7 +188,7 @@ class LoadedPipeline:
             # either: pipelines correct old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
         for name in self._vaes:
-            vars(pipeline)[name] = copy.copy(getattr(pipeline, name))
+            vars(pipeline)[name] = copy_modules(getattr(pipeline, name))
         if params.noise_scheduler is not None:
             vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
         return pipeline
