@@ -8,6 +8,8 @@ from diffusers import (
     AnyFlowTransformer3DModel,
     AutoencoderKLMagvit,
     AutoencoderKLWan,
+    BriaFiboPipeline,
+    BriaFiboTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
@@ -21,7 +23,13 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import Qwen2Config, Qwen2Model, Qwen2Tokenizer
+from transformers import (
+    Qwen2Config,
+    Qwen2Model,
+    Qwen2Tokenizer,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
+)
 
 from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
 from tests.tiny_pipelines import flux, stable_diffusion
@@ -129,11 +137,54 @@ def anyflow() -> DiffusionPipeline:
     return pipeline
 
 
-def easyanimate() -> DiffusionPipeline:
-    """Build EasyAnimate, whose VAE keeps the last frames in each of its layers."""
-    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+def _words() -> Qwen2Tokenizer:
+    """Build a tokenizer of the demo model's words."""
+    return Qwen2Tokenizer().train_new_from_iterator(
         [vocabulary()], vocab_size=500, show_progress=False
     )
+
+
+def bria_fibo() -> DiffusionPipeline:
+    """Build Bria FIBO, which writes its attention mask into the dict that the caller passes.
+
+    A call without guidance has no mask.
+    """
+    dim = 16
+    pipeline = BriaFiboPipeline(
+        tokenizer=_words(),
+        text_encoder=SmolLM3ForCausalLM(
+            SmolLM3Config(
+                vocab_size=128_001,  # the pipeline has the last token for an empty prompt
+                hidden_size=dim,
+                intermediate_size=dim,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                pad_token_id=0,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ),
+        vae=_video_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=BriaFiboTransformer2DModel(
+            in_channels=LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=2 * dim,
+            text_encoder_dim=dim,
+            axes_dims_rope=[0, 4, 4],
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def easyanimate() -> DiffusionPipeline:
+    """Build EasyAnimate, whose VAE keeps the last frames in each of its layers."""
+    tokenizer = _words()
     tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
     dim = 32
     pipeline = EasyAnimatePipeline(

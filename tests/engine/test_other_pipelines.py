@@ -24,7 +24,7 @@ from serve_app.errors import ModelLoadError
 from serve_app.protocol.events import Completed, Event, Failed, Progress, Queued
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
-from tests.more_pipelines import CERTIFIED, FEW_TOKENS, kontext
+from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext
 from tests.tiny_pipelines import flux, stable_diffusion
 
 
@@ -87,6 +87,27 @@ def test_a_video_that_is_cancelled_while_it_decodes_leaves_nothing_behind(name: 
         assert isinstance(ended.get(timeout=30), Queued)
         assert isinstance(ended.get(timeout=30), Failed)
         assert largest_difference([separate], [engine.generate(second).pixels]) <= 1e-5
+
+
+def test_a_pipeline_that_writes_into_its_arguments_leaves_those_of_others() -> None:
+    """The prompts have different lengths, so the mask of one does not fit the other."""
+    model = ModelConfig(
+        id="m",
+        device="cpu",
+        default_size_px=(32, 32),
+        call_kwargs={"max_sequence_length": 64, "joint_attention_kwargs": {}},
+    )
+    pipeline = LoadedPipeline(bria_fibo(), model)
+    requests = [
+        GenerationParams(prompt, seed, None, 32, 32, 3, guidance)
+        for prompt, seed, guidance in (("a red circle", 1, 5.0), ("blue", 2, 4.0), ("a", 3, 1.0))
+    ]
+    separate = [pipeline.generate(params)[0] for params in requests]
+    with Engine(pipeline, model, FIFO) as engine:
+        ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(separate, together) <= 1e-5
+    assert model.call_kwargs["joint_attention_kwargs"] == {}
 
 
 def test_kontext_ignores_the_size_of_the_request() -> None:

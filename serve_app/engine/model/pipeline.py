@@ -225,8 +225,9 @@ class LoadedPipeline:
         else:
             prompt = [params.prompt] * images
         given = {name: value for name, value in requested.items() if value is not None}
-        # A task's pipeline may lack some parameters of the text-to-image pipeline.
-        arguments = {**self._config.call_kwargs, **given}
+        # A task's pipeline may lack some parameters of the text-to-image pipeline. Some pipelines
+        # write into the dicts that they get, so no two requests may get the same one.
+        arguments = {**copy.deepcopy(self._config.call_kwargs), **given}
         return dict(  # raises if the config sets one of these three
             prompt=prompt,
             generator=torch.Generator("cpu").manual_seed(params.seed),
