@@ -244,6 +244,11 @@ CERTIFIED: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], set[
         {"text-to-image", "image-to-image", "inpainting"},
     ),
     "wan": (wan, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
+    "bria-fibo": (
+        bria_fibo,
+        {"max_sequence_length": 64, "joint_attention_kwargs": {}},
+        {"text-to-image"},
+    ),
     "easyanimate": (easyanimate, {"num_frames": 9, "negative_prompt": ""}, {"text-to-image"}),
     "anyflow": (anyflow, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
 }
