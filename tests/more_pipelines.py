@@ -6,6 +6,7 @@ from typing import Any
 from diffusers import (
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
+    AutoencoderKLLTXVideo,
     AutoencoderKLMagvit,
     AutoencoderKLWan,
     BriaFiboPipeline,
@@ -20,6 +21,8 @@ from diffusers import (
     FluxKontextPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -132,6 +135,43 @@ def anyflow() -> DiffusionPipeline:
         vae=_video_vae(),
         scheduler=FlowMapEulerDiscreteScheduler(),
         transformer=AnyFlowTransformer3DModel(**VIDEO_TRANSFORMER),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def ltx() -> DiffusionPipeline:
+    """Build LTX-Video, whose decoder adds noise that it draws from torch's own generator."""
+    tokenizer, text_encoder = t5()
+    pipeline = LTXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            down_block_types=("LTXVideoDownBlock3D",) * 2,
+            downsample_type=("conv",) * 2,
+            layers_per_block=(1,) * 3,
+            decoder_layers_per_block=(1,) * 3,
+            spatio_temporal_scaling=(True, False),
+            decoder_spatio_temporal_scaling=(True, False),
+            upsample_residual=(False,) * 2,
+            upsample_factor=(1,) * 2,
+            decoder_inject_noise=(True,) * 3,
+            timestep_conditioning=True,
+            patch_size=1,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=1,
+            caption_channels=T5_DIM,
+        ),
     )
     draw_weights(pipeline)
     return pipeline

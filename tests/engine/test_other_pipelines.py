@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from diffusers import (
     ControlNetModel,
     DiffusionPipeline,
@@ -24,7 +25,7 @@ from serve_app.errors import ModelLoadError
 from serve_app.protocol.events import Completed, Event, Failed, Progress, Queued
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
-from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext
+from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext, ltx
 from tests.tiny_pipelines import flux, stable_diffusion
 
 
@@ -108,6 +109,26 @@ def test_a_pipeline_that_writes_into_its_arguments_leaves_those_of_others() -> N
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
     assert largest_difference(separate, together) <= 1e-5
     assert model.call_kwargs["joint_attention_kwargs"] == {}
+
+
+def test_a_seed_gives_the_same_image_if_a_network_draws_noise_itself() -> None:
+    model = ModelConfig(
+        id="m",
+        device="cpu",
+        default_size_px=(32, 32),
+        call_kwargs=FEW_TOKENS | {"num_frames": 9, "decode_timestep": 0.05},
+    )
+    pipeline = LoadedPipeline(ltx(), model)
+    requests = [GenerationParams("a red circle", seed, None, 32, 32, 3) for seed in (1, 2, 1)]
+    with Engine(pipeline, model, FIFO) as engine:
+        assert engine.info.sharing == "sequential"
+        assert "requests that take turns differ" in engine.info.sharing_note
+        first = [engine.generate(params).pixels for params in requests]
+        ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
+    again = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(first, again) == 0
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
 
 
 def test_kontext_ignores_the_size_of_the_request() -> None:

@@ -170,6 +170,9 @@ class LoadedPipeline:
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
             cache_prompts(pipeline, prompt_cache, params.lora)
         self.adapters.switch(params.lora)
+        # Some networks draw from torch's own generator. Requests that take turns would draw from it
+        # in any order, so the certification has them run one after another.
+        torch.manual_seed(params.seed)
         arguments = self._arguments(pipeline, params, images)
         try:
             output = pipeline(**arguments)
