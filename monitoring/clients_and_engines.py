@@ -179,9 +179,10 @@ ENGINE = Dashboard(
             unit="s",
         ),
         panel(
-            "Previews, LoRA switches, out of memory",
+            "Previews, LoRA switches, flagged, out of memory",
             (rate("previews_total"), "previews"),
             (rate("lora_switches_total"), "LoRA switches"),
+            (rate("images_flagged_total"), "flagged images"),
             (rate("out_of_memory_total"), "out of memory"),
         ),
         panel(

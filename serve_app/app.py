@@ -7,6 +7,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import parse_app_config
+from serve_app.config.safety import check_safety
 from serve_app.deadlines import graceful_shutdown_timeouts_s
 from serve_app.deployments.gateway import Gateway
 from serve_app.deployments.generator import Generator
@@ -22,6 +23,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     config = parse_app_config(args)
     check_model_folder(config.model)
+    check_safety(config)
     graces_s = graceful_shutdown_timeouts_s(config)
     # The decorator makes deployments of the classes, which type checkers do not see.
     generator, gateway = (

@@ -4,6 +4,7 @@
 
     DiffusionServeError                 500  internal_error
     ├── InvalidRequest                  400  invalid_value       names the field
+    │   ├── ContentPolicyViolation      400  content_policy_violation
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
     │   ├── BodyTooLarge                413  body_too_large
@@ -17,6 +18,7 @@
     ├── DeadlineExceeded                504  deadline_exceeded
     ├── Cancelled                       499  cancelled           the client went away
     ├── GenerationFailed                500  generation_failed   only this request
+    │   └── NotFinite                   500  generation_failed   its values are NaN or infinite
     └── ConfigError                     500  config_error        raised at start, never by a request
         └── ModelLoadError              500  model_load_error
 
@@ -56,6 +58,12 @@ class InvalidRequest(DiffusionServeError):
     status = 400
     code = "invalid_value"
     type = "invalid_request_error"
+
+
+class ContentPolicyViolation(InvalidRequest):
+    """The safety checker flagged a generated image, and the configuration blocks such images."""
+
+    code = "content_policy_violation"
 
 
 class ModelNotFound(InvalidRequest):
@@ -163,6 +171,13 @@ class GenerationFailed(DiffusionServeError):
     """The pipeline raised an exception while it generated this image. Others are not affected."""
 
     code = "generation_failed"
+
+
+class NotFinite(GenerationFailed):
+    """The model's output has values that are NaN or infinite, so there is no image.
+
+    Clients receive this message, because it names settings only. A retry would fail again.
+    """
 
 
 class ConfigError(DiffusionServeError):

@@ -6,6 +6,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 
 from serve_app.config.models import DEMO_MODEL_DIR
 
@@ -30,3 +31,12 @@ def save_adapter(folder: Path, seed: int, text_encoder: bool = False, rank: int 
         )
         layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder)
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
+
+
+def spoil_adapter(folder: Path, value: float) -> None:
+    """Write this value to one place of the weights in the folder."""
+    path = folder / ADAPTER_FILE
+    weights = load_file(path)
+    name = next(name for name in weights if "mid_block" in name and "lora_B" in name)
+    weights[name][0, 0] = value
+    save_file(weights, path)

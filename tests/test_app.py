@@ -1,7 +1,10 @@
 """The application as Serve builds it, without running it."""
 
+import pytest
+
 from serve_app.app import build
 from serve_app.deadlines import GRACE_S
+from serve_app.errors import ConfigError
 
 
 def test_stopping_replicas_may_finish_their_requests() -> None:
@@ -19,3 +22,8 @@ def test_stopping_replicas_may_finish_their_requests() -> None:
 def test_gateways_avoid_nodes_that_come_and_go() -> None:
     gateway = build({})._bound_deployment
     assert gateway.ray_actor_options["label_selector"] == {"diffusion-serve/gateway": "!no"}
+
+
+def test_blocking_without_a_safety_checker_stops_before_any_replica_starts() -> None:
+    with pytest.raises(ConfigError, match="'demo' has no safety checker"):
+        build({"gateway": {"safety": "block"}})

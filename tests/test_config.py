@@ -50,6 +50,7 @@ def test_configs_are_frozen() -> None:
         ({"engine": {"limits": {"max_stepz": 3}}}, ["engine.limits.max_stepz", "max_steps"]),
         ({"engine": {"max_batch_size": 0}}, ["engine.max_batch_size", "greater", "given: 0"]),
         ({"model": {"dtype": "int8"}}, ["model.dtype", "'float32'", "given: 'int8'"]),
+        ({"gateway": {"safety": "on"}}, ["gateway.safety", "'flag', 'block' or 'off'"]),
         ({"model": {"default_size_px": [64]}}, ["model.default_size_px"]),
         ({"model": {"default_steps": 101}}, ["default_steps is 101", "max_steps, 100"]),
         ([], ["args"]),

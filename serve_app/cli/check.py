@@ -7,6 +7,7 @@ import typer
 
 from serve_app.config.environment import keys_in_environment
 from serve_app.config.model_files import check_model_folder
+from serve_app.config.safety import check_safety
 from serve_app.config.serve_file import (
     foreign_policy,
     policy_kwargs,
@@ -55,5 +56,6 @@ def check_serve_file(path: Path, name: object = None) -> list[str]:
             )
     for application in read_serve_config(path):
         check_model_folder(application.model)
+        check_safety(application)
         KeyRing(application.gateway.keys_file, keys_in_environment())
     return warnings

@@ -27,6 +27,9 @@ DEMO_MODEL_DIR = Path(__file__).parents[1] / "demo" / "model"
 
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
+Safety = Literal["flag", "block", "off"]
+"""Treatment of images that a model's safety checker flags."""
+
 
 def is_path(source: str) -> bool:
     """Return whether ``source`` means a file or folder rather than a repository of the hub."""
@@ -293,6 +296,13 @@ class GatewayConfig(_Config):
         gt=0,
         description="Longest time, in seconds, that a request waits in the gateway for a starting "
         "replica. After it the gateway rejects the request with a time to retry.",
+    )
+    safety: Safety = Field(
+        "flag",
+        description="Treatment of images that the model's safety checker flags. 'flag': the "
+        "image is returned as generated, and the response names it. 'block': the request fails "
+        "with status 400, and no previews are sent; needs a model with a safety checker. 'off': no "
+        "image is checked.",
     )
     log_prompts: bool = Field(False, description="Write prompts into the log and into traces.")
     tracing: bool = Field(

@@ -17,7 +17,7 @@ from serve_app.config.models import AppConfig
 from serve_app.deployments.router import ShortestOfSeveral
 from serve_app.engine.engine import Engine
 from serve_app.engine.stats import EngineStats
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, NotFinite
 from serve_app.metrics.export import Report, report
 from serve_app.protocol.events import (
     Completed,
@@ -86,6 +86,7 @@ def _encode_result(
         result.prompt_tokens,
         timings._replace(decode_s=timings.decode_s + copy_s),
         timeline,
+        safety=result.safety,
     )
 
 
@@ -109,7 +110,7 @@ class Generator:
         # Mostly imports, unless Ray started the process in advance.
         age_s = time.time() - psutil.Process().create_time()
         logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)
-        self._engine = Engine.load(config.model, config.engine)
+        self._engine = Engine.load(config.model, config.engine, config.gateway.safety)
 
     async def generate(
         self,
@@ -133,6 +134,7 @@ class Generator:
 
         Raises:
             Overloaded: in place of the first event, if the request is rejected.
+            NotFinite: in place of the image, if the model's output is NaN or infinite.
             DiffusionServeError: if the engine raised it.
         """
         loop = asyncio.get_running_loop()
@@ -178,14 +180,25 @@ class Generator:
                         if events.empty():  # else the next event tells more
                             yield replace(event, eta_s=max(0.0, eta_at - loop.time()))
                     case Preview():
-                        data = await asyncio.to_thread(_encode_preview, event, params, encoding)
-                        yield PartialImage(next(partial_images), data)
+                        try:
+                            data = await asyncio.to_thread(_encode_preview, event, params, encoding)
+                        except NotFinite as error:  # the image shows whether the request fails
+                            logger.warning("request %d: %s It is left out.", number, error)
+                        else:
+                            yield PartialImage(next(partial_images), data)
                     case Timeline():
                         timeline = event
                         timeline_at = loop.time() + PROGRESS_EVERY_S
                     case Completed(result):
                         ended = True
-                        image = await asyncio.to_thread(_encode_result, result, encoding, timeline)
+                        try:
+                            image = await asyncio.to_thread(
+                                _encode_result, result, encoding, timeline
+                            )
+                        except NotFinite:
+                            if timeline is not None:
+                                yield aged(timeline)
+                            raise
                         yield replace(image, age_s=time.perf_counter() - submitted_at)
                     case Failed(error):
                         ended = True

@@ -12,11 +12,10 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from types import TracebackType
 
 import torch
 
-from serve_app.config.models import EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig, Safety
 from serve_app.engine.admission import AdmissionControl
 from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor
@@ -137,15 +136,20 @@ class Engine:
         self.metrics.watch(self.replica_load, self._count, memory_reader(pipeline.device))
 
     @classmethod
-    def load(cls, model: ModelConfig, config: EngineConfig | None = None) -> "Engine":
+    def load(
+        cls, model: ModelConfig, config: EngineConfig | None = None, safety: Safety = "flag"
+    ) -> "Engine":
         """Load a model, start an engine for it, and return when it is ready.
+
+        ``safety`` is ``gateway.safety`` of a server: the treatment of images that the model's
+        safety checker flags.
 
         Raises:
             ModelLoadError: If the model does not exist, or cannot be loaded.
             ConfigError: If the device cannot be used, or a setting does not fit the model.
         """
         cold_start = ColdStart()
-        pipeline = LoadedPipeline.load(model)
+        pipeline = LoadedPipeline.load(model, safety)
         cold_start.ended("load")
         return cls(pipeline, model, config, cold_start=cold_start)
 
@@ -181,7 +185,7 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Find out how requests may share the pipeline, and set up the parts that depend on it."""
-        self.certificate, self._runner.previews = warm_up(
+        self.certificate, self._runner.previews, trials = warm_up(
             self._pipeline,
             self._executor.rendezvous,
             self._config,
@@ -189,7 +193,9 @@ class Engine:
             self.cost,
             self.cold_start,
         )
-        self.info = describe_model(self._model, self._config, self._pipeline, self.certificate)
+        self.info = describe_model(
+            self._model, self._config, self._pipeline, self.certificate, trials
+        )
         self._executor.specs = self.certificate.specs
         self._predictor.batched = self.certificate.sharing == "batched"
         self._scheduler.max_running = (
@@ -278,7 +284,8 @@ class Engine:
         """Submit a request, and return its number for `cancel` and `locate`.
 
         ``on_event`` receives each event on the engine's thread: it must return at once. The last
-        event is `Completed` or `Failed`. A rejected request has one event: `Failed` with
+        event is `Completed` or `Failed`. Reading the image of a `Completed` raises `NotFinite` if
+        the model's output is NaN or infinite. A rejected request has one event: `Failed` with
         `Overloaded`, or with `InvalidRequest` if its deadline is far too short.
 
         Raises:
@@ -317,7 +324,8 @@ class Engine:
         Raises:
             InvalidRequest: If a parameter is out of its range, or the model does not support it.
             Overloaded: If too much work waits, or the deadline cannot be met.
-            GenerationFailed: If the pipeline raised an exception.
+            ContentPolicyViolation: If the safety checker flagged the image, and blocks.
+            GenerationFailed: If the pipeline raised an exception, or the image is not finite.
             Unavailable: If the engine is closing or has stopped.
         """
         for event in self.stream(params):
@@ -384,10 +392,5 @@ class Engine:
     def __enter__(self) -> "Engine":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close(drain=error is None)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(drain=kind is None)

@@ -20,6 +20,7 @@ from serve_app.engine.batching.batch import BatchSpec, MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.device import check_device, free_memory
 from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.model.finite import marked
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import padded
 from serve_app.engine.request import Request, link_batch_peers
@@ -109,7 +110,10 @@ class Executor:
         return [outcome for part in parts for outcome in self.denoise(part)]
 
     def _forward(self, batch: Sequence[Request]) -> list[Any]:
-        """Run one denoiser call, and return each request's share of its output."""
+        """Run one denoiser call, and return each request's share of its output.
+
+        Infinity in it becomes NaN, because noise schedulers may clip it.
+        """
         self.denoiser_calls += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
         solo_s = sum(self._cost.predict_call(size, request.rows) for request in batch)
@@ -126,10 +130,10 @@ class Executor:
             spec = self.specs[calls[0].call.site]
             filled = padded(calls) if self._pad else calls
             output = self._run(spec.merge(filled), adapters, took)
-            outputs = spec.split(output, filled)[: len(calls)]
+            outputs = spec.split(marked(output), filled)[: len(calls)]
         else:
             [request] = batch
-            outputs = [self._run(request.call, adapters, took)]
+            outputs = [marked(self._run(request.call, adapters, took))]
         self.steps += len(batch)
         link_batch_peers(batch)
         return outputs

@@ -24,6 +24,7 @@ from serve_app.metrics.engine import (
     ENGINE_REQUESTS,
     FORECAST_ERROR,
     IMAGES,
+    IMAGES_FLAGGED,
     LORA_SWITCHES,
     OUT_OF_MEMORY,
     PIXELS,
@@ -72,6 +73,7 @@ class EngineMetrics:
         self._stall = STALL.labels(model)
         self._cancellation = CANCELLATION.labels(model)
         self._forecast_error = FORECAST_ERROR.labels(model)
+        self._flagged = IMAGES_FLAGGED.labels(model)
         self._pixels = PIXELS.labels(model)
         self._previews = PREVIEWS.labels(model)
         self._lora_switches = LORA_SWITCHES.labels(model)
@@ -156,6 +158,10 @@ class EngineMetrics:
     def generated(self, size: tuple[int, int]) -> None:
         self._images(size_label(*size)).inc()
         self._pixels.inc(size[0] * size[1])
+
+    def flagged(self) -> None:
+        """Count an image that the safety checker flagged."""
+        self._flagged.inc()
 
     def due(self, kept: bool, named: bool) -> None:
         """Count an interactive image by whether it met its deadline, the client's if ``named``."""

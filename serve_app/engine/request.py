@@ -8,10 +8,12 @@ from torch import Tensor
 
 from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Job
+from serve_app.engine.model.finite import FiniteCheck
 from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.scheduling.queue import QueueEntry
 from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
+from serve_app.protocol.safety import SafetyVerdict
 
 EventCallback = Callable[[Event], None]
 """Receives the events on the engine's thread: must be quick and must not raise."""
@@ -47,10 +49,13 @@ class Request:
     non_denoiser_s: float = 0.0
     """Seconds spent on it outside the denoiser since its last denoiser call."""
     job: Job[Tensor] | None = None
+    check: FiniteCheck | None = None
+    """Check of its image, once the pipeline has returned it."""
     rows: float = 1.0
     """Batch rows of its denoiser calls, relative to one image with guidance."""
     prompt_tokens: int = 0
     warnings: tuple[str, ...] = ()
+    safety: SafetyVerdict | None = None
     mergeable: MergeableCall | None = None
     """The parked call, if it may share a denoiser call with others."""
     steps: list[Step] = field(default_factory=list)

@@ -17,6 +17,7 @@ from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.device import check_device, free_memory, release
 from serve_app.engine.executor import Executor
 from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.model.finite import FiniteCheck
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.prompt_cache import PromptCache
@@ -25,7 +26,7 @@ from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.stats import EventLog, RequestEvent
-from serve_app.errors import DiffusionServeError, GenerationFailed
+from serve_app.errors import ContentPolicyViolation, DiffusionServeError, GenerationFailed
 from serve_app.protocol.events import (
     Completed,
     Event,
@@ -38,6 +39,10 @@ from serve_app.protocol.events import (
 )
 
 logger = logging.getLogger(__name__)
+
+NO_PREVIEWS = (
+    "no previews are sent: gateway.safety is 'block', and only finished images can be checked."
+)
 
 
 class Runner:
@@ -112,7 +117,8 @@ class Runner:
         """End a request before its time."""
         if request.job is not None:
             request.job.kill()
-        self._end(request, what, Failed(error))
+        self._note(request, what)
+        self._end(request, Failed(error))
 
     def report(self, request: Request, what: RequestEvent, event: Event) -> None:
         """Log what happened to a request, and send the event."""
@@ -150,12 +156,18 @@ class Runner:
 
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
-        return self._pipeline.generate(
+        if previews_due and self._pipeline.safety.blocks:
+            previews_due.clear()
+            request.warnings += (NO_PREVIEWS,)
+        pixels, request.safety = self._pipeline.generate_checked(
             request.params,
             on_step,
             on_latents=on_latents if previews_due else None,
             prompt_cache=self._prompts,
-        )[0]
+        )
+        # Here, because it needs memory: an error fails only this request.
+        request.check = FiniteCheck(pixels, request.params, self._pipeline.dtype)
+        return pixels
 
     def _switch(self, request: Request, switch: Callable[[], None]) -> None:
         """Run the job up to where it parks or ends, then act on that."""
@@ -218,12 +230,18 @@ class Runner:
         logger.error("request %d failed", request.number, exc_info=error)
         failure = GenerationFailed(f"the pipeline failed: {type(error).__name__}: {error}")
         release(error)
-        self._end(request, "failed", Failed(failure))
+        self._note(request, "failed")
+        self._end(request, Failed(failure))
 
     def _job_completed(self, request: Request, pixels: Tensor) -> None:
         now = time.perf_counter()
         took_s = now - request.accepted_at
         self._executor.when_timed(functools.partial(self._predictor.learn_from, request, took_s))
+        check = request.check
+        assert check is not None
+        block = self._act_on_verdict(request, check)
+        what: RequestEvent = "completed" if block is None else "failed"
+        self._executor.when_timed(functools.partial(self._count, request, now, check, what))
         result = GenerationResult(
             params=request.params,
             pixels=pixels,
@@ -236,21 +254,45 @@ class Runner:
                 decode_s=now - request.denoised_at,
             ),
             ended_at=now,
+            not_finite=check.error,
+            safety=request.safety,
         )
+        self._end(request, Completed(result) if block is None else Failed(block))
+
+    def _count(
+        self, request: Request, ended_at: float, check: FiniteCheck, what: RequestEvent
+    ) -> None:
+        """Count an image, unless it is not finite. The device knows that only later."""
+        if (error := check.error()) is not None:
+            logger.error("request %d failed: %s", request.number, error)
+            self._note(request, "failed")
+            return
+        self._note(request, what)
         self._metrics.generated(request.size)
         if not request.entry.low_priority:
-            in_time = now <= request.entry.deadline_at
+            in_time = ended_at <= request.entry.deadline_at
             self._metrics.due(in_time, request.params.deadline_s is not None)
-        self._end(request, "completed", Completed(result))
 
-    def _end(
-        self,
-        request: Request,
-        what: Literal["completed", "failed", "cancelled"],
-        event: Completed | Failed,
-    ) -> None:
+    def _act_on_verdict(
+        self, request: Request, check: FiniteCheck
+    ) -> ContentPolicyViolation | None:
+        """Note a flagged image in the warnings, or return the error that replaces it."""
+        if request.safety is None or not request.safety.flagged:
+            return None
+        if check.error() is not None:  # the checker has waited for the device, and saw black
+            return None
+        self._metrics.flagged()
+        seed = request.params.seed
+        flagged = f"the safety checker flagged the image with seed {seed} as possibly unsafe."
+        if self._pipeline.safety.blocks:
+            return ContentPolicyViolation(
+                f"{flagged} This server does not return it: change the prompt, or the seed."
+            )
+        request.warnings += (flagged,)
+        return None
+
+    def _end(self, request: Request, event: Completed | Failed) -> None:
         """Remove the request, send its last event, and retry requests that lacked memory."""
-        self._note(request, what)
         # The submitter may keep its callback for long, and with it all that hangs on the request.
         request.job = None
         request.mergeable = None

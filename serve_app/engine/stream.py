@@ -9,7 +9,8 @@ from serve_app.protocol.events import Completed, Event, Failed
 class EventStream(Iterator[Event]):
     """The events of one request, in their order.
 
-    The iterator waits for each event, and ends after `Completed` or `Failed`. Closing it, or
+    The iterator waits for each event, and ends after `Completed` or `Failed`. It waits for the
+    device before a `Completed`, because an image that is not finite is a `Failed`. Closing it, or
     deleting it, cancels the request.
     """
 
@@ -23,6 +24,8 @@ class EventStream(Iterator[Event]):
         if self._ended:
             raise StopIteration
         event = self._events.get()
+        if isinstance(event, Completed) and (error := event.result.not_finite()) is not None:
+            event = Failed(error)
         self._ended = isinstance(event, Completed | Failed)
         return event
 

@@ -1,7 +1,6 @@
 """Color profiles of uploads: colors are converted to sRGB, in which models work."""
 
 import io
-import struct
 
 from PIL import Image, ImageChops, ImageCms
 
@@ -10,8 +9,6 @@ MAX_PROFILE_BYTES = 4 * 2**20
 
 _SPACES = {"RGB": "color", "GRAY": "grey", "CMYK": "CMYK"}
 """Color spaces of profiles that are converted, and the images that they fit."""
-
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 class UnusableProfile(Exception):
@@ -60,25 +57,6 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         return converted
     except (ImageCms.PyCMSError, OSError, TypeError, ValueError) as error:
         raise UnusableProfile(f"it is broken: {error}") from None
-
-
-def without_png_profile(data: bytes) -> bytes | None:
-    """Return a PNG file without its color profile; ``None`` if it has none, or is no PNG file.
-
-    Pillow rejects the whole file if the chunk with the profile is broken.
-    """
-    if not data.startswith(_PNG_SIGNATURE):
-        return None
-    start = len(_PNG_SIGNATURE)
-    while start + 12 <= len(data):
-        length, kind = struct.unpack_from(">I4s", data, start)
-        end = start + 12 + length
-        if kind == b"iCCP":
-            return data[:start] + data[end:]
-        if kind == b"IDAT":  # the chunk must come before
-            return None
-        start = end
-    return None
 
 
 def _space_of(image: Image.Image, wanted: str) -> str:

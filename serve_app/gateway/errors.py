@@ -15,10 +15,12 @@ from serve_app.errors import (
     DiffusionServeError,
     InvalidKey,
     InvalidRequest,
+    NotFinite,
     Overloaded,
     Unavailable,
     UnsupportedEncoding,
 )
+from serve_app.gateway.openai_fields import REJECTED
 from serve_app.gateway.requests_log import record_of, request_id
 from serve_app.gateway.retry_after import documented_headers, retry_headers
 from serve_app.gateway.schemas import ErrorDetail, ErrorResponse
@@ -29,7 +31,7 @@ MOST_SHOWN = 100
 """Characters of a client's value that an error repeats."""
 
 _REASONS = {
-    400: "A field of the request is wrong. The message names it.",
+    400: "A field of the request is wrong, and the message names it. Or an image was blocked.",
     401: "The request has no API key, or an unknown one.",
     403: "A page of another web site sent the request to a server without API keys.",
     404: "The model, the LoRA adapter or the path does not exist.",
@@ -59,7 +61,7 @@ class Problem:
 def problem_of(error: Exception, scope: Scope) -> Problem:
     """Convert an exception to an answer, and note it in the request's record.
 
-    Details of server errors go to the log, not to the client.
+    Details of server errors go to the log, not to the client, except that an image is not finite.
     """
     given: dict[str, str] = {}
     if isinstance(error, HTTPException):
@@ -72,7 +74,10 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
         logger.error("request %s failed", number, exc_info=error)
         ours = error if isinstance(error, DiffusionServeError) else DiffusionServeError("")
         status = ours.status
-        message = f"The image could not be generated. See the server's log for request {number}."
+        reason = "The image could not be generated."
+        if isinstance(ours, NotFinite):
+            reason = f"The image could not be generated: {ours}"
+        message = f"{reason} See the server's log for request {number}."
     record = record_of(scope)
     record.failed(ours)
     detail = ErrorDetail(message=message, type=ours.type, param=ours.param, code=ours.code)
@@ -129,6 +134,8 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
         case "json_invalid":
             reason = problem["msg"].removeprefix("Invalid JSON: ")
             message = f"the body is not JSON: {reason}."
+        case "extra_forbidden" if param in REJECTED:
+            message = f"{param}: {REJECTED[param]}"
         case "extra_forbidden":
             message = f"unknown field {param!r}; known are {', '.join(model.model_fields)}."
         case "missing":

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.errors import InvalidRequest
+from serve_app.gateway.openai_fields import REJECTED, hint_warnings
 from serve_app.protocol.images import Encoding, ImageFormat
 from serve_app.protocol.params import MAX_SEED, AdapterSet, ModelInfo
 
@@ -59,14 +60,22 @@ class ImageRequest(BaseModel):
         None,
         ge=0,
         le=100,
-        description="Quality of JPEG and WebP. Default: 95. PNG is lossless and does not accept "
-        "it.",
+        description="Quality of JPEG and WebP. Default: 95. PNG is lossless, and accepts only 100.",
     )
     background: Literal["auto", "opaque"] = Field(
         "auto", description="Background of the images, which is always opaque."
     )
+    complexity: Literal["low", "medium", "high"] | None = Field(
+        None, description="Accepted with a warning: it has no effect."
+    )
+    moderation: Literal["auto", "low"] = Field(
+        "auto", description="'low' is accepted with a warning: it has no effect."
+    )
+    safety_identifier: str | None = Field(
+        None, max_length=512, description="Accepted with a warning: it has no effect."
+    )
     user: str | None = Field(
-        None, max_length=512, description="Accepted for compatibility. It has no effect."
+        None, max_length=512, description="Accepted with a warning: it has no effect."
     )
     stream: bool = Field(False, description="Respond with server-sent events.")
     partial_images: int = Field(
@@ -132,7 +141,7 @@ class ImageRequest(BaseModel):
         """Drop null values: in OpenAI's schema and its clients' types, null means the default."""
         if not isinstance(body, dict):
             return body
-        optional = cls.model_fields.keys() - {"prompt"}
+        optional = (cls.model_fields.keys() | REJECTED.keys()) - {"prompt"}
         return {
             name: value for name, value in body.items() if value is not None or name not in optional
         }
@@ -163,11 +172,16 @@ class ImageRequest(BaseModel):
             return Encoding(self.output_format)
         return Encoding(self.output_format, self.output_compression)
 
+    def warnings(self) -> list[str]:
+        """Name the fields that have no effect."""
+        return hint_warnings(dict(self))
+
     def check(self) -> None:
         """Raise `InvalidRequest` for fields that do not go together."""
-        if self.output_compression is not None and self.output_format == "png":
+        if self.output_format == "png" and self.output_compression not in (None, 100):
             raise InvalidRequest(
-                "output_compression is for jpeg and webp; leave it out for png, which is exact.",
+                f"output_compression is {self.output_compression}, for jpeg and webp only; leave "
+                "it out for png, which is exact.",
                 "output_compression",
             )
         if self.stream and self.n > 1:
@@ -180,10 +194,19 @@ class ImageRequest(BaseModel):
 class ImageGenerationRequest(ImageRequest):
     """The body of ``POST /v1/images/generations``."""
 
+    style: Literal["vivid", "natural"] | None = Field(
+        None,
+        description="Accepted with a warning: it has no effect. Describe the style in the prompt.",
+    )
+
 
 class ImageEditRequest(ImageRequest):
     """The fields of ``POST /v1/images/edits`` beside its images."""
 
+    input_fidelity: Literal["low", "high"] | None = Field(
+        None,
+        description="Accepted with a warning: it has no effect. `strength` sets how much changes.",
+    )
     strength: float | None = Field(
         None,
         gt=0,

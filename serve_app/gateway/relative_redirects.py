@@ -1,10 +1,12 @@
 """Redirects to this server as relative references, which hold behind every reverse proxy."""
 
 from itertools import takewhile
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from starlette.datastructures import URL, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_SAFE = ":/%#?=@[]!$&'()*+,;"
 
 
 class RelativeRedirects:
@@ -22,7 +24,8 @@ class RelativeRedirects:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        requested = urlsplit(str(URL(scope=scope)))
+        # Starlette quotes a redirect in the same way, and leaves the request's path as it is.
+        requested = urlsplit(quote(str(URL(scope=scope)), safe=_SAFE))
 
         async def pass_on(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -198,7 +198,7 @@ class RequestLog:
     def _expect(self, principal: str, priority: Priority) -> None:
         """Create a principal's counters at 0.
 
-        To Prometheus, a counter that first appears with a failure has not risen. Each key has 16
+        To Prometheus, a counter that first appears with a failure has not risen. Each key has 18
         series, 2 kB of each gateway replica's report: 50 keys and 4 replicas make 0.4 MB.
         """
         if (principal, priority) not in self._known:

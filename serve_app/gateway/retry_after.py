@@ -6,7 +6,7 @@ Errors carry ``retry_after_s`` in seconds; only this module rounds it and writes
 import math
 from typing import Any
 
-from serve_app.errors import DiffusionServeError
+from serve_app.errors import DiffusionServeError, NotFinite
 
 DEFAULT_RETRY_S = 5.0
 """Retry time of an error that has none."""
@@ -24,7 +24,7 @@ def retry_headers(error: DiffusionServeError) -> dict[str, str]:
     """Return the headers that state when, or whether, to retry."""
     if error.status in _RETRYABLE:
         return {"Retry-After": str(whole_seconds(error.retry_after_s))}
-    if error.status < 500 or error.status == 504:
+    if error.status < 500 or error.status == 504 or isinstance(error, NotFinite):
         # OpenAI's clients read it. A retry would fail again, or take as long again.
         return {"x-should-retry": "false"}
     return {}

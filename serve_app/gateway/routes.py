@@ -21,7 +21,7 @@ from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
 from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
-from serve_app.gateway.parsing import read_edit, read_generation
+from serve_app.gateway.parsing import query_warnings, read_edit, read_generation
 from serve_app.gateway.relative_redirects import RelativeRedirects
 from serve_app.gateway.requests_log import RequestLog, record_of
 from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
@@ -93,6 +93,7 @@ def create_api(
         job = await service.prepare(
             "image_generation", body, record_of(scope), request.state.principal
         )
+        job = job.warned(query_warnings(request))
         if body.stream:
             return await stream(service, job, scope)
         return await _while_connected(request, service.generate_all(job))
@@ -119,6 +120,7 @@ def create_api(
             form.image,
             form.mask,
         )
+        job = job.warned(query_warnings(request))
         if form.fields.stream:
             return await stream(service, job, scope)
         return await _while_connected(request, service.generate_all(job))
@@ -245,9 +247,14 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         max_deadline_s=limits.max_deadline_s,
         takes_negative_prompt=info.takes_negative_prompt,
         schedulers=list(info.noise_schedulers),
+        unavailable_schedulers={
+            name: dict(reasons) for name, reasons in info.unavailable_noise_schedulers.items()
+        },
         loras=list(info.loras),
         partial_loras=dict(info.partial_loras),
         max_loras=limits.max_loras,
+        safety=info.safety,
+        safety_checker=info.safety_checker,
         batching="on" if info.sharing == "batched" else "off",
         batching_difference=info.sharing_difference,
         batching_psnr_db=info.sharing_psnr_db,

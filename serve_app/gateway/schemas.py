@@ -5,9 +5,12 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from serve_app.config.models import Safety
 from serve_app.gateway.image_request import Quality
 from serve_app.protocol.events import GENERATION_PARTS
 from serve_app.protocol.images import ImageFormat
+from serve_app.protocol.params import Task
+from serve_app.protocol.safety import SafetyVerdict
 
 RESPONSE = "response"
 """The last part of a request: from the pixels to the last byte of the answer."""
@@ -23,7 +26,22 @@ _BACKGROUND = "Always `opaque`."
 _CREATED_AT = "Unix time of the event, in seconds."
 _USAGE = "Tokens of the request."
 _TIMINGS = "Duration of each part of the request."
-_WARNINGS = "Parts of the request without effect: the end of a long prompt, or a color profile."
+_WARNINGS = (
+    "Parts of the request without effect, such as a field or the end of a long prompt, and images "
+    "that the safety checker flagged."
+)
+_SAFETY = "Verdict of the safety checker. Null if nothing looked at the image."
+
+
+class ImageSafety(BaseModel):
+    """The verdict of the safety checker on one image."""
+
+    flagged: bool = Field(description="True if the image may be unsafe.")
+
+    @classmethod
+    def of(cls, verdict: SafetyVerdict | None) -> "ImageSafety | None":
+        """Describe a verdict; ``None`` if there is none."""
+        return None if verdict is None else cls(flagged=verdict.flagged)
 
 
 class ImageData(BaseModel):
@@ -31,6 +49,7 @@ class ImageData(BaseModel):
 
     b64_json: str = Field(description="Image file, in base64.")
     seed: int = Field(description="Seed that generates this image again.")
+    safety: ImageSafety | None = Field(description=_SAFETY)
 
 
 class InputTokensDetails(BaseModel):
@@ -134,6 +153,7 @@ class CompletedEvent(BaseModel):
     output_format: ImageFormat = Field(description=_OUTPUT_FORMAT)
     usage: Usage = Field(description=_USAGE)
     seed: int = Field(description="Seed that generates this image again.")
+    safety: ImageSafety | None = Field(description=_SAFETY)
     timings: Timings = Field(description=_TIMINGS)
     warnings: list[str] = Field(description=_WARNINGS)
 
@@ -173,10 +193,21 @@ class ModelObject(BaseModel):
     max_prompt_chars: int = Field(description="Longest prompt, in characters.")
     max_deadline_s: float = Field(description="Longest `deadline_s`.")
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
-    schedulers: list[str] = Field(description="Noise schedulers for `scheduler`.")
+    schedulers: list[str] = Field(
+        description="Noise schedulers for `scheduler`, in at least one task."
+    )
+    unavailable_schedulers: dict[str, dict[Task, str]] = Field(
+        description="Noise schedulers that failed their trial: the reason for each task in which "
+        "they are not offered. `default` is the model's own."
+    )
     loras: list[str] = Field(description="LoRA adapters for `lora`.")
     partial_loras: dict[str, str] = Field(description="Adapters that fit in part: the used share.")
     max_loras: int = Field(description="Most LoRA adapters of one request.")
+    safety: Safety = Field(
+        description="Treatment of images that the safety checker flags: `flag` names them in the "
+        "response, `block` fails the request, `off` checks none."
+    )
+    safety_checker: bool = Field(description="True if a safety checker looks at every image.")
     batching: Literal["on", "off"] = Field(
         description="`on` if requests share denoiser calls, as certified at start-up."
     )

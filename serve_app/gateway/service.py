@@ -6,7 +6,7 @@ import functools
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -14,12 +14,13 @@ from serve_app.config.models import AppConfig
 from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
 from serve_app.gateway.auth import Principal
 from serve_app.gateway.image_request import ImageEditRequest, ImageRequest
-from serve_app.gateway.parsing import in_image_thread, read_image, read_mask
+from serve_app.gateway.input_images import in_image_thread, read_image, read_mask
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
     ImageOperation,
+    ImageSafety,
     ImagesResponse,
     InputTokensDetails,
     Usage,
@@ -53,19 +54,30 @@ class ImageJob:
     """Identity of the request, by which a retry of it is recognised."""
     context: RequestContext
     warnings: tuple[str, ...] = ()
-    """Parts of the input files without effect."""
+    """Parts of the request without effect: fields, or parts of the input files."""
 
     @property
     def size(self) -> str:
+        """Requested size, which most pipelines generate."""
         return f"{self.images[0].width}x{self.images[0].height}"
 
     @property
     def steps(self) -> int:
         return self.images[0].steps_to_run
 
+    def warned(self, warnings: Iterable[str]) -> "ImageJob":
+        """Return the same job with more warnings."""
+        return replace(self, warnings=(*self.warnings, *warnings))
+
     def all_warnings(self, images: Sequence[EncodedImage]) -> list[str]:
         """Return the warnings of the input and of these images, each once."""
-        texts = [*self.warnings, *(text for image in images for text in image.warnings)]
+        texts = list(self.warnings)
+        if (generated := size_of(images[0])) != self.size:
+            texts.append(
+                f"size is {generated}, not {self.size}: the model's pipeline sets the number of "
+                "pixels itself."
+            )
+        texts += (text for image in images for text in image.warnings)
         return list(dict.fromkeys(texts))
 
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
@@ -81,6 +93,11 @@ class ImageJob:
             output_tokens=output_tokens,
             total_tokens=text_tokens + image_tokens + output_tokens,
         )
+
+
+def size_of(image: EncodedImage) -> str:
+    """Return the size of an image as in requests."""
+    return f"{image.width}x{image.height}"
 
 
 class ImageService:
@@ -128,6 +145,7 @@ class ImageService:
         identity = await _identity(principal.name, kind, body, image, mask)
         # Last, because it uses up the request's reservation.
         context = self._redeemed(identity, body.deadline_s, principal.priority, sent_at, record)
+        warnings = (*body.warnings(), *warnings)
         return ImageJob(kind, body, images, record, principal, identity, context, warnings)
 
     async def generate_all(self, job: ImageJob) -> ImagesResponse:
@@ -149,10 +167,14 @@ class ImageService:
         return ImagesResponse(
             created=int(time.time()),
             data=[
-                ImageData(b64_json=base64.b64encode(image.data).decode(), seed=image.seed)
+                ImageData(
+                    b64_json=base64.b64encode(image.data).decode(),
+                    seed=image.seed,
+                    safety=ImageSafety.of(image.safety),
+                )
                 for image in images
             ],
-            size=job.size,
+            size=size_of(images[0]),
             output_format=job.body.output_format,
             quality=job.body.resolved_quality,
             usage=job.usage(images),
@@ -258,11 +280,14 @@ class ImageService:
 
         Returns the parameters, and warnings.
         """
-        decoded = read_image(image, self._limits)
-        size = decoded.pixels.size
-        mask_image = None if mask is None else read_mask(mask, self._limits, size)
-        params = replace(params, image=decoded.pixels, mask_image=mask_image).resolved(model)
-        return params, decoded.warnings
+        decoded = read_image(image, self._limits, has_mask=mask is not None)
+        params = replace(params, image=decoded.pixels)
+        warnings = decoded.warnings
+        if mask is not None:
+            decoded_mask = read_mask(mask, self._limits, decoded.pixels.size)
+            params = replace(params, mask_image=decoded_mask.pixels)
+            warnings += decoded_mask.warnings
+        return params.resolved(model), warnings
 
 
 def _numbered(params: GenerationParams, count: int) -> tuple[GenerationParams, ...]:

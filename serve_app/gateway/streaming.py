@@ -14,10 +14,11 @@ from serve_app.gateway.errors import problem_of
 from serve_app.gateway.schemas import (
     CompletedEvent,
     ErrorResponse,
+    ImageSafety,
     PartialImageEvent,
     ProgressEvent,
 )
-from serve_app.gateway.service import ImageJob, ImageService
+from serve_app.gateway.service import ImageJob, ImageService, size_of
 from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, PartialImage
@@ -115,11 +116,12 @@ def _event(
                 type=f"{kind}.completed",
                 b64_json=base64.b64encode(event.data).decode(),
                 created_at=int(time.time()),
-                size=job.size,
+                size=size_of(event),
                 quality=body.resolved_quality,
                 output_format=body.output_format,
                 usage=job.usage([event]),
                 seed=event.seed,
+                safety=ImageSafety.of(event.safety),
                 timings=job.record.complete(),
                 warnings=job.all_warnings([event]),
             )

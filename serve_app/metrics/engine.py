@@ -117,6 +117,13 @@ IMAGES = Counter(
     registry=ENGINE,
 )
 
+IMAGES_FLAGGED = Counter(
+    "diffusion_serve_images_flagged_total",
+    "Generated images that the safety checker flagged, whether returned or blocked.",
+    ["model"],
+    registry=ENGINE,
+)
+
 PIXELS = Counter(
     "diffusion_serve_pixels_total",
     "Pixels of the generated images.",

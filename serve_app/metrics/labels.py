@@ -54,7 +54,7 @@ LABELS = {
     "set_by": "`client`: the request has a deadline; `server`: from `engine.slo_scale`",
     "activity": "network that ran: `denoise`, `encode`, `decode`",
     "kind": "`used`, `reserved`: by torch; `free`, `total`: of the device",
-    "phase": "phase of a start: `load`, `certify`, `preview`, `measure`, `compile`",
+    "phase": "phase of a start: `load`, `certify`, `preview`, `schedulers`, `measure`, `compile`",
     "diffusion_serve_sharing": "mode: `batched`, `interleaved`, `sequential`; the metric is 1 "
     "for the mode in use",
     "deployment": "`Generator` or `Gateway`",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image
 
-from serve_app.errors import DiffusionServeError
+from serve_app.errors import DiffusionServeError, NotFinite
 from serve_app.protocol.inpainting import with_kept_part
 from serve_app.protocol.params import GenerationParams
+from serve_app.protocol.safety import SafetyVerdict
 
 if TYPE_CHECKING:  # the gateway reads some of these events without torch
     from torch import Tensor
@@ -42,7 +44,7 @@ class Progress:
     """Predicted seconds until the image is done; only after `Engine.locate`."""
 
 
-def _to_host(pixels: Tensor) -> Image.Image:
+def to_host(pixels: Tensor) -> Image.Image:
     """Copy pixels from the device to an image in RGB with 8 bits."""
     return Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())
 
@@ -54,7 +56,7 @@ class Preview:
     step: int
     """Step after which it was made, counted from 1."""
     pixels: Tensor
-    """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device."""
+    """Tensor of shape ``[3, height, width]``, sRGB in [0, 1] or NaN, on the device."""
 
     def image_for(self, params: GenerationParams) -> Image.Image:
         """Return it at the size of the image, with the part that the request's mask keeps.
@@ -70,8 +72,12 @@ class Preview:
         """The preview in RGB with 8 bits, on the host.
 
         The first access copies the pixels from the device: do not read it on the engine's thread.
+        Raises `NotFinite` if a pixel is NaN.
         """
-        return _to_host(self.pixels)
+        pixels = self.pixels.cpu()
+        if pixels.isnan().any():
+            raise NotFinite(f"the preview of step {self.step} is not finite (NaN or infinite).")
+        return to_host(pixels)
 
 
 class GenerationTimings(NamedTuple):
@@ -102,7 +108,8 @@ class GenerationResult:
     """Tensor of shape ``[3, height, width]``, sRGB in [0, 1], on the device: the output of the
     pipeline. With a mask, only `image` has the kept part of the input image exactly."""
     warnings: tuple[str, ...]
-    """Parts of the request without effect, such as the end of a prompt that is too long."""
+    """Parts of the request without effect, such as the end of a prompt that is too long, and a
+    note if the safety checker flagged the image."""
     prompt_tokens: int
     """Tokens of the prompt that the model read; 0 if its tokenizer is unknown."""
     timings: GenerationTimings
@@ -110,14 +117,22 @@ class GenerationResult:
     ended_at: float
     """Time at the end of decoding, by ``time.perf_counter``. The device may still compute the
     pixels."""
+    not_finite: Callable[[], NotFinite | None]
+    """Wait for the device, and return the error if a pixel is NaN: then there is no image."""
+    safety: SafetyVerdict | None = None
+    """Verdict of the safety checker; ``None`` if nothing looked at the image."""
 
     @cached_property
     def image(self) -> Image.Image:
         """The image in RGB with 8 bits, on the host, with the part that the mask keeps.
 
         The first access copies the pixels from the device: do not read it on the engine's thread.
+        Raises `NotFinite` if the model's output is NaN or infinite.
         """
-        return with_kept_part(_to_host(self.pixels), self.params)
+        image = to_host(self.pixels)
+        if (error := self.not_finite()) is not None:  # the device is done: no second wait
+            raise error
+        return with_kept_part(image, self.params)
 
 
 class Step(NamedTuple):

@@ -1,6 +1,7 @@
 """Parameters of a request, and the model's options."""
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -8,8 +9,9 @@ from typing import Literal
 from PIL import ImageOps
 from PIL.Image import Image
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.models import LimitsConfig, Safety
 from serve_app.errors import InvalidRequest, LoraNotFound
+from serve_app.protocol.noise_schedulers import check_noise_scheduler
 
 MAX_SEED = 2**63 - 1
 
@@ -56,6 +58,8 @@ class ModelInfo:
     """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
     """Noise schedulers for requests; empty if the model supports only its own."""
+    unavailable_noise_schedulers: Mapping[str, Mapping[Task, str]]
+    """Why noise schedulers are not offered, by name and task; ``default`` is the model's own."""
     fewest_steps: Mapping[str, int]
     """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
@@ -72,6 +76,10 @@ class ModelInfo:
     """Reason why requests are not batched; empty if they are."""
     limits: LimitsConfig
     """Limits of one request."""
+    safety: Safety
+    """Treatment of images that the safety checker flags."""
+    safety_checker: bool
+    """True if a safety checker looks at every image."""
 
     @property
     def quality_steps(self) -> dict[str, int]:
@@ -151,7 +159,7 @@ class GenerationParams:
             InvalidRequest: naming the field and what is allowed.
         """
         limits = model.limits
-        if not self.prompt.strip():
+        if not any(_is_visible(letter) for letter in self.prompt):
             raise InvalidRequest("prompt must not be empty.", "prompt")
         for name in ("prompt", "negative_prompt"):
             text = getattr(self, name)
@@ -168,13 +176,10 @@ class GenerationParams:
                 f"{model.pipeline} does not support negative_prompt; leave it out.",
                 "negative_prompt",
             )
-        if self.noise_scheduler is not None and self.noise_scheduler not in model.noise_schedulers:
-            names = ", ".join(model.noise_schedulers)
-            raise InvalidRequest(
-                f"{model.pipeline} does not support the scheduler {self.noise_scheduler[:40]!r}; "
-                + (f"use one of {names}." if names else "leave it out to use the model's own."),
-                "scheduler",
-            )
+        faults = model.unavailable_noise_schedulers.items()
+        reasons = {name: tasks[self.task] for name, tasks in faults if self.task in tasks}
+        offered = model.noise_schedulers
+        check_noise_scheduler(self.noise_scheduler, self.task, model.pipeline, offered, reasons)
         self._check_lora(model)
         if not 0 <= self.seed <= MAX_SEED:
             raise InvalidRequest(f"seed must be from 0 to {MAX_SEED}; it is {self.seed}.", "seed")
@@ -302,6 +307,11 @@ class GenerationParams:
                     name,
                 )
         strength = self.strength
+        if strength is not None and self.task not in model.default_strengths:
+            raise InvalidRequest(
+                f"{model.pipeline} does not support strength for {self.task}; leave it out.",
+                "strength",
+            )
         if strength is None:
             strength = model.default_strengths.get(self.task)
         if strength is not None and not (0 < strength <= 1 and int(steps * strength) >= 1):
@@ -372,6 +382,11 @@ def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image
         return fitted(image, mode, size)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
         raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
+
+
+def _is_visible(letter: str) -> bool:
+    """Return whether a character is neither a space nor a control character."""
+    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def _is_unicode(text: str) -> bool:

@@ -10,7 +10,7 @@ a tenth at times, and may exceed one.
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,11 +75,12 @@ class BareCalls:
 
             return module.register_forward_hook(note, with_kwargs=True).remove
 
+        sites = {site.module for site in self._pipeline.sites.values()}
         with ExitStack() as stack:
             stack.enter_context(patch.object(Rendezvous, "forward", forward))
             for name, part in self._pipeline.stock.components.items():
                 if isinstance(part, nn.Module):
-                    for path, module in _outermost(name, part):
+                    for path, module in _outermost(name, part, sites):
                         stack.callback(watch(path, module))
             yield
 
@@ -125,13 +126,15 @@ class BareCalls:
         return leaf
 
 
-def _outermost(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _outermost(
+    name: str, module: nn.Module, sites: Set[nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
     """Yield the largest modules without a site inside; of autoencoders, the called halves."""
-    if "forward" in vars(module):
+    if module in sites:
         return
-    if hasattr(module, "decode") or any("forward" in vars(part) for part in module.modules()):
+    if hasattr(module, "decode") or any(part in sites for part in module.modules()):
         for child_name, child in module.named_children():
-            yield from _outermost(f"{name}.{child_name}", child)
+            yield from _outermost(f"{name}.{child_name}", child, sites)
     else:
         yield name, module
 

@@ -50,3 +50,16 @@ def test_delays_that_serve_adds_to_the_policy_are_rejected(tmp_path: Path) -> No
     assert done.exit_code == 0
     assert "warning" in done.stderr
     assert "mine:Policy scales Generator; its parameters are not checked" in done.stderr
+
+
+def test_blocking_needs_a_safety_checker(tmp_path: Path) -> None:
+    """The bundled model has none, so that nothing would be blocked."""
+    config = tmp_path / "serve.yaml"
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+    args = "    args:\n      gateway:\n        safety: block\n"
+    config.write_text(text.replace("    args:\n", args))
+    done = CliRunner().invoke(cli, ["check", str(config)])
+    assert done.exit_code == 2
+    assert "the model 'demo' has no safety checker" in done.output
+    config.write_text(config.read_text().replace("safety: block", "safety: flag"))
+    assert CliRunner().invoke(cli, ["check", str(config)]).exit_code == 0

@@ -1,5 +1,7 @@
 """``diffusion-serve infer``, as a process of its own where that matters."""
 
+import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -9,7 +11,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
+from serve_app.config.models import DEMO_MODEL_DIR
 from tests.cli.server import PROGRAM
+from tests.safety_checkers import FLAGS_EVERYTHING, save_with_checker
 from tools.demo_model.judge import read
 
 
@@ -72,8 +76,36 @@ def test_mistakes_end_with_2_and_say_what_to_do(
     assert not output.exists()
 
 
+def test_an_image_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    """Zero-SNR betas leave no signal at the first step, and epsilon prediction divides by it."""
+    model, output = tmp_path / "model", tmp_path / "x.png"
+    shutil.copytree(DEMO_MODEL_DIR, model)
+    path = model / "scheduler" / "scheduler_config.json"
+    changes = {"prediction_type": "epsilon", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    code, text = _infer("--prompt", "a cat", "--model", str(model), "--output", str(output))
+    assert code == 2
+    assert "cannot generate an image: NotFinite: the image is not finite (NaN or" in text
+    assert "Try another noise_scheduler" in text
+    assert text.count("error: ") == 1
+    assert not output.exists()
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.png").mkdir()
     code, text = _infer("--prompt", "a cat", "--steps", "1", "--output", str(tmp_path / "x.png"))
     assert code == 2
     assert "cannot be written" in text
+
+
+def test_a_flagged_image_is_written_with_a_warning(tmp_path: Path) -> None:
+    save_with_checker(tmp_path / "model", FLAGS_EVERYTHING)
+    output = tmp_path / "x.png"
+    code, text = _infer(
+        "--prompt", "a red circle", "--model", str(tmp_path / "model"), "--steps", "2",
+        "--seed", "5", "--output", str(output),
+    )  # fmt: skip
+    assert code == 0, text
+    assert "warning: the safety checker flagged the image with seed 5" in text
+    with Image.open(output) as image:
+        assert image.getextrema() != ((0, 0),) * 3, "it is not black"

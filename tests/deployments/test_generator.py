@@ -1,3 +1,4 @@
+import itertools
 import logging
 import re
 import time
@@ -22,8 +23,10 @@ from serve_app.errors import ConfigError
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
+from serve_app.metrics.gateway import REQUESTS
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.params import ModelInfo
+from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
+from serve_app.protocol.params import GenerationParams, ModelInfo
 from tests.conftest import DEMO, FIFO
 
 
@@ -139,3 +142,84 @@ async def test_the_line_of_a_request_leads_to_its_traceback(
     assert cause.getMessage() == f"request {number} failed"
     assert cause.exc_info is not None
     assert "broken" in str(cause.exc_info[1])
+
+
+@pytest.mark.anyio
+async def test_an_image_that_is_not_finite_is_a_500_that_says_so(
+    demo_pipeline: LoadedPipeline, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One image of three: there is no answer with a black one."""
+    decodings = 0
+
+    def spoil_second(_: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        nonlocal decodings
+        decodings += 1
+        return output * float("nan") if decodings == 2 else output
+
+    def failures() -> float:
+        labels = {"model": "demo", "outcome": "generation_failed"}
+        samples = [one for family in REQUESTS.collect() for one in family.samples]
+        return sum(
+            one.value
+            for one in samples
+            if one.name.endswith("_total") and labels.items() <= one.labels.items()
+        )
+
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        before = failures()
+        hook = demo_pipeline.stock.vae.decoder.conv_out.register_forward_hook(spoil_second)
+        try:
+            response, _ = await ask(engine, num_inference_steps=2, n=3)
+        finally:
+            hook.remove()
+        assert (await ask(engine, num_inference_steps=2))[0].status_code == 200
+    assert response.status_code == 500
+    error = response.json()["error"]
+    assert error["code"] == "generation_failed"
+    assert "the image is not finite (NaN or infinite), in float32." in error["message"]
+    assert response.headers["x-should-retry"] == "false"
+    assert failures() == before + 1
+    [line] = [one for one in caplog.records if one.name == "serve_app.engine.runner"]
+    assert re.fullmatch(r"request \d+ failed: the image is not finite .*", line.getMessage())
+
+
+@pytest.mark.anyio
+async def test_a_stream_ends_with_an_error_if_the_image_is_not_finite(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        decoder = demo_pipeline.stock.vae.decoder.conv_out
+        hook = decoder.register_forward_hook(lambda _, __, output: output / 0)
+        try:
+            response, _ = await ask(
+                engine, num_inference_steps=3, partial_images=2, size="64x64", stream=True
+            )
+        finally:
+            hook.remove()
+    names = re.findall(r"^event: (\S+)", response.text, re.MULTILINE)
+    assert names == ["image_generation.partial_image"] * 2 + ["error"]
+    last = response.text[response.text.rindex("event: error") :]
+    assert '"generation_failed"' in last
+    assert "the image is not finite" in last
+
+
+@pytest.mark.anyio
+async def test_a_preview_that_is_not_finite_is_left_out(demo_pipeline: LoadedPipeline) -> None:
+    """Only the first preview is spoilt, so the image still comes."""
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        preview = engine._runner.previews
+        assert preview is not None
+        shown = itertools.count()
+
+        def spoilt(latents: torch.Tensor, width: int, height: int) -> torch.Tensor | None:
+            bad = next(shown) == 0
+            return preview(latents / 0 if bad else latents, width, height)
+
+        engine._runner.previews = spoilt  # type: ignore[assignment]
+        params = GenerationParams(
+            "x", 1, width=64, height=64, num_inference_steps=4, preview_steps=(1, 2, 3)
+        )
+        events = [event async for event in Replica(engine).generate(params, Encoding())]
+    partial = [event for event in events if isinstance(event, PartialImage)]
+    assert [event.index for event in partial] == [0, 1]
+    assert isinstance(events[-1], EncodedImage)

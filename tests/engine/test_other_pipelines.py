@@ -5,6 +5,7 @@ docs/models.md describes these cases.
 
 import queue
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,16 +17,18 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
 )
+from PIL import Image
 
 from serve_app.config.models import ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
-from serve_app.errors import ModelLoadError
+from serve_app.errors import InvalidRequest, ModelLoadError
 from serve_app.protocol.events import Completed, Event, Failed, Progress, Queued
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
 from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext, ltx
+from tests.tiny_ernie import ernie_image
 from tests.tiny_pipelines import flux, stable_diffusion
 
 
@@ -131,6 +134,16 @@ def test_a_seed_gives_the_same_image_if_a_network_draws_noise_itself() -> None:
     assert not torch.equal(first[0], first[1])
 
 
+def test_kontext_rejects_a_strength() -> None:
+    """The steps would be counted by it, and the image would be the same."""
+    image = Image.new("RGB", (32, 32), "red")
+    with _engine(kontext(), CERTIFIED["flux-kontext"][1]) as engine:
+        params = GenerationParams("a", 1, num_inference_steps=1, image=image)
+        assert engine.generate(params).pixels.shape == (3, 32, 32)
+        with pytest.raises(InvalidRequest, match="does not support strength"):
+            engine.generate(replace(params, strength=1.0))
+
+
 def test_kontext_ignores_the_size_of_the_request() -> None:
     """Its images have ``max_area`` pixels, by default a megapixel, in the requested shape."""
     with _engine(kontext(), CERTIFIED["flux-kontext"][1]) as engine:
@@ -168,3 +181,17 @@ def test_a_pipeline_that_needs_an_image_is_rejected_at_the_start(
     """Every model must generate an image from a prompt alone."""
     with pytest.raises(ModelLoadError, match="cannot generate an image"):
         _engine(build(), call_kwargs)
+
+
+def test_a_pipeline_that_writes_prompts_anew_is_rejected() -> None:
+    """ERNIE-Image samples its own prompt, so that a seed does not give the same image again."""
+    with pytest.raises(ModelLoadError, match=r"writes each prompt anew.*use_pe .* to false"):
+        _engine(ernie_image(), {})
+    for pipeline, call_kwargs in ((ernie_image(), {"use_pe": False}), (ernie_image(False), {})):
+        with _engine(pipeline, call_kwargs) as engine:
+            assert engine.info.sharing == "batched"
+            one, two = (
+                engine.generate(GenerationParams("a cat", 1, num_inference_steps=2)).pixels
+                for _ in range(2)
+            )
+            assert torch.equal(one, two)

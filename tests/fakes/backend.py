@@ -35,6 +35,12 @@ INFO = ModelInfo(
     tasks=("text-to-image", "image-to-image", "inpainting"),
     default_strengths={"image-to-image": 0.5, "inpainting": 1.0},
     noise_schedulers=("euler", "ddim"),
+    unavailable_noise_schedulers={
+        "euler": {"image-to-image": "it adds too much noise"},
+        "pndm": dict.fromkeys(
+            ("text-to-image", "image-to-image", "inpainting"), "it gives values that are not finite"
+        ),
+    },
     fewest_steps={"euler": 1, "ddim": 1},
     loras=("pixel", "ink"),
     partial_loras={"ink": "2 of its 4 tensors are used"},
@@ -43,6 +49,8 @@ INFO = ModelInfo(
     sharing_psnr_db=130.0,
     sharing_note="",
     limits=LIMITS,
+    safety="flag",
+    safety_checker=False,
 )
 
 
@@ -62,6 +70,8 @@ class FakeBackend:
         """Reported timings."""
         self.file_s = 0.5
         """Reported duration of encoding the file."""
+        self.size_px: tuple[int, int] | None = None
+        """Size of the images; ``None`` for the requested one."""
         self.cancelled = 0
         self.slow_seed: int | None = None
         """Seed of the request that never ends."""
@@ -87,7 +97,7 @@ class FakeBackend:
             if self.error is not None:
                 raise self.error
             yield Queued(0, 1.5)
-            image = Image.new("RGB", (params.width, params.height), "red")
+            image = Image.new("RGB", self.size_px or (params.width, params.height), "red")
             for index, step in enumerate(params.preview_steps):
                 if progress:
                     yield Progress(step, params.steps_to_run, 0.5)

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image, ImageOps
 
 from serve_app.config.models import LimitsConfig
-from serve_app.gateway.parsing import read_image
+from serve_app.gateway.input_images import read_image
 from tests.fakes.backend import LIMITS, FakeBackend
 from tests.gateway.conftest import decoded, error_of
 from tests.icc import gamma_curve, grey_profile, rgb_profile
+from tests.pngs import SIGNATURE, chunk
 
 pytestmark = pytest.mark.anyio
 
@@ -236,7 +237,7 @@ READ = """
 import re, sys
 from pathlib import Path
 from serve_app.config.models import LimitsConfig
-from serve_app.gateway.parsing import read_image
+from serve_app.gateway.input_images import read_image
 
 def peak_bytes():  # of this process alone; getrusage includes its parent
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
@@ -268,16 +269,9 @@ def test_a_small_file_takes_no_more_memory_than_its_pixels_allow(
 
 def png_that_claims(width: int, height: int) -> bytes:
     """Make a small file whose header declares a huge image."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1_000)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
+    return SIGNATURE + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize(
@@ -305,7 +299,7 @@ def png_that_claims(width: int, height: int) -> bytes:
         (file_of(halves()), None, {"strength": "0"}, "strength", "greater than 0"),
         (file_of(halves()), None, {"strength": "0.01"}, "strength", "steps must run"),
         (file_of(halves()), None, {"n": "many"}, "n", "integer"),
-        (file_of(halves()), None, {"input_fidelity": "high"}, "input_fidelity", "unknown field"),
+        (file_of(halves()), None, {"style": "vivid"}, "style", "unknown field"),
         (file_of(halves()), None, {"image": "text"}, "image", "must be a file"),
         (file_of(halves()), None, {"lora": "{"}, "lora", "not JSON"),
         (file_of(halves()), None, {"lora": "[" * 2_000}, "lora", "no LoRA adapter"),

@@ -8,6 +8,7 @@ from serve_app.errors import (
     DiffusionServeError,
     GenerationFailed,
     InvalidRequest,
+    NotFinite,
     Overloaded,
     RateLimited,
     Unavailable,
@@ -30,7 +31,7 @@ def test_a_rejection_has_a_retry_time(kind: type[DiffusionServeError]) -> None:
     assert documented_headers(kind.status)
 
 
-@pytest.mark.parametrize("kind", [InvalidRequest, Cancelled, DeadlineExceeded])
+@pytest.mark.parametrize("kind", [InvalidRequest, Cancelled, DeadlineExceeded, NotFinite])
 def test_an_error_that_a_retry_repeats_says_so(kind: type[DiffusionServeError]) -> None:
     assert retry_headers(kind("no", retry_after_s=2.5)) == {"x-should-retry": "false"}
     assert not documented_headers(kind.status)

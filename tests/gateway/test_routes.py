@@ -55,6 +55,22 @@ async def test_the_model_names_adapters_that_fit_in_part(client: httpx.AsyncClie
     assert model["partial_loras"] == {"ink": "2 of its 4 tensors are used"}
 
 
+async def test_the_model_names_noise_schedulers_that_are_not_offered(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    [model] = (await client.get("/v1/models")).json()["data"]
+    assert model["schedulers"] == ["euler", "ddim"]
+    unavailable = model["unavailable_schedulers"]
+    assert unavailable["euler"] == {"image-to-image": "it adds too much noise"}
+    assert set(unavailable["pndm"]) == set(model["tasks"])
+    response = await post(client, {"prompt": "x", "scheduler": "pndm"})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "scheduler"
+    assert "it gives values that are not finite; use one of euler, ddim." in error["message"]
+    assert backend.received == []
+
+
 async def test_defaults_are_the_models_and_the_seed_is_random(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
@@ -276,3 +292,26 @@ async def test_when_one_of_n_images_fails_the_others_are_cancelled(
     backend.error = DiffusionServeError("broken")
     error_of(await post(client, {"prompt": "x", "n": 2, "seed": 1}), 500)
     assert backend.cancelled == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_size_in_the_answer_is_that_of_the_image(
+    client: httpx.AsyncClient, backend: FakeBackend, stream: bool
+) -> None:
+    """Some pipelines, such as that of FLUX.1 Kontext, set the number of pixels themselves."""
+    backend.size_px = (32, 16)
+    body = {"prompt": "x", "size": "64x32", "stream": stream}
+    response = await post(client, body)
+    line = response.text.split("data: ")[-1] if stream else response.text
+    answer = json.loads(line.splitlines()[0])
+    file = answer if stream else answer["data"][0]
+    assert decoded(file["b64_json"]).size == (32, 16)
+    assert answer["size"] == "32x16"
+    assert answer["usage"]["output_tokens"] == 2
+    assert answer["warnings"] == [
+        "size is 32x16, not 64x32: the model's pipeline sets the number of pixels itself.",
+        "a warning",
+    ]
+    backend.size_px = None
+    response = await post(client, body)
+    assert "sets the number" not in response.text

@@ -12,7 +12,7 @@ from tests.spoilt_pipelines import SPOILT, spoil
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
-    pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.(FluxPosEmbed|upcast_vae). is deprecated:FutureWarning"),
 ]
 
 DEVICE = torch.device("cuda")

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference, psnr_db
+from serve_app.errors import NotFinite
 from serve_app.protocol.events import Completed, Event, Failed, Progress
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
@@ -125,6 +127,33 @@ def test_a_seed_generates_the_same_image_in_any_batch(full: Full) -> None:
         [other] = generate(engine, [replace(first, seed=99)])
     assert torch.equal(once, again)
     assert psnr_db(once, batched) > psnr_db(once, other) + APART_DB
+
+
+@only_sd15
+def test_an_image_that_is_not_finite_fails_and_no_other(full: Full) -> None:
+    """The engine counts it later, because it does not wait for the device."""
+    pipeline, model = load(full, 512)
+    decodings = 0
+
+    def spoil_second(_: nn.Module, args: object, output: Tensor) -> Tensor:
+        nonlocal decodings
+        decodings += 1
+        return output * math.inf if decodings == 2 else output
+
+    with Engine(pipeline, model, FIFO) as engine:
+        hook = pipeline.stock.vae.decoder.conv_out.register_forward_hook(spoil_second)
+        try:
+            streams = [engine.stream(params) for params in four_requests(512)]
+            ends = [list(events)[-1] for events in streams]
+        finally:
+            hook.remove()
+    failed = [end.error for end in ends if isinstance(end, Failed)]
+    assert [type(error) for error in failed] == [NotFinite]
+    for end in ends:
+        if isinstance(end, Completed):
+            assert end.result.pixels.isfinite().all()
+    what = [entry.what for entry in engine.stats().log]
+    assert (what.count("completed"), what.count("failed")) == (3, 1)
 
 
 @only_sd15

@@ -103,6 +103,17 @@ def test_previews_are_spread_over_the_steps_that_run(
         ({"prompt": "  \n"}, "prompt", "empty"),
         ({"prompt": "x" * 21}, "prompt", "at most 20"),
         ({"negative_prompt": "x" * 21}, "negative_prompt", "at most 20"),
+        ({"noise_scheduler": "default"}, "scheduler", "use one of euler, ddim"),
+        (
+            {"noise_scheduler": "pndm"},
+            "scheduler",
+            "'pndm' for text-to-image: it gives values that are not finite; use one of euler, ddim",
+        ),
+        (
+            {"noise_scheduler": "euler", "image": IMAGE},
+            "scheduler",
+            "'euler' for image-to-image: it adds too much noise; use one of ddim.",
+        ),
         ({"noise_scheduler": "fast"}, "scheduler", "use one of euler, ddim"),
         (
             {"noise_scheduler": "ddim", "num_inference_steps": 3},
@@ -198,3 +209,13 @@ def test_half_a_character_is_rejected() -> None:
         with pytest.raises(InvalidRequest, match="not valid Unicode") as caught:
             GenerationParams(**({"prompt": "a", "seed": 1} | {name: "a\ud800"})).resolved(MODEL)
         assert caught.value.param == name
+
+
+def test_a_strength_of_a_task_without_one_is_rejected() -> None:
+    """FLUX.1 Kontext edits an image by the prompt alone, and all of its steps run."""
+    model = replace(MODEL, default_strengths={})
+    with pytest.raises(InvalidRequest, match="does not support strength") as caught:
+        GenerationParams("a", 1, image=IMAGE, strength=0.5).resolved(model)
+    assert caught.value.param == "strength"
+    resolved = GenerationParams("a", 1, image=IMAGE).resolved(model)
+    assert (resolved.strength, resolved.steps_to_run) == (None, 20)

@@ -21,6 +21,9 @@ LatentsCallback = Callable[[Tensor], None]
 
 The latents are clean as the noise scheduler predicts them, or noisy if it predicts none."""
 
+SchedulerCallback = Callable[[Any], None]
+"""Callback with the noise scheduler of a request, before the call. It may replace its methods."""
+
 
 class _StepBar:
     """Replacement of a pipeline's progress bar, which every family advances once per step."""

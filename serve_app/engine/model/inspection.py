@@ -8,12 +8,17 @@ from typing import Any
 
 import diffusers
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from serve_app.engine.model.networks import denoisers_of, networks_of
+from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import Task
 
 _UNLIMITED = 10_000
 """Token limit from which on a tokenizer states none."""
+
+_ROUNDING = 1e-2
+"""Distance from the range of pixels that 16-bit types explain."""
 
 
 def call_parameters(pipeline: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
@@ -51,7 +56,7 @@ def default_strengths(pipelines: Mapping[Task, DiffusionPipeline]) -> dict[Task,
 
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:
-    """Return the step in pixels that every stock check accepts: a latent cell times the patch."""
+    """Return the step in pixels that the stock check accepts: a latent cell times the patch."""
     cell = int(getattr(pipeline, "vae_scale_factor", 8))
     factors = [8, cell]  # the oldest families check for multiples of 8 only
     for denoiser in denoisers_of(pipeline).values():
@@ -61,7 +66,77 @@ def size_multiple(pipeline: DiffusionPipeline) -> int:
     image_processor = getattr(pipeline, "image_processor", None)
     if image_processor is not None:
         factors.append(image_processor.config.vae_scale_factor)
-    return math.lcm(*factors)
+    return _accepted(pipeline, math.lcm(*factors))
+
+
+def _accepted(pipeline: DiffusionPipeline, multiple: int) -> int:
+    """Return the multiple, or the least of its doubles that the pipeline's own check accepts.
+
+    Some families require a number of pixels that follows from nothing else.
+    """
+    check = getattr(pipeline, "check_inputs", None)
+    parameters = {} if check is None else inspect.signature(check).parameters
+    if check is None or not {"height", "width"} <= parameters.keys():
+        return multiple
+    needed: dict[str, Any] = {
+        name: None for name, parameter in parameters.items() if parameter.default is parameter.empty
+    }
+    needed |= {"prompt": "a"} | ({"callback_steps": 1} if "callback_steps" in needed else {})
+    for factor in (1, 2, 4, 8, 16):
+        side = 3 * factor * multiple  # no multiple of a larger power of two
+        with contextlib.suppress(Exception):
+            check(**needed | {"height": side, "width": side})
+            return factor * multiple
+    return multiple  # it needs more arguments
+
+
+def longest_side(pipeline: DiffusionPipeline) -> int | None:
+    """Return the longest side in pixels that the denoisers have positions for, if it is bounded."""
+    cell = int(getattr(pipeline, "vae_scale_factor", 8))
+    sides: list[int] = []
+    denoisers: Mapping[str, Any] = denoisers_of(pipeline)
+    for denoiser in denoisers.values():
+        embedding: Any = getattr(denoiser, "pos_embed", None)
+        if getattr(embedding, "pos_embed_max_size", None) is not None:
+            positions: int = embedding.pos_embed.shape[1]
+            sides.append(math.isqrt(positions) * denoiser.config.patch_size * cell)
+    return min(sides, default=None)
+
+
+def check_pixels(pipeline: str, pixels: object) -> None:
+    """Check that images are a tensor with values from 0 to 1. Waits for the device; NaN passes.
+
+    Raises:
+        ModelLoadError: they have another form, which the pipeline converts for Pillow only.
+    """
+    if not isinstance(pixels, Tensor) or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ModelLoadError(
+            f"{pipeline} returns no tensor of images, although it was asked for one, so it cannot "
+            "be served. Use a model of another family."
+        )
+    least, most = float(pixels.min()), float(pixels.max())
+    if least < -_ROUNDING or most > 1 + _ROUNDING:
+        raise ModelLoadError(
+            f"{pipeline} returns pixels from {least:.2g} to {most:.2g}; they must be from 0 to 1. "
+            "It converts and checks its images for Pillow only, so it cannot be served. Use a "
+            "model of another family."
+        )
+
+
+def check_side_results(pipeline: str, output: object) -> None:
+    """Check that an output has nothing beside its images that a response would lack.
+
+    Verdicts of a safety checker are no such thing: `SafetyCheck` reads them.
+
+    Raises:
+        ModelLoadError: the pipeline used another prompt than the request's.
+    """
+    if getattr(output, "revised_prompts", None):
+        raise ModelLoadError(
+            f"{pipeline} writes each prompt anew, with random numbers that no seed sets: a seed "
+            "would not give the same image again. Set use_pe in model.call_kwargs to false, and "
+            "let clients write the whole prompt."
+        )
 
 
 def default_size(pipeline: DiffusionPipeline) -> tuple[int, int]:
@@ -98,10 +173,18 @@ def guided_by_true_cfg(pipeline: DiffusionPipeline) -> bool:
     )
 
 
+def _reads_guidance(pipeline: DiffusionPipeline) -> bool:
+    """Return True if the guidance is an input of the denoiser, as in latent consistency models."""
+    return any(
+        getattr(denoiser.config, "time_cond_proj_dim", None) is not None
+        for denoiser in denoisers_of(pipeline).values()
+    )
+
+
 def takes_negative_prompt(pipeline: DiffusionPipeline, call_kwargs: Mapping[str, Any]) -> bool:
     """Return True if a negative prompt changes the image."""
     parameters = call_parameters(pipeline)
-    if "negative_prompt" not in parameters:
+    if "negative_prompt" not in parameters or _reads_guidance(pipeline):
         return False
     if "true_cfg_scale" not in parameters or guided_by_true_cfg(pipeline):
         return True

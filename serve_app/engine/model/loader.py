@@ -73,11 +73,20 @@ def _quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     logging.getLogger("diffusers.models.modeling_utils").addFilter(_names_modules)
+    for handler in logging.getLogger("diffusers").handlers:  # each pipeline has its own logger
+        handler.addFilter(_is_not_about_safety)
 
 
 def _names_modules(record: logging.LogRecord) -> bool:
     """Drop diffusers' warning of a cast that names no module: SDXL casts its VAE at each image."""
     return "should be kept in float32: []" not in record.getMessage()
+
+
+def _is_not_about_safety(record: logging.LogRecord) -> bool:
+    """Drop diffusers' remarks on safety checkers, which do not apply: they see images later."""
+    return not record.getMessage().startswith(
+        ("You have disabled the safety checker", "Potential NSFW content was detected")
+    )
 
 
 def read_pipeline(config: ModelConfig, device: torch.device) -> DiffusionPipeline:

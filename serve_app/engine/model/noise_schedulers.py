@@ -31,13 +31,16 @@ def new_noise_scheduler(name: str, pipeline: DiffusionPipeline) -> Any:
     return NOISE_SCHEDULERS[name].from_config(pipeline.scheduler.config)
 
 
-def fewest_steps(noise_scheduler: Any) -> int:
-    """Return the fewest steps that the noise scheduler accepts.
+def fewest_steps(name: str, pipeline: DiffusionPipeline) -> int:
+    """Return the fewest steps that a noise scheduler accepts.
 
-    Schedulers that begin with several evaluations raise for fewer.
+    Schedulers that begin with several evaluations raise for fewer. One that cannot be made from the
+    pipeline's own counts as 1: the trials at start-up find it.
     """
-    for steps in range(1, 10):
-        with contextlib.suppress(ValueError):
-            noise_scheduler.set_timesteps(steps)
-            return steps
+    with contextlib.suppress(Exception):
+        noise_scheduler = new_noise_scheduler(name, pipeline)
+        for steps in range(1, 10):
+            with contextlib.suppress(ValueError):
+                noise_scheduler.set_timesteps(steps)
+                return steps
     return 1  # it needs more arguments than the steps, and only its pipeline knows them

@@ -13,17 +13,19 @@ from torch import Tensor
 
 from serve_app.config.model_files import find_loras
 from serve_app.config.model_index import DENOISERS
-from serve_app.config.models import ModelConfig
+from serve_app.config.models import ModelConfig, Safety
 from serve_app.engine.model import inspection
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.call_hooks import (
     LatentsCallback,
+    SchedulerCallback,
     StepCallback,
     cache_prompts,
     report_latents,
     report_steps,
 )
 from serve_app.engine.model.fingerprint import Fingerprint, of_component
+from serve_app.engine.model.finite import mark_infinity
 from serve_app.engine.model.loader import load_stock
 from serve_app.engine.model.networks import (
     NetworkState,
@@ -38,8 +40,11 @@ from serve_app.engine.model.noise_schedulers import (
     new_noise_scheduler,
 )
 from serve_app.engine.model.prompt_cache import PromptCache
+from serve_app.engine.model.safety import SafetyCheck
+from serve_app.engine.model.unused_fields import unused_fields
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import GenerationParams, fitted
+from serve_app.protocol.safety import SafetyVerdict
 
 
 class LoadedPipeline:
@@ -48,15 +53,20 @@ class LoadedPipeline:
     Attributes:
         stock: the diffusers pipeline for text-to-image.
         pipelines: the diffusers pipeline of each task, all on the same networks.
+        safety: the safety checker, which is no longer part of these pipelines.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, config: ModelConfig, safety: Safety = "flag"
+    ) -> None:
         """Take over a pipeline that is already on its device.
 
         Raises:
             ModelLoadError: it has no denoiser or no prompt, it lacks an argument of
                 ``config.call_kwargs``, or an adapter cannot be loaded.
+            ConfigError: flagged images are to be blocked, and it has no safety checker.
         """
+        self.safety = SafetyCheck.take_from(pipeline, config, safety)
         self.stock = pipeline
         self._config = config
         self.class_name = type(pipeline).__name__
@@ -71,33 +81,34 @@ class LoadedPipeline:
         self.dtype: torch.dtype = pipeline.dtype
         for network in networks.values():
             network.eval()  # loading does this; a pipeline built in memory may still drop out
+        mark_infinity(networks.values())
         self._state = NetworkState(pipeline)
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
-        self.sites = find_sites(pipeline)
+        self.sites = find_sites(pipeline) | self.safety.sites
         self._vaes = tuple(name for name in networks if name not in self.sites)
         self._stateful = inspection.stateful_components(pipeline)
         self.size_multiple = inspection.size_multiple(pipeline)
+        self.longest_side_px = inspection.longest_side(pipeline)
         self.default_size_px = config.default_size_px or inspection.default_size(pipeline)
         self.default_steps = config.default_steps or inspection.default_steps(pipeline)
         self.noise_schedulers = compatible_noise_schedulers(pipeline)
-        self.fewest_steps = {
-            name: fewest_steps(new_noise_scheduler(name, pipeline))
-            for name in self.noise_schedulers
-        }
+        self.fewest_steps = {name: fewest_steps(name, pipeline) for name in self.noise_schedulers}
         self._tokenizer = inspection.longest_tokenizer(pipeline, config.call_kwargs)
+        self._output_checked = False
         self._true_cfg = inspection.guided_by_true_cfg(pipeline)
+        self._scale_name = "true_cfg_scale" if self._true_cfg else "guidance_scale"
         self.takes_negative_prompt = inspection.takes_negative_prompt(pipeline, config.call_kwargs)
 
     @classmethod
-    def load(cls, config: ModelConfig) -> "LoadedPipeline":
+    def load(cls, config: ModelConfig, safety: Safety = "flag") -> "LoadedPipeline":
         """Load weights (safetensors only, no code of the model's own) and move them to the device.
 
         Raises:
             ModelLoadError: the model cannot be loaded or served; the message says why.
-            ConfigError: the device or a speed option cannot be used.
+            ConfigError: the device, a speed option or ``safety`` cannot be used.
         """
-        return cls(load_stock(config), config)
+        return cls(load_stock(config), config, safety)
 
     def _check_call(self) -> None:
         parameters = inspection.call_parameters(self.stock)
@@ -115,7 +126,8 @@ class LoadedPipeline:
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of everything in the pipeline that certificates and costs need.
 
-        It covers the pipeline's class and config, each component as it is in memory with its
+        The safety checker is not part of it: it sees images only after the pipeline's call. It
+        covers the pipeline's class and config, each component as it is in memory with its
         adapters, and the model's config. Takes as long as reading the weights from memory once.
         """
         model = self._config.model_dump(mode="json", exclude={"id", "device"})
@@ -133,11 +145,16 @@ class LoadedPipeline:
     def read_prompt(self, params: GenerationParams) -> tuple[int, tuple[str, ...]]:
         """Return the number of tokens that the model reads of the prompt, and warnings.
 
-        The number is 0 if unknown. A warning names each prompt that the model cuts off.
+        The number is 0 if unknown. A warning names each prompt that the model cuts off, and each
+        field without effect.
         """
+        configured = dict(self._config.call_kwargs)
+        if self._config.default_guidance_scale is not None:
+            configured[self._scale_name] = self._config.default_guidance_scale
+        unused = unused_fields(params, self.pipelines[params.task], self._scale_name, configured)
         tokenizer, limit = self._tokenizer
         if tokenizer is None:
-            return 0, ()
+            return 0, unused
         counts = {
             # Without ``verbose=False``, the tokenizer warns on stderr as well.
             name: len(tokenizer(getattr(params, name) or "", verbose=False).input_ids)
@@ -148,7 +165,7 @@ class LoadedPipeline:
             for name, tokens in counts.items()
             if tokens > limit
         )
-        return min(counts["prompt"], limit), warnings
+        return min(counts["prompt"], limit), (*warnings, *unused)
 
     def generate(
         self,
@@ -157,16 +174,53 @@ class LoadedPipeline:
         images: int = 1,
         on_latents: LatentsCallback | None = None,
         prompt_cache: PromptCache | None = None,
+        on_noise_scheduler: SchedulerCallback | None = None,
     ) -> Tensor:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
-        ``params`` must be resolved. The first latents are drawn on the CPU, so that a seed gives
-        the same image on every device. Changes nothing that another request can see.
+        The images are not checked: see `generate_checked`. ``params`` must be resolved. The first
+        latents are drawn on the CPU, so that a seed gives the same image on every device. Changes
+        nothing that another request can see. The image has pixels of NaN if the model failed;
+        `FiniteCheck` finds them.
+        """
+        hooks = on_latents, prompt_cache, on_noise_scheduler
+        return self._run(params, on_step, images, *hooks)[0]
+
+    def generate_checked(
+        self,
+        params: GenerationParams,
+        on_step: StepCallback | None = None,
+        on_latents: LatentsCallback | None = None,
+        prompt_cache: PromptCache | None = None,
+    ) -> tuple[Tensor, SafetyVerdict | None]:
+        """Generate one image ``[3, height, width]`` as `generate` does, and have it checked.
+
+        Raises:
+            ModelLoadError: the pipeline has a safety checker of its own that did not report.
+        """
+        images, reported = self._run(params, on_step, 1, on_latents, prompt_cache)
+        return images[0], self.safety.judge(images[0], reported)
+
+    def _run(
+        self,
+        params: GenerationParams,
+        on_step: StepCallback | None,
+        images: int,
+        on_latents: LatentsCallback | None,
+        prompt_cache: PromptCache | None,
+        on_noise_scheduler: SchedulerCallback | None = None,
+    ) -> tuple[Tensor, bool | None]:
+        """Return the images, and whether the pipeline itself flagged one.
+
+        Raises:
+            ModelLoadError: the first output has another form, or a checker did not report.
         """
         pipeline = self._copy_for_call(params)
         report_steps(pipeline, on_step)
         if on_latents is not None:
             report_latents(pipeline.scheduler, on_latents)
+        if on_noise_scheduler is not None:
+            on_noise_scheduler(pipeline.scheduler)
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
             cache_prompts(pipeline, prompt_cache, params.lora)
         self.adapters.switch(params.lora)
@@ -181,7 +235,12 @@ class LoadedPipeline:
             raise
         # The image of a video is its first frame.
         pixels: Tensor = output.frames[:, 0] if hasattr(output, "frames") else output.images
-        return pixels
+        reported = self.safety.read_report(output)
+        if not self._output_checked:
+            inspection.check_side_results(self.class_name, output)
+            inspection.check_pixels(self.class_name, pixels)
+            self._output_checked = True
+        return pixels, reported
 
     def _copy_for_call(self, params: GenerationParams) -> DiffusionPipeline:
         """Return a copy that shares the networks and has its own stateful components."""
@@ -212,7 +271,7 @@ class LoadedPipeline:
             "width": params.width,
             "height": params.height,
             "num_inference_steps": params.num_inference_steps,
-            "true_cfg_scale" if self._true_cfg else "guidance_scale": guidance,
+            self._scale_name: guidance,
         }
         if params.image is not None:
             assert params.width is not None

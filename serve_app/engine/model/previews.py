@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from serve_app.engine.model.finite import marked, require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
 
@@ -31,7 +32,11 @@ class PreviewMap:
 
     @classmethod
     def fit(cls, pipeline: LoadedPipeline) -> "PreviewMap | None":
-        """Fit the map to a few images; return ``None`` if the latents have an unknown layout."""
+        """Fit the map to a few images; return ``None`` if the latents have an unknown layout.
+
+        Raises:
+            NotFinite: an image is not finite.
+        """
         width, height = pipeline.default_size_px
         cells, colors = [], []
         for seed, prompt in enumerate(_PROMPTS):
@@ -40,6 +45,7 @@ class PreviewMap:
             )
             seen: list[Tensor] = []
             pixels = pipeline.generate(params, on_latents=seen.append)
+            require_finite(pixels, params, pipeline.dtype)
             grid = _grid(seen[-1], width, height) if seen else None
             if grid is None:
                 return None
@@ -66,15 +72,15 @@ class PreviewMap:
         return cls(weights.to(device))
 
     def __call__(self, latents: Tensor, width: int, height: int) -> Tensor | None:
-        """Return ``[3, rows, columns]`` in [0, 1] for an image of this size in pixels.
+        """Return ``[3, rows, columns]`` in [0, 1] or NaN, for an image of this size in pixels.
 
         Returns ``None`` if the latents have an unknown layout.
         """
         grid = _grid(latents, width, height)
         if grid is None:
             return None
-        colors = (_with_constant(grid) @ self._weights).clamp(0, 1)
-        return colors.T.reshape(3, *grid.shape[1:])
+        colors: Tensor = marked(_with_constant(grid) @ self._weights)
+        return colors.clamp(0, 1).T.reshape(3, *grid.shape[1:])
 
 
 def _grid(latents: Tensor, width: int, height: int) -> Tensor | None:

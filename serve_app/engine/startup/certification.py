@@ -116,7 +116,7 @@ def certify(
         max_batch_size: Largest number of calls to merge.
 
     Raises:
-        ModelLoadError: an image is not finite.
+        ModelLoadError, NotFinite: an output of a denoiser, or an image, is not finite.
         Exception: the pipeline failed to generate a single image, so it cannot be served.
     """
     runs = Runs(pipeline, rendezvous)
@@ -162,9 +162,9 @@ def contradiction(
 ) -> str | None:
     """Return why specs of an earlier start do not fit; ``None`` if no contradiction is found.
 
-    Generates one image in two steps, and merges its denoiser calls in pairs. This is cheap and
-    warms up what a certification would. It does not merge different requests; that this is
-    harmless follows from the fingerprint.
+    Generates one image in two steps, and merges one pair of its calls of each denoiser. This is
+    cheap and warms up what a certification would. It does not merge different requests; that this
+    is harmless follows from the fingerprint.
     """
     runs = Runs(pipeline, rendezvous)
     try:

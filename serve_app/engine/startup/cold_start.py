@@ -9,12 +9,13 @@ from serve_app.metrics.engine import COLD_START
 
 logger = logging.getLogger(__name__)
 
-Phase = Literal["load", "certify", "preview", "measure", "compile"]
+Phase = Literal["load", "certify", "preview", "schedulers", "measure", "compile"]
 """Phases of a start, in order.
 
 - ``load``: read the weights.
 - ``certify``: certify how requests share the pipeline, or check the profile's certificate.
 - ``preview``: fit the previews.
+- ``schedulers``: try the noise schedulers.
 - ``measure``: measure the sizes of the config.
 - ``compile``: compile for these sizes.
 """

@@ -226,7 +226,7 @@ def _by_length(group: list[_Single]) -> dict[Fraction, list[_Single]]:
 
 
 def _pairs(alike: Sequence[_Single]) -> Iterator[tuple[_Single, _Single]]:
-    """Yield pairs of calls along the trajectory, of two requests if there are two.
+    """Yield pairs of calls of two requests along the trajectory; of one request a single pair.
 
     The request that comes first changes from pair to pair.
     """
@@ -234,8 +234,7 @@ def _pairs(alike: Sequence[_Single]) -> Iterator[tuple[_Single, _Single]]:
     for single in alike:
         by_request.setdefault(single.request, []).append(single)
     if len(by_request) == 1:
-        steps = list(alike) * 2 if len(alike) == 1 else alike
-        yield from itertools.islice(itertools.pairwise(steps), MOST_POSITIONS)
+        yield alike[0], alike[min(1, len(alike) - 1)]
         return
     calls = list(by_request.values())
     for step in _spread(max(map(len, calls))):

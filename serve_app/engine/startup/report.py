@@ -7,6 +7,7 @@ from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
+from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials
 from serve_app.errors import ConfigError, DiffusionServeError, InvalidRequest, ModelLoadError
 from serve_app.protocol.params import GenerationParams, ModelInfo
 
@@ -14,7 +15,11 @@ logger = logging.getLogger(__name__)
 
 
 def describe_model(
-    model: ModelConfig, config: EngineConfig, pipeline: LoadedPipeline, certificate: Certificate
+    model: ModelConfig,
+    config: EngineConfig,
+    pipeline: LoadedPipeline,
+    certificate: Certificate,
+    trials: SchedulerTrials,
 ) -> ModelInfo:
     """Return what clients may ask of the model.
 
@@ -22,6 +27,10 @@ def describe_model(
         ConfigError: if the model's own defaults break the configured limits.
     """
     width, height = pipeline.default_size_px
+    limits, longest_px = config.limits, pipeline.longest_side_px
+    if longest_px is not None and longest_px < limits.max_side_px:
+        limits = limits.model_copy(update={"max_side_px": longest_px})
+    offered = trials.offered(pipeline.noise_schedulers, certificate.tasks)
     info = ModelInfo(
         id=model.id,
         pipeline=pipeline.class_name,
@@ -34,15 +43,18 @@ def describe_model(
         takes_negative_prompt=pipeline.takes_negative_prompt,
         tasks=certificate.tasks,
         default_strengths=pipeline.default_strengths,
-        noise_schedulers=pipeline.noise_schedulers,
-        fewest_steps=pipeline.fewest_steps,
+        noise_schedulers=offered,
+        unavailable_noise_schedulers=trials.faults,
+        fewest_steps={name: pipeline.fewest_steps[name] for name in offered},
         loras=pipeline.adapters.names,
         partial_loras=pipeline.adapters.partial,
         sharing=certificate.sharing,
         sharing_difference=certificate.difference,
         sharing_psnr_db=certificate.psnr_db,
         sharing_note=certificate.note,
-        limits=config.limits,
+        limits=limits,
+        safety=pipeline.safety.mode,
+        safety_checker=pipeline.safety.is_checked,
     )
     try:
         GenerationParams("defaults", 0).resolved(info)

@@ -10,6 +10,7 @@ from torch import Tensor
 from serve_app.engine.batching.axis import NotMergeable, map_tensors
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.model.finite import require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import is_finite
 from serve_app.errors import ModelLoadError
@@ -45,7 +46,8 @@ class Runs:
         """Generate an image without any other request.
 
         Raises:
-            ModelLoadError: a value is not finite.
+            ModelLoadError: the output of a denoiser is not finite.
+            NotFinite: the image is not.
             Exception: what the pipeline raises.
         """
         job = self._job(params)
@@ -57,15 +59,15 @@ class Runs:
                 if call.site in self.pipeline.denoisers:
                     if not is_finite(output):
                         raise ModelLoadError(
-                            f"at start-up the output of {call.site} is NaN or infinite."
+                            f"at start-up the output of {call.site} is NaN or infinite. Set "
+                            "model.dtype to bfloat16 or float32, or check the model's weights."
                         )
                     calls.append(_recorded(call, output))
                 job.resume(output)
             image = _result(job)
         finally:
             self._end([job])
-        if not is_finite(image):
-            raise ModelLoadError("at start-up the decoded image is NaN or infinite.")
+        require_finite(image, params, self.pipeline.dtype)
         return Recording(tuple(calls), image)
 
     def first_calls(

@@ -1,4 +1,4 @@
-"""The warm-up of an engine before its first request: certify, fit previews, measure, compile.
+"""The warm-up of an engine before its first request: certify, try, fit, measure and compile.
 
 Results of an earlier start are reused if nothing has changed.
 """
@@ -20,12 +20,14 @@ from serve_app.engine.batching.axis import NotWritable
 from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
+from serve_app.engine.model.finite import require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.speed import compile_batches
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size, worthwhile_batch
 from serve_app.engine.startup.certification import Certificate, certify, contradiction
 from serve_app.engine.startup.cold_start import ColdStart
+from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials, try_noise_schedulers
 from serve_app.engine.startup.profile import Profile
 from serve_app.engine.timer import wait_for_device
 from serve_app.errors import ConfigError
@@ -44,8 +46,8 @@ def warm_up(
     speed: SpeedConfig,
     cost: CostModel,
     start: ColdStart,
-) -> tuple[Certificate, PreviewMap | None]:
-    """Return the certificate and the preview map of the pipeline; fill ``cost``.
+) -> tuple[Certificate, PreviewMap | None, SchedulerTrials]:
+    """Return the certificate, the preview map and the trials of noise schedulers; fill ``cost``.
 
     Reuses the profile of an earlier start if nothing has changed since, and reports the phases to
     ``start``. Measures and compiles for the sizes of the config only, or for the model's default.
@@ -61,8 +63,14 @@ def warm_up(
         path = Path(config.profile_path).expanduser()
         profile = Profile(path, startup_fingerprint(pipeline, config))
     reused = None if profile is None else _reuse(profile, pipeline, rendezvous, cost)
-    certificate, previews = reused or _certify_and_fit(pipeline, rendezvous, config, start)
-    start.ended("certify")
+    if reused is not None:
+        certificate, previews, trials = reused
+        start.ended("certify")
+    else:
+        certificate, previews = _certify_and_fit(pipeline, rendezvous, config, start)
+        start.ended("certify")
+        trials = try_noise_schedulers(pipeline, rendezvous, certificate.tasks)
+        start.ended("schedulers")
     if certificate.sharing == "batched":  # larger batches did not fit into memory
         cost.max_batch_size = min(cost.max_batch_size, certificate.batch_size)
 
@@ -87,14 +95,14 @@ def warm_up(
         caps = f"{len(config.warmup_sizes_px) - len(missing)} of {len(config.warmup_sizes_px)}"
         start.reuse = f"certification reused, and caps of {caps} sizes"
     if profile is not None and (reused is None or missing or single):
-        _write(profile, certificate, previews, cost)
+        _write(profile, certificate, previews, trials, cost)
     if speed.compile:
         # Also compile calls that were not measured: those without guidance, and reused sizes.
         for size in config.warmup_sizes_px or (pipeline.default_size_px,):
             most = cost.cap(size)
             compile_batches(pipeline.generate, rendezvous, certificate.specs, size, most)
         start.ended("compile")
-    return certificate, previews
+    return certificate, previews, trials
 
 
 def _check_sizes(pipeline: LoadedPipeline, config: EngineConfig) -> None:
@@ -110,6 +118,8 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
+        params = probe(pipeline.default_size_px)
+        require_finite(pipeline.generate(params), params, pipeline.dtype)
         return Certificate("sequential", {}, "max_running is 1", pipeline.tasks), None
     certificate = certify(pipeline, rendezvous, config.max_batch_size)
     start.ended("certify")
@@ -146,7 +156,7 @@ def startup_fingerprint(pipeline: LoadedPipeline, config: EngineConfig) -> Finge
 
 def _reuse(
     profile: Profile, pipeline: LoadedPipeline, rendezvous: Rendezvous, cost: CostModel
-) -> tuple[Certificate, PreviewMap | None] | None:
+) -> tuple[Certificate, PreviewMap | None, SchedulerTrials] | None:
     """Return the results of an earlier start and fill ``cost``; ``None`` if they do not apply.
 
     Raises:
@@ -159,6 +169,7 @@ def _reuse(
         certificate = Certificate.from_json(kept["certificate"], rendezvous)
         weights = kept["previews"]
         previews = None if weights is None else PreviewMap.from_json(weights, pipeline.device)
+        trials = SchedulerTrials.from_json(kept["noise_schedulers"])
         sizes = CostModel(cost.max_batch_size)
         sizes.add_json(kept["sizes"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -169,13 +180,17 @@ def _reuse(
             logger.warning("%s does not fit and will be replaced: %s", profile.path, reason)
             return None
     cost.add_json(kept["sizes"])
-    return certificate, previews
+    return certificate, previews, trials
 
 
 def _write(
-    profile: Profile, certificate: Certificate, previews: PreviewMap | None, cost: CostModel
+    profile: Profile,
+    certificate: Certificate,
+    previews: PreviewMap | None,
+    trials: SchedulerTrials,
+    cost: CostModel,
 ) -> None:
-    if not certificate.lasting:
+    if not (certificate.lasting and trials.lasting):
         logger.info("%s is not written: another start may find out more", profile.path)
         return
     try:
@@ -187,6 +202,7 @@ def _write(
         {
             "certificate": content,
             "previews": None if previews is None else previews.to_json(),
+            "noise_schedulers": trials.faults,
             "sizes": cost.to_json(),
         }
     )

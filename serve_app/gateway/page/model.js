@@ -7,6 +7,9 @@ import { call, pause } from "./server.js";
 // Tasks of the model; empty until it is known.
 export let tasks = [];
 
+// True unless the server sends no previews, because it blocks flagged images.
+export let previews = true;
+
 // Describe the model, and wait while it is loading.
 export async function learnModel() {
   byId("enter-key").hidden = true;
@@ -33,6 +36,7 @@ byId("enter-key").addEventListener("click", learnModel);
 
 function showModel(model) {
   tasks = model.tasks;
+  previews = model.safety !== "block";
   byId("model").textContent = `${model.id} · ${model.pipeline}`;
   for (const [width, height] of sizesOf(model)) {
     addOption(byId("size"), `${width}x${height}`, `${width} × ${height}`);

@@ -1,6 +1,7 @@
 // A request: from the form, to the form, to the server, and as a curl command.
 
 import { addOption, byId, form } from "./dom.js";
+import { previews } from "./model.js";
 import { call } from "./server.js";
 import { maskFile, removeSource, setStrength, source, startFrom, strength } from "./source.js";
 
@@ -41,16 +42,15 @@ export function fillForm({ fields, image, mask }) {
   byId("lora-scale").value = scale;
 }
 
-const LIVE = { stream: true, progress: true, partial_images: 3 };
-
 export function send({ fields, image, mask }, signal, onWait) {
+  const live = { stream: true, progress: true, partial_images: previews ? 3 : 0 };
   if (!image) {
-    const body = JSON.stringify({ ...fields, ...LIVE });
+    const body = JSON.stringify({ ...fields, ...live });
     const headers = { "Content-Type": "application/json" };
     return call("v1/images/generations", { method: "POST", headers, body, signal }, onWait);
   }
   const body = new FormData();
-  for (const [name, value] of Object.entries({ ...fields, ...LIVE })) {
+  for (const [name, value] of Object.entries({ ...fields, ...live })) {
     body.append(name, typeof value === "object" ? JSON.stringify(value) : String(value));
   }
   body.append("image", image, image.name || "image");

@@ -15,6 +15,7 @@ from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
+from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials
 from serve_app.engine.startup.warmup import warm_up
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
@@ -55,6 +56,7 @@ class Start:
     certificate: Certificate
     cost: CostModel
     reuse: str
+    trials: SchedulerTrials
 
 
 def start(pipeline: LoadedPipeline, engine_config: EngineConfig) -> Start:
@@ -63,10 +65,12 @@ def start(pipeline: LoadedPipeline, engine_config: EngineConfig) -> Start:
     rendezvous = Rendezvous(pipeline.sites)
     try:
         with torch.no_grad():
-            certificate, _ = warm_up(pipeline, rendezvous, engine_config, TINY.speed, cost, clock)
+            certificate, _, trials = warm_up(
+                pipeline, rendezvous, engine_config, TINY.speed, cost, clock
+            )
     finally:
         rendezvous.close()
-    return Start(certificate, cost, clock.reuse)
+    return Start(certificate, cost, clock.reuse, trials)
 
 
 def reported_reuse(messages: list[str]) -> str:

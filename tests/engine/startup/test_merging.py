@@ -71,7 +71,7 @@ def line_of(name: str, dtype: torch.dtype, certificate: Certificate) -> str:
     return f"{name} in {str(dtype).removeprefix('torch.')}: {certificate.sharing}, {figures}"
 
 
-@pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.(FluxPosEmbed|upcast_vae). is deprecated:FutureWarning")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_families_are_batched(

@@ -23,7 +23,7 @@ def test_a_profile_of_an_older_version_is_replaced(
     with Engine(tiny(), TINY, config(profile)):
         assert reported_reuse(log.messages) == NEW
     assert "changed: the version of this program" in log.text
-    assert json.loads(profile.read_text())["format"] == 3
+    assert json.loads(profile.read_text())["format"] == 5
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -53,7 +53,7 @@ def test_specs_that_do_not_fit_are_replaced(
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "\x00", '{"format": 3}', '{"format": 3, "found_with": [], "found": {}}'],
+    ["{", "[]", "\x00", '{"format": 5}', '{"format": 5, "found_with": [], "found": {}}'],
 )
 def test_a_damaged_profile_is_rejected(content: str, profile: Path) -> None:
     profile.write_text(content)
@@ -68,6 +68,10 @@ def test_a_damaged_profile_is_rejected(content: str, profile: Path) -> None:
         lambda found: found["sizes"].append({"size": 3}),
         lambda found: found.update(certificate=[]),
         lambda found: found["certificate"].update(sharing="often"),
+        lambda found: found.pop("noise_schedulers"),
+        lambda found: found["noise_schedulers"].update(fast={}),
+        lambda found: found["noise_schedulers"].update(ddim={"sculpting": "no"}),
+        lambda found: found["noise_schedulers"].update(ddim={"inpainting": 1}),
         lambda found: found["certificate"].update(tasks=["sculpting"]),
         lambda found: found["certificate"]["specs"].update(nothing={}),
         lambda found: found["certificate"]["specs"]["unet"].update(output={"shared": "os.system"}),

@@ -54,8 +54,10 @@ def test_the_next_start_reuses_all_measurements(tmp_path: Path) -> None:
     assert second.cost.caps == first.cost.caps
     assert second.cost.call_s == first.cost.call_s
     assert second.certificate == first.certificate
-    # One image takes three calls with PNDM; the check adds a batch of two.
-    assert len(second_calls) == 4 < len(first_calls)
+    assert second.trials == first.trials
+    assert set(first.trials.faults) == {"ddim", "ddpm"}  # a tiny config says nothing of clipping
+    # One image takes three calls with PNDM; the check adds a pair, and a control of each row.
+    assert len(second_calls) == 6 < len(first_calls)
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -148,7 +150,12 @@ def test_an_interleaved_certificate_is_reused(
 ) -> None:
     certificate = Certificate("interleaved", {}, "rows mix", ("text-to-image",))
     pipeline, path = tiny(), tmp_path / "profile.json"
-    content = {"certificate": certificate.to_json(), "previews": None, "sizes": []}
+    content = {
+        "certificate": certificate.to_json(),
+        "previews": None,
+        "noise_schedulers": {},
+        "sizes": [],
+    }
     Profile(path, startup_fingerprint(pipeline, config(path))).write(content)
     with Engine(pipeline, TINY, config(path)) as engine:
         assert reported_reuse(log.messages) == "certification reused, and caps of 0 of 2 sizes"
@@ -189,7 +196,7 @@ def test_the_duration_of_a_start_is_reported(log: pytest.LogCaptureFixture) -> N
         phase: ENGINE.get_sample_value(
             "diffusion_serve_cold_start_seconds", {"model": "timed", "phase": phase}
         )
-        for phase in ("load", "certify", "preview", "measure", "compile")
+        for phase in ("load", "certify", "preview", "schedulers", "measure", "compile")
     }
     assert seconds.pop("compile") == 0
     assert all(value is not None and value > 0 for value in seconds.values())

@@ -60,7 +60,9 @@ def _retry(status: int, headers: dict[str, str]) -> str:
     if "Retry-After" in headers:
         return "yes, after the time in `Retry-After`"
     if "x-should-retry" in headers:
-        return "no" if status < 500 else "no: it would take as long again"
+        if status < 500:
+            return "no"
+        return "no: it would take as long again" if status == 504 else "no: it would fail again"
     return "yes, once or twice"
 
 
