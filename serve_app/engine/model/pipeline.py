@@ -81,7 +81,6 @@ class LoadedPipeline:
         self.dtype: torch.dtype = pipeline.dtype
         for network in networks.values():
             network.eval()  # loading does this; a pipeline built in memory may still drop out
-        mark_infinity(networks.values())
         self._state = NetworkState(pipeline)
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
@@ -250,7 +249,9 @@ class LoadedPipeline:
             # either: pipelines correct old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
         for name in self._vaes:
-            vars(pipeline)[name] = copy_modules(getattr(pipeline, name))
+            vae = copy_modules(getattr(pipeline, name))
+            mark_infinity(vae)  # in the copy: in the original it would hide what the copy keeps
+            vars(pipeline)[name] = vae
         if params.noise_scheduler is not None:
             vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
         return pipeline
