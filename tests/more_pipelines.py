@@ -6,21 +6,37 @@ from typing import Any
 from diffusers import (
     AnyFlowPipeline,
     AnyFlowTransformer3DModel,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLMagvit,
     AutoencoderKLWan,
+    BriaFiboPipeline,
+    BriaFiboTransformer2DModel,
     ChromaPipeline,
     ChromaTransformer2DModel,
     DiffusionPipeline,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxKontextPipeline,
     LatentConsistencyModelPipeline,
     LCMScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     WanPipeline,
     WanTransformer3DModel,
+)
+from transformers import (
+    Qwen2Config,
+    Qwen2Model,
+    Qwen2Tokenizer,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
 from tests.tiny_pipelines import flux, stable_diffusion
+from tools.demo_model.scenes import vocabulary
 
 FEW_TOKENS = {"max_sequence_length": 16}
 
@@ -124,6 +140,130 @@ def anyflow() -> DiffusionPipeline:
     return pipeline
 
 
+def ltx() -> DiffusionPipeline:
+    """Build LTX-Video, whose decoder adds noise that it draws from torch's own generator."""
+    tokenizer, text_encoder = t5()
+    pipeline = LTXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8, 8),
+            decoder_block_out_channels=(8, 8),
+            down_block_types=("LTXVideoDownBlock3D",) * 2,
+            downsample_type=("conv",) * 2,
+            layers_per_block=(1,) * 3,
+            decoder_layers_per_block=(1,) * 3,
+            spatio_temporal_scaling=(True, False),
+            decoder_spatio_temporal_scaling=(True, False),
+            upsample_residual=(False,) * 2,
+            upsample_factor=(1,) * 2,
+            decoder_inject_noise=(True,) * 3,
+            timestep_conditioning=True,
+            patch_size=1,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=1,
+            caption_channels=T5_DIM,
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def _words() -> Qwen2Tokenizer:
+    """Build a tokenizer of the demo model's words."""
+    return Qwen2Tokenizer().train_new_from_iterator(
+        [vocabulary()], vocab_size=500, show_progress=False
+    )
+
+
+def bria_fibo() -> DiffusionPipeline:
+    """Build Bria FIBO, which writes its attention mask into the dict that the caller passes.
+
+    A call without guidance has no mask.
+    """
+    dim = 16
+    pipeline = BriaFiboPipeline(
+        tokenizer=_words(),
+        text_encoder=SmolLM3ForCausalLM(
+            SmolLM3Config(
+                vocab_size=128_001,  # the pipeline has the last token for an empty prompt
+                hidden_size=dim,
+                intermediate_size=dim,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                pad_token_id=0,
+                bos_token_id=0,
+                eos_token_id=0,
+            )
+        ),
+        vae=_video_vae(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=BriaFiboTransformer2DModel(
+            in_channels=LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=2 * dim,
+            text_encoder_dim=dim,
+            axes_dims_rope=[0, 4, 4],
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
+def easyanimate() -> DiffusionPipeline:
+    """Build EasyAnimate, whose VAE keeps the last frames in each of its layers."""
+    tokenizer = _words()
+    tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
+    dim = 32
+    pipeline = EasyAnimatePipeline(
+        tokenizer=tokenizer,
+        text_encoder=Qwen2Model(
+            Qwen2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=dim,
+                intermediate_size=dim,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        ),
+        vae=AutoencoderKLMagvit(
+            latent_channels=LATENT_CHANNELS,
+            block_out_channels=(8, 8, 8),
+            down_block_types=("SpatialDownBlock3D", *("SpatialTemporalDownBlock3D",) * 2),
+            up_block_types=("SpatialUpBlock3D", *("SpatialTemporalUpBlock3D",) * 2),
+            layers_per_block=1,
+            norm_num_groups=2,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=EasyAnimateTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=LATENT_CHANNELS,
+            out_channels=LATENT_CHANNELS,
+            patch_size=2,
+            num_layers=2,
+            mmdit_layers=1,
+            time_embed_dim=8,
+            text_embed_dim=dim,
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
 def flux_schnell() -> DiffusionPipeline:
     """Build a pipeline like FLUX.1 schnell: two calls of the transformer a step with guidance."""
     return flux(guidance_embeds=False)
@@ -144,6 +284,12 @@ CERTIFIED: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], set[
         {"text-to-image", "image-to-image", "inpainting"},
     ),
     "wan": (wan, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
+    "bria-fibo": (
+        bria_fibo,
+        {"max_sequence_length": 64, "joint_attention_kwargs": {}},
+        {"text-to-image"},
+    ),
+    "easyanimate": (easyanimate, {"num_frames": 9, "negative_prompt": ""}, {"text-to-image"}),
     "anyflow": (anyflow, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
 }
 """The builder, the call arguments and the tasks of pipelines that are certified as batched."""

@@ -3,6 +3,7 @@
 docs/models.md describes these cases.
 """
 
+import queue
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,10 +24,10 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
 from serve_app.errors import InvalidRequest, ModelLoadError
-from serve_app.protocol.events import Completed
+from serve_app.protocol.events import Completed, Event, Failed, Progress, Queued
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
-from tests.more_pipelines import CERTIFIED, FEW_TOKENS, kontext
+from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext, ltx
 from tests.tiny_ernie import ernie_image
 from tests.tiny_pipelines import flux, stable_diffusion
 
@@ -48,22 +49,89 @@ def test_other_families_are_certified(name: str) -> None:
     assert result.pixels.ndim == 3
 
 
-@pytest.mark.parametrize("name", ["wan", "anyflow"])
-def test_videos_that_decode_side_by_side_equal_separate_ones(name: str) -> None:
-    """A decoder that keeps frames in a cache must keep them for each request."""
+VIDEOS = ["wan", "anyflow", "easyanimate"]
+"""Families whose decoders keep frames from one call to the next."""
+
+
+def _video(name: str) -> tuple[LoadedPipeline, ModelConfig, list[GenerationParams]]:
     build, call_kwargs, _ = CERTIFIED[name]
     model = ModelConfig(id="m", device="cpu", default_size_px=(16, 16), call_kwargs=call_kwargs)
-    pipeline = LoadedPipeline(build(), model)
     requests = [
         GenerationParams("a red circle", seed, None, 16, 16, steps, guidance)
         for seed, steps, guidance in ((1, 3, 2.0), (2, 5, 3.5), (3, 4, 5.0))
     ]
+    return LoadedPipeline(build(), model), model, requests
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_that_decode_side_by_side_equal_separate_ones(name: str) -> None:
+    pipeline, model, requests = _video(name)
     separate = [pipeline.generate(params)[0] for params in requests]
     with Engine(pipeline, model, FIFO) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
         ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
     assert largest_difference(separate, together) <= 1e-5
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_a_video_that_is_cancelled_while_it_decodes_leaves_nothing_behind(name: str) -> None:
+    pipeline, model, (first, second, _) = _video(name)
+    separate = pipeline.generate(second)[0]
+    with Engine(pipeline, model, FIFO) as engine:
+        ended: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Progress) and event.step == event.total_steps:
+                engine.cancel(number)
+            elif not isinstance(event, Progress):
+                ended.put(event)
+
+        number = engine.submit(first, on_event)
+        assert isinstance(ended.get(timeout=30), Queued)
+        assert isinstance(ended.get(timeout=30), Failed)
+        assert largest_difference([separate], [engine.generate(second).pixels]) <= 1e-5
+
+
+def test_a_pipeline_that_writes_into_its_arguments_leaves_those_of_others() -> None:
+    """The prompts have different lengths, so the mask of one does not fit the other."""
+    model = ModelConfig(
+        id="m",
+        device="cpu",
+        default_size_px=(32, 32),
+        call_kwargs={"max_sequence_length": 64, "joint_attention_kwargs": {}},
+    )
+    pipeline = LoadedPipeline(bria_fibo(), model)
+    requests = [
+        GenerationParams(prompt, seed, None, 32, 32, 3, guidance)
+        for prompt, seed, guidance in (("a red circle", 1, 5.0), ("blue", 2, 4.0), ("a", 3, 1.0))
+    ]
+    separate = [pipeline.generate(params)[0] for params in requests]
+    with Engine(pipeline, model, FIFO) as engine:
+        ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
+    together = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(separate, together) <= 1e-5
+    assert model.call_kwargs["joint_attention_kwargs"] == {}
+
+
+def test_a_seed_gives_the_same_image_if_a_network_draws_noise_itself() -> None:
+    model = ModelConfig(
+        id="m",
+        device="cpu",
+        default_size_px=(32, 32),
+        call_kwargs=FEW_TOKENS | {"num_frames": 9, "decode_timestep": 0.05},
+    )
+    pipeline = LoadedPipeline(ltx(), model)
+    requests = [GenerationParams("a red circle", seed, None, 32, 32, 3) for seed in (1, 2, 1)]
+    with Engine(pipeline, model, FIFO) as engine:
+        assert engine.info.sharing == "sequential"
+        assert "requests that take turns differ" in engine.info.sharing_note
+        first = [engine.generate(params).pixels for params in requests]
+        ends = [list(stream)[-1] for stream in [engine.stream(params) for params in requests]]
+    again = [end.result.pixels for end in ends if isinstance(end, Completed)]
+    assert largest_difference(first, again) == 0
+    assert torch.equal(first[0], first[2])
+    assert not torch.equal(first[0], first[1])
 
 
 def test_kontext_rejects_a_strength() -> None:

@@ -11,6 +11,7 @@ Greenlets belong to the thread that started them, so one thread does all of this
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -50,6 +51,8 @@ class Call:
     kwargs: dict[str, Any]
     dtype: torch.dtype | None = None
     """Dtype of the network's weights at the time of the call."""
+    forward: Callable[..., Any] | None = None
+    """Real ``forward`` of the copy that was called; ``None`` for the module of the site itself."""
 
 
 class Job(Generic[T]):
@@ -111,6 +114,45 @@ class _JobGreenlet(greenlet):
     """Type of the greenlets that may park."""
 
 
+class Parking:
+    """Replacement of one module's ``forward``: parks the job that calls it."""
+
+    def __init__(
+        self,
+        name: str,
+        site: Site,
+        forward: Callable[..., Any],
+        dtype: torch.dtype | None,
+        copied: bool = False,
+    ) -> None:
+        functools.update_wrapper(self, forward)  # pipelines inspect the signature
+        self._name = name
+        self._site = site
+        self._forward = forward
+        self._dtype = dtype
+        self._copied = copied
+
+    def of_copy(self, module: nn.Module) -> "Parking":
+        """Return the replacement for a copy of the module, which parks at the same site.
+
+        Returns this one if ``forward`` was replaced before, because nobody knows how to copy that.
+        """
+        if getattr(self._forward, "__self__", None) is not self._site.module:
+            return self
+        forward = MethodType(type(module).forward, module)
+        return Parking(self._name, self._site, forward, self._dtype, copied=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = getcurrent()
+        if not isinstance(current, _JobGreenlet):
+            return self._forward(*args, **kwargs)
+        assert current.parent is not None
+        own = self._forward if self._copied else None
+        call = Call(self._name, args, kwargs, self._site.dtype, own)
+        self._site.cast(self._dtype)
+        return current.parent.switch(call)
+
+
 class Rendezvous:
     """Replacement of ``forward`` at the given sites, until `close` restores it.
 
@@ -119,27 +161,11 @@ class Rendezvous:
 
     def __init__(self, sites: Mapping[str, Site]) -> None:
         self._sites = sites
-        self._dtypes = {name: site.dtype for name, site in sites.items()}
         # A forward that was replaced before, for example by offloading.
         self._own = {name: vars(site.module).get("forward") for name, site in sites.items()}
         self._forwards = {name: site.module.forward for name, site in sites.items()}
         for name, site in sites.items():
-            site.module.forward = self._parking(name)
-
-    def _parking(self, name: str) -> Callable[..., Any]:
-        forward, site = self._forwards[name], self._sites[name]
-
-        @functools.wraps(forward)  # pipelines inspect the signature
-        def park(*args: Any, **kwargs: Any) -> Any:
-            current = getcurrent()
-            if isinstance(current, _JobGreenlet):
-                assert current.parent is not None
-                call = Call(name, args, kwargs, site.dtype)
-                site.cast(self._dtypes[name])
-                return current.parent.switch(call)
-            return forward(*args, **kwargs)
-
-        return park
+            site.module.forward = Parking(name, site, self._forwards[name], site.dtype)
 
     def forward(self, call: Call) -> Any:
         """Run the real module, with its network in the dtype of the time of the call.
@@ -148,7 +174,8 @@ class Rendezvous:
         such a job is parked, other jobs see the VAE as it was loaded.
         """
         self._sites[call.site].cast(call.dtype)
-        return self._forwards[call.site](*call.args, **call.kwargs)
+        forward = call.forward or self._forwards[call.site]
+        return forward(*call.args, **call.kwargs)
 
     def signature_of(self, site: str) -> Callable[..., Any]:
         """Return the real ``forward`` of the module, for inspection only."""

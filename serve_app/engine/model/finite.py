@@ -6,7 +6,7 @@ sum over them finds it, and the engine does not wait for its value.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,17 +17,15 @@ from serve_app.errors import NotFinite
 from serve_app.protocol.params import GenerationParams
 
 
-def mark_infinity(networks: Iterable[nn.Module]) -> None:
+def mark_infinity(vae: nn.Module) -> None:
     """Turn infinity into NaN at both ends of every half of a VAE. Finite values are not changed.
 
     At the input too: the decoder of a tiny autoencoder begins with a limit for its latents. Wraps
-    ``forward`` permanently.
+    ``forward`` for good, so it is for a request's own copy.
     """
-    for network in networks:
-        if hasattr(network, "decode"):
-            for half in (getattr(network, name, None) for name in ("encoder", "decoder")):
-                if isinstance(half, nn.Module):
-                    half.forward = _marking(half.forward)
+    for half in (getattr(vae, name, None) for name in ("encoder", "decoder")):
+        if isinstance(half, nn.Module):
+            half.forward = _marking(half.forward)
 
 
 def _marking(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,6 @@
 """The networks of a stock pipeline: its denoisers, its parking sites and its shared state."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from serve_app.config.model_index import DENOISERS
-from serve_app.engine.batching.rendezvous import Site
+from serve_app.engine.batching.rendezvous import Parking, Site
 
 
 def networks_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -53,6 +54,29 @@ def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 yield f"{name}.{path}", block
         elif next(child.children(), None) is not None:
             yield name, child
+
+
+def copy_modules(network: nn.Module) -> nn.Module:
+    """Return a copy of a network with modules of its own, and with the same weights.
+
+    Some decoders keep frames in their layers from one call to the next. In a copy they keep those
+    of one request only. Watched modules of the copy park at the sites of the original.
+    """
+    copies: dict[nn.Module, nn.Module] = {}  # a module may be at two places
+
+    def of(module: nn.Module) -> nn.Module:
+        if module not in copies:
+            copied = copies[module] = copy.copy(module)
+            attributes = vars(copied)
+            attributes["_modules"] = {
+                name: None if child is None else of(child)
+                for name, child in module._modules.items()
+            }
+            if isinstance(forward := attributes.get("forward"), Parking):
+                attributes["forward"] = forward.of_copy(copied)
+        return copies[module]
+
+    return of(network)
 
 
 class NetworkState:

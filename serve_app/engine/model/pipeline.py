@@ -1,7 +1,7 @@
 """The loaded pipeline: everything that the engine needs to know of it, and one call of it.
 
 Pipelines are used as they are. Each request calls ``__call__`` on a shallow copy that shares the
-networks and has its own noise scheduler, guiders and call state.
+weights and has its own noise scheduler, guiders, call state and modules of the VAE.
 """
 
 import copy
@@ -29,6 +29,7 @@ from serve_app.engine.model.finite import mark_infinity
 from serve_app.engine.model.loader import load_stock
 from serve_app.engine.model.networks import (
     NetworkState,
+    copy_modules,
     denoisers_of,
     find_sites,
     networks_of,
@@ -80,7 +81,6 @@ class LoadedPipeline:
         self.dtype: torch.dtype = pipeline.dtype
         for network in networks.values():
             network.eval()  # loading does this; a pipeline built in memory may still drop out
-        mark_infinity(networks.values())
         self._state = NetworkState(pipeline)
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
@@ -223,6 +223,9 @@ class LoadedPipeline:
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
             cache_prompts(pipeline, prompt_cache, params.lora)
         self.adapters.switch(params.lora)
+        # Some networks draw from torch's own generator. Requests that take turns would draw from it
+        # in any order, so the certification has them run one after another.
+        torch.manual_seed(params.seed)
         arguments = self._arguments(pipeline, params, images)
         try:
             output = pipeline(**arguments)
@@ -246,7 +249,9 @@ class LoadedPipeline:
             # either: pipelines correct old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
         for name in self._vaes:
-            vars(pipeline)[name] = copy.copy(getattr(pipeline, name))
+            vae = copy_modules(getattr(pipeline, name))
+            mark_infinity(vae)  # in the copy: in the original it would hide what the copy keeps
+            vars(pipeline)[name] = vae
         if params.noise_scheduler is not None:
             vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
         return pipeline
@@ -283,8 +288,9 @@ class LoadedPipeline:
         else:
             prompt = [params.prompt] * images
         given = {name: value for name, value in requested.items() if value is not None}
-        # A task's pipeline may lack some parameters of the text-to-image pipeline.
-        arguments = {**self._config.call_kwargs, **given}
+        # A task's pipeline may lack some parameters of the text-to-image pipeline. Some pipelines
+        # write into the dicts that they get, so no two requests may get the same one.
+        arguments = {**copy.deepcopy(self._config.call_kwargs), **given}
         return dict(  # raises if the config sets one of these three
             prompt=prompt,
             generator=torch.Generator("cpu").manual_seed(params.seed),

@@ -151,7 +151,10 @@ class MergingCheck:
                     raise NotMergeable(
                         f"the output of {recorded.call.site} is constant, which proves nothing"
                     )
-                call = self._specs[recorded.call.site].prepare(recorded.call)
+                try:
+                    call = self._specs[recorded.call.site].prepare(recorded.call)
+                except NotMergeable:
+                    continue  # it has other arguments, so it always runs alone
                 found.setdefault(call.key, []).append(_Single(request, call, recorded))
         return found
 
