@@ -36,7 +36,9 @@ OUTCOMES = tuple(dict.fromkeys(("completed", "http_error", *(error.code for erro
 """Values of the label ``outcome`` of a request: completed, or the code of the client's error."""
 
 UNSERVED = tuple(
-    error.code for error in _ERRORS if error.status >= 500 or issubclass(error, Overloaded)
+    dict.fromkeys(
+        error.code for error in _ERRORS if error.status >= 500 or issubclass(error, Overloaded)
+    )
 )
 """Outcomes of valid requests that the server failed to serve."""
 
