@@ -50,12 +50,14 @@ def draw_weights(pipeline: DiffusionPipeline) -> None:
                     weights.normal_(0.0, spread, generator=generator)
 
 
-def autoencoder(channels: int = LATENT_CHANNELS, **config: object) -> AutoencoderKL:
-    """Build a VAE whose latent cell has two pixels a side."""
+def autoencoder(
+    channels: int = LATENT_CHANNELS, blocks: int = 2, **config: object
+) -> AutoencoderKL:
+    """Build a VAE; with two blocks, its latent cell has two pixels a side."""
     return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * blocks,
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         layers_per_block=1,
         latent_channels=channels,
         norm_num_groups=2,

@@ -176,13 +176,18 @@ def sd3() -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def flux(guidance_embeds: bool = True) -> FluxPipeline:
+def flux(guidance_embeds: bool = True, vae_blocks: int = 2) -> FluxPipeline:
     """Build a pipeline like FLUX.1 dev, whose guidance is an input of the transformer."""
     tokenizer, text_encoder = clip(CLIPTextModel)
     tokenizer_2, text_encoder_2 = t5()
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        vae=autoencoder(
+            blocks=vae_blocks,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            shift_factor=0.06,
+        ),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
