@@ -10,8 +10,6 @@ import torch
 from diffusers import (
     DDPMScheduler,
     IFPipeline,
-    LatentConsistencyModelPipeline,
-    LCMScheduler,
     ModelMixin,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -33,6 +31,7 @@ from serve_app.engine.startup.warmup import startup_fingerprint
 from serve_app.errors import ConfigError, ContentPolicyViolation, ModelLoadError
 from serve_app.protocol.params import GenerationParams
 from serve_app.protocol.safety import SafetyVerdict
+from tests.more_pipelines import lcm
 from tests.safety_checkers import (
     FLAGS_EVERYTHING,
     FLAGS_NOTHING,
@@ -42,7 +41,7 @@ from tests.safety_checkers import (
     save_with_checker,
     with_checker,
 )
-from tests.tiny_networks import CLIP_DIM, T5_DIM, draw_weights, t5, unet
+from tests.tiny_networks import T5_DIM, draw_weights, t5
 from tests.tiny_pipelines import pag, stable_diffusion
 
 MODEL = ModelConfig(id="m", device="cpu", default_size_px=(64, 32))
@@ -90,17 +89,6 @@ def test_verdicts_are_those_of_stock_diffusers_on_the_same_pixels(dtype: torch.d
             assert verdict is not None
             assert verdict.flagged is flagged
             assert torch.equal(ours, image), "the pixels are those without a checker"
-
-
-def lcm() -> StableDiffusionPipeline:
-    parts = stable_diffusion().components
-    parts |= {
-        "unet": unet(CLIP_DIM, time_cond_proj_dim=8),
-        "scheduler": LCMScheduler(beta_schedule="scaled_linear"),
-    }
-    pipeline = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
-    draw_weights(pipeline)
-    return pipeline
 
 
 @pytest.mark.parametrize("build", [stable_diffusion, pag, lcm])
