@@ -46,7 +46,9 @@ class Progress:
 
 def to_host(pixels: Tensor) -> Image.Image:
     """Copy pixels from the device to an image in RGB with 8 bits."""
-    return Image.fromarray((pixels.float() * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    # Without the clamp, a pixel just above 1 would become black.
+    eight_bits = (pixels.float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(eight_bits.permute(1, 2, 0).cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import queue
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from serve_app.config.models import EngineConfig
@@ -21,6 +22,7 @@ from serve_app.protocol.events import (
     Progress,
     Queued,
     Timeline,
+    to_host,
 )
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.conftest import DEMO, FIFO
@@ -148,3 +150,9 @@ def test_the_number_of_peers_is_limited() -> None:
         link_batch_peers([mine, *(one(f"{number}") for number in range(start, start + 15))])
     assert len(mine.peers) < MAX_PEERS + 16
     assert mine.timeline.peers == tuple(str(number) for number in range(MAX_PEERS))
+
+
+def test_a_pixel_just_above_one_is_white() -> None:
+    """Pixels are converted to bytes, which would wrap around."""
+    image = to_host(torch.tensor([1.003, 1.0, -0.01]).reshape(3, 1, 1).float())
+    assert image.getpixel((0, 0)) == (255, 255, 0)

@@ -32,13 +32,21 @@ def new_noise_scheduler(name: str, pipeline: DiffusionPipeline) -> Any:
 
 
 def fewest_steps(name: str, pipeline: DiffusionPipeline) -> int:
-    """Return the fewest steps that a noise scheduler accepts.
+    """Return the fewest steps that a noise scheduler of this name accepts.
 
-    Schedulers that begin with several evaluations raise for fewer. One that cannot be made from the
-    pipeline's own counts as 1: the trials at start-up find it.
+    One that cannot be made from the pipeline's own counts as 1: the trials at start-up find it.
     """
     with contextlib.suppress(Exception):
-        noise_scheduler = new_noise_scheduler(name, pipeline)
+        return fewest_steps_of(new_noise_scheduler(name, pipeline))
+    return 1
+
+
+def fewest_steps_of(noise_scheduler: Any) -> int:
+    """Return the fewest steps that a noise scheduler accepts. Changes its timesteps.
+
+    Schedulers that begin with several evaluations raise for fewer.
+    """
+    with contextlib.suppress(Exception):
         for steps in range(1, 10):
             with contextlib.suppress(ValueError):
                 noise_scheduler.set_timesteps(steps)

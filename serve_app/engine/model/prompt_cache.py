@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from serve_app.engine.batching.axis import map_tensors
+
 _PLAIN = (str, int, float, bool, type(None), torch.device, torch.dtype)
 
 
@@ -46,17 +48,20 @@ class PromptCache:
         self.misses = 0
 
     def get(self, key: Hashable, encode: Callable[[], Any]) -> Any:
-        """Return the cached result of ``key``, or call ``encode`` and cache its result."""
+        """Return a copy of the cached result of ``key``, or call ``encode`` and cache its result.
+
+        A pipeline may write into what it gets.
+        """
         if (entry := self._entries.get(key)) is not None:
             self._entries.move_to_end(key)
             self.hits += 1
-            return entry[0]
+            return map_tensors(Tensor.clone, entry[0])
         self.misses += 1
         value = encode()
         size = _tensor_bytes(value)
         # Another request may have cached the same key: encoding yields to other requests.
         if size is not None and size <= self._max_bytes and key not in self._entries:
-            self._entries[key] = (value, size)
+            self._entries[key] = (map_tensors(Tensor.clone, value), size)
             self.held_bytes += size
             while self.held_bytes > self._max_bytes:
                 _, (_, freed) = self._entries.popitem(last=False)

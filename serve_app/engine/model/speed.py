@@ -5,6 +5,7 @@ calls `compile_batches` there, and runs its loop in `compiled`; `padded` brings 
 compiled sizes. This module imports no diffusers, and torchao only if the config needs it.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from serve_app.config.models import SpeedConfig
+from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
 from serve_app.engine.scheduling.cost import Size
@@ -257,9 +259,9 @@ def compile_batches(
             while (call := job.call) is not None:
                 if call.site in specs and call.site not in warm:
                     warm.add(call.site)
-                    _run_in_batches(
-                        rendezvous, specs[call.site], specs[call.site].prepare(call), most
-                    )
+                    with contextlib.suppress(NotMergeable):  # such a call runs by itself
+                        single = specs[call.site].prepare(call)
+                        _run_in_batches(rendezvous, specs[call.site], single, most)
                 job.resume(rendezvous.forward(call))
             if job.error is not None:
                 raise job.error

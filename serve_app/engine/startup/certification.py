@@ -17,6 +17,7 @@ from PIL import Image
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Rendezvous
+from serve_app.engine.device import free_memory, release
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import (
     is_constant,
@@ -124,12 +125,11 @@ def certify(
     alone = [runs.alone(params) for params in requests]
     try:
         _check_turns(runs, requests, alone)
-    except torch.OutOfMemoryError as error:
-        return Certificate("sequential", {}, _failed(error), pipeline.tasks, lasting=False)
     except Exception as error:
-        return Certificate("sequential", {}, _failed(error), pipeline.tasks)
+        lasting = isinstance(error, _Unfit)
+        return Certificate("sequential", {}, _failed(error), pipeline.tasks, lasting=lasting)
 
-    deviation, lasting = None, True
+    deviation, note, lasting = None, "", True
     try:
         specs = _learn(runs, requests[0], alone[0])
         deviation = MergingCheck(rendezvous, specs).compare(alone, max_batch_size)
@@ -140,7 +140,11 @@ def certify(
             raise _Unfit("a batched image is NaN or infinite")
     except Exception as error:
         note = f"calls cannot be merged: {_failed(error)}"
-        lasting = not isinstance(error, torch.OutOfMemoryError)
+        # A lack of memory has many types, and another start may have more.
+        lasting = isinstance(error, _Unfit | NotMergeable)
+        release(error)
+    if note:
+        free_memory()
         tasks, same = _certify_tasks(runs, requests, {})
         return Certificate("interleaved", {}, note, tasks, deviation, lasting=lasting and same)
     separate = [recording.image for recording in alone]
@@ -227,7 +231,8 @@ def _check_turns(
         if torch.equal(image, in_turns):
             continue
         difference = relative_l2(image, in_turns)
-        repetition = relative_l2(image, runs.alone(params).image)
+        again = [runs.alone(params).image for _ in range(2)]
+        repetition = max(relative_l2(image, other) for other in again)
         if repetition > rounding(runs.pipeline.dtype, runs.pipeline.device):
             raise _Unfit(f"the same request alone gives images that differ by {repetition:.2g}")
         if not difference <= 2 * repetition:  # NaN fails as well
@@ -268,7 +273,9 @@ def _certify_tasks(
             continue
         mask = mask_image if task == "inpainting" else None
         first, second = (
-            replace(request, image=image, mask_image=mask, strength=0.9) for request in requests[:2]
+            # With equally many rows, so that they can be compared.
+            replace(request, image=image, mask_image=mask, strength=0.9, guidance_scale=3.0)
+            for request in requests[:2]
         )
         pair = (first, replace(second, num_inference_steps=4))  # three of them run
         try:
@@ -280,7 +287,8 @@ def _certify_tasks(
                     raise _Unfit(reason)
         except Exception as error:
             logger.warning("%s is not offered: %s", task, _failed(error))
-            lasting = lasting and not isinstance(error, torch.OutOfMemoryError)
+            lasting = lasting and isinstance(error, _Unfit | NotMergeable)
+            release(error)
         else:
             certified.append(task)
     return tuple(certified), lasting

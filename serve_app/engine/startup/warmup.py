@@ -3,6 +3,8 @@
 Results of an earlier start are reused if nothing has changed.
 """
 
+import contextlib
+import copy
 import functools
 import logging
 import statistics
@@ -16,11 +18,11 @@ import torch
 from torch import Tensor
 
 from serve_app.config.models import EngineConfig, SpeedConfig
-from serve_app.engine.batching.axis import NotWritable
+from serve_app.engine.batching.axis import NotMergeable, NotWritable
 from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
-from serve_app.engine.model.finite import require_finite
+from serve_app.engine.model.noise_schedulers import fewest_steps_of
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.speed import compile_batches
@@ -29,6 +31,7 @@ from serve_app.engine.startup.certification import Certificate, certify, contrad
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials, try_noise_schedulers
 from serve_app.engine.startup.profile import Profile
+from serve_app.engine.startup.runs import Runs
 from serve_app.engine.timer import wait_for_device
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import probe
@@ -118,8 +121,7 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
-        params = probe(pipeline.default_size_px)
-        require_finite(pipeline.generate(params), params, pipeline.dtype)
+        _generate_once(pipeline, rendezvous)
         return Certificate("sequential", {}, "max_running is 1", pipeline.tasks), None
     certificate = certify(pipeline, rendezvous, config.max_batch_size)
     start.ended("certify")
@@ -133,6 +135,17 @@ def _certify_and_fit(
         certificate = replace(certificate, lasting=False)
     start.ended("preview")
     return certificate, previews
+
+
+def _generate_once(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> None:
+    """Generate one image, in two steps or as few as the model's own noise scheduler accepts.
+
+    Raises:
+        Exception: the pipeline failed, or the image is not finite.
+    """
+    params = probe(pipeline.default_size_px)
+    steps = max(2, fewest_steps_of(copy.deepcopy(pipeline.stock.scheduler)))
+    Runs(pipeline, rendezvous).alone(replace(params, num_inference_steps=steps))
 
 
 def startup_fingerprint(pipeline: LoadedPipeline, config: EngineConfig) -> Fingerprint:
@@ -179,6 +192,8 @@ def _reuse(
         if reason is not None:
             logger.warning("%s does not fit and will be replaced: %s", profile.path, reason)
             return None
+    else:
+        _generate_once(pipeline, rendezvous)  # fails as a new start does
     cost.add_json(kept["sizes"])
     return certificate, previews, trials
 
@@ -272,16 +287,20 @@ def _measure_calls(
 ) -> tuple[dict[int, float], bool]:
     """Return ``{batch size: seconds}``, and True if memory ran out."""
     measured: dict[int, float] = {}
+    single = None
+    if spec is not None:
+        with contextlib.suppress(NotMergeable):
+            single = spec.prepare(call)
     batch = 1
     while batch <= max_batch_size:
-        merged = call if spec is None else spec.merge([spec.prepare(call)] * batch)
+        merged = call if spec is None or single is None else spec.merge([single] * batch)
         try:
             measured[batch] = _seconds(rendezvous, merged)
         except torch.OutOfMemoryError:
             if batch == 1:
                 raise
             return measured, True
-        if spec is None or worthwhile_batch(measured) < batch:
+        if single is None or worthwhile_batch(measured) < batch:
             break
         batch *= 2
     return measured, False

@@ -63,6 +63,14 @@ def test_the_least_recently_used_entry_is_evicted_first() -> None:
     assert encoded == ["b"]
 
 
+def test_what_a_request_writes_into_a_prompt_stays_its_own() -> None:
+    cache = PromptCache(1000)
+    for _ in range(3):
+        [embeds] = cache.get("key", lambda: [torch.ones(4)])
+        assert torch.equal(embeds, torch.ones(4))
+        embeds *= 2
+
+
 def test_two_requests_may_encode_the_same_prompt_at_once() -> None:
     cache = PromptCache(max_bytes=8)
     value = torch.zeros(4, dtype=torch.uint8)

@@ -5,17 +5,21 @@ between a call alone and merged.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from serve_app.config.models import ModelConfig
-from serve_app.engine.batching.rendezvous import Rendezvous
+from serve_app.engine.batching.axis import NotMergeable
+from serve_app.engine.batching.batch import BatchSpec
+from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.certification import Certificate, certify
-from serve_app.engine.startup.merging import Deviation
+from serve_app.engine.startup.merging import Deviation, MergingCheck
+from serve_app.engine.startup.runs import RecordedCall, Recording
 from tests.more_pipelines import CERTIFIED
 from tests.spoilt_pipelines import SPOILT, spoil
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, animatediff, pag
@@ -142,6 +146,47 @@ def test_memory_limits_the_certified_batch_size() -> None:
     assert certificate.batch_size == 8
 
 
+def test_calls_that_were_never_compared_are_not_certified() -> None:
+    """Here requests share a timestep only if they differ in rows: no two of them are alike."""
+
+    def mixing(sample: Tensor, timestep: Tensor) -> Tensor:
+        output = sample.cumsum(1) + timestep
+        return output + 5e-4 * output.mean(0, keepdim=True) * (len(sample) > 2)
+
+    class Direct:
+        def forward(self, call: Call) -> Tensor:
+            return mixing(*call.args, **call.kwargs)
+
+    def recorded(rows: int, timestep: float) -> RecordedCall:
+        call = Call("unet", (torch.randn(rows, 4), torch.tensor([timestep])), {})
+        return RecordedCall(call, mixing(*call.args))
+
+    one, two = recorded(2, 1.0), recorded(4, 1.0)
+    spec = BatchSpec.learn(mixing, (one.call, one.output), (two.call, two.output))
+    image = torch.zeros(3, 8, 8)
+    recordings = [
+        Recording(tuple(recorded(rows, timestep) for timestep in timesteps), image)
+        for rows, timesteps in ((2, (9.0, 4.0)), (2, (8.0, 6.0, 3.0)), (1, (9.0, 4.0)))
+    ]
+    check = MergingCheck(cast("Rendezvous", Direct()), {"unet": spec})
+    with pytest.raises(NotMergeable, match="differ in their rows"):
+        check.compare(recordings, 8)
+    alike = [recordings[0], Recording((recorded(2, 9.0),), image)]
+    assert check.compare(alike, 2).reason(1e-3).startswith("a row depends on its neighbours")
+
+
+def test_a_network_that_counts_in_thirds_is_not_batched() -> None:
+    def forward(own: Callable[..., Any], arguments: dict[str, Any], rows: int) -> Any:
+        (output,) = own(**arguments)
+        third = output.shape[0] // 3
+        if output.shape[0] % 3 or third < rows:
+            return (output,)
+        return (torch.cat([output[:third] * 1.1, output[third:]]),)
+
+    certificate = certificate_of(spoil(FAMILIES["stable-diffusion"](), forward), {})
+    assert certificate.sharing == "interleaved"
+
+
 @pytest.mark.parametrize(
     ("deviation", "reason"),
     [
@@ -149,7 +194,7 @@ def test_memory_limits_the_certified_batch_size() -> None:
         (Deviation(batching=9e-4), ""),
         (Deviation(batching=2e-3), "a merged call differs"),
         (Deviation(neighbours=1e-9), "a row depends on its neighbours"),
-        (Deviation(neighbours=1e-9, repetition=1e-9), ""),
+        (Deviation(repetition=1e-9), ""),
         (Deviation(neighbours=float("nan")), "a row depends on its neighbours"),
         (Deviation(batching=float("nan")), "a merged call differs"),
     ],
