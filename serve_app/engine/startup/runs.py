@@ -60,7 +60,8 @@ class Runs:
                     if not is_finite(output):
                         raise ModelLoadError(
                             f"at start-up the output of {call.site} is NaN or infinite. Set "
-                            "model.dtype to bfloat16 or float32, or check the model's weights."
+                            "model.dtype to bfloat16 or float32, correct the model's "
+                            "scheduler_config.json, or check its weights."
                         )
                     calls.append(_recorded(call, output))
                 job.resume(output)
