@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from serve_app.config.models import SpeedConfig
-from serve_app.engine.batching.axis import NotMergeable
-from serve_app.engine.batching.batch import BatchSpec, MergeableCall
+from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.device import check_device, free_memory
 from serve_app.engine.metrics import EngineMetrics
@@ -67,11 +66,8 @@ class Executor:
 
     def prepare(self, call: Call) -> MergeableCall | None:
         """Compare a parked denoiser call with others; ``None`` if it must run by itself."""
-        spec = self.specs.get(call.site)
         try:
-            return spec.prepare(call) if spec else None
-        except NotMergeable:
-            return None
+            return prepare(self.specs, call)
         except Exception:
             logger.exception("a call of %s cannot be merged with others: it runs alone", call.site)
             return None

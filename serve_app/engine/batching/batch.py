@@ -5,7 +5,7 @@ one image with the same call for two images.
 """
 
 import inspect
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -96,6 +96,15 @@ class BatchSpec:
         if len(calls) == 1:
             return [output]
         return axis.split(self.output, output, [call.length for call in calls])
+
+
+def prepare(specs: Mapping[str, BatchSpec], call: Call) -> MergeableCall | None:
+    """Determine which other calls this one may be merged with; ``None`` if it must run alone."""
+    spec = specs.get(call.site)
+    try:
+        return spec.prepare(call) if spec else None
+    except NotMergeable:
+        return None
 
 
 def _arguments_by_name(signature: inspect.Signature, call: Call) -> dict[str, Any]:

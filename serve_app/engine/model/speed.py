@@ -5,7 +5,6 @@ calls `compile_batches` there, and runs its loop in `compiled`; `padded` brings 
 compiled sizes. This module imports no diffusers, and torchao only if the config needs it.
 """
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,7 @@ import torch
 from torch import nn
 
 from serve_app.config.models import SpeedConfig
-from serve_app.engine.batching.axis import NotMergeable
-from serve_app.engine.batching.batch import BatchSpec, MergeableCall
+from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
 from serve_app.engine.scheduling.cost import Size
 from serve_app.errors import ConfigError
@@ -259,8 +257,7 @@ def compile_batches(
             while (call := job.call) is not None:
                 if call.site in specs and call.site not in warm:
                     warm.add(call.site)
-                    with contextlib.suppress(NotMergeable):  # such a call runs by itself
-                        single = specs[call.site].prepare(call)
+                    if (single := prepare(specs, call)) is not None:
                         _run_in_batches(rendezvous, specs[call.site], single, most)
                 job.resume(rendezvous.forward(call))
             if job.error is not None:

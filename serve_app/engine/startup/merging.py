@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from serve_app.engine.batching.axis import NotMergeable
-from serve_app.engine.batching.batch import BatchSpec, MergeableCall
+from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.device import free_memory, release
 from serve_app.engine.startup.comparison import is_constant, relative_l2
@@ -152,10 +152,9 @@ class MergingCheck:
                     raise NotMergeable(
                         f"the output of {recorded.call.site} is constant, which proves nothing"
                     )
-                try:
-                    call = self._specs[recorded.call.site].prepare(recorded.call)
-                except NotMergeable:
-                    continue  # it has other arguments, so it always runs alone
+                call = prepare(self._specs, recorded.call)
+                if call is None:  # it has other arguments, so it always runs alone
+                    continue
                 found.setdefault(call.key, []).append(_Single(request, call, recorded))
         return found
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from serve_app.engine.batching.axis import NotMergeable, map_tensors
-from serve_app.engine.batching.batch import BatchSpec, MergeableCall
+from serve_app.engine.batching.axis import map_tensors
+from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.finite import require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -155,11 +155,8 @@ class Runs:
         for job in jobs:
             call = job.call
             assert call is not None
-            try:
-                if call.site not in specs:
-                    raise NotMergeable(f"{call.site} was not called before")
-                prepared = specs[call.site].prepare(call)
-            except NotMergeable:
+            prepared = prepare(specs, call)
+            if prepared is None:
                 job.resume(self.rendezvous.forward(call))
             else:
                 batches.setdefault(prepared.key, []).append((job, prepared))

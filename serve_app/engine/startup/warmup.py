@@ -3,7 +3,6 @@
 Results of an earlier start are reused if nothing has changed.
 """
 
-import contextlib
 import copy
 import functools
 import logging
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from serve_app.config.models import EngineConfig, SpeedConfig
-from serve_app.engine.batching.axis import NotMergeable, NotWritable
-from serve_app.engine.batching.batch import BatchSpec
+from serve_app.engine.batching.axis import NotWritable
+from serve_app.engine.batching.batch import BatchSpec, prepare
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
 from serve_app.engine.model.noise_schedulers import fewest_steps_of
@@ -243,8 +242,7 @@ def measure(
         encode_s = time.perf_counter() - started_at
         call = job.call
         assert call is not None
-        spec = specs.get(call.site)
-        call_s, out_of_memory = _measure_calls(rendezvous, spec, call, max_batch_size)
+        call_s, out_of_memory = _measure_calls(rendezvous, specs, call, max_batch_size)
         decode_s = _finish(pipeline, rendezvous, job)
     return Measurement(call_s, encode_s, decode_s, out_of_memory)
 
@@ -283,17 +281,14 @@ def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) 
 
 
 def _measure_calls(
-    rendezvous: Rendezvous, spec: BatchSpec | None, call: Call, max_batch_size: int
+    rendezvous: Rendezvous, specs: dict[str, BatchSpec], call: Call, max_batch_size: int
 ) -> tuple[dict[int, float], bool]:
     """Return ``{batch size: seconds}``, and True if memory ran out."""
     measured: dict[int, float] = {}
-    single = None
-    if spec is not None:
-        with contextlib.suppress(NotMergeable):
-            single = spec.prepare(call)
+    single = prepare(specs, call)
     batch = 1
     while batch <= max_batch_size:
-        merged = call if spec is None or single is None else spec.merge([single] * batch)
+        merged = call if single is None else specs[call.site].merge([single] * batch)
         try:
             measured[batch] = _seconds(rendezvous, merged)
         except torch.OutOfMemoryError:
