@@ -23,6 +23,8 @@ from diffusers import (
     LCMScheduler,
     LTXPipeline,
     LTXVideoTransformer3DModel,
+    ModelMixin,
+    SchedulerMixin,
     WanPipeline,
     WanTransformer3DModel,
 )
@@ -112,32 +114,31 @@ def _video_vae() -> AutoencoderKLWan:
     )
 
 
-def wan() -> DiffusionPipeline:
-    """Build Wan, a family for videos."""
+def _video(
+    kind: type[DiffusionPipeline], scheduler: SchedulerMixin, transformer: ModelMixin
+) -> DiffusionPipeline:
     tokenizer, text_encoder = t5()
-    pipeline = WanPipeline(
+    pipeline = kind(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
         vae=_video_vae(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        transformer=WanTransformer3DModel(**VIDEO_TRANSFORMER),
+        scheduler=scheduler,
+        transformer=transformer,
     )
     draw_weights(pipeline)
     return pipeline
+
+
+def wan() -> DiffusionPipeline:
+    """Build Wan, a family for videos."""
+    transformer = WanTransformer3DModel(**VIDEO_TRANSFORMER)
+    return _video(WanPipeline, FlowMatchEulerDiscreteScheduler(shift=3.0), transformer)
 
 
 def anyflow() -> DiffusionPipeline:
     """Build AnyFlow: Wan's parts, with the next timestep as a second input of the transformer."""
-    tokenizer, text_encoder = t5()
-    pipeline = AnyFlowPipeline(
-        tokenizer=tokenizer,
-        text_encoder=text_encoder,
-        vae=_video_vae(),
-        scheduler=FlowMapEulerDiscreteScheduler(),
-        transformer=AnyFlowTransformer3DModel(**VIDEO_TRANSFORMER),
-    )
-    draw_weights(pipeline)
-    return pipeline
+    transformer = AnyFlowTransformer3DModel(**VIDEO_TRANSFORMER)
+    return _video(AnyFlowPipeline, FlowMapEulerDiscreteScheduler(), transformer)
 
 
 def ltx() -> DiffusionPipeline:

@@ -1,7 +1,7 @@
 """Fields of OpenAI's API that this server cannot honour: hints get a warning, the others a 400.
 
 A field whose effect shows in the image file is rejected, because the image would not be the
-requested one. A hint tells a model how to work, and promises no particular image.
+requested one. A hint tells a model how to work, and asks for no particular image.
 """
 
 REJECTED = {

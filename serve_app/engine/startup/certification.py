@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
 import torch
-from PIL import Image
 
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec
@@ -27,7 +26,7 @@ from serve_app.engine.startup.comparison import (
     relative_l2,
 )
 from serve_app.engine.startup.merging import Deviation, MergingCheck, rounding
-from serve_app.engine.startup.runs import Recording, Runs
+from serve_app.engine.startup.runs import Recording, Runs, with_input
 from serve_app.protocol.params import GenerationParams, Sharing, Task, probe
 
 logger = logging.getLogger(__name__)
@@ -262,19 +261,15 @@ def _certify_tasks(
 
     Text-to-image is always among them. Another start may differ if memory ran out for a task.
     """
-    width, height = runs.pipeline.default_size_px
-    image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
-    mask_image = Image.radial_gradient("L").resize((width, height))
     certified: list[Task] = []
     lasting = True
     for task in runs.pipeline.tasks:
         if task == "text-to-image":
             certified.append(task)
             continue
-        mask = mask_image if task == "inpainting" else None
         first, second = (
             # With equally many rows, so that they can be compared.
-            replace(request, image=image, mask_image=mask, strength=0.9, guidance_scale=3.0)
+            with_input(replace(request, guidance_scale=3.0), task, strength=0.9)
             for request in requests[:2]
         )
         pair = (first, replace(second, num_inference_steps=4))  # three of them run

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from serve_app.engine.batching.axis import tensors
@@ -28,6 +27,7 @@ from serve_app.engine.startup.perfect_denoiser import (
     Shares,
     TrainedNoise,
 )
+from serve_app.engine.startup.runs import with_input
 from serve_app.protocol.noise_schedulers import OWN_SCHEDULER
 from serve_app.protocol.params import GenerationParams, Task, probe
 
@@ -269,17 +269,12 @@ class _Trials:
         return _NOT_FINITE
 
     def _request(self, name: str, task: Task, steps: int, strength: float) -> GenerationParams:
-        size = self._pipeline.default_size_px
         request = replace(
-            probe(size),
+            probe(self._pipeline.default_size_px),
             num_inference_steps=steps,
             noise_scheduler=None if name == OWN_SCHEDULER else name,
         )
-        if task == "text-to-image":
-            return request
-        image = Image.linear_gradient("L").resize(size).convert("RGB")
-        mask = Image.radial_gradient("L").resize(size) if task == "inpainting" else None
-        return replace(request, image=image, mask_image=mask, strength=strength)
+        return with_input(request, task, strength)
 
 
 def _share_fault(call: DenoiserCall) -> str:

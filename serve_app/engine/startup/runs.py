@@ -2,9 +2,10 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from serve_app.engine.batching.axis import map_tensors
@@ -14,7 +15,7 @@ from serve_app.engine.model.finite import require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import is_finite
 from serve_app.errors import ModelLoadError
-from serve_app.protocol.params import GenerationParams
+from serve_app.protocol.params import GenerationParams, Task
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,18 @@ class Runs:
         for job in jobs:
             job.kill()
         self.pipeline.restore_networks()
+
+
+def with_input(request: GenerationParams, task: Task, strength: float) -> GenerationParams:
+    """Return the request with what its task needs: an input image of its size, and a mask."""
+    if task == "text-to-image":
+        return request
+    assert request.width is not None
+    assert request.height is not None
+    size = request.width, request.height
+    image = Image.linear_gradient("L").resize(size).convert("RGB")
+    mask_image = Image.radial_gradient("L").resize(size) if task == "inpainting" else None
+    return replace(request, image=image, mask_image=mask_image, strength=strength)
 
 
 def _recorded(call: Call, output: Any) -> RecordedCall:

@@ -1,6 +1,6 @@
 """Right families are certified as batched, and spoilt ones are not, whatever the dtype.
 
-The figures are relative L2 distances: between a row and the same row with other neighbours, and
+The distances are relative L2 norms: between a row and the same row with other neighbours, and
 between a call alone and merged.
 """
 
@@ -65,14 +65,14 @@ def certificate_of(
 
 
 def line_of(name: str, dtype: torch.dtype, certificate: Certificate) -> str:
-    """Return a line with the figures of a certificate."""
+    """Return a line with the distances of a certificate."""
     found = certificate.deviation
-    figures = (
+    distances = (
         "not merged"
         if found is None
         else f"neighbours {found.neighbours:.1e}, alone or merged {found.batching:.1e}"
     )
-    return f"{name} in {str(dtype).removeprefix('torch.')}: {certificate.sharing}, {figures}"
+    return f"{name} in {str(dtype).removeprefix('torch.')}: {certificate.sharing}, {distances}"
 
 
 @pytest.mark.filterwarnings("ignore:.(FluxPosEmbed|upcast_vae). is deprecated:FutureWarning")
