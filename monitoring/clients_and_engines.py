@@ -188,7 +188,7 @@ ENGINE = Dashboard(
         panel(
             "Replicas, by sharing mode",
             (total("sharing", "diffusion_serve_sharing"), "{{diffusion_serve_sharing}}"),
-            stacked=True,
+            (total("sharing_limited"), "batched, only for prompts of the same length"),
         ),
         panel(
             "Certification difference",

@@ -7,6 +7,7 @@
     │   ├── ContentPolicyViolation      400  content_policy_violation
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
+    │   ├── ImageNotFound               404  image_not_found     its link has expired, or never was
     │   ├── BodyTooLarge                413  body_too_large
     │   ├── UnsupportedEncoding         415  unsupported_encoding
     │   ├── BodyTooSlow                 408  body_too_slow
@@ -15,6 +16,7 @@
     ├── RateLimited                     429  rate_limit_exceeded one key's limit; try again later
     ├── Overloaded                      429  overloaded          every key's; try again later
     ├── Unavailable                     503  unavailable         try again later
+    │   └── StorageAway                 503  storage_unavailable only requests for links
     ├── DeadlineExceeded                504  deadline_exceeded
     ├── Cancelled                       499  cancelled           the client went away
     ├── GenerationFailed                500  generation_failed   only this request
@@ -80,6 +82,13 @@ class LoraNotFound(InvalidRequest):
     code = "lora_not_found"
 
 
+class ImageNotFound(InvalidRequest):
+    """There is no stored image of this name: its link has expired, or there was none."""
+
+    status = 404
+    code = "image_not_found"
+
+
 class BodyTooLarge(InvalidRequest):
     """The body of the request is longer than the limit in the configuration."""
 
@@ -102,7 +111,7 @@ class BodyTooSlow(InvalidRequest):
 
 
 class CrossSite(InvalidRequest):
-    """A page of another web site sent the request to a server without API keys."""
+    """A page of another web site sent the request, and no Bearer key."""
 
     status = 403
     code = "cross_site"
@@ -158,6 +167,12 @@ class Unavailable(DiffusionServeError):
 
     status = 503
     code = "unavailable"
+
+
+class StorageAway(Unavailable):
+    """The storage of images takes or returns none now."""
+
+    code = "storage_unavailable"
 
 
 class Cancelled(DiffusionServeError):

@@ -14,6 +14,7 @@ from serve_app.config.serve_file import (
     read_autoscaling,
     read_serve_config,
 )
+from serve_app.config.storage import StorageConfig
 from serve_app.errors import ConfigError
 
 
@@ -58,4 +59,17 @@ def check_serve_file(path: Path, name: object = None) -> list[str]:
         check_model_folder(application.model)
         check_safety(application)
         KeyRing(application.gateway.keys_file, keys_in_environment())
+        warnings += _storage_warnings(application.gateway.storage, name or path)
     return warnings
+
+
+def _storage_warnings(storage: StorageConfig, name: object) -> list[str]:
+    """Warn of a store that takes no images from here. The server's machines may reach it."""
+    if storage.url is None:
+        return []
+    from serve_app.gateway.storage.store import problem_with  # an optional dependency
+
+    problem = problem_with(storage)
+    if problem is None:
+        return []
+    return [f"{name}: gateway.storage.url is {storage.url!r}, which takes no images: {problem}"]

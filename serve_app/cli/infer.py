@@ -27,7 +27,7 @@ def infer(
         "image.png"
     ),
     model: Annotated[
-        str, typer.Option(help="'demo', a folder, or a repository on the Hugging Face hub.")
+        str, typer.Option(help="'demo', a folder, a .safetensors file, or a repository on the hub.")
     ] = "demo",
     steps: Annotated[
         int | None, typer.Option(help="Number of denoising steps. Default: the model's.")

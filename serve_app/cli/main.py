@@ -12,6 +12,7 @@ from serve_app.cli.key import key
 from serve_app.cli.plan import plan
 from serve_app.cli.serve import serve
 from serve_app.cli.top import top
+from serve_app.cli.tune import tune
 
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -48,6 +49,7 @@ for command, exit_codes in (
     (infer, _EXIT_CODES),
     (key, _EXIT_CODES),
     (plan, _EXIT_CODES),
+    (tune, _EXIT_CODES),
     (doctor, _DOCTOR_EXIT_CODES),
     (top, _EXIT_CODES),
 ):

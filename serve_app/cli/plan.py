@@ -49,6 +49,13 @@ def plan(
         str | None,
         typer.Option(help="Mix at the end of the trace. The mix changes gradually towards it."),
     ] = None,
+    calls_per_step: Annotated[
+        float,
+        typer.Option(
+            help="Denoiser calls of a request for each of its steps: 2 if guidance has calls of "
+            "its own, and fewer with acceleration."
+        ),
+    ] = 1.0,
     stretch: Annotated[float, typer.Option(help="Factor for the times of the trace.")] = 1.0,
     share: Annotated[
         float,
@@ -133,12 +140,16 @@ def plan(
         scaling = inputs.read_scaling(config, max_replicas)
         for note in inputs.not_simulated(config):
             typer.echo(f"warning: {config}: {note}", err=True)
+        step_times = inputs.read_costs(costs, engine.max_batch_size)
+        if not calls_per_step > 0:
+            raise ConfigError(f"--calls-per-step must be over 0; it is {calls_per_step:g}.")
+        step_times.calls_per_step = calls_per_step
         scenario = planner.Scenario(
             [
                 inputs.arrivals(trace, rate, minutes * 60, mix, mix_at_end, stretch, share, number)
                 for number in range(seed, seed + repeats)
             ],
-            inputs.read_costs(costs, engine.max_batch_size),
+            step_times,
             engine.scheduling,
             ClusterParams(
                 node_start_s=node_start_s,

@@ -4,7 +4,6 @@ Everything that can be wrong is checked before Ray is imported. Ray's own ``serv
 the config in this process, so that Ctrl-C and SIGTERM end it as they end ``serve run``.
 """
 
-import os
 import socket
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ import typer
 import yaml
 
 from serve_app.cli.check import check_serve_file
-from serve_app.config.environment import PROXY_CALLBACK_VARIABLE, machine_environment
+from serve_app.config.environment import machine_environment, set_defaults_of_processes
 from serve_app.config.model_files import find_model
 from serve_app.config.models import ModelConfig
 from serve_app.config.serve_file import (
@@ -25,9 +24,6 @@ from serve_app.config.serve_file import (
     read_serve_file,
 )
 from serve_app.errors import ConfigError
-
-PROXY_CALLBACK = "serve_app.gateway.proxy:middlewares"
-"""The middlewares of Serve's proxies: `serve_app.gateway.proxy` says what they are for."""
 
 LOCAL_HOST = "127.0.0.1"
 DEFAULT_PORT = 8000
@@ -43,8 +39,8 @@ def serve(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model to serve without a config file: 'demo', a folder, or a repository on the "
-            "Hugging Face hub. Default without CONFIG: 'demo'."
+            help="Model to serve without a config file: 'demo', a folder, a .safetensors file, or "
+            "a repository on the Hugging Face hub. Default without CONFIG: 'demo'."
         ),
     ] = None,
     device: Annotated[
@@ -222,7 +218,7 @@ def _joins_a_cluster() -> bool:
 
 def _run(path: Path) -> None:
     """Run a Serve config file in this process until a signal ends it."""
-    os.environ.setdefault(PROXY_CALLBACK_VARIABLE, PROXY_CALLBACK)
+    set_defaults_of_processes()
     from ray.serve.scripts import run
 
     run.main([str(path)], standalone_mode=False)

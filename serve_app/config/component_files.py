@@ -20,11 +20,17 @@ _ABOUT_TOKENIZERS = (
     "config.json",
     "generation_config.json",
 )
+_QUANTIZERS = ("torchao", "bitsandbytes")
+"""Packages that read weights that they quantized."""
 _VOCABULARIES = (".json", ".txt", ".model", ".tiktoken", ".vocab")
 
 
-def check_component(model: ModelConfig, folder: Path, library: str, class_name: str) -> None:
+def check_component(
+    model: ModelConfig, folder: Path, library: str, class_name: str, with_weights: bool = True
+) -> None:
     """Find what would stop a component from loading, or make it load without its content.
+
+    Without ``with_weights``, the weights come from elsewhere.
 
     Raises:
         ModelLoadError: naming the file, and what to do.
@@ -35,6 +41,17 @@ def check_component(model: ModelConfig, folder: Path, library: str, class_name: 
             f"model {model.id!r}: {folder.parent / 'model_index.json'} names the component "
             f"{folder.name!r}, but {folder} does not exist. Copy the whole model folder."
         )
+    check_files(model, folder, library, class_name, with_weights)
+
+
+def check_files(
+    model: ModelConfig, folder: Path, library: str, class_name: str, with_weights: bool = True
+) -> None:
+    """Check the files of a component of a known class.
+
+    Raises:
+        ModelLoadError: naming the file, and what to do.
+    """
     if class_name.endswith(("Tokenizer", "TokenizerFast")):
         _read_config(model, folder / "tokenizer_config.json", required=False)
         _check_vocabulary(model, folder, class_name)
@@ -45,6 +62,8 @@ def check_component(model: ModelConfig, folder: Path, library: str, class_name: 
             _read_config(model, folder / name, required=False)
     elif library != "diffusers" or is_network(class_name):
         config = _read_config(model, folder / "config.json", required=True)
+        if not with_weights:
+            return
         _check_quantization(model, folder / "config.json", config)
         if "transformers_weights" not in config:  # else it names the file
             check_weights(model, folder, library)
@@ -113,14 +132,30 @@ def _read_config(model: ModelConfig, file: Path, required: bool) -> dict[str, An
     return config
 
 
+def quantization_methods(folder: Path) -> list[str | None]:
+    """Return how a component's configuration says that its weights are quantized; usually empty.
+
+    A method without a name is None. The file was checked before.
+    """
+    file = folder / "config.json"
+    return _methods(json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
+
+
+def _methods(config: dict[str, Any]) -> list[str | None]:
+    found = [
+        part["quantization_config"]
+        for part in (config, config.get("text_config"))
+        if isinstance(part, dict) and part.get("quantization_config") is not None
+    ]
+    return [one.get("quant_method") if isinstance(one, dict) else None for one in found]
+
+
 def _check_quantization(model: ModelConfig, file: Path, config: dict[str, Any]) -> None:
-    within = config.get("text_config")
-    for part in (config, within if isinstance(within, dict) else {}):
-        if (quantization := part.get("quantization_config")) is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    for method in _methods(config):
+        if method not in _QUANTIZERS:
             raise ModelLoadError(
-                f"model {model.id!r}: {file} has a quantization_config"
-                f"{f' ({method})' if method else ''}. Weights that are already quantized are not "
+                f"model {model.id!r}: {file} has a quantization_config "
+                f"({method}). Only weights that {' or '.join(_QUANTIZERS)} quantized are "
                 "supported. Use the original weights; model.speed.quantize ('int8', 'fp8') "
                 "quantizes the denoiser at start."
             )

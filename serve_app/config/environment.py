@@ -21,6 +21,22 @@ PROXY_CALLBACK_VARIABLE = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 ``diffusion-serve serve`` sets it to ``serve_app.gateway.proxy:middlewares`` unless it is set.
 """
 
+PROXY_CALLBACK = "serve_app.gateway.proxy:middlewares"
+"""The middlewares of Serve's proxies: `serve_app.gateway.proxy` says what they are for."""
+
+ALLOCATOR_VARIABLE = "PYTORCH_ALLOC_CONF"
+"""Settings of torch's memory allocator, which torch reads when it is imported.
+
+The GPU image and ``diffusion-serve serve`` set it to ``expandable_segments:True``. The older name
+``PYTORCH_CUDA_ALLOC_CONF`` takes precedence in torch.
+"""
+
+ALLOCATOR_SETTINGS = "expandable_segments:True"
+"""Let freed memory serve calls of any size: batches of many sizes leave pieces otherwise."""
+
+OLDER_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Older names of the same variable."""
+
 MACHINE_VARIABLES = {
     "CUDA_MPS_PIPE_DIRECTORY": "Folder of a CUDA MPS daemon that shares the GPU.",
     "CUDA_VISIBLE_DEVICES": "GPUs that a process may use. Empty or -1 hides all of them.",
@@ -58,6 +74,13 @@ def keys_path_in_environment() -> str | None:
 def api_key_in_environment() -> str | None:
     """Return the API key that a client sends to a server."""
     return os.environ.get(API_KEY_VARIABLE)
+
+
+def set_defaults_of_processes() -> None:
+    """Set what the processes that this one starts read from the environment, unless it is set."""
+    os.environ.setdefault(PROXY_CALLBACK_VARIABLE, PROXY_CALLBACK)
+    if not any(name in os.environ for name in OLDER_ALLOCATOR_VARIABLES):
+        os.environ.setdefault(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
 
 
 def generation_environment() -> dict[str, str]:

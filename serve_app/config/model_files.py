@@ -6,10 +6,13 @@ second. The loader and the command line call them before torch is imported.
 
 from pathlib import Path
 
+from serve_app.config.checkpoint_files import GGUF, PICKLES, check_whole
 from serve_app.config.component_files import check_component
 from serve_app.config.model_index import read_model_index
-from serve_app.config.models import ModelConfig, is_path
+from serve_app.config.models import ModelConfig
+from serve_app.config.replaced_components import check_replaced, is_file
 from serve_app.config.safetensors_header import read_header
+from serve_app.config.source import SINGLE_FILE, is_path
 from serve_app.config.weight_files import has_variant
 from serve_app.errors import ModelLoadError
 
@@ -60,10 +63,12 @@ def find_model(name: str) -> ModelConfig:
     path = Path(name).expanduser()
     if path.is_dir():
         return ModelConfig(id=path.resolve().name or "model", path=str(path.resolve()))
+    if path.is_file() and name.endswith((SINGLE_FILE, GGUF, *PICKLES)):
+        return ModelConfig(id=path.stem or "model", path=str(path.resolve()))
     if path.is_file():
         raise ModelLoadError(
-            f"model {name!r} is a file. Give a folder in the diffusers format; diffusers' "
-            "from_single_file and save_pretrained make one of a single-file checkpoint."
+            f"model {name!r} is a file. Give a folder in the diffusers format, or a .safetensors "
+            "file."
         )
     if is_path(name):
         raise ModelLoadError(
@@ -91,8 +96,7 @@ def check_model_folder(model: ModelConfig) -> None:
         for source in find_loras(model).values():
             if is_path(source):
                 read_header(Path(source).expanduser())
-        if model.is_folder or _is_single_file(model.source):
-            _check_folder(model, Path(model.source))
+        _check_sources(model)
     except OSError as error:
         raise ModelLoadError(
             f"model {model.id!r}: {error.filename} cannot be read: {error.strerror}. Check its "
@@ -100,30 +104,45 @@ def check_model_folder(model: ModelConfig) -> None:
         ) from None
 
 
-def _is_single_file(source: str) -> bool:
-    return source.endswith((".safetensors", ".ckpt", ".gguf"))
-
-
-def _check_folder(model: ModelConfig, folder: Path) -> None:
-    if folder.is_file() or _is_single_file(str(folder)):
+def _check_sources(model: ModelConfig) -> None:
+    place = f"model {model.id!r}: model.path"
+    source = Path(model.source)
+    if model.source.endswith((GGUF, *PICKLES)) or (model.is_single_file and model.is_local):
+        check_whole(place, source, has_vae="vae" in model.components)
+    elif not model.is_single_file and model.source.endswith(SINGLE_FILE):
         raise ModelLoadError(
-            f"model {model.id!r}: {folder} is a file, and model.path is a folder in the diffusers "
-            "format. Convert the file with diffusers' from_single_file and save_pretrained, and "
-            "set model.path to the folder that they write."
+            f"model {model.id!r} is the name of a file. Set model.path to it, as a path that "
+            "starts with '/' or '.', or as owner/name/file.safetensors."
         )
+    components: dict[str, tuple[str, str]] = {}
+    if model.layout is not None and is_path(model.layout):
+        components = _check_folder(model, Path(model.layout))
+    for name in model.components:
+        check_replaced(model, name, *components.get(name, ("", "")))
+
+
+def _check_folder(model: ModelConfig, folder: Path) -> dict[str, tuple[str, str]]:
+    """Check the folder of a model's components, and return their libraries and classes."""
+    setting = "model.base" if model.is_single_file else "model.path"
     if not folder.is_dir():
+        reason = "is a file" if folder.is_file() else "does not exist"
         raise ModelLoadError(
-            f"model {model.id!r}: the folder {folder} does not exist. Set model.path to a folder "
+            f"model {model.id!r}: the folder {folder} {reason}. Set {setting} to a folder "
             "in the diffusers format, or to the name of a Hugging Face repository. If the folder "
             "is only in an image or on a volume, check the file there."
         )
     components = read_model_index(model, folder / "model_index.json")
+    own = {name: value for name, value in components.items() if name not in model.components}
     if (variant := model.variant) is not None and not any(
-        has_variant(folder / name, variant) for name in components
+        has_variant(folder / name, variant) for name in own
     ):
         raise ModelLoadError(
             f"model {model.id!r}: {folder} has no files of the variant {variant!r}. Correct "
             "model.variant, or leave it out to load the files without a variant."
         )
     for name, (library, class_name) in components.items():
-        check_component(model, folder / name, library, class_name)
+        other = model.components.get(name, "")
+        if name in own or (other is not None and is_file(other)):  # a file has no configuration
+            with_weights = name in own and not model.is_single_file
+            check_component(model, folder / name, library, class_name, with_weights)
+    return components

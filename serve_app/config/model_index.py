@@ -17,14 +17,14 @@ def read_model_index(model: ModelConfig, index_file: Path) -> dict[str, tuple[st
 
     Raises:
         ModelLoadError: if the file is missing or wrong, or names a pipeline that is not in
-            diffusers, lacks a component, or does not generate images from a prompt.
+            diffusers, lacks a component, or does not generate images from a prompt; or if it has
+            no class for a name of ``model.components``.
     """
     place = f"model {model.id!r}: {index_file}"
     if not index_file.is_file():
         raise ModelLoadError(
             f"model {model.id!r}: {index_file.parent} has no model_index.json, so it is not in the "
-            "diffusers format. Convert a single-file checkpoint with diffusers' from_single_file "
-            "and save_pretrained."
+            "diffusers format. If it has one .safetensors file, set model.path to that file."
         )
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))
@@ -49,8 +49,16 @@ def read_model_index(model: ModelConfig, index_file: Path) -> dict[str, tuple[st
         for name, value in index.items()
         if _is_component(source, name, value)
     }
+    possible = set(index)
     if source is not None:
-        _check_pipeline(place, class_name, source, set(components))
+        _check_pipeline(place, class_name, source, components.keys() | model.components.keys())
+        possible |= set() if source.components is None else source.components.names
+    for name, elsewhere in model.components.items():
+        if name not in (possible if elsewhere is None else components):
+            raise ModelLoadError(
+                f"{place} has no class for {name!r}, which model.components names. It has "
+                f"{', '.join(sorted(components))}."
+            )
     return components
 
 

@@ -1,12 +1,10 @@
 """The settings of an application: frozen, typed, units in the names, unknown keys rejected."""
 
-from importlib.util import find_spec
-from pathlib import Path
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal, cast
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     ValidationError,
@@ -15,32 +13,18 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from serve_app.config.environment import (
-    KEYS_PATH_VARIABLE,
-    KEYS_VARIABLE,
-    keys_path_in_environment,
-)
+from serve_app.config.gateway import GatewayConfig
+from serve_app.config.section import Section
+from serve_app.config.source import SourceConfig, is_path
 from serve_app.errors import ConfigError
 
-DEMO_MODEL_DIR = Path(__file__).parents[1] / "demo" / "model"
-"""The folder of the weights that ship with the package."""
+Acceleration = Literal["none", "balanced", "fast"]
+"""Level at which denoiser calls are extrapolated from earlier ones, to save time."""
 
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
-Safety = Literal["flag", "block", "off"]
-"""Treatment of images that a model's safety checker flags."""
 
-
-def is_path(source: str) -> bool:
-    """Return whether ``source`` means a file or folder rather than a repository of the hub."""
-    return source.startswith(("/", ".", "~"))
-
-
-class _Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SpeedConfig(_Config):
+class SpeedConfig(Section):
     """Options that make the model faster or smaller. All are off by default."""
 
     compile: bool = Field(
@@ -48,6 +32,12 @@ class SpeedConfig(_Config):
         description="Compile the repeated blocks of the denoiser at start-up, for batches of "
         "1, 2, 4, … images of each size in engine.warmup_sizes_px. Without any size, the model's "
         "default size is compiled. Other sizes run uncompiled. Needs a C++ compiler.",
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="Capture small denoiser calls as CUDA graphs at start-up, for images of the "
+        "same sizes. A graph repeats a call with a single launch. It is kept if it is faster. "
+        "Calls with LoRA adapters run without graphs. Needs a GPU.",
     )
     channels_last: bool = Field(
         False,
@@ -72,25 +62,33 @@ class SpeedConfig(_Config):
     )
 
 
-class ModelConfig(_Config):
+class AccelerationConfig(Section):
+    """Denoiser calls that are extrapolated from a request's earlier ones."""
+
+    default: Acceleration = Field(
+        "none",
+        description="Level of requests that set no `acceleration`. Images are exact at 'none' "
+        "only.",
+    )
+    balanced_error: float = Field(
+        0.04,
+        ge=0,
+        le=1,
+        description="Largest predicted error of an extrapolated output at the level 'balanced', as "
+        "a share of the output's norm. `diffusion-serve tune` finds the value for a model.",
+    )
+    fast_error: float = Field(
+        0.16, ge=0, le=1, description="The same for the level 'fast', which makes fewer calls."
+    )
+
+    def most_error(self, level: Acceleration) -> float:
+        """Return the largest predicted error at a level; 0 for ``"none"``."""
+        return {"none": 0.0, "balanced": self.balanced_error, "fast": self.fast_error}[level]
+
+
+class ModelConfig(SourceConfig):
     """The model, its source, its precision and its device."""
 
-    id: str = Field("demo", min_length=1, description="Name of the model in the API.")
-    path: str | None = Field(
-        None,
-        description="Folder in the diffusers format (starts with '/', '.' or '~'), or a "
-        "repository on the Hugging Face hub. Default: the bundled model if model.id is 'demo', "
-        "otherwise the repository that model.id names.",
-    )
-    revision: str | None = Field(
-        None, description="Branch, tag or commit of the repository. Default: its main branch."
-    )
-    variant: str | None = Field(
-        None,
-        min_length=1,
-        description="Variant of the weight files, such as 'fp16'. "
-        "Default: the files without a variant.",
-    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description="Floating-point type of the weights and the calculations. 'auto' is bfloat16 "
@@ -137,6 +135,7 @@ class ModelConfig(_Config):
         "them.",
     )
     speed: SpeedConfig = SpeedConfig()
+    acceleration: AccelerationConfig = AccelerationConfig()
 
     @field_validator("loras")
     @classmethod
@@ -175,28 +174,24 @@ class ModelConfig(_Config):
         return self
 
     @model_validator(mode="after")
-    def _only_a_gpu_offloads(self) -> "ModelConfig":
-        if self.device == "cpu" and self.speed.offload != "none":
+    def _options_for_a_gpu_fit(self) -> "ModelConfig":
+        speed = self.speed
+        options = {"offload": speed.offload != "none", "cuda_graphs": speed.cuda_graphs}
+        for option, enabled in options.items():
+            if enabled and self.device == "cpu":
+                raise ValueError(
+                    f"model.speed.{option} needs a GPU, and model.device is 'cpu': set one of them "
+                    "otherwise"
+                )
+        if all(options.values()):
             raise ValueError(
-                "model.speed.offload moves weights between a GPU and the CPU, and model.device is "
-                "'cpu': set one of them otherwise"
+                "model.speed.cuda_graphs needs weights that stay in place, and model.speed.offload "
+                "moves them: set one of them only"
             )
         return self
 
-    @property
-    def source(self) -> str:
-        """The argument of ``from_pretrained``: an absolute folder or a repository's name."""
-        if self.path is None:
-            return str(DEMO_MODEL_DIR) if self.id == "demo" else self.id
-        return str(Path(self.path).expanduser().resolve()) if self.is_folder else self.path
 
-    @property
-    def is_folder(self) -> bool:
-        """True if the model lies in a folder rather than in a repository of the hub."""
-        return self.id == "demo" if self.path is None else is_path(self.path)
-
-
-class LimitsConfig(_Config):
+class LimitsConfig(Section):
     """The most that one request may use."""
 
     max_pixels: int = Field(2048 * 2048, ge=64, description="Width times height of one image.")
@@ -230,7 +225,7 @@ class LimitsConfig(_Config):
     )
 
 
-class EngineConfig(_Config):
+class EngineConfig(Section):
     """The engine: how requests share one device, and which limits they have."""
 
     max_batch_size: int = Field(
@@ -244,15 +239,18 @@ class EngineConfig(_Config):
     )
     scheduling: Literal["on_time", "fifo", "least_slack", "shortest_first"] = Field(
         "on_time",
-        description="Policy that orders the requests. 'on_time' meets the most deadlines. 'fifo' "
-        "runs the call that has waited longest, 'least_slack' the one with the least time to "
-        "spare, 'shortest_first' the one with the least remaining work.",
+        description="Policy that orders the requests. 'on_time' fills batches, keeps named "
+        "deadlines, ends many requests on time, and limits every wait. 'fifo' runs the call that "
+        "has waited longest, 'least_slack' the one with the least time to spare, 'shortest_first' "
+        "the one with the least remaining work.",
     )
     slo_scale: float = Field(
         3.0,
         gt=0,
-        description="Deadline of a request that sets none, as a multiple of its predicted time on "
-        "an idle replica. It only orders requests, and rejects none.",
+        description="Wanted end of a request that sets no deadline, as a multiple of its predicted "
+        "time on an idle replica. It only orders requests, and rejects none. The same multiple of "
+        "its time in a plain queue is the longest wait under 'on_time'. A smaller value gives more "
+        "throughput, a larger one more requests on time.",
     )
     max_backlog_s: float = Field(
         30.0,
@@ -261,19 +259,31 @@ class EngineConfig(_Config):
         "request that would wait longer is rejected with status 429 and a time to retry. A longer "
         "queue does not raise throughput, and most clients give up after 30 to 60 s.",
     )
-    warmup_sizes_px: tuple[tuple[Side, Side], ...] = Field(
-        (),
-        max_length=64,
+    warmup_sizes_px: (
+        Literal["auto"] | Annotated[tuple[tuple[Side, Side], ...], Field(max_length=64)]
+    ) = Field(
+        "auto",
         description="Sizes, as width and height in pixels, to measure at start-up. The results "
-        "give predicted times and the largest batch of each size that still raises throughput. "
-        "Other sizes are measured as requests arrive, and their batches are limited by the nearest "
-        "measured size. Without any size, engine.max_batch_size is the only limit.",
+        "give predicted times and the largest batch of each size that fits into memory and still "
+        "raises throughput. Other sizes are measured as requests arrive, and their batches are "
+        "limited by the nearest measured size. 'auto' is the model's own size on a GPU, and none "
+        "on a CPU. Without any size, engine.max_batch_size is the only limit.",
     )
-    profile_path: str | None = Field(
-        None,
+    profile_path: str = Field(
+        "auto",
+        min_length=1,
         description="File that stores the results of the start-up, so that the next start is "
         "faster: the certification, previews and times. A start ignores the file if weights, "
-        "packages, device or settings have changed.",
+        "packages, device or settings have changed. 'auto' is a file of its own for each such "
+        "combination, in the folder diffusion-serve of HF_HOME. 'none' stores nothing.",
+    )
+    stuck_after_s: float = Field(
+        60.0,
+        gt=0,
+        description="Least duration, in seconds, after which a network call counts as stuck, if it "
+        "is also 20 times as long as predicted. The first call of each shape and the calls of the "
+        "start-up may take ten times as long. A stuck replica fails its health check and is "
+        "replaced, and other replicas generate its requests.",
     )
     prompt_cache_mib: int = Field(
         128, ge=0, description="Device memory for encoded prompts of earlier requests, in MiB."
@@ -281,66 +291,34 @@ class EngineConfig(_Config):
     limits: LimitsConfig = LimitsConfig()
 
 
-class GatewayConfig(_Config):
-    """The gateway: the page, API keys, waits, logs and traces."""
-
-    page: bool = Field(True, description="Serve a web page at '/' to try the model.")
-    keys_path: str | None = Field(
-        None,
-        description="File of API keys, with entries from `diffusion-serve key`. Without keys, "
-        f"every client is admitted. Default: the file that {KEYS_PATH_VARIABLE} names. The "
-        f"environment variable {KEYS_VARIABLE} may hold further entries.",
-    )
-    max_hold_s: float = Field(
-        300.0,
-        gt=0,
-        description="Longest time, in seconds, that a request waits in the gateway for a starting "
-        "replica. After it the gateway rejects the request with a time to retry.",
-    )
-    safety: Safety = Field(
-        "flag",
-        description="Treatment of images that the model's safety checker flags. 'flag': the "
-        "image is returned as generated, and the response names it. 'block': the request fails "
-        "with status 400, and no previews are sent; needs a model with a safety checker. 'off': no "
-        "image is checked.",
-    )
-    log_prompts: bool = Field(False, description="Write prompts into the log and into traces.")
-    tracing: bool = Field(
-        False,
-        description="Send OpenTelemetry traces of requests over OTLP/HTTP. OpenTelemetry's own "
-        "environment variables, such as OTEL_EXPORTER_OTLP_ENDPOINT, set the destination. Needs "
-        "the extra 'tracing'.",
-    )
-
-    @model_validator(mode="after")
-    def _tracing_is_installed(self) -> "GatewayConfig":
-        if self.tracing and not _is_installed("opentelemetry.exporter.otlp.proto.http"):
-            raise ValueError(
-                "gateway.tracing is true, which needs the OTLP exporter of OpenTelemetry: pip "
-                "install 'diffusion-serve[tracing]', on every node"
-            )
-        return self
-
-    @property
-    def keys_file(self) -> Path | None:
-        """The file of API keys that the config, or else the environment, names."""
-        path = self.keys_path or keys_path_in_environment()
-        return Path(path).expanduser() if path else None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # a parent package is missing
-        return False
-
-
-class AppConfig(_Config):
+class AppConfig(Section):
     """The application: the arguments of `serve_app.app.build`, ``args`` in a Serve config file."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
+
+    @model_validator(mode="after")
+    def _aliases_name_the_model(self) -> "AppConfig":
+        for alias, name in self.gateway.model_aliases.items():
+            if not alias:
+                raise ValueError("gateway.model_aliases has an empty name")
+            if name != self.model.id:
+                raise ValueError(
+                    f"gateway.model_aliases.{alias} is {name!r}, and the model is {self.model.id!r}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _links_are_for_names_of_the_model(self) -> "AppConfig":
+        names = (self.model.id, *self.gateway.model_aliases)
+        for name in () if self.gateway.any_model else self.gateway.storage.default_for:
+            if name != "*" and not any(fnmatchcase(name, known) for known in names):
+                raise ValueError(
+                    f"gateway.storage.default_for has {name!r}, which is no name of the model: "
+                    f"there are {', '.join(map(repr, names))}, and '*' for all"
+                )
+        return self
 
     @model_validator(mode="after")
     def _defaults_keep_to_the_limits(self) -> "AppConfig":

@@ -19,9 +19,18 @@ def check_safety(config: AppConfig) -> None:
         ConfigError: it has none, so that no image would ever be blocked.
     """
     model = config.model
-    if config.gateway.safety != "block" or not model.is_folder:
+    if config.gateway.safety != "block":
         return
-    if SAFETY_CHECKER not in read_model_index(model, Path(model.source) / "model_index.json"):
+    if SAFETY_CHECKER in model.components:
+        found = model.components[SAFETY_CHECKER] is not None
+    elif model.is_single_file:
+        found = False  # such files hold none
+    elif not model.is_local:
+        return
+    else:
+        index = Path(model.source) / "model_index.json"
+        found = SAFETY_CHECKER in read_model_index(model, index)
+    if not found:
         raise no_safety_checker(model)
 
 
@@ -29,6 +38,7 @@ def no_safety_checker(model: ModelConfig) -> ConfigError:
     """Return the error for a model without a safety checker whose images are to be blocked."""
     return ConfigError(
         f"gateway.safety is 'block', but the model {model.id!r} has no safety checker, so no image "
-        f"would be blocked. Serve a model whose model_index.json names a {SAFETY_CHECKER}, or set "
-        "gateway.safety to 'flag' or 'off' and check the images elsewhere."
+        f"would be blocked. Serve a model whose model_index.json names a {SAFETY_CHECKER}, name "
+        f"one in model.components.{SAFETY_CHECKER}, or set gateway.safety to 'flag' or 'off' and "
+        "check the images elsewhere."
     )

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from serve_app.config.checkpoint_files import PICKLES, conversion_command
 from serve_app.config.models import ModelConfig
 from serve_app.config.safetensors_header import read_header
 from serve_app.errors import ModelLoadError
@@ -11,7 +12,6 @@ from serve_app.errors import ModelLoadError
 _STEMS = {"diffusers": ("diffusion_pytorch_model",), "transformers": ("model",)}
 """File names by library. Networks of a pipeline's own module derive from either."""
 
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 _FOREIGN = {
     ".onnx": "ONNX Runtime",
     ".msgpack": "JAX",
@@ -116,11 +116,15 @@ def _no_weights(
             f"{place} has {shards[0]}, a part of the weights, and no index of the parts. Fetch "
             f"{stem}.safetensors.index.json too."
         )
-    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        how = (
+            "load them where you trust them and call save_pretrained(..., safe_serialization=True)."
+        )
+        if len(pickles) == 1:
+            how = f"`{conversion_command(component / pickles[0], component / wanted)}`"
         return ModelLoadError(
             f"{place} has only pickled weights ({', '.join(pickles)}), which can run code when "
-            "they are loaded. Convert them to safetensors: load them where you trust them and call "
-            "save_pretrained(..., safe_serialization=True)."
+            f"they are loaded. Convert them to safetensors: {how}"
         )
     for file in files:
         if file.suffix in _FOREIGN:

@@ -22,6 +22,9 @@ from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, Requ
 REPLICA_ATTEMPTS = 3
 """Replicas that one request is sent to, one after the other, when they are lost."""
 
+STOPPING_S = 2.0
+"""Time from the last answer of a replica that is stopping until it is gone."""
+
 HEALTH_TIMEOUT_S = 2.0
 
 MAX_WAITING = 1_024
@@ -124,6 +127,8 @@ class ServeBackend:
             except Unavailable as error:
                 lost += 1  # the replica is stopping
                 failure = error
+                if lost < REPLICA_ATTEMPTS:
+                    await asyncio.sleep(STOPPING_S)  # until it has gone, it would be chosen again
             except Overloaded as error:
                 rejected_at = loop.time()
                 if not await self._wait_for_room(patience.wait_until, error.retry_after_s):

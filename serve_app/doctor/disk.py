@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from serve_app.config.models import ModelConfig
+from serve_app.config.source import is_path
 from serve_app.doctor import weights
 from serve_app.doctor.report import Finding, failed, gib, ok
 from serve_app.errors import ModelLoadError
@@ -16,11 +17,13 @@ its download."""
 
 def check_disk(model: ModelConfig) -> Finding:
     """Check the room for the weights where they will be downloaded."""
-    if model.is_folder:
-        return ok("disk", f"the weights are in {model.source}, nothing is downloaded")
+    sources = [model.source, *filter(None, model.components.values())]
+    if all(map(is_path, sources)):
+        rest = "nothing is" if model.layout is not None else "only configurations are"
+        return ok("disk", f"the weights are in {', '.join(sources)}, {rest} downloaded")
     folder = weights.cache_folder()
     try:
-        there = weights.find_folder(model)
+        there = weights.read_components(model)
     except ModelLoadError:  # the row `model` reports it
         there = None
     if there is not None:

@@ -11,6 +11,7 @@ import pynvml
 from serve_app.config.environment import machine_environment
 from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import ModelConfig
+from serve_app.config.needed_packages import check_model_packages
 from serve_app.doctor import driver, gpus, weights
 from serve_app.doctor.disk import check_disk, check_temporary_disk
 from serve_app.doctor.gpus import Gpu, Place
@@ -116,8 +117,8 @@ def _check_model(wanted: Wanted, check: str, memory: tuple[int, int] | None) -> 
     model = wanted.model
     try:
         check_model_folder(model)
-        folder = weights.find_folder(model)
-        parts = None if folder is None else weights.read_components(folder, model)
+        check_model_packages(model)
+        parts = weights.read_components(model)
     except ModelLoadError as error:
         yield failed(
             "model", str(error), "Correct the model or the configuration as the message says."

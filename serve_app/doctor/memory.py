@@ -61,6 +61,8 @@ def _smaller(
         {"offload": "model", "quantize": "int8"},
     )
     for speed in changes:
+        if "quantize" in speed and any(part.quantized for part in parts):
+            continue  # they are small already, and torchao does not take them
         other = model.model_copy(
             update={
                 "dtype": "bfloat16" if model.dtype == "float32" else model.dtype,

@@ -159,6 +159,7 @@ class AdmissionControl:
         if not (entry.low_priority or request.context.is_retry):
             self._load_tracker.offered(time.perf_counter(), solo_s)
         due_s = deadline_s or self._config.slo_scale * solo_s
+        entry.named = deadline_s is not None
         entry.deadline_at = request.submitted_at - request.waited_s + due_s
         already_late = {other for other in self._scheduler.requests if other.entry.late}
         self._scheduler.add(request)

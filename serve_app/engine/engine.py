@@ -6,7 +6,6 @@ command, is a bug: it ends the engine, all requests fail, and Serve replaces the
 """
 
 import contextlib
-import itertools
 import logging
 import queue
 import threading
@@ -15,21 +14,24 @@ from collections.abc import Callable
 
 import torch
 
-from serve_app.config.models import EngineConfig, ModelConfig, Safety
+from serve_app.config.gateway import Safety
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.admission import AdmissionControl
 from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor
+from serve_app.engine.lifetime import Lifetime
 from serve_app.engine.metrics import EngineMetrics, State
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.model.speed import compiled, compiling, largest_bucket
 from serve_app.engine.predictor import Predictor
-from serve_app.engine.request import EventCallback, Request
+from serve_app.engine.receivers import EventCallback
+from serve_app.engine.request import Request
 from serve_app.engine.runner import Runner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.scheduling.policies import POLICIES
+from serve_app.engine.scheduling.policies import new_policy
 from serve_app.engine.scheduling.queue import RankedPolicy
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
@@ -37,6 +39,7 @@ from serve_app.engine.startup.report import describe_model, report_start, start_
 from serve_app.engine.startup.warmup import warm_up
 from serve_app.engine.stats import EngineStats, EventLog
 from serve_app.engine.stream import EventStream
+from serve_app.engine.watchdog import Watchdog
 from serve_app.errors import Cancelled, GenerationFailed, InvalidRequest, Overloaded, Unavailable
 from serve_app.protocol.events import Completed, Event, Failed, GenerationResult
 from serve_app.protocol.load import ReplicaLoad
@@ -93,17 +96,19 @@ class Engine:
         self.metrics = metrics or EngineMetrics(model.id)
         self._load_tracker = LoadTracker()
         self._log = EventLog()
+        self._lifetime = Lifetime()
         self.cold_start = cold_start or ColdStart()
         self.cost = CostModel(self._config.max_batch_size)
         self.prompts = PromptCache(self._config.prompt_cache_mib * 2**20)
         self._predictor = Predictor(self.cost, self.metrics)
         self._scheduler = Scheduler(
-            policy or POLICIES[self._config.scheduling](),
+            policy or new_policy(self._config.scheduling, self._config.slo_scale),
             self.cost,
             largest_bucket if self._model.speed.compile else None,
         )
+        self._watchdog = Watchdog(self._config.stuck_after_s, self._lifetime.give_up)
         self._executor = Executor(
-            pipeline, self._model.speed, self.cost, self._load_tracker, self.metrics
+            pipeline, model.speed, self.cost, self._load_tracker, self.metrics, self._watchdog
         )
         self._runner = Runner(
             pipeline,
@@ -120,20 +125,14 @@ class Engine:
         )
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # orders submissions against closing
-        self._closing = False
-        self._numbers = itertools.count(1)
-        self._crash: BaseException | None = None
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
-        self._ready.wait()
-        if self._crash is not None:
-            self._thread.join()
-            raise start_error(self._crash, model, pipeline.class_name)
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._lifetime.wait_for_start()
+        if self._lifetime.cause is not None:
+            raise start_error(self._lifetime.cause, model, pipeline.class_name)
         report_start(self.info, self.cold_start, self.metrics, self._config.max_running > 1)
         self.metrics.runs_on(self.info.device, gpu_uuid(pipeline.device))
-        self.metrics.watch(self.replica_load, self._count, memory_reader(pipeline.device))
+        memory = memory_reader(pipeline.device)
+        self.metrics.watch(self.replica_load, self._count, self._watchdog.share, memory)
 
     @classmethod
     def load(
@@ -157,6 +156,7 @@ class Engine:
 
     def _run(self) -> None:
         """Warm up, then loop until the engine closes or the device fails."""
+        self._watchdog.start()
         try:
             # Grad mode belongs to the thread, and the pipelines' own no_grad contexts interleave.
             # Without one around them all, the last request to finish would turn gradients on.
@@ -164,15 +164,12 @@ class Engine:
                 with compiling(self._model.speed):
                     self._warm_up()
                 with compiled(self._model.speed):
-                    self._ready.set()
+                    self._lifetime.start()
                     self._loop()
         except BaseException as error:
-            self._crash = error
-            if self._ready.is_set():
-                logger.exception("the engine has stopped")
+            self._lifetime.crash(error)
         finally:
-            with self._gate:
-                self._closing = True
+            self._lifetime.close()
             try:
                 # No request may wait for a thread that has ended.
                 while not self._commands.empty():
@@ -180,11 +177,13 @@ class Engine:
                         self._commands.get()()
                 self._drop_all()
             finally:
+                self._watchdog.stop()
                 self._executor.close()
-                self._ready.set()
+                self._lifetime.end()
 
     def _warm_up(self) -> None:
         """Find out how requests may share the pipeline, and set up the parts that depend on it."""
+        self._executor.rendezvous.on_call = self._watchdog.begin_start_up
         self.certificate, self._runner.previews, trials = warm_up(
             self._pipeline,
             self._executor.rendezvous,
@@ -193,6 +192,7 @@ class Engine:
             self.cost,
             self.cold_start,
         )
+        self._executor.rendezvous.on_call = None
         self.info = describe_model(
             self._model, self._config, self._pipeline, self.certificate, trials
         )
@@ -203,7 +203,7 @@ class Engine:
         )
 
     def _loop(self) -> None:
-        while self._wait_for_work():
+        while not self._lifetime.ended and self._wait_for_work():
             self._process_commands()
             while request := self._scheduler.start_next(time.perf_counter()):
                 self._runner.start(request)
@@ -231,7 +231,7 @@ class Engine:
         """Return at once if requests are here, else wait for a command; ``False`` to end."""
         while not self._scheduler.waiting and not self._scheduler.running:
             self._executor.wait_idle()
-            if self._closing and self._commands.empty():
+            if self._lifetime.closing and self._commands.empty():
                 return False
             command = self._commands.get()
             self._executor.work_arrived()
@@ -283,7 +283,7 @@ class Engine:
     ) -> int:
         """Submit a request, and return its number for `cancel` and `locate`.
 
-        ``on_event`` receives each event on the engine's thread: it must return at once. The last
+        ``on_event`` receives each event on a thread of the engine: it must return at once. The last
         event is `Completed` or `Failed`. Reading the image of a `Completed` raises `NotFinite` if
         the model's output is NaN or infinite. A rejected request has one event: `Failed` with
         `Overloaded`, or with `InvalidRequest` if its deadline is far too short.
@@ -293,13 +293,10 @@ class Engine:
             Unavailable: If the engine is closing or has stopped.
         """
         resolved = params.resolved(self.info)
-        with self._gate:
-            if self._closing:
-                raise Unavailable("the engine is closing; send the request to another replica.")
-            number = next(self._numbers)
+        with self._lifetime.submission(on_event) as (number, send):
             now = time.perf_counter()
             waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)
-            request = Request(number, resolved, context, on_event, now, waited_s)
+            request = Request(number, resolved, context, send, now, waited_s)
             self._commands.put(lambda: self._accept(request))
         return number
 
@@ -373,21 +370,25 @@ class Engine:
         return in_call if state == "running" else running - in_call
 
     def check(self) -> None:
-        """Raise `Unavailable` if the engine has stopped."""
-        if not self._thread.is_alive():
-            raise Unavailable(f"the engine has stopped: {self._crash!r}")
+        """Raise `Unavailable` if the engine has stopped, or if its thread is stuck in a call."""
+        if self._lifetime.ended:
+            raise Unavailable(f"the engine has stopped: {self._lifetime.cause!r}")
+
+    def wait_for_loss(self) -> bool:
+        """Wait until the engine ends; return False if it was closed, and True if it failed."""
+        self._lifetime.wait_for_end()
+        return self._lifetime.cause is not None
 
     def close(self, drain: bool = True) -> None:
         """Reject new requests, and end the engine's thread when the admitted ones have ended.
 
         Without ``drain`` they fail with `Unavailable` instead.
         """
-        with self._gate:
-            self._closing = True
-            if not drain:
-                self._commands.put(self._drop_all)
-            self._commands.put(lambda: None)  # wakes an idle thread
-        self._thread.join()
+        self._lifetime.close()
+        if not drain:
+            self._commands.put(self._drop_all)
+        self._commands.put(lambda: None)  # wakes an idle thread
+        self._lifetime.wait_for_end()
 
     def __enter__(self) -> "Engine":
         return self

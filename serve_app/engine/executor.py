@@ -6,18 +6,13 @@ order; the scheduler does.
 """
 
 import logging
-import math
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
 
 from serve_app.config.models import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
-from serve_app.engine.device import check_device, free_memory
+from serve_app.engine.device import check_device, clear_frames, free_memory, is_out_of_memory
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.finite import marked
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -25,7 +20,8 @@ from serve_app.engine.model.speed import padded
 from serve_app.engine.request import Request, link_batch_peers
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import LoadTracker
-from serve_app.engine.timer import CallTimer
+from serve_app.engine.timer import CallTimer, Took
+from serve_app.engine.watchdog import Task, Watchdog
 from serve_app.protocol.params import AdapterSet
 
 logger = logging.getLogger(__name__)
@@ -51,16 +47,17 @@ class Executor:
         cost: CostModel,
         load_tracker: LoadTracker,
         metrics: EngineMetrics,
+        watchdog: Watchdog,
     ) -> None:
         self.rendezvous = Rendezvous(pipeline.sites)
+        self._pipeline = pipeline
         self.specs = {}
-        self._adapters = pipeline.adapters
         self._pad = speed.compile
         self._cost = cost
         self._load_tracker = load_tracker
         self._metrics = metrics
-        self._timer = CallTimer(pipeline.device)
-        self._last_call_at = math.inf  # end of the last call, or the arrival of work after a pause
+        self._watchdog = watchdog
+        self._timer = CallTimer(pipeline.device, paused=metrics.paused)
 
     # ---- denoiser calls --------------------------------------------------------------------------
 
@@ -88,10 +85,10 @@ class Executor:
             check_device(error)
             # The tensors of the failed call go first. A retry after running out of memory would
             # otherwise find as little memory as the call did.
-            traceback.clear_frames(error.__traceback__)
+            clear_frames(error)
             if len(batch) == 1:
                 return [error]
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 self._metrics.out_of_memory()
                 size = self._cost.lower_cap(batch[0].size, len(batch))
             failure = repr(error)
@@ -112,20 +109,27 @@ class Executor:
         """
         self.denoiser_calls += 1
         size, rows = batch[0].size, sum(request.rows for request in batch)
-        solo_s = sum(self._cost.predict_call(size, request.rows) for request in batch)
+        solo_s = sum(request.entry.step_s for request in batch)
 
-        def took(seconds: float) -> None:
+        def took(seconds: float, ended_at: float) -> None:
             self._load_tracker.called(solo_s, seconds)
             self._cost.observe_call(size, rows, len(batch), seconds)
             self._metrics.called(size, len(batch), seconds)
+            for request in batch:
+                request.denoised_at = ended_at
 
         self.in_call = len(batch)
         calls = [request.mergeable for request in batch if request.mergeable]
         adapters = batch[0].params.lora
+        site, kind = batch[0].call.site, (calls[0].key, adapters, rows) if calls else None
+        self._watchdog.begin(
+            Task(site, size, len(batch), self._cost.predict_call(size, rows), kind)
+        )
         if calls:
             spec = self.specs[calls[0].call.site]
             filled = padded(calls) if self._pad else calls
-            output = self._run(spec.merge(filled), adapters, took)
+            length = spec.bucket(filled) if self._pad else None
+            output = self._run(spec.merge(filled, length), adapters, took)
             outputs = spec.split(marked(output), filled)[: len(calls)]
         else:
             [request] = batch
@@ -145,7 +149,7 @@ class Executor:
         # Copies, not the call itself: its tensors must go as soon as the job goes on.
         site, size, encoding = request.call.site, request.size, not request.calls
 
-        def took(seconds: float) -> None:
+        def took(seconds: float, _: float) -> None:
             self._cost.observe_stage(site, size, seconds)
             if encoding:
                 request.encode_s += seconds
@@ -154,33 +158,38 @@ class Executor:
                 request.non_denoiser_s += seconds
                 self._metrics.decoded(seconds)
 
+        predicted_s = self._cost.predict_stage(site, size)
+        self._watchdog.begin(Task(site, size, 1, predicted_s, (site, size)))
         return self._run(request.call, request.params.lora, took)
 
     # ---- all calls -------------------------------------------------------------------------------
 
-    def _run(self, call: Call, adapters: AdapterSet, took: Callable[[float], None]) -> Any:
-        """Run the module with these adapters; ``took`` gets the seconds once they are known."""
-        if self._adapters.switch(adapters):
+    def _run(self, call: Call, adapters: AdapterSet, took: Took) -> Any:
+        """Run the module with these adapters; ``took`` gets its time once that is known."""
+        if self._pipeline.adapters.switch(adapters):
             self._metrics.switched_adapters()
-        self._metrics.paused(time.perf_counter() - self._last_call_at)
-        try:
-            return self._timer.run(self.rendezvous.forward, call, took)
-        finally:
-            self._last_call_at = time.perf_counter()
+        return self._timer.run(self.rendezvous.forward, call, took)
 
-    def when_timed(self, do: Callable[[], None]) -> None:
-        """Call ``do`` once the time of the last call is known, which may be now."""
-        self._timer.afterwards(do)
+    def resumed(self, took: Took) -> None:
+        """Measure what a job did since the last call or the last job, on the device's clock."""
+        self._timer.lap(took)
+
+    def when_done(self, do: Callable[[float], None]) -> None:
+        """Pass the time at which the device has done everything so far, once it is known."""
+        self._timer.when_done(do)
 
     def wait_idle(self) -> None:
         """Wait for the device to finish, as no request is left."""
         self._timer.wait()
+        self._watchdog.begin(None)
         self.in_call = 0
 
     def work_arrived(self) -> None:
         """Count pauses between calls from now on, after an idle time."""
-        self._last_call_at = time.perf_counter()
+        self._watchdog.begin(Task("the start of a request", kind="start"))
+        self._timer.resume()
 
     def close(self) -> None:
         """Give the pipeline its own modules back."""
+        self._pipeline.timesteps_on_cpu = False
         self.rendezvous.close()

@@ -22,6 +22,7 @@ from serve_app.metrics.engine import (
     DEVICE_MEMORY,
     ENGINE_INFO,
     ENGINE_REQUESTS,
+    EXTRAPOLATED,
     FORECAST_ERROR,
     IMAGES,
     IMAGES_FLAGGED,
@@ -32,11 +33,14 @@ from serve_app.metrics.engine import (
     REJECTIONS,
     SHARING,
     SHARING_DIFFERENCE,
+    SHARING_LIMITED,
     STALL,
     STEP,
     STEPS,
+    STUCK,
     THROUGHPUT,
     UTILIZATION,
+    Memory,
 )
 from serve_app.metrics.labels import size_label
 from serve_app.protocol.load import ReplicaLoad
@@ -52,9 +56,6 @@ RejectionReason = Literal["deadline", "backlog"]
 
 State = Literal["queued", "parked", "running"]
 """State of a request: it waits for a slot, waits for its next call, or is in that call."""
-
-Memory = Literal["used", "reserved", "free", "total"]
-"""Memory used by torch, reserved by torch for later, and of the device by all processes."""
 
 
 class EngineMetrics:
@@ -73,6 +74,7 @@ class EngineMetrics:
         self._stall = STALL.labels(model)
         self._cancellation = CANCELLATION.labels(model)
         self._forecast_error = FORECAST_ERROR.labels(model)
+        self._extrapolated = EXTRAPOLATED.labels(model)
         self._flagged = IMAGES_FLAGGED.labels(model)
         self._pixels = PIXELS.labels(model)
         self._previews = PREVIEWS.labels(model)
@@ -91,9 +93,11 @@ class EngineMetrics:
 
     # ---- once ----------------------------------------------------------------------------------
 
-    def certified(self, sharing: Sharing, difference: float | None) -> None:
-        """Report how requests share the pipeline."""
+    def certified(self, sharing: Sharing, difference: float | None, limit: str) -> None:
+        """Report how requests share the pipeline, and the limit to batches, if any."""
         SHARING.labels(self._model).state(sharing)
+        if sharing == "batched":
+            SHARING_LIMITED.labels(self._model).set(bool(limit))
         if difference is not None:
             SHARING_DIFFERENCE.labels(self._model).set(difference)
 
@@ -105,6 +109,7 @@ class EngineMetrics:
         self,
         load: Callable[[], ReplicaLoad],
         count: Callable[[State], int],
+        stuck: Callable[[], float],
         memory: Callable[[Memory], int] | None,
     ) -> None:
         """Read these methods of an engine at each scrape.
@@ -124,6 +129,7 @@ class EngineMetrics:
         for state in get_args(State):
             requests = ENGINE_REQUESTS.labels(self._model, state)
             requests.set_function(_weakly(count, float, state))
+        STUCK.labels(self._model).set_function(_weakly(stuck, float))
         if memory is not None:
             for kind in get_args(Memory):
                 held = DEVICE_MEMORY.labels(self._model, kind)
@@ -158,6 +164,10 @@ class EngineMetrics:
     def generated(self, size: tuple[int, int]) -> None:
         self._images(size_label(*size)).inc()
         self._pixels.inc(size[0] * size[1])
+
+    def extrapolated(self, calls: int) -> None:
+        """Count the denoiser calls of an image that were not made."""
+        self._extrapolated.inc(calls)
 
     def flagged(self) -> None:
         """Count an image that the safety checker flagged."""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.scheduling.call_counts import CallCounts, Kind
 from serve_app.engine.scheduling.cost import CostModel, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
 
@@ -25,6 +26,7 @@ class Predictor:
         self._cost = cost
         self._metrics = metrics
         self._forecast = Forecast(cost)
+        self._call_counts = CallCounts()
 
     @property
     def error(self) -> float | None:
@@ -37,10 +39,20 @@ class Predictor:
         decode_s = cost.predict_decode(size)
         if request.calls and not request.steps_left:
             return max(0.0, decode_s - request.non_denoiser_s)
-        steps_s = cost.predict_steps(size, request.steps_left, request.rows)
+        steps_s = cost.predict_calls(size, self.calls_left(request), request.rows)
         if request.calls:
             return steps_s + decode_s
         return max(0.0, cost.predict_encode(size) - request.encode_s) + steps_s + decode_s
+
+    def calls_left(self, request: "Request") -> float:
+        """Predict the denoiser calls that the request will still make."""
+        per_step = self._cost.calls_per_step
+        left = request.steps_left * per_step
+        if request.params.acceleration == "none" or not left:
+            return left
+        all_calls = (request.steps_done + request.steps_left) * per_step
+        made = all_calls * self._call_counts.share(_kind(request))
+        return min(left, max(made - request.calls, per_step))  # those of the last step are made
 
     def step_s(self, request: "Request") -> float:
         """Predict the seconds of its parked denoiser call, alone on the device."""
@@ -61,7 +73,7 @@ class Predictor:
             group=(size, request.params.lora) if self.batched else request.number,
             size=size,
             rows=request.rows,
-            calls=request.steps_left * cost.calls_per_step,
+            calls=self.calls_left(request),
             encode_s=0.0 if request.calls else cost.predict_encode(size),
             decode_s=cost.predict_decode(size),
         )
@@ -75,12 +87,20 @@ class Predictor:
         self._cost.observe_request(
             request.size,
             request.steps_done,
-            request.calls,
+            request.calls + request.extrapolated,
             request.encode_s,
             request.non_denoiser_s,
         )
+        if request.params.acceleration != "none":
+            self._call_counts.observe(_kind(request), request.calls, request.extrapolated)
         if request.entry.low_priority:
             return  # the others decided when it ended
         error = self._forecast.observe(request.predicted_s, took_s)
         if error is not None:
             self._metrics.forecast_off(error)
+
+
+def _kind(request: "Request") -> Kind:
+    """Return what the share of calls depends on that a request makes."""
+    params = request.params
+    return (params.acceleration, params.noise_scheduler), params.steps_to_run

@@ -1,22 +1,21 @@
 """One request inside the engine."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
 
 from torch import Tensor
 
 from serve_app.engine.batching.batch import MergeableCall
+from serve_app.engine.batching.extrapolation import Extrapolator
 from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.model.finite import FiniteCheck
+from serve_app.engine.receivers import EventCallback
 from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.scheduling.queue import QueueEntry
-from serve_app.protocol.events import MAX_PEERS, Event, Step, Timeline
+from serve_app.protocol.events import MAX_PEERS, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
 from serve_app.protocol.safety import SafetyVerdict
-
-EventCallback = Callable[[Event], None]
-"""Receives the events on the engine's thread: must be quick and must not raise."""
 
 
 @dataclass(eq=False)
@@ -44,10 +43,15 @@ class Request:
     steps_done: int = 0
     steps_total: int = 0
     calls: int = 0
+    """Denoiser calls that were made."""
     encode_s: float = 0.0
     """Seconds spent on it before its first denoiser call."""
     non_denoiser_s: float = 0.0
     """Seconds spent on it outside the denoiser since its last denoiser call."""
+    extrapolator: Extrapolator | None = None
+    """Answers some of its denoiser calls, while it runs."""
+    extrapolated: int = 0
+    """Denoiser calls that were answered without the denoiser, once it has ended."""
     job: Job[Tensor] | None = None
     check: FiniteCheck | None = None
     """Check of its image, once the pipeline has returned it."""
@@ -65,7 +69,13 @@ class Request:
 
     def __post_init__(self) -> None:
         low_priority = self.params.priority == "batch"
-        self.entry = QueueEntry(self.number, self.submitted_at, 0.0, low_priority=low_priority)
+        self.entry = QueueEntry(
+            self.number,
+            self.submitted_at,
+            remaining_s=0.0,
+            arrived_at=self.submitted_at,
+            low_priority=low_priority,
+        )
 
     @property
     def call(self) -> Call:

@@ -4,19 +4,22 @@ A job is the stock pipeline in a greenlet. It runs until the pipeline calls a mo
 rendezvous watches; there it parks, and the scheduler decides when the call runs.
 """
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from serve_app.engine.batching.extrapolation import Extrapolator
 from serve_app.engine.batching.rendezvous import Call, Job
-from serve_app.engine.device import check_device, free_memory, release
+from serve_app.engine.batching.transfers import NonBlockingCopies
+from serve_app.engine.device import check_device, free_memory, is_out_of_memory, release
 from serve_app.engine.executor import Executor
 from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.model.call_hooks import report_timesteps
 from serve_app.engine.model.finite import FiniteCheck
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
@@ -29,6 +32,7 @@ from serve_app.engine.stats import EventLog, RequestEvent
 from serve_app.errors import ContentPolicyViolation, DiffusionServeError, GenerationFailed
 from serve_app.protocol.events import (
     Completed,
+    DenoiserCalls,
     Event,
     Failed,
     GenerationResult,
@@ -70,6 +74,8 @@ class Runner:
         self._load_tracker = load_tracker
         self._metrics = metrics
         self._log = log
+        on_cpu = pipeline.device.type == "cpu"
+        self._copies = contextlib.nullcontext() if on_cpu else NonBlockingCopies()
 
     # ---- what the engine does with a request -----------------------------------------------------
 
@@ -78,8 +84,19 @@ class Runner:
         self._note(request, "started")
         request.started_at = time.perf_counter()
         self._trace(request)
-        request.job = Job(functools.partial(self._generate, request))
+        extrapolator = request.extrapolator = self._new_extrapolator(request)
+        answer = extrapolator.answer if extrapolator else None
+        request.job = Job(functools.partial(self._generate, request), answer)
         self._switch(request, request.job.start)
+
+    def _new_extrapolator(self, request: Request) -> Extrapolator | None:
+        """Return what answers some of its denoiser calls, if it asks for that."""
+        level = request.params.acceleration
+        assert level is not None
+        if level == "none":
+            return None
+        most_error = self._pipeline.acceleration.most_error(level)
+        return Extrapolator(most_error, self._pipeline.denoisers)
 
     def finish_denoiser_call(self, request: Request, outcome: Any) -> None:
         """Resume a request with its share of a denoiser call, or with the exception that it got."""
@@ -102,7 +119,7 @@ class Runner:
         """Raise ``error`` from the parked call. A lack of memory is retried when a request ends."""
         check_device(error)
         assert request.job is not None
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             self._metrics.out_of_memory()
             if self._scheduler.wait_for_memory(request):
                 logger.warning("request %d waits for memory: %s", request.number, str(error))
@@ -154,6 +171,13 @@ class Runner:
                     self._metrics.previewed()
                     self.emit(request, Preview(step, pixels))
 
+        def on_timestep(timestep: float, timesteps: Sequence[float]) -> None:
+            # By the request, which lets go of it: the pipeline's copy lives until the next garbage
+            # collection.
+            if request.extrapolator is not None:
+                request.extrapolator.stepped(timestep, timesteps)
+
+        report = functools.partial(report_timesteps, on_timestep=on_timestep)
         tokens, request.warnings = self._pipeline.read_prompt(request.params)
         request.prompt_tokens = tokens
         if previews_due and self._pipeline.safety.blocks:
@@ -164,6 +188,7 @@ class Runner:
             on_step,
             on_latents=on_latents if previews_due else None,
             prompt_cache=self._prompts,
+            on_noise_scheduler=report if request.extrapolator else None,
         )
         # Here, because it needs memory: an error fails only this request.
         request.check = FiniteCheck(pixels, request.params, self._pipeline.dtype)
@@ -171,33 +196,40 @@ class Runner:
 
     def _switch(self, request: Request, switch: Callable[[], None]) -> None:
         """Run the job up to where it parks or ends, then act on that."""
-        started_at = time.perf_counter()
-        switch()
-        took_s = time.perf_counter() - started_at
-        if request.calls:
-            request.non_denoiser_s += took_s
-        else:
-            request.encode_s += took_s
+        with self._copies:
+            switch()
         job = request.job
         assert job is not None
+        arrived = job.call is not None and job.call.site in self._pipeline.denoisers
+        encoded = arrived and not request.encoded_at
+        self._executor.resumed(functools.partial(self._took, request, request.calls, arrived))
         if job.call is not None:
-            self._arrive(request, job.call)
+            if encoded:
+                # The device may know the true time later only.
+                request.encoded_at = request.encoded_at or time.perf_counter()
+                self._trace(request)
             self._queue(request, job.call)
         elif job.error is not None:
             self._job_failed(request, job.error)
         else:
             self._job_completed(request, job.result)
 
-    def _arrive(self, request: Request, call: Call) -> None:
-        """Note the time until a call of the denoiser, when the job parks there."""
-        if call.site not in self._pipeline.denoisers:
+    def _took(
+        self, request: Request, calls: int, arrived: bool, seconds: float, ended_at: float
+    ) -> None:
+        """Note the time of a job after this many denoiser calls, up to where it parked or ended.
+
+        ``arrived`` at the denoiser, the time since its last denoiser call is complete.
+        """
+        if not calls:
+            request.encode_s += seconds
+            if arrived:
+                request.encoded_at = ended_at
             return
-        if request.calls:
+        request.non_denoiser_s += seconds
+        if arrived:
             self._predictor.observe_between(request.size, request.non_denoiser_s)
             request.non_denoiser_s = 0.0
-        elif not request.encoded_at:
-            request.encoded_at = time.perf_counter()
-            self._trace(request)
 
     def _queue(self, request: Request, call: Call) -> None:
         """Queue a parked call, for the first time or again after a lack of memory."""
@@ -235,13 +267,13 @@ class Runner:
 
     def _job_completed(self, request: Request, pixels: Tensor) -> None:
         now = time.perf_counter()
-        took_s = now - request.accepted_at
-        self._executor.when_timed(functools.partial(self._predictor.learn_from, request, took_s))
         check = request.check
         assert check is not None
+        if request.extrapolator is not None:
+            request.extrapolated = request.extrapolator.answered
         block = self._act_on_verdict(request, check)
         what: RequestEvent = "completed" if block is None else "failed"
-        self._executor.when_timed(functools.partial(self._count, request, now, check, what))
+        self._executor.when_done(functools.partial(self._done, request, check, what))
         result = GenerationResult(
             params=request.params,
             pixels=pixels,
@@ -253,22 +285,25 @@ class Runner:
                 denoise_s=request.denoised_at - request.encoded_at,
                 decode_s=now - request.denoised_at,
             ),
+            calls=DenoiserCalls(request.calls, request.extrapolated),
             ended_at=now,
             not_finite=check.error,
             safety=request.safety,
         )
         self._end(request, Completed(result) if block is None else Failed(block))
 
-    def _count(
-        self, request: Request, ended_at: float, check: FiniteCheck, what: RequestEvent
+    def _done(
+        self, request: Request, check: FiniteCheck, what: RequestEvent, ended_at: float
     ) -> None:
-        """Count an image, unless it is not finite. The device knows that only later."""
+        """Learn from an image that the device has completed, and count it if it is finite."""
+        self._predictor.learn_from(request, ended_at - request.accepted_at)
         if (error := check.error()) is not None:
             logger.error("request %d failed: %s", request.number, error)
             self._note(request, "failed")
             return
         self._note(request, what)
         self._metrics.generated(request.size)
+        self._metrics.extrapolated(request.extrapolated)
         if not request.entry.low_priority:
             in_time = ended_at <= request.entry.deadline_at
             self._metrics.due(in_time, request.params.deadline_s is not None)
@@ -296,6 +331,7 @@ class Runner:
         # The submitter may keep its callback for long, and with it all that hangs on the request.
         request.job = None
         request.mergeable = None
+        request.extrapolator = None
         self._scheduler.remove(request)
         entry = request.entry
         self._load_tracker.ended(time.perf_counter(), entry.remaining_s, entry.low_priority)

@@ -4,10 +4,12 @@ Torch-free, and runs nothing itself. `scheduling.policies` ranks the requests; t
 where each one is: waiting, or running and parked at a denoiser, at a stage or for memory.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from serve_app.engine.scheduling.batch_costs import BatchCosts
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import Yielding
 from serve_app.engine.scheduling.queue import QueueEntry, RankedPolicy
@@ -98,13 +100,6 @@ class Scheduler:
             # Low-priority requests keep their slots for as long as interactive ones need the
             # device, so they may fill only half of the slots.
             by_entry = {entry: one for entry, one in by_entry.items() if not entry.low_priority}
-        if len(self.running) >= max_running - max_running // 8:
-            # The last slots are for requests that can be on time: late ones may stay for long.
-            by_entry = {
-                entry: one
-                for entry, one in by_entry.items()
-                if not (entry.late or entry.low_priority)
-            }
         if not by_entry:
             return None
         request = by_entry[self._policy.first(list(by_entry), now)]
@@ -137,6 +132,8 @@ class Scheduler:
 
         Low-priority requests run when no interactive one can.
         """
+        if not self._stages:  # most calls of the engine's loop: all requests are at a denoiser
+            return None
         runnable = [one for one in self.running if one not in self._waiting_for_memory]
         interactive = [request for request in runnable if not request.entry.low_priority]
         return self._stages.take(
@@ -145,13 +142,24 @@ class Scheduler:
 
     def next_batch(self, now: float) -> "list[Request]":
         """Return the requests whose parked calls run together in the next denoiser call."""
-        batch = [self._by_number[one.request] for one in self._policy.choose(now, self._cap)]
+        batch = [self._by_number[one.request] for one in self._policy.choose(now, self)]
         if batch:
             rows = sum(request.rows for request in batch)
             self._stages.denoiser_called(self._cost.predict_call(batch[0].size, rows))
         return batch
 
-    def _cap(self, entry: QueueEntry, within_s: float) -> int:
+    # ---- costs, for the policy -------------------------------------------------------------------
+
+    def cap(self, entry: QueueEntry, within_s: float = math.inf) -> int:
+        """Return how many calls, that of the entry included, fit in a call of this duration."""
         request = self._by_number[entry.request]
         cap = self._cost.cap(request.size, request.rows, within_s)
         return self._round_cap(cap) if self._round_cap else cap
+
+    def batches(self, entry: QueueEntry) -> BatchCosts:
+        """Return the costs of calls for 1, 2, 3… requests like this one."""
+        request = self._by_number[entry.request]
+        costs = self._cost.batches(request.size, request.rows)
+        if self._round_cap is None:
+            return costs
+        return costs.capped(self._round_cap(len(costs.call_s)))

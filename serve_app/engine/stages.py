@@ -27,6 +27,9 @@ class StageQueue:
         self._decoding_s = 0.0  # predicted, since the last denoiser call
         self._call_s = 0.0  # predicted, of that call
 
+    def __bool__(self) -> bool:
+        return bool(self._parked)
+
     def park(self, request: "Request") -> None:
         self._parked.append(request)
 

@@ -1,6 +1,8 @@
 """Durations of calls on a device, measured without making the device idle."""
 
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -34,55 +36,128 @@ def wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+def median_seconds(run: Callable[[], object], repeats: int) -> float:
+    """Return the median time of some runs on the device, each with the time to launch it."""
+    taken = []
+    wait_for_device()
+    for _ in range(repeats):
+        started_at = time.perf_counter()
+        run()
+        wait_for_device()
+        taken.append(time.perf_counter() - started_at)
+    return statistics.median(taken)
+
+
+Took = Callable[[float, float], None]
+"""Receives the seconds that something took on the device, and the time at its end.
+
+The time is that of the host, by `time.perf_counter`.
+"""
+
+
+class _HostEvent:
+    """An event of a CPU, which has done everything when a call returns."""
+
+    _at_s: float
+
+    def record(self) -> None:
+        self._at_s = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end_event: "_HostEvent", /) -> float:
+        return 1000 * (end_event._at_s - self._at_s)
+
+
 class CallTimer:
-    """Runner of consecutive calls that measures the duration of each.
+    """Runner of consecutive calls that measures the duration of each, on the device's own clock.
 
     A GPU runs asynchronously. Waiting for each call would leave it idle while the program prepares
     the next one. Never waiting would fill its queue with steps of requests that may be cancelled.
     So the timer launches a call and then waits for the call before it, whose duration is known only
     then. The GPU never has more than one call queued behind the running one.
+
+    The host's clock would be wrong for what happens between two calls: it runs while the device is
+    still busy, and a program that waits for the device would count the call before it twice. CPU
+    time is no better, because CUDA waits in a busy loop. Seconds on the device's clock are what a
+    request really takes from the others: its own small kernels, and the time without work.
     """
 
     def __init__(
-        self, device: torch.device, new_event: Callable[[], DeviceEvent] = _cuda_event
+        self,
+        device: torch.device,
+        new_event: Callable[[], DeviceEvent] = _cuda_event,
+        paused: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        self._new_event = new_event if device.type == "cuda" else None
-        self._pending: tuple[DeviceEvent, DeviceEvent, Callable[[float], None]] | None = None
-        self._afterwards: list[Callable[[], None]] = []
+        """Measure on ``device``; ``paused`` gets the seconds before each call without a call."""
+        self._ahead = device.type != "cpu"
+        self._new_event = new_event if self._ahead else _HostEvent
+        self._paused = paused
+        self._pending: deque[tuple[DeviceEvent, DeviceEvent, Took]] = deque()
+        self._mark: DeviceEvent | None = None  # end of the last call or lap
+        self._idle_since: DeviceEvent | None = None  # end of the last call
+        self._last_call: DeviceEvent | None = None  # the same, unless somebody waited for it
 
-    def run(self, call: Callable[[A], T], argument: A, took: Callable[[float], None]) -> T:
-        """Return ``call(argument)``; pass its seconds to ``took``, now or after the next call.
+    def resume(self) -> None:
+        """Forget the time since the last call: there was nothing to do."""
+        self._mark = self._idle_since = self._recorded()
+
+    def run(self, call: Callable[[A], T], argument: A, took: Took) -> T:
+        """Return ``call(argument)``; pass its duration to ``took``, now or after the next call.
 
         If ``call`` raises, the error propagates and ``took`` is never called. The argument is a
         separate parameter so that a traceback holds only plain variables, which can be cleared.
         """
-        if self._new_event is None:
-            started_at = time.perf_counter()
-            output = call(argument)
-            took(time.perf_counter() - started_at)
-            return output
-        start, end = self._new_event(), self._new_event()
-        start.record()
+        start = self._recorded()
+        if self._idle_since is not None:
+            self._pending.append((self._idle_since, start, self._end_pause))
         output = call(argument)
-        end.record()
-        self.wait()
-        self._pending = start, end, took
+        self._mark = self._idle_since = self._recorded()
+        self._pending.append((start, self._mark, took))
+        before, self._last_call = self._last_call, self._mark
+        self._wait_for(before if self._ahead else self._mark)
         return output
 
-    def wait(self) -> None:
-        """Wait until the last call is done."""
-        if self._pending is None:
-            return
-        start, end, took = self._pending
-        self._pending = None
-        end.synchronize()
-        took(start.elapsed_time(end) / 1000)
-        while self._afterwards:
-            self._afterwards.pop(0)()
+    def lap(self, took: Took) -> None:
+        """Pass the time since the last call or lap to ``took``, once it is known."""
+        end = self._recorded()
+        self._pending.append((self._mark or end, end, took))
+        self._mark = end
+        if not self._ahead:
+            self._wait_for(end)
 
-    def afterwards(self, do: Callable[[], None]) -> None:
-        """Call ``do`` once the duration of the last call is known, which may be now."""
-        if self._pending is None:
-            do()
+    def wait(self) -> None:
+        """Wait until everything is done."""
+        self._last_call = None
+        if self._pending:
+            self._wait_for(self._pending[-1][1])
+
+    def when_done(self, do: Callable[[float], None]) -> None:
+        """Pass the time at which the last call or lap is done to ``do``, once it is known."""
+        if self._mark is None or not self._pending:
+            do(time.perf_counter())
         else:
-            self._afterwards.append(do)
+            self._pending.append((self._mark, self._mark, lambda _, ended_at: do(ended_at)))
+
+    def _recorded(self) -> DeviceEvent:
+        event = self._new_event()
+        event.record()
+        return event
+
+    def _wait_for(self, done: DeviceEvent | None) -> None:
+        """Wait for an event, and report everything that ended before it."""
+        if done is None:
+            return
+        done.synchronize()
+        now, reached = time.perf_counter(), False
+        while self._pending:
+            start, end, took = self._pending[0]
+            if reached and end is not done:
+                break
+            reached = end is done
+            self._pending.popleft()
+            took(start.elapsed_time(end) / 1000, now - end.elapsed_time(done) / 1000)
+
+    def _end_pause(self, seconds: float, _: float) -> None:
+        self._paused(seconds)

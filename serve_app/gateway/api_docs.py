@@ -4,20 +4,26 @@ So they hold at the root, below Serve's ``route_prefix``, and behind a proxy tha
 of which the server does not know.
 """
 
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from fastapi_offline import FastAPIOffline
+from starlette.types import Lifespan
 
 _FILES = "static-offline-docs"
 
 
-def create_documented(title: str, version: str, description: str) -> FastAPI:
+def create_documented(
+    title: str, version: str, description: str, lifespan: Lifespan[Any]
+) -> FastAPI:
     """Make an application with ``/openapi.json``, ``/docs`` and the files that it needs."""
     api = FastAPIOffline(
         title=title,
         version=version,
         description=description,
+        lifespan=lifespan,
         servers=[{"url": ".", "description": "The folder of this description."}],
         root_path_in_servers=False,
         static_url=f"/{_FILES}",

@@ -1,5 +1,7 @@
 """API keys, stored by their hashes, with a name and limits each."""
 
+import base64
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -69,6 +71,32 @@ def principal_of(key: ApiKey | None) -> Principal:
 def digest(key: str) -> str:
     """Hash a key as entries have it. Keys are random and long, so a fast hash is enough."""
     return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _key_in(authorization: str | None) -> str:
+    """Return the key of a header: a Bearer token, or the password of Basic.
+
+    Raises:
+        InvalidKey: if it has none.
+    """
+    _, _, given = (authorization or "").partition(" ")
+    key = ""
+    match _scheme_of(authorization):
+        case "bearer":
+            key = given.strip()
+        case "basic":
+            with contextlib.suppress(ValueError):  # of the base64, or of the text in it
+                _, _, key = base64.b64decode(given.strip(), validate=True).decode().partition(":")
+    if not key:
+        raise InvalidKey(
+            "no API key: send the header 'Authorization: Bearer KEY', or Basic with the key as "
+            "password."
+        )
+    return key
+
+
+def _scheme_of(authorization: str | None) -> str:
+    return (authorization or "").partition(" ")[0].lower()
 
 
 def parse_keys(text: str, source: str) -> list[ApiKey]:
@@ -168,10 +196,7 @@ class KeyRing:
         self._running[name] -= 1
 
     def _find(self, authorization: str | None) -> ApiKey:
-        scheme, _, given = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not given.strip():
-            raise InvalidKey("no API key: send the header 'Authorization: Bearer KEY'.")
-        presented = digest(given.strip())
+        presented = digest(_key_in(authorization))
         found = None
         for key in self._keys:  # compare with all, so that the duration reveals nothing
             if hmac.compare_digest(presented, key.sha256):
@@ -213,14 +238,22 @@ class KeyRing:
 class KeyGuard:
     """ASGI middleware that authenticates requests. A stream counts until it ends.
 
-    Without keys, every request is admitted except those from pages of other web sites: browsers
-    send their JSON as plain text, without a preflight request. Every path that is not listed as
-    open is guarded. Paths are relative to the application's mount point, by the function that
-    Starlette's routes use.
+    Requests from pages of other web sites that the config does not list need a Bearer key. Without
+    keys, all others are admitted. Browsers send the JSON of such pages as plain text, without a
+    preflight request, and add a Basic password that they know.
+
+    Every path that is not listed as open is guarded. Paths are relative to the application's mount
+    point, by the function that Starlette's routes use.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str]) -> None:
-        """Set the paths that need no key; one that ends in a slash includes all paths below."""
+    def __init__(
+        self, app: ASGIApp, keys: KeyRing, open_paths: Collection[str], origins: Collection[str]
+    ) -> None:
+        """Set the paths that need no key; one that ends in a slash includes all paths below.
+
+        ``origins`` are those of web pages that may use the server, or ``*`` for all pages.
+        """
+        self._origins = origins
         self._app = app
         self._keys = keys
         self._open = frozenset(open_paths)
@@ -232,11 +265,14 @@ class KeyGuard:
             return
         headers = Headers(scope=scope)
         try:
-            if not self._keys and headers.get("sec-fetch-site") == "cross-site":
+            authorization = headers.get("authorization")
+            by_itself = not self._keys or _scheme_of(authorization) == "basic"
+            if by_itself and not self._may_ask(headers):
                 raise CrossSite(
-                    "a page of another web site may not use this server, which requires no key."
+                    "a page of another web site may not use this server without a Bearer key. "
+                    "The server's operator can list its origin in gateway.cors_origins."
                 )
-            key = self._keys.recognise(headers.get("authorization"))
+            key = self._keys.recognise(authorization)
             record = record_of(scope)
             record.principal, record.priority = principal_of(key)
             principal = self._keys.enter(key)
@@ -248,6 +284,12 @@ class KeyGuard:
             await self._app(scope, receive, send)
         finally:
             self._keys.leave(principal.name)
+
+    def _may_ask(self, headers: Headers) -> bool:
+        """Return False for a request that a page of another web site sent uninvited."""
+        if headers.get("sec-fetch-site") != "cross-site" or "*" in self._origins:
+            return True
+        return headers.get("origin") in self._origins
 
     def _is_open(self, path: str) -> bool:
         return path in self._open or path.startswith(self._open_below)

@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import dataclass
-from types import UnionType
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from starlette._utils import get_route_path
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
@@ -33,14 +34,16 @@ MOST_SHOWN = 100
 _REASONS = {
     400: "A field of the request is wrong, and the message names it. Or an image was blocked.",
     401: "The request has no API key, or an unknown one.",
-    403: "A page of another web site sent the request to a server without API keys.",
-    404: "The model, the LoRA adapter or the path does not exist.",
+    403: "A page of another web site sent the request, and no Bearer key.",
+    404: "The model, the LoRA adapter, the image or the path does not exist.",
     408: "The body did not arrive in time.",
     413: "The body is longer than the server's limit.",
     415: "The header Content-Encoding names a compression. Send the body without one.",
+    416: "The header Range asks for bytes beyond the end of the image.",
     429: "The server is overloaded, or the limits of the API key are used up.",
+    499: "The request was interrupted.",
     500: "The generation failed. The server's log has the reason.",
-    503: "No replica can generate now.",
+    503: "No replica can generate now, or the storage of images is away.",
     504: "The image was not done within the server's longest deadline.",
 }
 
@@ -52,9 +55,13 @@ class Problem:
     status: int
     detail: ErrorDetail
     headers: dict[str, str]
+    repeated: bool = False
+    """Repeat the message as ``detail``, where clients of A1111's API look."""
 
     def response(self) -> JSONResponse:
         body = ErrorResponse(error=self.detail).model_dump()
+        if self.repeated:
+            body["detail"] = self.detail.message
         return JSONResponse(body, self.status, self.headers)
 
 
@@ -84,7 +91,7 @@ def problem_of(error: Exception, scope: Scope) -> Problem:
     headers = error_headers(ours)
     if record.traceparent:
         headers["traceparent"] = record.traceparent
-    return Problem(status, detail, given | headers)
+    return Problem(status, detail, given | headers, get_route_path(scope).startswith("/sdapi/"))
 
 
 def error_headers(error: DiffusionServeError) -> dict[str, str]:
@@ -136,12 +143,15 @@ def from_validation(error: ValidationError, model: type[BaseModel]) -> InvalidRe
             message = f"the body is not JSON: {reason}."
         case "extra_forbidden" if param in REJECTED:
             message = f"{param}: {REJECTED[param]}"
+        case "extra_forbidden" if len(problem["loc"]) > 1:
+            message = f"unknown field {param!r}; leave it out."
         case "extra_forbidden":
             message = f"unknown field {param!r}; known are {', '.join(model.model_fields)}."
         case "missing":
             message = f"the field {param!r} is required."
         case "model_type":
-            message = f"the body must be a JSON object, not {type(problem['input']).__name__}."
+            given = type(problem["input"]).__name__
+            message = f"{param or 'the body'} must be a JSON object, not {given}."
         case _ if param is None:
             message = f"the body: {problem['msg'][0].lower()}{problem['msg'][1:]}."
         case _:
@@ -158,7 +168,8 @@ def _param(loc: tuple[int | str, ...], model: type[BaseModel]) -> str | None:
         return None
     name, *within = map(str, loc)
     field = model.model_fields.get(name)
-    if field is not None and isinstance(field.annotation, UnionType):
+    kind = None if field is None else field.annotation
+    if isinstance(kind, UnionType) and len(set(get_args(kind)) - {NoneType}) > 1:
         within = within[1:]
     return ".".join([name, *within])[:MOST_SHOWN]
 

@@ -1,16 +1,23 @@
 """Bodies of the image endpoints, as pydantic models."""
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serve_app.config.models import Acceleration
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.openai_fields import REJECTED, hint_warnings
 from serve_app.protocol.images import Encoding, ImageFormat
 from serve_app.protocol.params import MAX_SEED, AdapterSet, ModelInfo
 
-Quality = Literal["low", "medium", "high"]
+Quality = Literal["low", "medium", "high", "xhigh", "max"]
 """Quality of a request, once resolved."""
+
+MOST_INPUT_IMAGES = 16
+"""Input images of an edit in OpenAI's API. Models take fewer."""
+
+_QUALITIES: dict[str, Quality] = {"auto": "medium", "standard": "medium", "hd": "high"}
+"""Other names of qualities; the last two are those of OpenAI's earlier models."""
 
 
 class ImageRequest(BaseModel):
@@ -27,7 +34,8 @@ class ImageRequest(BaseModel):
     )
     model: str | None = Field(
         None,
-        description="Name of the model, from /v1/models. Default: the served model.",
+        description="Name of the model, from /v1/models, or one of the server's aliases. Default: "
+        "the served model.",
         examples=["demo"],
     )
     n: int = Field(
@@ -44,16 +52,19 @@ class ImageRequest(BaseModel):
         "reduced to at most the number of pixels of the model's default size.",
         examples=["64x64"],
     )
-    quality: Literal["auto", "low", "medium", "high"] = Field(
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
         "auto",
-        description="Number of denoising steps: 'low' is half of the model's default, 'medium' "
-        "and 'auto' the default, 'high' twice the default. /v1/models lists the numbers. "
+        description="Number of denoising steps: 'low' is half of the model's default. 'medium', "
+        "'standard' and 'auto' are the default. 'high' and 'hd' are twice the default, 'xhigh' "
+        "three times, 'max' four times. /v1/models lists the numbers, which keep to the limits. "
         "`num_inference_steps` overrides it.",
     )
-    response_format: Literal["b64_json"] = Field(
-        "b64_json",
-        description="Images are part of the response. The server stores no images, so 'url' is "
-        "not available.",
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None,
+        description="'b64_json': images are part of the response. 'url': the response has links "
+        "to them, which expire. Needs a server that stores images, and no `stream`. Default: "
+        "'b64_json', unless the server's operator has chosen 'url'.",
+        examples=["b64_json"],
     )
     output_format: ImageFormat = Field("png", description="File format of the images.")
     output_compression: int | None = Field(
@@ -72,10 +83,12 @@ class ImageRequest(BaseModel):
         "auto", description="'low' is accepted with a warning: it has no effect."
     )
     safety_identifier: str | None = Field(
-        None, max_length=512, description="Accepted with a warning: it has no effect."
+        None,
+        max_length=512,
+        description="Name of the end user, for the server's log. The response repeats it.",
     )
     user: str | None = Field(
-        None, max_length=512, description="Accepted with a warning: it has no effect."
+        None, max_length=512, description="The same, for requests without `safety_identifier`."
     )
     stream: bool = Field(False, description="Respond with server-sent events.")
     partial_images: int = Field(
@@ -116,6 +129,13 @@ class ImageRequest(BaseModel):
     )
     scheduler: str | None = Field(
         None, description="Noise scheduler, a name from /v1/models. Default: the model's own."
+    )
+    acceleration: Acceleration | None = Field(
+        None,
+        description="Share of the denoiser calls that are extrapolated from earlier ones. 'none' "
+        "makes every call. On the demo in 30 steps, 'balanced' saves nearly half, 'fast' more. "
+        "Default: the server's.",
+        examples=["balanced"],
     )
     lora: dict[str, float] | str | None = Field(
         None,
@@ -165,7 +185,12 @@ class ImageRequest(BaseModel):
 
     @property
     def resolved_quality(self) -> Quality:
-        return "medium" if self.quality == "auto" else self.quality
+        return cast(Quality, _QUALITIES.get(self.quality, self.quality))
+
+    @property
+    def end_user(self) -> str | None:
+        """The name of the end user; ``None`` without one. Empty names count as left out."""
+        return self.safety_identifier or self.user or None
 
     def encoding(self) -> Encoding:
         if self.output_compression is None:
@@ -215,3 +240,44 @@ class ImageEditRequest(ImageRequest):
         "Default: the model's.",
         examples=[0.6],
     )
+
+
+class ImageReference(BaseModel):
+    """An input image in a JSON body."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image_url: str = Field(
+        description="File as a data URL with base64. Other URLs are not fetched.",
+        json_schema_extra={"format": "uri"},
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_file_id(cls, reference: Any) -> Any:
+        if not isinstance(reference, dict):
+            return reference
+        if reference.get("file_id") is not None:
+            raise InvalidRequest(
+                "file_id: this server stores no files; send the image as image_url, a data URL.",
+                "file_id",
+            )
+        return {name: value for name, value in reference.items() if value is not None}
+
+
+class JsonEditRequest(ImageEditRequest):
+    """The JSON body of ``POST /v1/images/edits``."""
+
+    images: list[ImageReference] = Field(
+        min_length=1,
+        max_length=MOST_INPUT_IMAGES,
+        description="Input images, as objects with `image_url`: a data URL. /v1/models has the "
+        "number that the model takes.",
+    )
+    mask: ImageReference | None = Field(
+        None, description="Mask, as an object with `image_url`: a data URL."
+    )
+
+    def without_images(self) -> ImageEditRequest:
+        """Return the other fields, as a form has them."""
+        return ImageEditRequest.model_validate(self.model_dump(exclude={"images", "mask"}))

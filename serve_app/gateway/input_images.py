@@ -63,6 +63,10 @@ class InputImage:
     """Parts of the file without effect, such as a color profile that cannot be used."""
 
 
+MaskReader = Callable[[bytes, LimitsConfig, tuple[int, int]], InputImage]
+"""Decodes the mask of an image of (width, height) to white where the image is generated anew."""
+
+
 def read_image(data: bytes, limits: LimitsConfig, has_mask: bool = False) -> InputImage:
     """Decode an image as viewers show it: turned as its EXIF says, transparent parts on white.
 
@@ -106,6 +110,31 @@ def read_mask(data: bytes, limits: LimitsConfig, size: tuple[int, int]) -> Input
             "mask is opaque everywhere: make the part to generate anew transparent.", "mask"
         )
     return InputImage(ImageOps.invert(image.getchannel("A")), warnings)
+
+
+def read_white_mask(
+    data: bytes, limits: LimitsConfig, size: tuple[int, int], inverted: bool = False
+) -> InputImage:
+    """Decode a mask whose white part is generated anew.
+
+    In a mask with transparent parts, the opaque part is. A mask of another size is scaled to
+    ``size``. ``inverted`` swaps the parts.
+
+    Raises:
+        InvalidRequest: if it is no such image, or names no part.
+    """
+    image, warnings = _decode(data, "mask", limits)
+    transparent = image.mode == "RGBA" and _is_transparent(image)
+    changed = image.getchannel("A") if transparent else image.convert("L")
+    if inverted:
+        changed = ImageOps.invert(changed)
+    if changed.getextrema() == (0, 0):
+        raise InvalidRequest(
+            f"mask is {'white' if inverted else 'black'} everywhere: make the part to generate "
+            f"anew {'black' if inverted else 'white'}.",
+            "mask",
+        )
+    return InputImage(changed if changed.size == size else changed.resize(size), warnings)
 
 
 def _is_transparent(image: Image.Image) -> bool:

@@ -16,9 +16,7 @@ _HINTS = {
     "complexity": "use quality or num_inference_steps instead.",
     "input_fidelity": "use strength to set how much of the image may change.",
     "moderation": "it is the same for all requests.",
-    "safety_identifier": "the server keeps no data of end users.",
     "style": "describe the style in the prompt.",
-    "user": "the server keeps no data of end users.",
 }
 """Hints without effect, with the remedy."""
 

@@ -1,5 +1,6 @@
 """The OpenAPI description of the endpoints."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,7 +8,12 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from serve_app.config.models import AppConfig, LimitsConfig
-from serve_app.gateway.image_request import ImageEditRequest, ImageGenerationRequest
+from serve_app.gateway.image_request import (
+    MOST_INPUT_IMAGES,
+    ImageEditRequest,
+    ImageGenerationRequest,
+    JsonEditRequest,
+)
 from serve_app.gateway.schemas import (
     CompletedEvent,
     ErrorResponse,
@@ -40,22 +46,22 @@ def described(config: AppConfig) -> str:
 
 def generation_body(limits: LimitsConfig) -> dict[str, Any]:
     """Describe the body of ``POST /v1/images/generations``."""
-    schema = _schema(ImageGenerationRequest, limits)
-    for name, field in schema["properties"].items():
-        if name not in schema["required"]:
-            schema["properties"][name] = _nullable(field)
-    return _body("application/json", schema)
+    return _body({"application/json": _with_null(body_schema(ImageGenerationRequest, limits))})
 
 
 def edit_body(limits: LimitsConfig) -> dict[str, Any]:
     """Describe the body of ``POST /v1/images/edits``."""
-    schema = _schema(ImageEditRequest, limits)
+    form = body_schema(ImageEditRequest, limits)
     files = {
-        "image": _FILE
-        | {
+        "image": {
+            "type": "array",
+            "items": _FILE,
+            "minItems": 1,
+            "maxItems": MOST_INPUT_IMAGES,
             "description": "Input image: PNG, JPEG or WebP, of at most "
             f"{limits.max_image_pixels} pixels. Its EXIF orientation is applied. Transparent parts "
-            "become white."
+            "become white. Several images are parts with this name, or `image[]`: /v1/models has "
+            "the number that the model takes.",
         },
         "mask": _FILE
         | {
@@ -63,23 +69,34 @@ def edit_body(limits: LimitsConfig) -> dict[str, Any]:
             "again. Without a mask, the whole image is."
         },
     }
-    schema["properties"] = files | schema["properties"]
-    schema["required"] = ["image", *schema["required"]]
-    return _body("multipart/form-data", schema)
+    form["properties"] = files | form["properties"]
+    form["required"] = ["image", *form["required"]]
+    body = _with_null(body_schema(JsonEditRequest, limits))
+    # In place: a reference within this part would lead out of it.
+    reference = body.pop("$defs")["ImageReference"]
+    body["properties"]["images"]["items"] = reference
+    body["properties"]["mask"]["anyOf"][0] = reference
+    return _body({"multipart/form-data": form, "application/json": body})
 
 
 def streamed(kind: ImageOperation) -> dict[int | str, dict[str, Any]]:
-    """Describe the streamed form of a successful answer.
+    """Describe the streamed form of a successful answer."""
+    names = [*(f"{kind}.{name}" for name in EVENTS), "error"]
+    return event_stream(names, (*EVENTS.values(), ErrorResponse), "The images")
+
+
+def event_stream(
+    names: Sequence[str], models: Sequence[type[BaseModel]], otherwise: str
+) -> dict[int | str, dict[str, Any]]:
+    """Describe the streamed form of an answer that is ``otherwise`` JSON.
 
     Its schema is that of one event, because OpenAPI 3.1 cannot describe a stream of events.
     """
-    names = [*(f"{kind}.{name}" for name in EVENTS), "error"]
-    models: list[type[BaseModel]] = [*EVENTS.values(), ErrorResponse]
     event = {
         "type": "object",
         "description": "With `stream`: server-sent events. The last one is the image or an error.",
         "properties": {
-            "event": {"enum": names},
+            "event": {"enum": list(names)},
             "data": {
                 "type": "string",
                 "contentMediaType": "application/json",
@@ -91,10 +108,10 @@ def streamed(kind: ImageOperation) -> dict[int | str, dict[str, Any]]:
         "required": ["event", "data"],
     }
     content = {"text/event-stream": {"schema": event}}
-    return {200: {"description": "The images, or a stream of events.", "content": content}}
+    return {200: {"description": f"{otherwise}, or a stream of events.", "content": content}}
 
 
-def complete(api: FastAPI, with_keys: bool) -> None:
+def complete(api: FastAPI, with_keys: bool, events: Sequence[type[BaseModel]]) -> None:
     """Add the events, which no endpoint returns by itself, and the keys, if there are any.
 
     Removes FastAPI's status 422: no parameter of a path can be wrong, and bodies are parsed here.
@@ -103,7 +120,7 @@ def complete(api: FastAPI, with_keys: bool) -> None:
 
     def openapi() -> dict[str, Any]:
         described = stock()
-        models = [(model, "serialization") for model in EVENTS.values()]
+        models = [(model, "serialization") for model in events]
         _, definitions = models_json_schema(models, ref_template=_REFERENCE)  # type: ignore[arg-type]
         components = described["components"]["schemas"]
         components |= definitions["$defs"]
@@ -113,21 +130,34 @@ def complete(api: FastAPI, with_keys: bool) -> None:
             for operation in operations.values():
                 operation["responses"].pop("422", None)
         if with_keys:
-            scheme = {"type": "http", "scheme": "bearer"}
-            described["components"]["securitySchemes"] = {"key": scheme}
+            schemes = {"key": "bearer", "password": "basic"}
+            described["components"]["securitySchemes"] = {
+                name: {"type": "http", "scheme": scheme} for name, scheme in schemes.items()
+            }
             for path, operations in described["paths"].items():
-                for operation in operations.values() if path.startswith("/v1/") else ():
-                    operation["security"] = [{"key": []}]
+                guarded = path.startswith(("/v1/", "/sdapi/"))
+                for operation in operations.values() if guarded else ():
+                    operation.setdefault("security", [{name: []} for name in schemes])
         return described
 
     api.openapi = openapi  # type: ignore[method-assign]
 
 
-def _body(media_type: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {media_type: {"schema": schema}}}}
+def _body(schemas: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Describe a body by its schema in each media type."""
+    content = {media_type: {"schema": schema} for media_type, schema in schemas.items()}
+    return {"requestBody": {"required": True, "content": content}}
 
 
-def _nullable(field: dict[str, Any]) -> dict[str, Any]:
+def _with_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """Allow null in place of each field that may be left out."""
+    for name, field in schema["properties"].items():
+        if name not in schema["required"]:
+            schema["properties"][name] = nullable(field)
+    return schema
+
+
+def nullable(field: dict[str, Any]) -> dict[str, Any]:
     """Allow null in place of a field, which means the default. Forms have no null."""
     if "anyOf" in field:
         return field
@@ -136,7 +166,7 @@ def _nullable(field: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [field, {"type": "null"}]} | about
 
 
-def _schema(body: type[BaseModel], limits: LimitsConfig) -> dict[str, Any]:
+def body_schema(body: type[BaseModel], limits: LimitsConfig) -> dict[str, Any]:
     """Return a body's schema with the ranges from the configuration."""
     schema = body.model_json_schema()
     properties = schema["properties"]

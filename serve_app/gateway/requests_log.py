@@ -18,7 +18,7 @@ from serve_app.gateway.schemas import PARTS, Timings
 from serve_app.metrics.gateway import FIRST_PARTIAL, OPEN_REQUESTS, REQUEST, REQUEST_PART, REQUESTS
 from serve_app.metrics.labels import OUTCOMES
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import Queued, Timeline
+from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage
 from serve_app.protocol.params import GenerationParams, Priority
 
@@ -42,6 +42,8 @@ class RequestRecord:
     """Name of its key."""
     priority: Priority = "interactive"
     """Priority of its key. Without a known key, it is interactive."""
+    end_user: str | None = None
+    """Name of the end user that the client gives."""
     images: Sequence[GenerationParams] = ()
     """Parameters of its images, once they are validated."""
     outcome: str = "cancelled"
@@ -50,6 +52,8 @@ class RequestRecord:
     """HTTP status of the outcome. A stream that fails has sent a 200 before."""
     engine_requests: dict[int, tuple[str, int]] = field(default_factory=dict)
     """Replica and request number of each admitted image, by the image's seed."""
+    done: dict[int, float] = field(default_factory=dict)
+    """Share of the steps that are done, by the image's seed, if progress was requested."""
     timings: Timings | None = None
     """Timings when the last image so far arrived, and those of the answer once it is complete."""
     completed: bool = False
@@ -74,13 +78,18 @@ class RequestRecord:
                 timeline = Timeline()
                 if event.replica:
                     self.engine_requests[seed] = event.replica, event.number
+            case Progress():
+                self.done[seed] = event.step / event.total_steps
+                return
             case Timeline():
                 parts_s = parts_since_arrival(self.age_s, event.age_s, event.parts_s)
                 timeline = replace(event, parts_s=parts_s)
             case EncodedImage():
+                self.done[seed] = 1.0
                 now_s = self.age_s
                 parts_s = parts_since_arrival(now_s, event.age_s, event.timings)
-                self.timings = Timings.of((*parts_s, max(0.0, now_s - sum(parts_s))))
+                all_s = (*parts_s, max(0.0, now_s - sum(parts_s)))
+                self.timings = Timings.of(all_s, event.calls)
                 timeline = replace(event.timeline or Timeline(), parts_s=parts_s)
             case _:
                 return
@@ -227,6 +236,10 @@ class RequestLog:
             "priority": record.priority,
             "outcome": record.outcome,
         }
+        end_user = ""
+        if record.end_user is not None:
+            fields["safety_identifier"] = record.end_user
+            end_user = f" for {record.end_user!r}"
         what = ""
         if record.images:
             first, count = record.images[0], len(record.images)
@@ -254,9 +267,10 @@ class RequestLog:
         if self._log_prompts and record.images:
             fields["prompt"] = record.images[0].prompt
         logger.info(
-            "request %s of %s:%s %s after %.3f s%s%s%s",
+            "request %s of %s%s:%s %s after %.3f s%s%s%s",
             record.request_id,
             record.principal,
+            end_user,
             what,
             record.outcome,
             age_s,

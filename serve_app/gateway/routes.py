@@ -2,30 +2,50 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated
 
 from fastapi import FastAPI, Path, Request
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from serve_app import __version__
 from serve_app.config.models import AppConfig
-from serve_app.errors import Cancelled, ModelNotFound
 from serve_app.gateway import page
 from serve_app.gateway.api_docs import create_documented
 from serve_app.gateway.auth import KeyGuard, KeyRing
 from serve_app.gateway.body_limit import BodyLimit
+from serve_app.gateway.disconnects import while_connected
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
-from serve_app.gateway.openapi import complete, described, edit_body, generation_body, streamed
+from serve_app.gateway.model_names import ModelNames
+from serve_app.gateway.openapi import (
+    EVENTS,
+    complete,
+    described,
+    edit_body,
+    generation_body,
+    streamed,
+)
 from serve_app.gateway.parsing import query_warnings, read_edit, read_generation
 from serve_app.gateway.relative_redirects import RelativeRedirects
 from serve_app.gateway.requests_log import RequestLog, record_of
-from serve_app.gateway.schemas import Health, ImagesResponse, ModelList, ModelObject
-from serve_app.gateway.service import ImageService
+from serve_app.gateway.responses.answers import EVENTS as RESPONSE_EVENTS
+from serve_app.gateway.responses.routes import RESPONSES, add_responses
+from serve_app.gateway.schemas import (
+    Health,
+    ImagesAnswer,
+    ImagesResponse,
+    LinksResponse,
+    ModelList,
+    ModelObject,
+)
+from serve_app.gateway.sdapi.routes import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, add_sdapi
+from serve_app.gateway.service import ImageJob, ImageService
+from serve_app.gateway.storage.delivery import FILES, Deliver, Delivery
 from serve_app.gateway.streaming import stream
 from serve_app.protocol.backend import GenerationBackend
 from serve_app.protocol.params import ModelInfo
@@ -37,6 +57,9 @@ GENERATION_ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503,
 
 OPEN = ("", "/", "/page/", "/health", "/ready", "/docs", "/openapi.json", "/static-offline-docs/")
 """Paths that need no key: health, the API's description and the page, to which "" leads."""
+
+EXPOSED_HEADERS = ("Retry-After", "x-request-id")
+"""Headers of responses that web pages of other origins may read."""
 
 
 def create_api(
@@ -58,72 +81,97 @@ def create_api(
     limits = config.engine.limits
     started_at = int(time.time())
     service = ImageService(config, backend)
-    api = create_documented("diffusion-serve", __version__, described(config))
+    names = ModelNames(config)
+    delivery = Delivery(config)
+    answer = ImagesResponse if delivery.store is None else ImagesResponse | LinksResponse
+    api = create_documented("diffusion-serve", __version__, described(config), delivery.lifespan)
+
+    sdapi = (TEXT_TO_IMAGE, IMAGE_TO_IMAGE) if config.gateway.sdapi else ()
 
     def max_body_bytes(path: str) -> int:
-        return limits.max_upload_bytes if path == EDITS else limits.max_body_bytes
+        uploads = path in (EDITS, IMAGE_TO_IMAGE, RESPONSES)
+        return limits.max_upload_bytes if uploads else limits.max_body_bytes
 
+    origins = config.gateway.cors_origins
+    open_paths = OPEN if delivery.store is None else (*OPEN, FILES)
     # The last one added sees a request first: without a valid key, no body is read.
     api.add_middleware(RelativeRedirects)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    api.add_middleware(KeyGuard, keys=keys, open_paths=OPEN)
+    api.add_middleware(KeyGuard, keys=keys, open_paths=open_paths, origins=origins)
     if traced is not None:
         api.add_middleware(traced)
     api.add_middleware(
         RequestLog,
         model=config.model.id,
-        paths=(GENERATIONS, EDITS),
+        paths=(GENERATIONS, EDITS, RESPONSES, *sdapi),
         log_prompts=config.gateway.log_prompts,
         principals=keys.principals,
     )
+    if origins:
+        # The outermost: a browser asks first, without a key, and reads no error without headers.
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
     add_error_handlers(api)
-    complete(api, with_keys=bool(keys))
+    complete(api, with_keys=bool(keys), events=(*EVENTS.values(), *RESPONSE_EVENTS))
+
+    async def respond(request: Request, job: ImageJob, deliver: Deliver) -> ImagesAnswer:
+        async def work() -> ImagesAnswer:
+            return await deliver(job, await service.images(job))
+
+        return await while_connected(request, work())
 
     @api.post(
         GENERATIONS,
-        response_model=ImagesResponse,
+        response_model=answer,
         responses=streamed("image_generation") | GENERATION_ERRORS,
         openapi_extra=generation_body(limits),
         tags=["images"],
     )
-    async def generate_images(request: Request) -> Response | ImagesResponse:
+    async def generate_images(request: Request) -> Response | ImagesAnswer:
         """Generate images from a prompt."""
-        body = await read_generation(request)
+        body, ignored = await read_generation(request, config.gateway.unknown_fields)
+        deliver = await delivery.chosen(body, request)
         scope = request.scope
         job = await service.prepare(
             "image_generation", body, record_of(scope), request.state.principal
         )
-        job = job.warned(query_warnings(request))
+        job = job.warned([*ignored, *query_warnings(request)])
         if body.stream:
             return await stream(service, job, scope)
-        return await _while_connected(request, service.generate_all(job))
+        return await respond(request, job, deliver)
 
     @api.post(
         EDITS,
-        response_model=ImagesResponse,
+        response_model=answer,
         responses=streamed("image_edit") | GENERATION_ERRORS,
         openapi_extra=edit_body(limits),
         tags=["images"],
     )
-    async def edit_images(request: Request) -> Response | ImagesResponse:
+    async def edit_images(request: Request) -> Response | ImagesAnswer:
         """Generate images from a prompt and an input image.
 
         With a mask, only its transparent parts change.
         """
-        form = await read_edit(request)
+        edit = await read_edit(request, config.gateway.unknown_fields)
+        deliver = await delivery.chosen(edit.fields, request)
         scope = request.scope
         job = await service.prepare(
             "image_edit",
-            form.fields,
+            edit.fields,
             record_of(scope),
             request.state.principal,
-            form.image,
-            form.mask,
+            edit.images,
+            edit.mask,
         )
-        job = job.warned(query_warnings(request))
-        if form.fields.stream:
+        job = job.warned([*edit.warnings, *query_warnings(request)])
+        if edit.fields.stream:
             return await stream(service, job, scope)
-        return await _while_connected(request, service.generate_all(job))
+        return await respond(request, job, deliver)
 
     @api.get(
         "/v1/models",
@@ -147,8 +195,7 @@ def create_api(
         model: Annotated[str, Path(description="Name of the model; it may contain slashes.")],
     ) -> ModelObject:
         """Return the options and limits of a model."""
-        if model != config.model.id:
-            raise ModelNotFound(f"no model {model[:100]!r} here; there is {config.model.id!r}.")
+        names.check(model)
         return _model_object(await backend.describe(), started_at)
 
     @api.head("/health", include_in_schema=False)
@@ -169,12 +216,21 @@ def create_api(
         await backend.check_ready()
         return Health()
 
+    if delivery.store is not None:
+        from serve_app.gateway.storage.files import add_files  # an optional dependency
+
+        add_files(api, delivery.store)
+
     @api.get("/metrics", include_in_schema=False)
     async def metrics(request: Request) -> Response:
         """Return the metrics of the whole application, for Prometheus."""
         accept = request.headers.get("accept", "")
         text, media_type = await asyncio.to_thread(exposition, await gather(), accept)
         return Response(text, headers={"Content-Type": media_type})
+
+    add_responses(api, config, service)
+    if config.gateway.sdapi:
+        add_sdapi(api, config, service, backend)
 
     if config.gateway.page:
         content, policy = page.render()
@@ -202,32 +258,6 @@ def create_api(
     return api
 
 
-async def _while_connected(
-    request: Request, work: Coroutine[Any, Any, ImagesResponse]
-) -> ImagesResponse:
-    """Do the work, and cancel it when the client goes away.
-
-    Serve does so as well, except for clients that send x-request-disconnect-disabled.
-    """
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks: Sequence[asyncio.Task[Any]] = [asyncio.create_task(work), asyncio.create_task(gone())]
-    working = tasks[0]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise Cancelled("the client closed the connection.")
-        result: ImagesResponse = working.result()
-        return result
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _model_object(info: ModelInfo, created: int) -> ModelObject:
     limits = info.limits
     return ModelObject(
@@ -240,9 +270,11 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         max_pixels=limits.max_pixels,
         max_side=limits.max_side_px,
         default_steps=info.default_steps,
+        default_acceleration=info.default_acceleration,
         max_steps=limits.max_steps,
         quality_steps=info.quality_steps,
         max_images=limits.max_images,
+        max_input_images=info.max_input_images,
         max_prompt_chars=limits.max_prompt_chars,
         max_deadline_s=limits.max_deadline_s,
         takes_negative_prompt=info.takes_negative_prompt,

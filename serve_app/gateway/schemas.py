@@ -5,9 +5,10 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from serve_app.config.models import Safety
+from serve_app.config.gateway import Safety
+from serve_app.config.models import Acceleration
 from serve_app.gateway.image_request import Quality
-from serve_app.protocol.events import GENERATION_PARTS
+from serve_app.protocol.events import GENERATION_PARTS, DenoiserCalls
 from serve_app.protocol.images import ImageFormat
 from serve_app.protocol.params import Task
 from serve_app.protocol.safety import SafetyVerdict
@@ -30,7 +31,9 @@ _WARNINGS = (
     "Parts of the request without effect, such as a field or the end of a long prompt, and images "
     "that the safety checker flagged."
 )
+_DATA = "Images, in the order of their seeds."
 _SAFETY = "Verdict of the safety checker. Null if nothing looked at the image."
+_END_USER = "The request's `safety_identifier`, or else its `user`."
 
 
 class ImageSafety(BaseModel):
@@ -52,6 +55,14 @@ class ImageData(BaseModel):
     safety: ImageSafety | None = Field(description=_SAFETY)
 
 
+class ImageLink(BaseModel):
+    """One image, by a link to its file."""
+
+    url: str = Field(description="Link to the image file. It expires, and needs no key.")
+    seed: int = Field(description="Seed that generates this image again.")
+    safety: ImageSafety | None = Field(description=_SAFETY)
+
+
 class InputTokensDetails(BaseModel):
     """Tokens that the model read."""
 
@@ -64,12 +75,20 @@ class InputTokensDetails(BaseModel):
     )
 
 
+class OutputTokensDetails(BaseModel):
+    """Tokens that the model generated."""
+
+    text_tokens: int = Field(0, description="Always 0.")
+    image_tokens: int = Field(description="Image tokens of the generated images.")
+
+
 class Usage(BaseModel):
     """Tokens of a request. An image counts one token for each square of 16 x 16 pixels."""
 
     input_tokens: int = Field(description="Text tokens and image tokens together.")
     input_tokens_details: InputTokensDetails = Field(description="Input tokens by kind.")
     output_tokens: int = Field(description="Image tokens of the generated images.")
+    output_tokens_details: OutputTokensDetails = Field(description="Output tokens by kind.")
     total_tokens: int = Field(description="Input tokens and output tokens together.")
 
 
@@ -87,12 +106,21 @@ class Timings(BaseModel):
     decode_s: float = Field(description="Decoding, from latents to pixels.")
     response_s: float = Field(description="Encoding of the file, and its transfer.")
     total_s: float = Field(description="From arrival to this response.")
+    denoiser_calls: int = Field(0, description="Denoiser calls that were made.")
+    extrapolated_calls: int = Field(
+        0, description="Denoiser calls that were extrapolated from earlier ones."
+    )
 
     @classmethod
-    def of(cls, parts_s: Sequence[float]) -> "Timings":
+    def of(cls, parts_s: Sequence[float], calls: DenoiserCalls) -> "Timings":
         """Make timings from durations in the order of `PARTS`."""
         named = {f"{part}_s": took_s for part, took_s in zip(PARTS, parts_s, strict=True)}
-        return cls(**named, total_s=sum(parts_s))
+        return cls(
+            **named,
+            total_s=sum(parts_s),
+            denoiser_calls=calls.made,
+            extrapolated_calls=calls.extrapolated,
+        )
 
     def until(self, total_s: float) -> "Timings":
         """Extend the response part, so that the total is ``total_s`` after the arrival."""
@@ -104,18 +132,31 @@ class Timings(BaseModel):
         return {part: getattr(self, f"{part}_s") for part in PARTS}
 
 
-class ImagesResponse(BaseModel):
-    """The response of the image endpoints without ``stream``."""
+class ImagesAnswer(BaseModel):
+    """What the responses of the image endpoints have in common."""
 
     created: int = Field(description="Unix time of the response, in seconds.")
-    data: list[ImageData] = Field(description="Images, in the order of their seeds.")
+    data: Sequence[ImageData | ImageLink] = Field(description=_DATA)
     size: str = Field(description=_SIZE)
     output_format: ImageFormat = Field(description=_OUTPUT_FORMAT)
     quality: Quality = Field(description=_QUALITY)
     background: Literal["opaque"] = Field("opaque", description=_BACKGROUND)
     usage: Usage = Field(description=_USAGE)
+    safety_identifier: str | None = Field(description=_END_USER)
     timings: Timings = Field(description=_TIMINGS)
     warnings: list[str] = Field(description=_WARNINGS)
+
+
+class ImagesResponse(ImagesAnswer):
+    """The response of the image endpoints without ``stream``."""
+
+    data: Sequence[ImageData] = Field(description=_DATA)
+
+
+class LinksResponse(ImagesAnswer):
+    """The response of the image endpoints with ``response_format: url``."""
+
+    data: Sequence[ImageLink] = Field(description=_DATA)
 
 
 ImageOperation = Literal["image_generation", "image_edit"]
@@ -152,6 +193,7 @@ class CompletedEvent(BaseModel):
     background: Literal["opaque"] = Field("opaque", description=_BACKGROUND)
     output_format: ImageFormat = Field(description=_OUTPUT_FORMAT)
     usage: Usage = Field(description=_USAGE)
+    safety_identifier: str | None = Field(description=_END_USER)
     seed: int = Field(description="Seed that generates this image again.")
     safety: ImageSafety | None = Field(description=_SAFETY)
     timings: Timings = Field(description=_TIMINGS)
@@ -187,9 +229,13 @@ class ModelObject(BaseModel):
     max_pixels: int = Field(description="Largest width times height.")
     max_side: int = Field(description="Largest width and height, in pixels.")
     default_steps: int = Field(description="Denoising steps of requests that set none.")
+    default_acceleration: Acceleration = Field(
+        description="`acceleration` of requests that set none."
+    )
     max_steps: int = Field(description="Largest `num_inference_steps`.")
     quality_steps: dict[Quality, int] = Field(description="Denoising steps of each `quality`.")
     max_images: int = Field(description="Largest `n`.")
+    max_input_images: int = Field(description="Most input images of an edit; 0 without edits.")
     max_prompt_chars: int = Field(description="Longest prompt, in characters.")
     max_deadline_s: float = Field(description="Longest `deadline_s`.")
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
@@ -220,7 +266,10 @@ class ModelObject(BaseModel):
         description="Peak signal-to-noise ratio of the same images, in decibels; 200 if they are "
         "equal. Null if it was not measured."
     )
-    batching_note: str = Field(description="Reason why batching is off. Empty if it is on.")
+    batching_note: str = Field(
+        description="Reason why batching is off, or limit to batches: only prompts of the same "
+        "length share calls. Empty if all requests for a size may share them."
+    )
 
 
 class ModelList(BaseModel):

@@ -9,25 +9,32 @@ import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from serve_app.config.models import AppConfig
-from serve_app.errors import InvalidRequest, ModelNotFound, Overloaded
+from serve_app.errors import InvalidRequest, Overloaded
 from serve_app.gateway.auth import Principal
+from serve_app.gateway.file_text import TextTooLong, with_text
 from serve_app.gateway.image_request import ImageEditRequest, ImageRequest
-from serve_app.gateway.input_images import in_image_thread, read_image, read_mask
+from serve_app.gateway.infotext import infotext
+from serve_app.gateway.input_images import MaskReader, in_image_thread, read_image, read_mask
+from serve_app.gateway.model_names import ModelNames
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
 from serve_app.gateway.schemas import (
     ImageData,
+    ImageLink,
     ImageOperation,
     ImageSafety,
+    ImagesAnswer,
     ImagesResponse,
     InputTokensDetails,
+    OutputTokensDetails,
     Usage,
 )
 from serve_app.metrics.engine import REJECTIONS
 from serve_app.protocol.backend import GenerationBackend, GenerationEvent
-from serve_app.protocol.images import EncodedImage
+from serve_app.protocol.images import EncodedImage, ImageFormat
 from serve_app.protocol.params import (
     MAX_SEED,
     GenerationParams,
@@ -35,6 +42,8 @@ from serve_app.protocol.params import (
     Priority,
     RequestContext,
 )
+
+Answer = TypeVar("Answer", bound=ImagesAnswer)
 
 TOKEN_PX = 16
 """Side of the square that counts as one token: what models with patches of latents work on."""
@@ -55,6 +64,8 @@ class ImageJob:
     context: RequestContext
     warnings: tuple[str, ...] = ()
     """Parts of the request without effect: fields, or parts of the input files."""
+    embeds: bool = False
+    """Write the parameters into the files."""
 
     @property
     def size(self) -> str:
@@ -80,6 +91,25 @@ class ImageJob:
         texts += (text for image in images for text in image.warnings)
         return list(dict.fromkeys(texts))
 
+    def answer(
+        self,
+        kind: type[Answer],
+        data: Sequence[ImageData | ImageLink],
+        images: Sequence[EncodedImage],
+    ) -> Answer:
+        """Make the response of this kind for images, and note that it is complete."""
+        return kind(
+            created=int(time.time()),
+            data=data,
+            size=size_of(images[0]),
+            output_format=self.body.output_format,
+            quality=self.body.resolved_quality,
+            usage=self.usage(images),
+            safety_identifier=self.body.end_user,
+            timings=self.record.complete(),
+            warnings=self.all_warnings(images),
+        )
+
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
         text_tokens = sum(image.prompt_tokens for image in images)
         one = math.prod(math.ceil(side / TOKEN_PX) for side in (images[0].width, images[0].height))
@@ -91,8 +121,22 @@ class ImageJob:
                 text_tokens=text_tokens, image_tokens=image_tokens
             ),
             output_tokens=output_tokens,
+            output_tokens_details=OutputTokensDetails(image_tokens=output_tokens),
             total_tokens=text_tokens + image_tokens + output_tokens,
         )
+
+
+def in_base64(job: ImageJob, images: Sequence[EncodedImage]) -> ImagesResponse:
+    """Answer with the images themselves."""
+    data = [
+        ImageData(
+            b64_json=base64.b64encode(image.data).decode(),
+            seed=image.seed,
+            safety=ImageSafety.of(image.safety),
+        )
+        for image in images
+    ]
+    return job.answer(ImagesResponse, data, images)
 
 
 def size_of(image: EncodedImage) -> str:
@@ -106,6 +150,7 @@ class ImageService:
     def __init__(self, config: AppConfig, backend: GenerationBackend) -> None:
         self._config = config
         self._limits = config.engine.limits
+        self._names = ModelNames(config)
         self._backend = backend
         self._queue_full = REJECTIONS.labels(config.model.id, "queue")
         self._reservations: dict[Priority, RetryReservations] = {
@@ -119,10 +164,14 @@ class ImageService:
         body: ImageRequest,
         record: RequestRecord,
         principal: Principal,
-        image: bytes | None = None,
+        images: Sequence[bytes] = (),
         mask: bytes | None = None,
+        mask_reader: MaskReader = read_mask,
     ) -> ImageJob:
         """Check and resolve a request, and redeem its reservation if it has one.
+
+        ``images`` are the files of an edit's input images. ``mask_reader`` decodes the mask: APIs
+        differ in the part that changes.
 
         Raises:
             InvalidRequest: naming the field and what is allowed.
@@ -130,25 +179,35 @@ class ImageService:
             Overloaded: if too many requests wait for the first replica.
         """
         sent_at = time.time()
-        self._check(body)
+        record.end_user = body.end_user
+        names = self._check(body)
         model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=principal.priority)
         warnings: tuple[str, ...] = ()
-        if image is None:
-            params = params.resolved(model)
-        else:
+        if images:
             params, warnings = await in_image_thread(
-                functools.partial(self._with_image, params, image, mask, model)
+                functools.partial(
+                    self._with_image, params, _only(images, model), mask, mask_reader, model
+                )
             )
-        images = _numbered(params.with_previews(body.partial_images), body.n)
-        record.images = images
-        identity = await _identity(principal.name, kind, body, image, mask)
+        else:
+            params = params.resolved(model)
+        numbered = _numbered(params.with_previews(body.partial_images), body.n)
+        record.images = numbered
+        identity = await _identity(principal.name, kind, body, images, mask)
         # Last, because it uses up the request's reservation.
         context = self._redeemed(identity, body.deadline_s, principal.priority, sent_at, record)
-        warnings = (*body.warnings(), *warnings)
-        return ImageJob(kind, body, images, record, principal, identity, context, warnings)
+        warnings = (*names, *body.warnings(), *warnings)
+        embeds = self._config.gateway.embed_parameters
+        return ImageJob(
+            kind, body, numbered, record, principal, identity, context, warnings, embeds
+        )
 
     async def generate_all(self, job: ImageJob) -> ImagesResponse:
+        """Generate all images or none, and answer with them."""
+        return in_base64(job, await self.images(job))
+
+    async def images(self, job: ImageJob) -> list[EncodedImage]:
         """Generate all images or none.
 
         When one fails, or the client goes away, the others are cancelled.
@@ -157,30 +216,13 @@ class ImageService:
             asyncio.ensure_future(_image_of(self._events(job, params))) for params in job.images
         ]
         try:
-            images = await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         except Overloaded as error:
             raise self._reserve(job, error) from None
         finally:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        return ImagesResponse(
-            created=int(time.time()),
-            data=[
-                ImageData(
-                    b64_json=base64.b64encode(image.data).decode(),
-                    seed=image.seed,
-                    safety=ImageSafety.of(image.safety),
-                )
-                for image in images
-            ],
-            size=size_of(images[0]),
-            output_format=job.body.output_format,
-            quality=job.body.resolved_quality,
-            usage=job.usage(images),
-            timings=job.record.complete(),
-            warnings=job.all_warnings(images),
-        )
 
     async def stream(self, job: ImageJob) -> AsyncGenerator[GenerationEvent, None]:
         """Yield the events of the job's only image."""
@@ -234,20 +276,30 @@ class ImageService:
         async with aclosing(generation) as events:
             async for event in events:
                 job.record.note(params.seed, event)
+                if job.embeds and isinstance(event, EncodedImage):
+                    event = self._with_parameters(event, params, job.body.output_format)
                 yield event
 
-    def _check(self, body: ImageRequest) -> None:
-        """Check the fields that need no model's description."""
+    def _with_parameters(
+        self, image: EncodedImage, params: GenerationParams, image_format: ImageFormat
+    ) -> EncodedImage:
+        """Return the image with its parameters in the file, or else with a warning."""
+        text = infotext(params, size_of(image), self._config.model.id)
+        try:
+            return replace(image, data=with_text(image.data, image_format, text))
+        except TextTooLong as error:
+            warning = f"the file has no text with the parameters: {error}."
+            return replace(image, warnings=(*image.warnings, warning))
+
+    def _check(self, body: ImageRequest) -> tuple[str, ...]:
+        """Check the fields that need no model's description, and return warnings."""
         body.check()
-        if body.model is not None and body.model != self._config.model.id:
-            raise ModelNotFound(
-                f"no model {body.model[:100]!r} here; there is {self._config.model.id!r}.",
-                "model",
-            )
+        warnings = () if body.model is None else self._names.check(body.model)
         if body.n > self._limits.max_images:
             raise InvalidRequest(
                 f"n must be from 1 to {self._limits.max_images}; it is {body.n}.", "n"
             )
+        return warnings
 
     async def _describe_for(self, body: ImageRequest) -> ModelInfo:
         try:
@@ -268,13 +320,19 @@ class ImageService:
             num_inference_steps=body.steps(model),
             guidance_scale=body.guidance_scale,
             noise_scheduler=body.scheduler,
+            acceleration=body.acceleration,
             lora=body.adapters(),
             deadline_s=body.deadline_s,
             strength=body.strength if isinstance(body, ImageEditRequest) else None,
         )
 
     def _with_image(
-        self, params: GenerationParams, image: bytes, mask: bytes | None, model: ModelInfo
+        self,
+        params: GenerationParams,
+        image: bytes,
+        mask: bytes | None,
+        mask_reader: MaskReader,
+        model: ModelInfo,
     ) -> tuple[GenerationParams, tuple[str, ...]]:
         """Decode the image and its mask, and resolve the parameters with them.
 
@@ -284,7 +342,7 @@ class ImageService:
         params = replace(params, image=decoded.pixels)
         warnings = decoded.warnings
         if mask is not None:
-            decoded_mask = read_mask(mask, self._limits, decoded.pixels.size)
+            decoded_mask = mask_reader(mask, self._limits, decoded.pixels.size)
             params = replace(params, mask_image=decoded_mask.pixels)
             warnings += decoded_mask.warnings
         return params.resolved(model), warnings
@@ -296,14 +354,30 @@ def _numbered(params: GenerationParams, count: int) -> tuple[GenerationParams, .
     return tuple(replace(params, seed=params.seed + step * index) for index in range(count))
 
 
+def _only(images: Sequence[bytes], model: ModelInfo) -> bytes:
+    """Return the input image, of which a pipeline takes one.
+
+    Raises:
+        InvalidRequest: there are more than the model takes.
+    """
+    if len(images) > model.max_input_images:
+        raise InvalidRequest(
+            f"image: {len(images)} images are given; {model.pipeline} takes at most "
+            f"{model.max_input_images} in a request. Send no more.",
+            "image",
+        )
+    [image] = images
+    return image
+
+
 async def _identity(
-    name: str, kind: ImageOperation, body: ImageRequest, image: bytes | None, mask: bytes | None
+    name: str, kind: ImageOperation, body: ImageRequest, images: Sequence[bytes], mask: bytes | None
 ) -> bytes:
     """Return the fingerprint by which a retry of a request is recognised."""
     parts = [name.encode(), kind.encode(), body.model_dump_json().encode()]
-    if image is None:
+    if not images:
         return fingerprint(parts)
-    return await in_image_thread(functools.partial(fingerprint, [*parts, image, mask or b""]))
+    return await in_image_thread(functools.partial(fingerprint, [*parts, *images, mask or b""]))
 
 
 async def _image_of(generation: AsyncGenerator[GenerationEvent, None]) -> EncodedImage:

@@ -1,5 +1,7 @@
 """Metrics of an engine, which is one generator replica."""
 
+from typing import Literal
+
 from prometheus_client import Counter, Enum, Gauge, Histogram, Info
 
 from serve_app.metrics.registry import ENGINE
@@ -79,6 +81,13 @@ STEPS = Counter(
     registry=ENGINE,
 )
 
+EXTRAPOLATED = Counter(
+    "diffusion_serve_extrapolated_calls_total",
+    "Denoiser calls of finished images that were extrapolated from earlier ones.",
+    ["model"],
+    registry=ENGINE,
+)
+
 STEP = Histogram(
     "diffusion_serve_step_seconds",
     "Device time of one denoiser call, for a batch of any size.",
@@ -107,6 +116,14 @@ STALL = Histogram(
     "Gaps of over 0.1 s between two network calls while there are requests.",
     ["model"],
     buckets=(0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0),
+    registry=ENGINE,
+)
+
+STUCK = Gauge(
+    "diffusion_serve_stuck_ratio",
+    "Duration of the running network call, as a share of what the watchdog allows: at 1, the "
+    "replica is replaced.",
+    ["model"],
     registry=ENGINE,
 )
 
@@ -152,6 +169,9 @@ OUT_OF_MEMORY = Counter(
     registry=ENGINE,
 )
 
+Memory = Literal["used", "reserved", "free", "total"]
+"""Memory used by torch, reserved by torch for later, and of the device by all processes."""
+
 DEVICE_MEMORY = Gauge(
     "diffusion_serve_device_memory_bytes",
     "GPU memory, by kind.",
@@ -164,6 +184,13 @@ SHARING = Enum(
     "How requests share the pipeline, as certified at start-up. Not set if `max_running` is 1.",
     ["model"],
     states=["batched", "interleaved", "sequential"],
+    registry=ENGINE,
+)
+
+SHARING_LIMITED = Gauge(
+    "diffusion_serve_sharing_limited",
+    "1 if only prompts of the same length share denoiser calls, else 0. Set if batched.",
+    ["model"],
     registry=ENGINE,
 )
 

@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.policies import POLICIES
+from serve_app.engine.scheduling.policies import new_policy
 from serve_app.errors import ConfigError
 from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
 from serve_app.planner.inputs import Family
@@ -101,7 +102,7 @@ class Scenario:
             Simulator(
                 trace,
                 self.costs,
-                POLICIES[self.scheduling],
+                partial(new_policy, self.scheduling, self.cluster.slo_scale),
                 candidate.scaler(),
                 replace(self.cluster, seed=self.cluster.seed + number),
                 candidate.initial_replicas,

@@ -1,12 +1,17 @@
 """One engine in simulated time: its requests, their costs and its running steps."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from serve_app.engine.scheduling.batch_costs import BatchCosts
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.load import Throughput
 from serve_app.engine.scheduling.queue import QueueEntry, RankedPolicy
 from serve_app.planner.trace import Kind
+
+LEAP_S = 0.5
+"""Maximum time of steps taken together, unless a request arrives."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +20,10 @@ class Cost:
 
     step_s: tuple[float, ...]
     """Time of a step for 1, 2, 3, … requests."""
-    cap: int
+    leap: int
+    """Steps between two decisions of the scheduler."""
+    batches: BatchCosts
+    """Times of so many steps for 1, 2, 3, … requests."""
     before_s: float
     after_s: float
     solo_s: float
@@ -33,7 +41,9 @@ def costs(model: CostModel, kinds: Sequence[Kind]) -> dict[Kind, Cost]:
         )
         before_s, after_s = model.predict_encode(kind.size), model.predict_decode(kind.size)
         solo_s = before_s + kind.steps * step_s[0] + after_s
-        found[kind] = Cost(step_s, cap, before_s, after_s, solo_s)
+        leap = max(1, int(LEAP_S / step_s[0]))
+        batches = BatchCosts([leap * seconds for seconds in step_s])
+        found[kind] = Cost(step_s, leap, batches, before_s, after_s, solo_s)
     return found
 
 
@@ -46,13 +56,20 @@ class SimulatedRequest:
         self.cost = cost
         self.deadline_at = at_s + slo_scale * cost.solo_s
         self.steps_left = kind.steps
-        self.entry = QueueEntry(number, self.deadline_at, cost.solo_s, key=kind.size)
+        self.entry = self._entry(number, at_s)
 
-    def restart(self) -> None:
+    def restart(self, now: float) -> None:
         """Start from the beginning after the loss of a replica, with the same deadline."""
         self.steps_left = self.kind.steps
-        self.entry = QueueEntry(
-            self.entry.request, self.deadline_at, self.cost.solo_s, key=self.kind.size
+        self.entry = self._entry(self.entry.request, now)
+
+    def _entry(self, number: int, arrived_at: float) -> QueueEntry:
+        return QueueEntry(
+            number,
+            self.deadline_at,
+            self.cost.solo_s,
+            key=self.kind.size,
+            arrived_at=arrived_at,
         )
 
 
@@ -94,3 +111,15 @@ class SimulatedReplica:
         pace = 1 + self.saved_s / self.step_s
         left_s = self.work_s - (now - self.begins_at) * pace
         return max(0.0, left_s) / self.throughput.value()
+
+    # ---- costs, for the scheduler ----------------------------------------------------------------
+
+    def cap(self, entry: QueueEntry, within_s: float = math.inf) -> int:
+        """Return how many calls, that of the entry included, fit in a call of this duration."""
+        batches = self.batches(entry)
+        # The entry's call may be the last few steps of a request, and so a shorter one.
+        return batches.within(within_s * batches.call_s[0] / entry.step_s)
+
+    def batches(self, entry: QueueEntry) -> BatchCosts:
+        """Return the costs of calls for 1, 2, 3, … requests like this one."""
+        return self.by_number[entry.request].cost.batches

@@ -18,15 +18,12 @@ from itertools import count
 from random import Random
 
 from serve_app.engine.scheduling.cost import CostModel
-from serve_app.engine.scheduling.queue import QueueEntry, RankedPolicy
+from serve_app.engine.scheduling.queue import RankedPolicy
 from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
 from serve_app.planner.replica import SimulatedReplica, SimulatedRequest, costs
 from serve_app.planner.scalers import ClusterView, Scaler
 from serve_app.planner.trace import Trace
 from serve_app.protocol.load import ReplicaLoad
-
-LEAP_S = 0.5
-"""Maximum time of steps taken together, unless a request arrives."""
 
 RATE_WINDOW_S = 30.0
 """Time over which the arrival rate is measured."""
@@ -168,16 +165,16 @@ class Simulator:
                 self._schedule_end(replica)
 
     def _park(self, replica: SimulatedReplica, request: SimulatedRequest) -> None:
-        entry, step_s = request.entry, request.cost.step_s[0]
-        entry.step_s = step_s * min(request.steps_left, max(1, int(LEAP_S / step_s)))
+        entry, cost = request.entry, request.cost
+        entry.step_s = cost.step_s[0] * min(request.steps_left, cost.leap)
         replica.policy.park(entry)
 
     def _begin_steps(self, replica: SimulatedReplica, now: float) -> None:
-        chosen = replica.policy.choose(now, self._cap_of(replica))
+        chosen = replica.policy.choose(now, replica)
         by_number = replica.by_number
         leader = by_number[chosen[0].request]
         cost = leader.cost
-        steps = max(1, int(LEAP_S / cost.step_s[0]))
+        steps = cost.leap
         extra_s = 0.0
         for entry in chosen:
             request = by_number[entry.request]
@@ -203,21 +200,6 @@ class Simulator:
             if request.steps_left == steps:
                 end_at += request.cost.after_s
         heapq.heappush(self._events, (end_at, next(self._order), replica.turn, replica))
-
-    def _cap_of(self, replica: SimulatedReplica) -> Callable[[QueueEntry, float], int]:
-        def cap(leader: QueueEntry, within_s: float) -> int:
-            request = replica.by_number[leader.request]
-            cost = request.cost
-            most = cost.cap
-            if most == 1:
-                return 1
-            # ``within_s`` covers several steps; convert it to one.
-            within_s *= cost.step_s[0] / leader.step_s
-            while most > 1 and cost.step_s[most - 1] > within_s:
-                most -= 1
-            return most
-
-        return cap
 
     def _end_steps(self, replica: SimulatedReplica, now: float) -> None:
         steps, by_number = replica.steps, replica.by_number
@@ -359,7 +341,7 @@ class Simulator:
             replica.turn += 1
             replica.batch = []
             for request in replica.by_number.values():
-                request.restart()
+                request.restart(now)
                 self._send(request, now)
 
     def _pay(self, now: float) -> None:

@@ -96,6 +96,15 @@ class GenerationTimings(NamedTuple):
     `GenerationResult`; for an `EncodedImage` they are copied to the host."""
 
 
+class DenoiserCalls(NamedTuple):
+    """Denoiser calls of one image."""
+
+    made: int = 0
+    """Calls of the denoiser."""
+    extrapolated: int = 0
+    """Calls that were answered by extrapolation from earlier ones."""
+
+
 GENERATION_PARTS = tuple(field.removesuffix("_s") for field in GenerationTimings._fields)
 """Names of the parts in metrics, logs and traces."""
 
@@ -116,6 +125,8 @@ class GenerationResult:
     """Tokens of the prompt that the model read; 0 if its tokenizer is unknown."""
     timings: GenerationTimings
     """Duration of each part of the generation, in seconds."""
+    calls: DenoiserCalls
+    """Denoiser calls that were made, and those that were not."""
     ended_at: float
     """Time at the end of decoding, by ``time.perf_counter``. The device may still compute the
     pixels."""

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from PIL import Image
 
-from serve_app.protocol.events import GenerationTimings, Timeline
+from serve_app.protocol.events import DenoiserCalls, GenerationTimings, Timeline
 from serve_app.protocol.safety import SafetyVerdict
 
 ImageFormat = Literal["png", "jpeg", "webp"]
@@ -66,3 +66,4 @@ class EncodedImage:
     """Seconds since the submission when it left the replica."""
     safety: SafetyVerdict | None = None
     """Verdict of the safety checker; ``None`` if nothing looked at the image."""
+    calls: DenoiserCalls = field(default_factory=DenoiserCalls)

@@ -1,17 +1,18 @@
 """Parameters of a request, and the model's options."""
 
 import math
-import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import ImageOps
 from PIL.Image import Image
 
-from serve_app.config.models import LimitsConfig, Safety
+from serve_app.config.gateway import Safety
+from serve_app.config.models import Acceleration, LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
 from serve_app.protocol.noise_schedulers import check_noise_scheduler
+from serve_app.protocol.texts import check_texts
 
 MAX_SEED = 2**63 - 1
 
@@ -19,7 +20,6 @@ Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 Sharing = Literal["batched", "interleaved", "sequential"]
 """Requests share denoiser calls, take turns at them, or run one after another."""
-
 
 Priority = Literal["interactive", "batch"]
 """Priority of a request: "batch" is low-priority and runs when no interactive request can."""
@@ -50,10 +50,14 @@ class ModelInfo:
     """Width and height must be multiples of this number of pixels."""
     default_steps: int
     """Denoising steps of requests that set none."""
+    default_acceleration: Acceleration
+    """Acceleration of requests that set none."""
     takes_negative_prompt: bool
     """True if requests may have a negative prompt."""
     tasks: tuple[Task, ...]
     """Supported tasks."""
+    max_input_images: int
+    """Most input images of one request; 0 if the model edits none."""
     default_strengths: Mapping[Task, float]
     """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
@@ -73,7 +77,7 @@ class ModelInfo:
     sharing_psnr_db: float | None
     """Peak signal-to-noise ratio of the batched image that differs most; 200 for equal images."""
     sharing_note: str
-    """Reason why requests are not batched; empty if they are."""
+    """Reason why requests are not batched, or the limit to batches; empty without a limit."""
     limits: LimitsConfig
     """Limits of one request."""
     safety: Safety
@@ -84,12 +88,10 @@ class ModelInfo:
     @property
     def quality_steps(self) -> dict[str, int]:
         """Denoising steps of each ``quality`` of OpenAI's API."""
-        steps = self.default_steps
-        return {
-            "low": max(1, steps // 2),
-            "medium": steps,
-            "high": min(2 * steps, self.limits.max_steps),
-        }
+        steps, most = self.default_steps, self.limits.max_steps
+        factors = {"medium": 1, "high": 2, "xhigh": 3, "max": 4}
+        more = {name: min(factor * steps, most) for name, factor in factors.items()}
+        return {"low": max(1, steps // 2), **more}
 
 
 @dataclass(frozen=True)
@@ -115,9 +117,11 @@ class GenerationParams:
     """Weight of the prompt, from 0 to 100."""
     noise_scheduler: str | None = None
     """Noise scheduler, a name from ``ModelInfo.noise_schedulers``."""
+    acceleration: Acceleration | None = None
+    """Level at which some denoiser calls are extrapolated from earlier ones: ``"none"``,
+    ``"balanced"`` or ``"fast"``."""
     lora: AdapterSet = ()
     """LoRA adapters: pairs of a name from ``ModelInfo.loras`` and a scale from -10 to 10.
-
     Requests with the same adapters at the same scales share batches."""
     image: Image | None = None
     """Input image in sRGB, scaled and cropped to ``width`` x ``height``.
@@ -159,18 +163,7 @@ class GenerationParams:
             InvalidRequest: naming the field and what is allowed.
         """
         limits = model.limits
-        if not any(_is_visible(letter) for letter in self.prompt):
-            raise InvalidRequest("prompt must not be empty.", "prompt")
-        for name in ("prompt", "negative_prompt"):
-            text = getattr(self, name)
-            if text is not None and not _is_unicode(text):
-                raise InvalidRequest(f"{name} is not valid Unicode; send it in UTF-8.", name)
-            if text is not None and len(text) > limits.max_prompt_chars:
-                raise InvalidRequest(
-                    f"{name} has {len(text)} characters; at most {limits.max_prompt_chars} are "
-                    "allowed.",
-                    name,
-                )
+        check_texts(self.prompt, self.negative_prompt, limits.max_prompt_chars)
         if self.negative_prompt and not model.takes_negative_prompt:
             raise InvalidRequest(
                 f"{model.pipeline} does not support negative_prompt; leave it out.",
@@ -201,6 +194,13 @@ class GenerationParams:
             raise InvalidRequest(
                 f"guidance_scale must be from 0 to 100; it is {self.guidance_scale:g}.",
                 "guidance_scale",
+            )
+        acceleration = self.acceleration or model.default_acceleration
+        if acceleration not in get_args(Acceleration):
+            raise InvalidRequest(
+                f"acceleration must be one of {', '.join(get_args(Acceleration))}; it is "
+                f"{acceleration!r}.",
+                "acceleration",
             )
         if any(not 1 <= step <= steps for step in self.preview_steps):
             raise InvalidRequest(
@@ -248,6 +248,7 @@ class GenerationParams:
             width=width,
             height=height,
             num_inference_steps=steps,
+            acceleration=acceleration,
             lora=tuple(sorted(self.lora)),
             image=image,
             mask_image=mask_image,
@@ -382,17 +383,3 @@ def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image
         return fitted(image, mode, size)
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
         raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
-
-
-def _is_visible(letter: str) -> bool:
-    """Return whether a character is neither a space nor a control character."""
-    return unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp")
-
-
-def _is_unicode(text: str) -> bool:
-    """Return whether a text is Unicode. Half a surrogate pair is not, and breaks tokenizers."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -10,12 +10,13 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+from serve_app.engine.batching.padding import Prompts, bucket_length, join, join_masks
 
 TIMESTEP_NAMES = ("timestep", "timesteps")
 """Arguments whose scalar is expanded to one value per row, so that rows may differ in it."""
@@ -23,10 +24,6 @@ TIMESTEP_NAMES = ("timestep", "timesteps")
 
 class NotMergeable(Exception):
     """The call cannot be merged with any other call; it runs by itself."""
-
-
-class NotWritable(Exception):
-    """The axis has no form in JSON."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,10 @@ class Rows:
     """Length for one image in the learned call.
 
     Only ratios between arguments matter: without guidance every argument is half as long."""
+    prompt_dim: int | None = None
+    """Dimension that is as long as the prompt, of the tensor or of the list's items, if any.
+
+    Calls may differ in its length. Tensors are padded; the network joins items of a list itself."""
 
 
 @dataclass(frozen=True)
@@ -54,58 +55,20 @@ class PerRow:
 
 
 @dataclass(frozen=True)
+class Mask:
+    """``None`` as long as no prompt is padded; then a tensor that tells prompts from padding."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Branch:
     """A list, tuple or dict, item by item."""
 
     children: tuple[tuple[Hashable, "Axis"], ...]
 
 
-Axis = Rows | Shared | PerRow | Branch
-
-_KINDS: dict[str, type] = {
-    kind.__name__: kind
-    for kind in (Tensor, NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
-}
-"""Types of shared values that JSON may name. A fixed list: a file must never import code."""
-
-
-def to_json(axis: Axis) -> Any:
-    """Return ``axis`` as JSON. Raises `NotWritable`."""
-    match axis:
-        case Rows(per_image):
-            return {"rows": per_image}
-        case PerRow():
-            return {"per_row": True}
-        case Shared(kind):
-            if _KINDS.get(kind.__name__) is not kind:
-                raise NotWritable(f"an argument is a {kind.__module__}.{kind.__qualname__}")
-            return {"shared": kind.__name__}
-        case Branch(children):
-            if not all(type(key) in (str, int) for key, _ in children):
-                raise NotWritable("the keys of an argument are neither names nor numbers")
-            return {"branch": [[key, to_json(child)] for key, child in children]}
-
-
-def from_json(value: Any) -> Axis:
-    """Read the result of `to_json`.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: ``value`` is not such a result.
-    """
-    [(name, content)] = value.items()
-    match name:
-        case "rows":
-            if not (isinstance(content, int) and content > 0):
-                raise ValueError(f"{content!r} rows")
-            return Rows(content)
-        case "per_row":
-            return PerRow()
-        case "shared":
-            return Shared(_KINDS[content])
-        case "branch":
-            return Branch(tuple((key, from_json(child)) for key, child in content))
-        case _:
-            raise ValueError(f"{name!r} is no axis")
+Axis = Rows | Shared | PerRow | Mask | Branch
 
 
 def compare(name: Hashable, one: Any, two: Any) -> Axis:
@@ -140,7 +103,7 @@ def compare(name: Hashable, one: Any, two: Any) -> Axis:
         return Shared(type(one))
     else:
         raise NotMergeable(f"{name} is {one!r} for one image and {two!r} for two")
-    pairs = zip(_items(one), _items(two), strict=True)
+    pairs = zip(items(one), items(two), strict=True)
     return Branch(tuple((key, compare(key, a, b)) for (key, a), (_, b) in pairs))
 
 
@@ -151,7 +114,7 @@ def _equal(one: Any, two: Any) -> bool:
         return False
 
 
-def _items(value: Any) -> list[tuple[Hashable, Any]]:
+def items(value: Any) -> list[tuple[Hashable, Any]]:
     return list(value.items() if isinstance(value, dict) else enumerate(value))
 
 
@@ -181,12 +144,16 @@ def merge_key(axis: Axis, value: Any, lengths: list[Fraction], digests: Digests)
         NotMergeable: ``value`` does not have the structure of ``axis``.
     """
     match axis:
-        case Rows(per_image):
+        case Rows(per_image, prompt_dim):
             if isinstance(value, Tensor) and value.ndim:
                 lengths.append(Fraction(value.shape[0], per_image))
+                if prompt_dim is not None:
+                    return _prompt_key([value], prompt_dim, 1)
                 return (value.shape[1:], value.dtype, value.device)
             if isinstance(value, list | tuple):
                 lengths.append(Fraction(len(value), per_image))
+                if prompt_dim is not None:
+                    return _prompt_key(value, prompt_dim, 0)
                 distinct = dict.fromkeys(_item_key(item, digests) for item in value)
                 return (type(value), tuple(distinct))
             raise NotMergeable("an argument lost its batch axis")
@@ -194,6 +161,10 @@ def merge_key(axis: Axis, value: Any, lengths: list[Fraction], digests: Digests)
             if not isinstance(value, kind):
                 raise NotMergeable("an argument changed its type")
             return _shared_key(value, digests)
+        case Mask(dtype):
+            if value is not None and not (isinstance(value, Tensor) and value.dtype == dtype):
+                raise NotMergeable("a mask changed its type")
+            return None
         case PerRow():
             if isinstance(value, Tensor) and value.ndim:
                 raise NotMergeable("the timestep is no longer a scalar")
@@ -201,13 +172,28 @@ def merge_key(axis: Axis, value: Any, lengths: list[Fraction], digests: Digests)
         case Branch(children):
             if not isinstance(value, dict | list | tuple):
                 raise NotMergeable("an argument changed its structure")
-            items = _items(value)
-            if [key for key, _ in items] != [key for key, _ in children]:
+            pairs = items(value)
+            if [key for key, _ in pairs] != [key for key, _ in children]:
                 raise NotMergeable("an argument changed its structure")
             return tuple(
                 (key, merge_key(child, item, lengths, digests))
-                for (key, child), (_, item) in zip(children, items, strict=True)
+                for (key, child), (_, item) in zip(children, pairs, strict=True)
             )
+
+
+def _prompt_key(values: Sequence[Any], prompt_dim: int, first_dim: int) -> Hashable:
+    """Return the key of tensors that are as long as their prompts.
+
+    It holds the bucket of the longest one, and the other dimensions from ``first_dim`` on.
+    """
+    if not (values and all(isinstance(one, Tensor) and one.ndim > prompt_dim for one in values)):
+        raise NotMergeable("an argument changed its structure")
+    bucket = bucket_length(max(one.shape[prompt_dim] for one in values))
+    distinct = dict.fromkeys(
+        (one.shape[first_dim:prompt_dim], one.shape[prompt_dim + 1 :], one.dtype, one.device)
+        for one in values
+    )
+    return (bucket, tuple(distinct))
 
 
 def _shared_key(value: Any, digests: Digests) -> Hashable:
@@ -229,8 +215,7 @@ def _item_key(value: Any, digests: Digests) -> Hashable:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.dtype, value.device)
     if isinstance(value, dict | list | tuple):
-        items = tuple((key, _item_key(item, digests)) for key, item in _items(value))
-        return (type(value), items)
+        return (type(value), tuple((key, _item_key(item, digests)) for key, item in items(value)))
     return _shared_key(value, digests)
 
 
@@ -239,7 +224,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
-        for _, item in _items(value):
+        for _, item in items(value):
             yield from tensors(item)
 
 
@@ -248,37 +233,47 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict | list | tuple):
-        return _rebuild(value, [map_tensors(change, item) for _, item in _items(value)])
+        return rebuild(value, [map_tensors(change, item) for _, item in items(value)])
     return value
 
 
-def first_batched(axis: Axis, value: Any) -> Tensor | None:
-    """Return the first tensor in ``value`` that carries the batch: usually the latents."""
+def batched(axis: Axis, value: Any) -> Iterator[tuple[Rows, Tensor]]:
+    """Yield the tensors in ``value`` that carry the batch, with their axes: first the latents."""
     match axis:
         case Rows():
-            return value if isinstance(value, Tensor) else None
+            if isinstance(value, Tensor):
+                yield axis, value
         case Branch(children):
-            for (_, child), (_, item) in zip(children, _items(value), strict=True):
-                if (found := first_batched(child, item)) is not None:
-                    return found
-    return None
+            for (_, child), (_, item) in zip(children, items(value), strict=True):
+                yield from batched(child, item)
 
 
-def merge(axis: Axis, values: Sequence[Any], inputs: Sequence[Tensor]) -> Any:
-    """Join ``values`` along ``axis``; ``inputs`` holds the first batched tensor of each call."""
+def merge(
+    axis: Axis, values: Sequence[Any], inputs: Sequence[Tensor], prompts: Prompts | None = None
+) -> Any:
+    """Join ``values`` along ``axis``.
+
+    Args:
+        inputs: First batched tensor of each call.
+        prompts: Prompts of the calls, if these may differ in length.
+    """
     match axis:
-        case Rows():
+        case Rows(_, prompt_dim):
             if isinstance(values[0], Tensor):
-                return torch.cat(list(values))
+                if prompt_dim is None or prompts is None:
+                    return torch.cat(list(values))
+                return join(values, prompt_dim, prompts.length)
             return type(values[0])(item for value in values for item in value)
         case PerRow():
             return _per_row(values, inputs)
+        case Mask(dtype):
+            return None if prompts is None else join_masks(values, prompts, dtype)
         case Branch(children):
             merged = [
-                merge(child, [_items(value)[index][1] for value in values], inputs)
+                merge(child, [items(value)[index][1] for value in values], inputs, prompts)
                 for index, (_, child) in enumerate(children)
             ]
-            return _rebuild(values[0], merged)
+            return rebuild(values[0], merged)
         case _:
             return values[0]
 
@@ -292,15 +287,17 @@ def _per_row(values: Sequence[Any], inputs: Sequence[Tensor]) -> Tensor:
         for value in values
     ]
     dtype = functools.reduce(torch.promote_types, (timestep.dtype for timestep in timesteps))
+    # Those of the CPU stay there, so that all of them are copied to the device at once.
+    on_cpu = all(timestep.is_cpu for timestep in timesteps)
     return torch.cat(
         [
-            timestep.to(rows.device, dtype).expand(rows.shape[0])
+            timestep.to("cpu" if on_cpu else rows.device, dtype).expand(rows.shape[0])
             for timestep, rows in zip(timesteps, inputs, strict=True)
         ]
     )
 
 
-def _rebuild(template: Any, values: list[Any]) -> Any:
+def rebuild(template: Any, values: list[Any]) -> Any:
     """Return a container like ``template`` with other items.
 
     diffusers' outputs are dataclasses that are dicts.
@@ -331,8 +328,8 @@ def split(axis: Axis, output: Any, lengths: Sequence[Fraction]) -> list[Any]:
         case Branch(children):
             parts = [
                 split(child, item, lengths)
-                for (_, child), (_, item) in zip(children, _items(output), strict=True)
+                for (_, child), (_, item) in zip(children, items(output), strict=True)
             ]
-            return [_rebuild(output, [part[i] for part in parts]) for i in range(len(lengths))]
+            return [rebuild(output, [part[i] for part in parts]) for i in range(len(lengths))]
         case _:
             return [output] * len(lengths)

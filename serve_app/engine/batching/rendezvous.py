@@ -14,31 +14,12 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
-import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
+from serve_app.engine.batching.transfers import on_one_device
+
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Site:
-    """A module at whose ``forward`` jobs park."""
-
-    module: nn.Module
-    network: nn.Module
-    """Network that contains the module, or the module itself."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Dtype of the network's weights; ``None`` without weights."""
-        weights = next(self.network.parameters(), None)
-        return None if weights is None else weights.dtype
-
-    def cast(self, dtype: torch.dtype | None) -> None:
-        """Convert the network's weights to ``dtype``, unless they have it."""
-        if dtype is not None and self.dtype != dtype:
-            nn.Module.to(self.network, dtype)  # diffusers' own method warns each time
 
 
 @dataclass(frozen=True)
@@ -49,10 +30,12 @@ class Call:
     """Name of the module in the pipeline, such as ``unet``."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    dtype: torch.dtype | None = None
-    """Dtype of the network's weights at the time of the call."""
     forward: Callable[..., Any] | None = None
     """Real ``forward`` of the copy that was called; ``None`` for the module of the site itself."""
+
+
+Answer = Callable[[Call, Callable[[Call], Any]], Any]
+"""Returns the output of a call. Its second argument parks the job until the engine has made it."""
 
 
 class Job(Generic[T]):
@@ -68,10 +51,12 @@ class Job(Generic[T]):
     result: T
     error: BaseException | None
 
-    def __init__(self, run: Callable[[], T]) -> None:
+    def __init__(self, run: Callable[[], T], answer: Answer | None = None) -> None:
+        """``answer`` gets each call in place of the engine, and may pass it on."""
         self.call = None
         self.error = None
         self._greenlet = _JobGreenlet(run)
+        self._greenlet.answer = answer
 
     @property
     def finished(self) -> bool:
@@ -113,6 +98,8 @@ class Job(Generic[T]):
 class _JobGreenlet(greenlet):
     """Type of the greenlets that may park."""
 
+    answer: Answer | None
+
 
 class Parking:
     """Replacement of one module's ``forward``: parks the job that calls it."""
@@ -120,16 +107,16 @@ class Parking:
     def __init__(
         self,
         name: str,
-        site: Site,
+        module: nn.Module,
         forward: Callable[..., Any],
-        dtype: torch.dtype | None,
+        begins: Callable[[str], None],
         copied: bool = False,
     ) -> None:
         functools.update_wrapper(self, forward)  # pipelines inspect the signature
         self._name = name
-        self._site = site
+        self._module = module
         self._forward = forward
-        self._dtype = dtype
+        self._begins = begins
         self._copied = copied
 
     def of_copy(self, module: nn.Module) -> "Parking":
@@ -137,45 +124,53 @@ class Parking:
 
         Returns this one if ``forward`` was replaced before, because nobody knows how to copy that.
         """
-        if getattr(self._forward, "__self__", None) is not self._site.module:
+        if getattr(self._forward, "__self__", None) is not self._module:
             return self
         forward = MethodType(type(module).forward, module)
-        return Parking(self._name, self._site, forward, self._dtype, copied=True)
+        return Parking(self._name, self._module, forward, self._begins, copied=True)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         current = getcurrent()
         if not isinstance(current, _JobGreenlet):
+            args, kwargs = on_one_device((args, kwargs))
+            self._begins(self._name)
             return self._forward(*args, **kwargs)
         assert current.parent is not None
         own = self._forward if self._copied else None
-        call = Call(self._name, args, kwargs, self._site.dtype, own)
-        self._site.cast(self._dtype)
+        call = Call(self._name, args, kwargs, own)
+        if current.answer is not None:
+            return current.answer(call, current.parent.switch)
         return current.parent.switch(call)
 
 
 class Rendezvous:
     """Replacement of ``forward`` at the given sites, until `close` restores it.
 
-    A call from outside a job runs at once, so the modules stay usable.
+    A site is a module at whose ``forward`` jobs park. A call from outside a job runs at once, so
+    the modules stay usable.
     """
 
-    def __init__(self, sites: Mapping[str, Site]) -> None:
+    on_call: Callable[[str], None] | None = None
+    """Receives the site of each call before it runs."""
+
+    def __init__(self, sites: Mapping[str, nn.Module]) -> None:
         self._sites = sites
         # A forward that was replaced before, for example by offloading.
-        self._own = {name: vars(site.module).get("forward") for name, site in sites.items()}
-        self._forwards = {name: site.module.forward for name, site in sites.items()}
-        for name, site in sites.items():
-            site.module.forward = Parking(name, site, self._forwards[name], site.dtype)
+        self._own = {name: vars(module).get("forward") for name, module in sites.items()}
+        self._forwards = {name: module.forward for name, module in sites.items()}
+        for name, module in sites.items():
+            module.forward = Parking(name, module, self._forwards[name], self._begins)
+
+    def _begins(self, site: str) -> None:
+        if self.on_call is not None:
+            self.on_call(site)
 
     def forward(self, call: Call) -> Any:
-        """Run the real module, with its network in the dtype of the time of the call.
-
-        Some pipelines convert the VAE to float32 before they decode, and back at their end. While
-        such a job is parked, other jobs see the VAE as it was loaded.
-        """
-        self._sites[call.site].cast(call.dtype)
+        """Run the real module."""
+        self._begins(call.site)
         forward = call.forward or self._forwards[call.site]
-        return forward(*call.args, **call.kwargs)
+        args, kwargs = on_one_device((call.args, call.kwargs))
+        return forward(*args, **kwargs)
 
     def signature_of(self, site: str) -> Callable[..., Any]:
         """Return the real ``forward`` of the module, for inspection only."""
@@ -183,7 +178,7 @@ class Rendezvous:
 
     def close(self) -> None:
         """Restore the ``forward`` of every module."""
-        for name, site in self._sites.items():
-            vars(site.module).pop("forward", None)
+        for name, module in self._sites.items():
+            vars(module).pop("forward", None)
             if (own := self._own[name]) is not None:
-                site.module.forward = own
+                module.forward = own

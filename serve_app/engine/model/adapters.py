@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from serve_app.config.models import is_path
+from serve_app.config.source import is_path
 from serve_app.engine.model.weights import name_keys
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import AdapterSet
@@ -97,15 +97,22 @@ class Adapters:
             for layer in network.modules():
                 if isinstance(layer, BaseTunerLayer):
                     self._layers.append(layer)
+                    # The file may have another dtype than the model. Packed weights have bytes.
+                    dtype = layer.weight.dtype
+                    dtype = dtype if dtype.is_floating_point else pipeline.dtype
                     for part in layer.adapter_layer_names:
-                        # The file may have another dtype than the model.
-                        getattr(layer, part).to(layer.weight.dtype).requires_grad_(False)
+                        getattr(layer, part).to(dtype).requires_grad_(False)
         self._set(())
 
     @property
     def layer_count(self) -> int:
         """Number of layers that have adapters."""
         return len(self._layers)
+
+    @property
+    def active(self) -> AdapterSet:
+        """Adapters that the next call uses, with their scales."""
+        return self._active
 
     def switch(self, wanted: AdapterSet) -> bool:
         """Activate exactly these adapters; return True if others were active.

@@ -1,12 +1,15 @@
 """Hooks into one call of a stock pipeline: its progress, its latents and its text encoding.
 
-Every hook replaces an attribute of one request's copy of the pipeline, and nothing that is shared.
+Every hook replaces an attribute or the class of one request's copy of the pipeline, and nothing
+that is shared.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -20,6 +23,9 @@ LatentsCallback = Callable[[Tensor], None]
 """Callback with the latents of each denoising step, before the step counts as done.
 
 The latents are clean as the noise scheduler predicts them, or noisy if it predicts none."""
+
+TimestepCallback = Callable[[float, Sequence[float]], None]
+"""Callback with the timestep of each step of a noise scheduler, and all of its timesteps."""
 
 SchedulerCallback = Callable[[Any], None]
 """Callback with the noise scheduler of a request, before the call. It may replace its methods."""
@@ -50,6 +56,17 @@ class _StepBar:
         self._on_step(self._done, self._total)
 
 
+def known_device(kind: type[DiffusionPipeline], device: torch.device) -> type[DiffusionPipeline]:
+    """Return a subclass for the copies of a pipeline whose networks stay on ``device``.
+
+    diffusers looks for the device anew in each call, at every module of every network: a
+    millisecond for a small model, and eight for one with thousands of modules.
+    """
+    # A property cannot be replaced in the copy itself.
+    body = {"_execution_device": device, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body)
+
+
 def report_steps(pipeline: DiffusionPipeline, on_step: StepCallback | None) -> None:
     """Report each step to ``on_step`` instead of a progress bar."""
 
@@ -72,6 +89,55 @@ def report_latents(noise_scheduler: Any, on_latents: LatentsCallback) -> None:
         return output if return_dict else output.to_tuple()
 
     vars(noise_scheduler)["step"] = reported
+
+
+def report_timesteps(noise_scheduler: Any, on_timestep: TimestepCallback) -> None:
+    """Report each step of this noise scheduler, and of its copies, once it is made."""
+    # Not a method: a copy of the noise scheduler would copy what the method belongs to.
+    vars(noise_scheduler)["_on_timestep"] = lambda *step: on_timestep(*step)
+    noise_scheduler.__class__ = _with_reports(cast(Any, type(noise_scheduler)))
+
+
+@functools.cache
+def _with_reports(kind: Any) -> Any:
+    # A class, because a method of one noise scheduler would step it for its copies.
+    step = kind.step
+
+    @functools.wraps(step)  # pipelines inspect the signature
+    def reported(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = step(self, *args, **kwargs)
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        vars(self)["_on_timestep"](float(timestep), self.timesteps.tolist())
+        return output
+
+    body = {"step": reported, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body)
+
+
+def keep_timesteps_on_cpu(noise_scheduler: Any) -> None:
+    """Let this noise scheduler keep its timesteps on the CPU, whatever device a pipeline names.
+
+    Most noise schedulers look up what belongs to a timestep in tables on the CPU, and pipelines
+    compare it with numbers: on a device, each of these waits for everything before it.
+    """
+    noise_scheduler.__class__ = _with_timesteps_on_cpu(cast(Any, type(noise_scheduler)))
+
+
+@functools.cache
+def _with_timesteps_on_cpu(kind: Any) -> Any:
+    # A class, because some pipelines copy their noise scheduler.
+    set_timesteps = kind.set_timesteps
+    signature = inspect.signature(set_timesteps)
+
+    @functools.wraps(set_timesteps)  # pipelines inspect the signature
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        if "device" in signature.parameters:
+            given.arguments["device"] = torch.device("cpu")
+        return set_timesteps(*given.args, **given.kwargs)
+
+    body = {"set_timesteps": on_cpu, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    return type(kind.__name__, (kind,), body)
 
 
 def cache_prompts(pipeline: DiffusionPipeline, cache: PromptCache, adapters: AdapterSet) -> None:

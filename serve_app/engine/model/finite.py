@@ -6,6 +6,7 @@ sum over them finds it, and the engine does not wait for its value.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from serve_app.engine.batching.axis import map_tensors
+from serve_app.engine.batching.transfers import Reading
 from serve_app.errors import NotFinite
 from serve_app.protocol.params import GenerationParams
 
@@ -56,17 +58,11 @@ class FiniteCheck:
         """Launch the check; ``dtype`` is the pipeline's, for the message."""
         self._params = params
         self._dtype = dtype
-        # A copy from a GPU that waited here would wait for all calls before it.
-        self._sum = pixels.sum(dtype=torch.float32).to("cpu", non_blocking=pixels.is_cuda)
-        self._copied = torch.cuda.Event() if pixels.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        self._sum = Reading(pixels.sum(dtype=torch.float32))
 
     def error(self) -> NotFinite | None:
         """Wait for the device; return the error if a pixel is NaN."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        if self._sum.isfinite():
+        if math.isfinite(self._sum.value()):
             return None
         advice = []
         if self._dtype == torch.float16:

@@ -10,6 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import ModelConfig
+from serve_app.config.needed_packages import check_model_packages
+from serve_app.engine.model.checkpoints import read_parts, read_single_file
 from serve_app.engine.model.networks import denoisers_of, networks_of
 from serve_app.engine.model.speed import speed_up
 from serve_app.engine.model.weights import check_weights, record_weights
@@ -24,6 +26,7 @@ def load_stock(config: ModelConfig) -> DiffusionPipeline:
         ConfigError: the device or a speed option cannot be used.
     """
     check_model_folder(config)
+    check_model_packages(config)
     device = resolve_device(config.device)
     _quiet_libraries()
     try:
@@ -96,17 +99,22 @@ def read_pipeline(config: ModelConfig, device: torch.device) -> DiffusionPipelin
         ModelLoadError: weights are missing in the files, or have the wrong shape.
     """
 
+    dtype = _resolve_dtype(config.dtype, device)
+
     def read(**placement: str) -> DiffusionPipeline:
         with record_weights() as reports:
             try:
+                if config.is_single_file:
+                    return read_single_file(config, dtype)
                 return DiffusionPipeline.from_pretrained(
                     config.source,
                     revision=config.revision,
                     variant=config.variant,
-                    dtype=_resolve_dtype(config.dtype, device),
+                    dtype=dtype,
                     use_safetensors=True,
                     trust_remote_code=False,
                     local_files_only=Path(config.source).is_dir(),
+                    **read_parts(config, dtype),
                     **placement,
                 )
             finally:
@@ -115,7 +123,13 @@ def read_pipeline(config: ModelConfig, device: torch.device) -> DiffusionPipelin
     # Some options must not put all weights on the GPU. Offloading keeps most networks on the CPU,
     # and 8-bit weights are made layer by layer so that the originals never fill the GPU.
     speed = config.speed
-    if device.type == "cpu" or speed.offload != "none" or speed.quantize != "none":
+    # diffusers reads single files to the CPU, from which `speed_up` moves them.
+    if (
+        config.is_single_file
+        or device.type == "cpu"
+        or speed.offload != "none"
+        or speed.quantize != "none"
+    ):
         return read()
     try:
         pipeline = read(device_map=device.type)

@@ -1,6 +1,5 @@
 """The networks of a stock pipeline: its denoisers, its parking sites and its shared state."""
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +8,6 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from serve_app.config.model_index import DENOISERS
-from serve_app.engine.batching.rendezvous import Parking, Site
 
 
 def networks_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -27,22 +25,22 @@ def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: networks[name] for name in DENOISERS if name in networks}
 
 
-def find_sites(pipeline: DiffusionPipeline) -> dict[str, Site]:
+def find_sites(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """Return the sites where requests yield: every network, and every block inside the VAE.
 
     Decoding a large image takes longer than a step; one of its blocks usually does not.
     """
-    sites: dict[str, Site] = {}
+    sites: dict[str, nn.Module] = {}
     for name, network in networks_of(pipeline).items():
         halves = ("encoder", "decoder") if hasattr(network, "decode") else ()
         parts = {half: getattr(network, half, None) for half in halves}
         if not any(isinstance(part, nn.Module) for part in parts.values()):
-            sites[name] = Site(network, network)
+            sites[name] = network
             continue
         for half, part in parts.items():
             if isinstance(part, nn.Module):
                 for path, block in _blocks(part):
-                    sites[f"{name}.{half}.{path}"] = Site(block, network)
+                    sites[f"{name}.{half}.{path}"] = block
     return sites
 
 
@@ -56,34 +54,11 @@ def _blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, child
 
 
-def copy_modules(network: nn.Module) -> nn.Module:
-    """Return a copy of a network with modules of its own, and with the same weights.
-
-    Some decoders keep frames in their layers from one call to the next. In a copy they keep those
-    of one request only. Watched modules of the copy park at the sites of the original.
-    """
-    copies: dict[nn.Module, nn.Module] = {}  # a module may be at two places
-
-    def of(module: nn.Module) -> nn.Module:
-        if module not in copies:
-            copied = copies[module] = copy.copy(module)
-            attributes = vars(copied)
-            attributes["_modules"] = {
-                name: None if child is None else of(child)
-                for name, child in module._modules.items()
-            }
-            if isinstance(forward := attributes.get("forward"), Parking):
-                attributes["forward"] = forward.of_copy(copied)
-        return copies[module]
-
-    return of(network)
-
-
 class NetworkState:
     """Dtypes and attention processors of the networks, as they were loaded.
 
-    Some families change the shared networks during a call and restore them at its end. They convert
-    the VAE to float32 while it decodes, or replace the attention while PAG denoises.
+    Some families change the shared networks during a call and restore them at its end. PAG replaces
+    the attention while it denoises. Conversions of a VAE concern only the copy of their request.
     """
 
     def __init__(self, pipeline: DiffusionPipeline) -> None:

@@ -16,8 +16,19 @@ NOISE_SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "heun": diffusers.HeunDiscreteScheduler,
     "dpm++": diffusers.DPMSolverMultistepScheduler,
     "unipc": diffusers.UniPCMultistepScheduler,
+    "euler_karras": diffusers.EulerDiscreteScheduler,
+    "dpm++_karras": diffusers.DPMSolverMultistepScheduler,
 }
 """Classes by the names in the API. A model offers those that its own scheduler may become."""
+
+SPACINGS: dict[str, dict[str, bool]] = {
+    "karras": {
+        "use_karras_sigmas": True,
+        "use_exponential_sigmas": False,
+        "use_beta_sigmas": False,
+    },
+}
+"""Changes of the config by the ending of a name. diffusers accepts one spacing at a time."""
 
 
 def compatible_noise_schedulers(pipeline: DiffusionPipeline) -> tuple[str, ...]:
@@ -27,8 +38,13 @@ def compatible_noise_schedulers(pipeline: DiffusionPipeline) -> tuple[str, ...]:
 
 
 def new_noise_scheduler(name: str, pipeline: DiffusionPipeline) -> Any:
-    """Return a noise scheduler of this name with the config of the pipeline's own."""
-    return NOISE_SCHEDULERS[name].from_config(pipeline.scheduler.config)
+    """Return a noise scheduler of this name with the config of the pipeline's own.
+
+    A name may end in a spacing of the noise levels, which replaces that of the config.
+    """
+    _, _, ending = name.partition("_")
+    changes = SPACINGS.get(ending, {})
+    return NOISE_SCHEDULERS[name].from_config(pipeline.scheduler.config, **changes)
 
 
 def fewest_steps(name: str, pipeline: DiffusionPipeline) -> int:

@@ -5,15 +5,17 @@ weights and has its own noise scheduler, guiders, call state and modules of the 
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from serve_app.config.gateway import Safety
 from serve_app.config.model_files import find_loras
 from serve_app.config.model_index import DENOISERS
-from serve_app.config.models import ModelConfig, Safety
+from serve_app.config.models import ModelConfig
 from serve_app.engine.model import inspection
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.call_hooks import (
@@ -21,15 +23,19 @@ from serve_app.engine.model.call_hooks import (
     SchedulerCallback,
     StepCallback,
     cache_prompts,
+    keep_timesteps_on_cpu,
+    known_device,
     report_latents,
     report_steps,
 )
 from serve_app.engine.model.fingerprint import Fingerprint, of_component
 from serve_app.engine.model.finite import mark_infinity
+from serve_app.engine.model.graphs import CudaCapture, Graphs
+from serve_app.engine.model.linear_unipc import use_linear_unipc
 from serve_app.engine.model.loader import load_stock
+from serve_app.engine.model.module_copies import ModuleCopies
 from serve_app.engine.model.networks import (
     NetworkState,
-    copy_modules,
     denoisers_of,
     find_sites,
     networks_of,
@@ -54,7 +60,14 @@ class LoadedPipeline:
         stock: the diffusers pipeline for text-to-image.
         pipelines: the diffusers pipeline of each task, all on the same networks.
         safety: the safety checker, which is no longer part of these pipelines.
+        graphs: CUDA graphs of the denoisers; ``None`` without the option.
+        acceleration: thresholds of extrapolated calls, read when a request starts.
+        timesteps_on_cpu: True if noise schedulers keep their timesteps on the CPU, where looking
+            at them does not wait for the device. Only for calls through a `Rendezvous`, which
+            copies them to the device.
     """
+
+    graphs: Graphs | None = None
 
     def __init__(
         self, pipeline: DiffusionPipeline, config: ModelConfig, safety: Safety = "flag"
@@ -69,6 +82,7 @@ class LoadedPipeline:
         self.safety = SafetyCheck.take_from(pipeline, config, safety)
         self.stock = pipeline
         self._config = config
+        self.acceleration = config.acceleration
         self.class_name = type(pipeline).__name__
         networks = networks_of(pipeline)
         self.adapters = Adapters(
@@ -76,16 +90,29 @@ class LoadedPipeline:
         )
         self.pipelines = inspection.pipelines_by_task(pipeline)
         self.tasks = tuple(self.pipelines)
+        self._classes = {
+            task: known_device(type(one), one._execution_device)
+            for task, one in self.pipelines.items()
+        }
         self.default_strengths = inspection.default_strengths(self.pipelines)
         self.device = torch.device(pipeline.device)
         self.dtype: torch.dtype = pipeline.dtype
+        self.timesteps_on_cpu = False
         for network in networks.values():
             network.eval()  # loading does this; a pipeline built in memory may still drop out
         self._state = NetworkState(pipeline)
         self.denoisers = denoisers_of(pipeline)
         self._check_call()
-        self.sites = find_sites(pipeline) | self.safety.sites
-        self._vaes = tuple(name for name in networks if name not in self.sites)
+        if config.speed.cuda_graphs:
+            self.graphs = Graphs(
+                self.denoisers, self.device, lambda: self.adapters.active, CudaCapture()
+            )
+        self.sites = {**find_sites(pipeline), **self.safety.sites}
+        self._vaes = {
+            name: ModuleCopies(network)
+            for name, network in networks.items()
+            if name not in self.sites
+        }
         self._stateful = inspection.stateful_components(pipeline)
         self.size_multiple = inspection.size_multiple(pipeline)
         self.longest_side_px = inspection.longest_side(pipeline)
@@ -129,7 +156,8 @@ class LoadedPipeline:
         covers the pipeline's class and config, each component as it is in memory with its
         adapters, and the model's config. Takes as long as reading the weights from memory once.
         """
-        model = self._config.model_dump(mode="json", exclude={"id", "device"})
+        others = {"id", "device", "acceleration"}
+        model = self._config.model_dump(mode="json", exclude=others)
         module = type(self.stock).__module__
         return {
             "pipeline": f"{module}.{self.class_name} {dict(self.stock.config)!r}",
@@ -174,16 +202,17 @@ class LoadedPipeline:
         on_latents: LatentsCallback | None = None,
         prompt_cache: PromptCache | None = None,
         on_noise_scheduler: SchedulerCallback | None = None,
+        prompts: Sequence[str] = (),
     ) -> Tensor:
         """Run the stock pipeline from beginning to end: ``[images, 3, height, width]`` in [0, 1].
 
         The images are not checked: see `generate_checked`. ``params`` must be resolved. The first
         latents are drawn on the CPU, so that a seed gives the same image on every device. Changes
         nothing that another request can see. The image has pixels of NaN if the model failed;
-        `FiniteCheck` finds them.
+        `FiniteCheck` finds them. ``prompts`` makes one image for each of them instead.
         """
         hooks = on_latents, prompt_cache, on_noise_scheduler
-        return self._run(params, on_step, images, *hooks)[0]
+        return self._run(params, on_step, images, *hooks, prompts)[0]
 
     def generate_checked(
         self,
@@ -191,13 +220,15 @@ class LoadedPipeline:
         on_step: StepCallback | None = None,
         on_latents: LatentsCallback | None = None,
         prompt_cache: PromptCache | None = None,
+        on_noise_scheduler: SchedulerCallback | None = None,
     ) -> tuple[Tensor, SafetyVerdict | None]:
         """Generate one image ``[3, height, width]`` as `generate` does, and have it checked.
 
         Raises:
             ModelLoadError: the pipeline has a safety checker of its own that did not report.
         """
-        images, reported = self._run(params, on_step, 1, on_latents, prompt_cache)
+        hooks = on_latents, prompt_cache, on_noise_scheduler
+        images, reported = self._run(params, on_step, 1, *hooks)
         return images[0], self.safety.judge(images[0], reported)
 
     def _run(
@@ -208,6 +239,7 @@ class LoadedPipeline:
         on_latents: LatentsCallback | None,
         prompt_cache: PromptCache | None,
         on_noise_scheduler: SchedulerCallback | None = None,
+        prompts: Sequence[str] = (),
     ) -> tuple[Tensor, bool | None]:
         """Return the images, and whether the pipeline itself flagged one.
 
@@ -216,10 +248,10 @@ class LoadedPipeline:
         """
         pipeline = self._copy_for_call(params)
         report_steps(pipeline, on_step)
-        if on_latents is not None:
-            report_latents(pipeline.scheduler, on_latents)
         if on_noise_scheduler is not None:
             on_noise_scheduler(pipeline.scheduler)
+        if on_latents is not None:
+            report_latents(pipeline.scheduler, on_latents)
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
             cache_prompts(pipeline, prompt_cache, params.lora)
         self.adapters.switch(params.lora)
@@ -227,11 +259,16 @@ class LoadedPipeline:
         # in any order, so the certification has them run one after another.
         torch.manual_seed(params.seed)
         arguments = self._arguments(pipeline, params, images)
+        if prompts:
+            arguments |= _batch_of(prompts, arguments)
         try:
             output = pipeline(**arguments)
         except BaseException:
             self.restore_networks()
             raise
+        finally:
+            for name, copies in self._vaes.items():
+                copies.release(getattr(pipeline, name))
         # The image of a video is its first frame.
         pixels: Tensor = output.frames[:, 0] if hasattr(output, "frames") else output.images
         reported = self.safety.read_report(output)
@@ -244,16 +281,20 @@ class LoadedPipeline:
     def _copy_for_call(self, params: GenerationParams) -> DiffusionPipeline:
         """Return a copy that shares the networks and has its own stateful components."""
         pipeline = copy.copy(self.pipelines[params.task])
+        pipeline.__class__ = self._classes[params.task]
         for name in self._stateful:
             # Not by setattr, which writes to the config that all copies share. Not by from_config
             # either: pipelines correct old configs when they are built.
             vars(pipeline)[name] = copy.deepcopy(getattr(pipeline, name))
-        for name in self._vaes:
-            vae = copy_modules(getattr(pipeline, name))
+        for name, copies in self._vaes.items():
+            vae = copies.new()
             mark_infinity(vae)  # in the copy: in the original it would hide what the copy keeps
             vars(pipeline)[name] = vae
         if params.noise_scheduler is not None:
             vars(pipeline)["scheduler"] = new_noise_scheduler(params.noise_scheduler, pipeline)
+        use_linear_unipc(pipeline.scheduler)
+        if self.timesteps_on_cpu:
+            keep_timesteps_on_cpu(pipeline.scheduler)
         return pipeline
 
     def _arguments(
@@ -301,3 +342,11 @@ class LoadedPipeline:
     def restore_networks(self) -> None:
         """Undo the changes to shared networks by a call that ended early or overlapped another."""
         self._state.restore()
+
+
+def _batch_of(prompts: Sequence[str], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments that change for a batch of several prompts."""
+    changed: dict[str, Any] = {"prompt": list(prompts)}
+    if isinstance(negative_prompt := arguments.get("negative_prompt"), str):
+        changed["negative_prompt"] = [negative_prompt] * len(prompts)
+    return changed

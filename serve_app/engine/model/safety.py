@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from torch import Tensor, nn
 
-from serve_app.config.models import ModelConfig, Safety
+from serve_app.config.gateway import Safety
+from serve_app.config.models import ModelConfig
 from serve_app.config.safety import SAFETY_CHECKER, no_safety_checker
-from serve_app.engine.batching.rendezvous import Site
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.events import to_host
 from serve_app.protocol.safety import SafetyVerdict
@@ -111,10 +111,9 @@ class SafetyCheck:
         return self.mode == "block"
 
     @property
-    def sites(self) -> dict[str, Site]:
+    def sites(self) -> Mapping[str, nn.Module]:
         """Sites where requests yield while their image is checked."""
-        networks = {} if self._checker is None else self._checker.networks
-        return {name: Site(network, network) for name, network in networks.items()}
+        return {} if self._checker is None else self._checker.networks
 
     def read_report(self, output: Any) -> bool | None:
         """Return whether the pipeline itself flagged an image; ``None`` if it says nothing.

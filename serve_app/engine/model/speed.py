@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 from serve_app.config.models import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
+from serve_app.engine.device import is_out_of_memory
 from serve_app.engine.scheduling.cost import Size
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import GenerationParams, probe
@@ -35,6 +37,11 @@ def speed_up(
     Raises:
         ConfigError: the model or the machine does not support an option.
     """
+    if speed.cuda_graphs and device.type == "cpu":
+        raise ConfigError(
+            "model.speed.cuda_graphs needs a GPU, but this model is on the CPU. Leave the option "
+            "out, or set model.device to 'cuda'."
+        )
     for denoiser in denoisers.values():
         if speed.quantize != "none":
             _quantize(denoiser, speed.quantize, device)
@@ -45,18 +52,23 @@ def speed_up(
         for network in (*denoisers.values(), getattr(pipeline, "vae", None)):
             if network is not None:
                 _order_channels_last(network)
+    if speed.compile:  # before offloading, which runs code around a network
+        check_compiler(device)
+        for denoiser in denoisers.values():
+            _compile(denoiser)
     if speed.offload == "model":
         _offload(pipeline, denoisers, device)
     else:
         pipeline.to(device)
-    if speed.compile:
-        check_compiler()
-        for denoiser in denoisers.values():
-            _compile(denoiser)
 
 
 def _quantize(denoiser: nn.Module, kind: str, device: torch.device) -> None:
     """Quantize layer by layer, so that the device never holds all original weights."""
+    if (method := getattr(denoiser, "quantization_method", None)) is not None:
+        raise ConfigError(
+            f"model.speed.quantize is {kind!r}, and the weights of {type(denoiser).__name__} are "
+            f"already quantized ({getattr(method, 'value', method)}). Leave the option out."
+        )
     try:
         from torchao import quantization
     except ImportError as error:
@@ -158,10 +170,11 @@ def take_turns(networks: Sequence[nn.Module], device: torch.device) -> None:
         network.forward = wrapped(network)
 
 
-def check_compiler() -> None:
-    """Raise `ConfigError` without a C++ compiler.
+def check_compiler(device: torch.device) -> None:
+    """Raise `ConfigError` unless torch finds what it needs to compile for ``device``.
 
-    torch needs one to compile for the CPU, and to launch the kernels of a GPU.
+    Kernels for a CPU are C++, and so are those for parts of a GPU's network that run on the CPU.
+    Triton compiles the kernels of a GPU by itself, but loads them with a module in C.
     """
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -171,10 +184,27 @@ def check_compiler() -> None:
         raise ConfigError(
             f"model.speed.compile needs a C++ compiler such as g++, but none was found: {error}"
         ) from None
+    if device.type == "cpu":
+        return
+    try:
+        # Builds the module, or finds it in triton's cache, as the first call would.
+        _ = import_module("triton.runtime").driver.active.utils
+    except Exception as error:
+        raise ConfigError(
+            "model.speed.compile needs triton, a C compiler such as gcc, and Python's header files "
+            f"(on Debian: python3-dev) on a GPU: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _compile(denoiser: Any) -> None:
-    """Compile the repeated blocks in place: quick to compile, and most of a transformer."""
+    """Compile a UNet as a whole, and the repeated blocks of any other network.
+
+    The blocks are most of a transformer, and quick to compile. A UNet also has convolutions: with
+    only its blocks compiled it is no faster, and with each of its parts compiled it is slower.
+    """
+    if hasattr(denoiser, "up_blocks"):
+        denoiser.forward = torch.compile(denoiser.forward, dynamic=False)
+        return
     # Without a list of repeated blocks, use those that diffusers never splits across devices.
     names = denoiser._repeated_blocks or denoiser._no_split_modules or ()
     blocks = [module for module in denoiser.modules() if type(module).__name__ in names]
@@ -245,8 +275,8 @@ def compile_batches(
 ) -> None:
     """Compile for images of ``size``, with and without guidance, in all batches up to ``most``.
 
-    Stops at the batch size at which memory runs out. Runs on the thread that owns the pipeline,
-    within `compiling`.
+    Prompts are padded to `padded_lengths`. Stops at the batch size at which memory runs out. Runs
+    on the thread that owns the pipeline, within `compiling`.
     """
     for guidance_scale in (5.0, 1.0):
         params = replace(probe(size), guidance_scale=guidance_scale)
@@ -258,7 +288,8 @@ def compile_batches(
                 if call.site in specs and call.site not in warm:
                     warm.add(call.site)
                     if (single := prepare(specs, call)) is not None:
-                        _run_in_batches(rendezvous, specs[call.site], single, most)
+                        for length in padded_lengths(specs[call.site], single):
+                            _run_in_batches(rendezvous, specs[call.site], single, length, most)
                 job.resume(rendezvous.forward(call))
             if job.error is not None:
                 raise job.error
@@ -266,15 +297,24 @@ def compile_batches(
             job.kill()
 
 
+def padded_lengths(spec: BatchSpec, call: MergeableCall) -> tuple[int | None, ...]:
+    """Return the lengths, in tokens, of the prompts to compile for: the first two buckets.
+
+    Longer prompts are rare, and run uncompiled. ``(None,)`` if prompts are not padded.
+    """
+    first = spec.bucket([call])
+    return (None,) if first is None else (first, 2 * first)
+
+
 def _run_in_batches(
-    rendezvous: Rendezvous, spec: BatchSpec, call: MergeableCall, most: int
+    rendezvous: Rendezvous, spec: BatchSpec, call: MergeableCall, length: int | None, most: int
 ) -> None:
     count = 1
     while count <= most:
         try:
-            rendezvous.forward(spec.merge([call] * count))
-        except torch.OutOfMemoryError:
-            if count == 1:
+            rendezvous.forward(spec.merge([call] * count, length))
+        except Exception as error:
+            if count == 1 or not is_out_of_memory(error):
                 raise
             return
         count *= 2

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import ModelMixin
+from diffusers.loaders import single_file_model, single_file_utils
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -53,25 +54,58 @@ def record_weights() -> Iterator[list[WeightsReport]]:
     """Collect a report of each network that is read inside the context.
 
     Pipelines do not pass on the option ``output_loading_info`` of their networks, so
-    ``from_pretrained`` of both libraries sets it meanwhile.
+    ``from_pretrained`` of both libraries sets it meanwhile. Networks of a single file pass
+    through one function of diffusers, which its two modules of such files import.
     """
     reports: list[WeightsReport] = []
     bases = (ModelMixin, PreTrainedModel)
     with _recording:
+        fill = single_file_utils.load_model_dict_into_meta
         originals = [vars(base)["from_pretrained"] for base in bases]
         for base, original in zip(bases, originals, strict=True):
             base.from_pretrained = classmethod(_reporting(original.__func__, reports))
+        for module in (single_file_utils, single_file_model):
+            module.load_model_dict_into_meta = _reporting_fill(fill, reports)
         try:
             yield reports
         finally:
             for base, original in zip(bases, originals, strict=True):
                 base.from_pretrained = original
+            for module in (single_file_utils, single_file_model):
+                module.load_model_dict_into_meta = fill
+
+
+def _reporting_fill(fill: Callable[..., Any], reports: list[WeightsReport]) -> Callable[..., Any]:
+    def load_model_dict_into_meta(
+        network: nn.Module, tensors: dict[str, Tensor], **options: Any
+    ) -> Any:
+        # Before it reads: it refuses a wrong shape, and leaves missing weights without data.
+        needed = network.state_dict()
+        shapes = {
+            key: (tuple(getattr(tensor, "quant_shape", tensor.shape)), tuple(needed[key].shape))
+            for key, tensor in tensors.items()
+            if key in needed
+        }
+        info = {
+            "missing_keys": needed.keys() - tensors.keys(),
+            "unexpected_keys": tensors.keys() - needed.keys(),
+            "mismatched_keys": [(key, *two) for key, two in shapes.items() if two[0] != two[1]],
+        }
+        reports.append(_report(type(network).__name__, network, info, check_meta=False))
+        return fill(network, tensors, **options)
+
+    return load_model_dict_into_meta
 
 
 def _reporting(read: Callable[..., Any], reports: list[WeightsReport]) -> Callable[..., Any]:
     def from_pretrained(cls: type, source: object, *args: Any, **kwargs: Any) -> Any:
         # The libraries refuse a wrong shape with reference to their log. The report names the key.
-        options = kwargs | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        # Quantized weights have shapes of their own, which diffusers would take for wrong ones.
+        options = kwargs | {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": not _is_quantized(cls, source, kwargs),
+            "use_safetensors": True,
+        }
         name = f"{Path(str(source)).name} ({cls.__name__})"
         try:
             network, info = read(cls, source, *args, **options)
@@ -88,6 +122,15 @@ def _reporting(read: Callable[..., Any], reports: list[WeightsReport]) -> Callab
         return (network, info) if kwargs.get("output_loading_info") else network
 
     return from_pretrained
+
+
+def _is_quantized(cls: Any, source: object, options: dict[str, Any]) -> bool:
+    """Return whether a network of diffusers has quantized weights in its files."""
+    if not issubclass(cls, ModelMixin):
+        return False
+    names = ("subfolder", "revision", "local_files_only")
+    found = {name: options[name] for name in names if options.get(name) is not None}
+    return cls.load_config(source, **found).get("quantization_config") is not None
 
 
 def _report(

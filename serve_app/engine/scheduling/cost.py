@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from serve_app.engine.scheduling.batch_costs import BatchCosts
+
 Size = tuple[int, int]
 """(width, height) in pixels."""
 
@@ -25,6 +27,12 @@ _MOST_SIZES = 256
 
 _RECOVERY_CALLS = 100
 """Full calls that must fit after memory ran out, before the cap grows by one."""
+
+_REFRESH_CALLS = 16
+"""Calls of a size after which its batch costs are computed anew."""
+
+_FORGET_CALLS = 512
+"""Calls of a size after which a batch that gains nothing is forgotten, if it did not run again."""
 
 
 def worthwhile_batch(call_s: Mapping[int, float]) -> int:
@@ -79,6 +87,12 @@ class CostModel:
     """Denoiser calls per step of one request; two if guidance has a call of its own."""
     _fitting: dict[Size, tuple[int, int]] = field(default_factory=dict)
     """Requests that fit, and full calls since; by size at which memory ran out."""
+    _calls: dict[Size, int] = field(default_factory=dict)
+    """Calls of each size that were observed."""
+    _seen: dict[Size, dict[float, int]] = field(default_factory=dict)
+    """The last such call, by size and rows."""
+    _batches: dict[tuple[Size, float], BatchCosts] = field(default_factory=dict)
+    """Batch costs by size and rows."""
 
     def measured(self, size: Size, measurement: Measurement, capped: bool = True) -> None:
         """Add the measurement of ``size``. Without ``capped`` it sets no cap: single calls only."""
@@ -90,17 +104,47 @@ class CostModel:
         self.decode_s[size] = measurement.decode_s
         if measurement.out_of_memory:
             self.out_of_memory.add(size)
+        self._batches.clear()
 
     def observe_call(self, size: Size, rows: float, requests: int, seconds: float) -> None:
         """Add the duration of a call for ``requests`` requests with ``rows`` rows in all."""
         if size not in self.call_s:
             self._make_room(self.call_s)
         known = self.call_s.setdefault(size, {})
-        known[rows] = _mixed(known.get(rows), seconds)
+        if not self._is_new(size, known, rows):
+            known[rows] = _mixed(known.get(rows), seconds)
         fitting, often = self._fitting.get(size, (requests + 1, 0))
         if requests == fitting:
             enough = often + 1 == _RECOVERY_CALLS
             self._fitting[size] = (fitting + 1, 0) if enough else (fitting, often + 1)
+
+    def _is_new(self, size: Size, known: dict[float, float], rows: float) -> bool:
+        """Count a call; ``True`` if it is the first of its batch size, which teaches nothing.
+
+        It also pays for memory and for the choice of kernels. Batches that gain nothing are
+        forgotten, if they did not run for long: a policy avoids them, so slow calls would rule
+        them out for ever.
+        """
+        if size not in self._calls:
+            self._make_room(self._calls)
+            self._seen = {other: seen for other, seen in self._seen.items() if other in self._calls}
+        count = self._calls[size] = self._calls.get(size, 0) + 1
+        seen = self._seen.setdefault(size, {})
+        first = bool(known) and rows not in known and rows not in seen
+        if rows not in known or not count % _REFRESH_CALLS:
+            self._forget_batches(size)
+        seen[rows] = count
+        if not count % _REFRESH_CALLS:
+            for old in [old for old in known if seen.get(old, 0) < count - _FORGET_CALLS]:
+                smaller = [known[other] / other for other in known if other < old]
+                if smaller and known[old] / old > min(smaller):
+                    del known[old]
+                    seen.pop(old, None)
+        return first
+
+    def _forget_batches(self, size: Size) -> None:
+        for key in [key for key in self._batches if key[0] == size]:
+            del self._batches[key]
 
     def observe_stage(self, site: str, size: Size, seconds: float) -> None:
         """Add the duration of a call of a module other than the denoiser."""
@@ -154,8 +198,30 @@ class CostModel:
 
     def predict_steps(self, size: Size, steps: float, rows: float = 1.0) -> float:
         """Return the solo seconds of ``steps`` steps of a request."""
-        call_s = self.predict_call(size, rows) + self.predict_between(size)
-        return steps * self.calls_per_step * call_s
+        return self.predict_calls(size, steps * self.calls_per_step, rows)
+
+    def predict_calls(self, size: Size, calls: float, rows: float = 1.0) -> float:
+        """Return the solo seconds of ``calls`` denoiser calls of a request."""
+        return calls * (self.predict_call(size, rows) + self.predict_between(size))
+
+    def batches(self, size: Size, rows: float = 1.0) -> BatchCosts:
+        """Return the costs of calls for 1, 2, 3… requests of this size and ``rows``."""
+        if (costs := self._batches.get((size, rows))) is not None:
+            return costs
+        if len(self._batches) >= 2 * _MOST_SIZES:
+            self._batches.clear()
+        between_s = self.predict_between(size)
+        counts = range(1, self.cap(size, rows) + 1)
+        call_s = [self.predict_call(size, n * rows) + n * between_s for n in counts]
+        costs = self._batches[size, rows] = BatchCosts(call_s, self._known(size) / rows)
+        return costs
+
+    def _known(self, size: Size) -> float:
+        """Return the most rows of a measured call, of this size or the nearest measured one."""
+        if not self.call_s:
+            return 0.0
+        nearest = _nearest(size, self.call_s)
+        return max(self.call_s[nearest]) * _pixels(nearest) / _pixels(size)
 
     def cap(self, size: Size, rows: float = 1.0, within_s: float = math.inf) -> int:
         """Return the batch cap for requests of this size and ``rows``, in calls of ``within_s``."""
@@ -176,7 +242,10 @@ class CostModel:
         The cap grows again, by one request at a time, once enough full calls have fit.
         """
         fitting = max(1, batch // 2)
+        if size in self._fitting:
+            fitting = min(fitting, self._fitting[size][0])
         self._fitting[size] = (fitting, 0)
+        self._batches.clear()
         return fitting
 
     def to_json(self) -> list[dict[str, Any]]:

@@ -83,11 +83,11 @@ class Forecast:
         rank = {id(work): index for index, work in enumerate(order)}
         for work in order:
             groups.setdefault(work.group, []).append(work)
-        caps = {key: cost.cap(left[0].size, left[0].rows) for key, left in groups.items()}
+        batches = {key: cost.batches(left[0].size, left[0].rows) for key, left in groups.items()}
         while groups:
             key = min(groups, key=lambda key: rank[id(groups[key][0])])
             left = groups[key]
-            batch = left[: caps[key]]
+            batch = left[: batches[key].size(len(left))]
             rows = sum(work.rows for work in batch)
             call_s = cost.predict_call(batch[0].size, rows)
             call_s += len(batch) * cost.predict_between(batch[0].size)

@@ -1,70 +1,71 @@
-"""The default scheduling policy: as many requests on time as one device can finish in time."""
+"""The default scheduling policy: full batches, many requests on time, nobody left behind."""
 
 import math
-from bisect import bisect_left, insort
-from heapq import heappop, heappush
-from typing import Any
+from dataclasses import dataclass
 
-from serve_app.engine.scheduling.queue import Cap, QueueEntry, RankedPolicy
+from serve_app.engine.scheduling.batch_costs import BatchCosts
+from serve_app.engine.scheduling.on_time_set import RESERVE, OnTimeSet
+from serve_app.engine.scheduling.patience import Patience
+from serve_app.engine.scheduling.queue import Costs, Group, QueueEntry, RankedPolicy
 
-ROUNDING_S = 1e-6
-"""Tolerance for sums of times, whose rounding depends on the order of the terms."""
+FULL = 0.9
+"""Share of the best gain from which a batch counts as full."""
+
+
+@dataclass(slots=True)
+class _Batch:
+    """What a group would run next: its earliest deadlines, as many as gain from each other."""
+
+    size: int
+    costs: BatchCosts
+    call_s: float
+    pace: float
+    """Times as long as alone that its requests take in a full batch."""
+    share: float
+    """Seconds of the device per solo second of work."""
+    first_at: float
+    """Its earliest deadline."""
+    lost_at: float
+    """Time at which the first of its requests in time is lost, if another call still runs."""
+    slack_until: float
+    """The same, less a reserve."""
+    rate: float
+    """Requests that it finishes per second, if it runs to its end."""
+    fill: float
+    """Share of the group's best gain that it reaches."""
 
 
 class OnTime(RankedPolicy):
-    """Policy in which the earliest deadline leads among the requests that can meet theirs.
+    """Policy that weighs deadlines against what a batch gains.
 
-    These requests form the on-time set: the largest set that one device can finish in time. The
-    algorithm is Moore's (1968, "An n job, one machine sequencing algorithm for minimizing the
-    number of late jobs"). It goes through the requests in the order of their deadlines. Whenever
-    the work up to a deadline exceeds the time to it, the longest request leaves the set. The set
-    is computed again when a request is added or dropped, or when a leader would be late. In
-    between it stays valid: the remaining work falls as fast as the time to the deadlines.
+    Requests with the same merge key form a group. Within a group the earliest deadline goes first,
+    so requests that are alike end in the order in which they came. A batch has the size that
+    serves the most requests per second (`BatchCosts.best`).
 
-    The longest request is the one with the most total work, not the most remaining work.
-    Otherwise a short request would give way to long ones that are nearly done. In simulations
-    this loses one deadline in fifty and halves the longest wait of a short request.
+    Which group runs its batch now, from the strongest rule to the weakest:
 
-    The set ignores that batches make the device faster. That gain makes up for arrivals that
-    cannot be predicted.
-
-    A request that would be late by at most ``grace`` of its own work still counts as on time, if
-    it can run at once. Predictions are not exact, and a few milliseconds should not cost a
-    request its place. In simulations this loses two deadlines in a hundred and halves the longest
-    wait of a short request again.
-
-    Late requests, which are outside the set, run when no call of the set is parked; beyond that
-    they get ``late_share`` of the time. Among them, less remaining work runs first, so a slightly
-    late request does not become very late. None starves: one second of remaining work counts as
-    `PATIENCE` seconds of waiting.
-
-    Batch fill may use half of the leader's slack.
+    1. The group of a deadline that a client named, if one more call could break it (`OnTimeSet`).
+       While that blocks rule 2, the requests of rule 2 keep ``late_share`` of the time.
+    2. The elders of a request that would else wait much longer than in a plain queue (`Patience`).
+    3. While nobody is late: the group of the earliest deadline.
+    4. Once somebody is late, the device is saturated. A group goes first if one more call of others
+       would make a request of its batch late. Of several, the one that finishes the most requests
+       per second: the rule of Smith (1956, "Various optimizers for single-stage production"), with
+       batches.
+    5. Without such a group, throughput decides: the group whose batch is the fullest, up to
+       `FULL`, and of those again the one that finishes the most requests per second.
     """
 
-    PATIENCE = 100.0
-    """Seconds of waiting per solo second of remaining work, among the late requests."""
-    PATIENCE_TO_START = 10.0
-    """The same for a late request that waits to start, among all requests that wait to start."""
-
-    def __init__(self, late_share: float = 0.1, grace: float = 0.5) -> None:
+    def __init__(self, late_share: float = 0.1, patience: float = 3.0, grace: float = 0.5) -> None:
         super().__init__()
         self._late_share = late_share
-        self._grace = grace
-        self._owed_s = 0.0  # solo seconds that the late requests may still use
-        self._stale = False  # True if the on-time set may have changed
-        self._by_deadline: list[tuple[float, int, QueueEntry]] = []
-        self._late: set[int] = set()
+        self._owed_s = 0.0  # time that overtaken requests may still use
+        self._patience = Patience(patience)
+        self._on_time_set = OnTimeSet(grace)
+        self._nobody_late_until = math.inf
 
-    def rank(self, entry: QueueEntry) -> tuple[bool, float]:
-        return (entry.late, self._due_at(entry, self.PATIENCE))
-
-    def _due_at(self, entry: QueueEntry, patience: float) -> float:
-        """Return the deadline, or for a late request the time from which it goes first."""
-        return entry.deadline_at + (patience * entry.remaining_s if entry.late else 0.0)
-
-    def _lost_at(self, entry: QueueEntry) -> float:
-        """Return the end time after which the request counts as late."""
-        return entry.deadline_at + self._grace * entry.total_work_s
+    def rank(self, entry: QueueEntry) -> float:
+        return entry.deadline_at
 
     def call_s(self, leader: QueueEntry, now: float) -> float:
         # The other half of the slack is a reserve for arrivals that cannot be predicted.
@@ -74,96 +75,170 @@ class OnTime(RankedPolicy):
         return leader.step_s * (1 + max(0.0, spare) / 2)
 
     def add(self, entry: QueueEntry) -> None:
+        self._patience.add(entry, self._entries.values())
         super().add(entry)
-        entry.total_work_s = entry.remaining_s
-        insort(self._by_deadline, (entry.deadline_at, entry.request, entry))
-        self._stale = True
+        late_from = entry.deadline_at - entry.remaining_s
+        self._nobody_late_until = min(self._nobody_late_until, late_from)
+        if entry.named:
+            self._on_time_set.add(entry)
+
+    def park(self, entry: QueueEntry) -> None:
+        if entry.named and not entry.turn:
+            self._on_time_set.replan()  # its group is known now, and with it what a batch gains
+        super().park(entry)
 
     def drop(self, entry: QueueEntry) -> None:
         super().drop(entry)
-        del self._by_deadline[bisect_left(self._by_deadline, (entry.deadline_at, entry.request))]
-        self._late.discard(entry.request)
-        self._stale = True
+        if entry.named:
+            self._on_time_set.drop(entry)
 
     def first(self, entries: list[QueueEntry], now: float) -> QueueEntry:
-        self._plan(now)
-        return min(
-            entries, key=lambda entry: (self._due_at(entry, self.PATIENCE_TO_START), entry.request)
-        )
+        # Late ones too by deadline: a stream of new requests would keep them waiting for ever.
+        return min(entries, key=lambda entry: (entry.deadline_at, entry.request))
 
     def order(self, now: float) -> list[QueueEntry]:
-        self._plan(now)
-        return super().order(now)
+        self._mark_late(now)
+        return sorted(
+            self._entries.values(), key=lambda one: (one.late, one.deadline_at, one.request)
+        )
 
-    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
+    def choose(self, now: float, costs: Costs) -> list[QueueEntry]:
         if not self._groups:
             return []
-        self._plan(now)
-        group, leader = self._leader()
-        if not leader.late and now + leader.remaining_s > self._lost_at(leader):
-            self._stale = True
-            self._plan(now)
-            group, leader = self._leader()
-        late = self._first_late()
-        if late is None:
-            return self._take(group, now, cap)
-        if leader.late or self._owed_s < late.step_s:
-            chosen = self._take(group, now, cap)
-            done_s = sum(entry.step_s for entry in chosen if not entry.late)
-            self._owed_s += self._late_share * done_s
+        groups = list(self._groups.values())
+        for group in groups:
+            known = self._costs(group, costs)
+            if (batch := group.batch) is None or now > batch.lost_at or batch.costs is not known:
+                group.batch = self._batch(group, now, known)
+        longest_s = max(group.batch.call_s for group in groups)
+        group = self._preferred(groups, now, longest_s)
+        overtaken = self._patience.overtaken(
+            self._entries.values(), group, group.batch.size, now + group.batch.call_s
+        )
+        if overtaken is not None:
+            # The call for its elders may be a longer one, so look again for whom that is too long.
+            # It need not include the requests of the preferred batch either.
+            overtaken = self._patience.overtaken(self._entries.values(), group, 0, now + longest_s)
+            assert overtaken is not None
+            chosen = self._elders(overtaken)
         else:
-            chosen = self._take_late(late, now, cap)
-            self._owed_s -= sum(entry.step_s for entry in chosen if entry.late)
+            chosen = [self._entries[number] for _, number in group.ranked[: group.batch.size]]
+        if self._on_time_set:
+            chosen = self._meet_named_deadlines(chosen, overtaken is not None, now, costs)
+        assert chosen[0].group is not None
+        self._remove(chosen[0].group, chosen)
         return chosen
 
-    def _plan(self, now: float) -> None:
-        """Mark the requests outside the on-time set as late, if the set may have changed."""
-        if not self._stale:
-            return
-        self._stale = False
-        late = self._outside_on_time_set(now)
-        for number in late ^ self._late:
-            entry = self._entries[number]
-            parked = entry.position is not None
-            self._leave(entry)
-            entry.late = number in late
-            if parked:
-                self._enter(entry)
-        self._late = late
+    # ---- the rules -------------------------------------------------------------------------------
 
-    def _outside_on_time_set(self, now: float) -> set[int]:
-        """Return the numbers of the requests that Moore's algorithm leaves out."""
-        longest: list[tuple[float, int, float]] = []
-        finished_at = now
-        late: set[int] = set()
-        for deadline_at, number, entry in self._by_deadline:
-            soonest_at = now + entry.remaining_s
-            if soonest_at > self._lost_at(entry):
-                late.add(number)
-                continue
-            finished_at += entry.remaining_s
-            due_at = max(deadline_at, soonest_at)
-            heappush(longest, (-entry.total_work_s, number, entry.remaining_s))
-            while finished_at > due_at + ROUNDING_S:
-                _, dropped, remaining_s = heappop(longest)
-                finished_at -= remaining_s
-                late.add(dropped)
-        return late
+    def _costs(self, group: Group, costs: Costs) -> BatchCosts:
+        leader = self._entries[group.ranked[0][1]]
+        if leader.key is not None:
+            return costs.batches(leader)
+        if group.batch is not None:
+            alone: BatchCosts = group.batch.costs
+            return alone
+        return BatchCosts((leader.step_s,))
 
-    def _first_late(self) -> QueueEntry | None:
-        """Return the late call that runs first; ``None`` if none is parked."""
-        first: tuple[Any, int] | None = None
-        for entries in self._groups.values():
-            index = bisect_left(entries, ((True,),))
-            if index < len(entries) and (first is None or entries[index] < first):
-                first = entries[index]
-        return None if first is None else self._entries[first[1]]
+    def _batch(self, group: Group, now: float, costs: BatchCosts) -> _Batch:
+        entries, ranked = self._entries, group.ranked
+        size = costs.size(len(ranked))
+        slowdown = costs.slowdown(size)
+        work_s, lost_at, slack_until = 0.0, math.inf, math.inf
+        for _, number in ranked[:size]:
+            entry = entries[number]
+            work_s += entry.remaining_s
+            at = entry.deadline_at - entry.remaining_s * slowdown
+            if at >= now:  # it is in time, if this batch runs to its end
+                lost_at = min(lost_at, at)
+                slack_until = min(slack_until, at - RESERVE * entry.total_work_s)
+        gain = costs.gain(size)
+        return _Batch(
+            size,
+            costs,
+            costs.call_s[size - 1],
+            costs.pace,
+            share=1 / gain,
+            first_at=entries[ranked[0][1]].deadline_at,
+            lost_at=lost_at,
+            slack_until=slack_until,
+            rate=size * size / (work_s * slowdown) if work_s else math.inf,
+            fill=gain / costs.best_gain,
+        )
 
-    def _take_late(self, leader: QueueEntry, now: float, cap: Cap) -> list[QueueEntry]:
-        """Remove and return the late leader, filled up with the most urgent calls of its key."""
-        self._leave(leader)
-        group = self._group(leader)
-        fill = 0 if leader.key is None else cap(leader, math.inf) - 1
-        if not fill or group not in self._groups:
-            return [leader]
-        return [leader, *self._take(group, now, lambda *_: fill)]
+    def _preferred(self, groups: list[Group], now: float, longest_s: float) -> Group:
+        """Return the group to run, apart from the bound on waits and from named deadlines."""
+        if not self._somebody_is_late(now):
+            return min(groups, key=lambda group: group.batch.first_at)
+        ends_at = now + longest_s
+        urgent = [group for group in groups if group.batch.slack_until < ends_at]
+        if urgent:
+            return max(urgent, key=lambda group: group.batch.rate)
+        return max(groups, key=lambda group: (min(group.batch.fill, FULL), group.batch.rate))
+
+    def _elders(self, overtaken: QueueEntry) -> list[QueueEntry]:
+        """Return calls that came before the overtaken one or are it, and fill that costs nothing.
+
+        The call must not take longer than those of the elders in turn: see `Patience`.
+        """
+        parked = [entry for entry in self._entries.values() if entry.group is not None]
+        group = parked[0].group
+        assert group is not None
+        costs, size = group.batch.costs, group.batch.size
+        elders = parked[: parked.index(overtaken) + 1]
+        chosen = [entry for entry in elders if entry.group is group][:size]
+        allowed_s = len(chosen) * costs.call_s[0]
+        while size > len(chosen) and costs.call_s[size - 1] > allowed_s:
+            size -= 1
+        return self._filled(group, chosen, size)
+
+    def _meet_named_deadlines(
+        self, chosen: list[QueueEntry], overtaken: bool, now: float, costs: Costs
+    ) -> list[QueueEntry]:
+        """Return the calls that a named deadline needs now, or else ``chosen``."""
+        own = chosen[0].group
+        assert own is not None
+        call_s = own.batch.costs.call_s[len(chosen) - 1]
+        leader = self._on_time_set.due(now, call_s)
+        if leader is None:
+            return chosen
+        if overtaken and self._owed_s >= call_s:
+            self._owed_s -= call_s
+            return chosen
+        group = leader.group
+        assert group is not None
+        size = min(group.batch.size, costs.cap(leader, self.call_s(leader, now)))
+        if overtaken:
+            self._owed_s += self._late_share * group.batch.costs.call_s[size - 1]
+        return self._filled(group, [leader], size)
+
+    def _filled(self, group: Group, chosen: list[QueueEntry], size: int) -> list[QueueEntry]:
+        """Return ``chosen`` and as many more of the group as make ``size``."""
+        numbers = {entry.request for entry in chosen}
+        for _, number in group.ranked:
+            if len(chosen) >= size:
+                break
+            if number not in numbers:
+                chosen.append(self._entries[number])
+        return chosen
+
+    # ---- who is late -----------------------------------------------------------------------------
+
+    def _somebody_is_late(self, now: float) -> bool:
+        if now <= self._nobody_late_until:
+            return False
+        until = math.inf
+        for entry in self._entries.values():
+            late_from = entry.deadline_at - entry.remaining_s
+            if late_from < now:
+                return True
+            until = min(until, late_from)
+        # Work only ever raises these times, so they hold until another request arrives.
+        self._nobody_late_until = until
+        return False
+
+    def _mark_late(self, now: float) -> None:
+        """Mark the requests that named no deadline. `OnTimeSet` marks the others."""
+        for entry in self._entries.values():
+            if not entry.named:
+                entry.late = now + entry.remaining_s > entry.deadline_at

@@ -1,7 +1,7 @@
 """The scheduling policies by name, and low-priority requests beside any of them."""
 
 from serve_app.engine.scheduling.on_time import OnTime
-from serve_app.engine.scheduling.queue import Cap, QueueEntry, RankedPolicy
+from serve_app.engine.scheduling.queue import Costs, QueueEntry, RankedPolicy
 
 
 class Fifo(RankedPolicy):
@@ -73,14 +73,15 @@ class Yielding:
     def order(self, now: float) -> list[QueueEntry]:
         return self._interactive.order(now) + self._low_priority.order(now)
 
-    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
-        chosen = self._interactive.choose(now, cap)
+    def choose(self, now: float, costs: Costs) -> list[QueueEntry]:
+        chosen = self._interactive.choose(now, costs)
         if not chosen:
-            return self._low_priority.choose(now, cap)
+            return self._low_priority.choose(now, costs)
         if len(chosen) == self._interactive.count and self._low_priority.count:
             leader = chosen[0]
-            free = cap(leader, self._interactive.call_s(leader, now)) - len(chosen)
-            chosen += self._low_priority.batch_fill(leader.key, free)
+            size = costs.batches(leader).size(len(chosen) + self._low_priority.count)
+            size = min(size, costs.cap(leader, self._interactive.call_s(leader, now)))
+            chosen += self._low_priority.batch_fill(leader.key, size - len(chosen))
         return chosen
 
 
@@ -91,3 +92,10 @@ POLICIES: dict[str, type[RankedPolicy]] = {
     "shortest_first": ShortestFirst,
 }
 """Policies by their names in the config."""
+
+
+def new_policy(name: str, slo_scale: float) -> RankedPolicy:
+    """Return a policy by its name; ``slo_scale`` as in `EngineConfig`."""
+    if name == "on_time":
+        return OnTime(patience=max(1.0, slo_scale))
+    return POLICIES[name]()

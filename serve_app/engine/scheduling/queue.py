@@ -9,9 +9,22 @@ Pure Python: no torch, no clock, no engine. Work is measured in solo seconds, as
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+
+from serve_app.engine.scheduling.batch_costs import BatchCosts
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Parked calls with one merge key. A call without a key is a group of its own."""
+
+    key: Hashable
+    ranked: list[tuple[Any, int]] = field(default_factory=list)
+    """Rank and number of each request, in the order of their ranks."""
+    batch: Any = None
+    """What a policy would run of it next; ``None`` after a change. For use by the policy."""
 
 
 @dataclass(eq=False, slots=True)
@@ -21,6 +34,7 @@ class QueueEntry:
     request: int
     """Number of the request; lower numbers arrived earlier."""
     deadline_at: float
+    """The deadline that the client named, or else the wanted end."""
     remaining_s: float
     """Predicted remaining work, in solo seconds."""
     key: Hashable = None
@@ -29,18 +43,35 @@ class QueueEntry:
     """Predicted solo seconds of the parked call."""
     turn: int = 0
     """Sequence number of the parked call, over all requests."""
+    named: bool = False
+    """True if the client named the deadline."""
+    arrived_at: float = 0.0
     late: bool = False
-    """True if the request is outside the on-time set; see `OnTime`."""
+    """True if the request cannot meet its deadline; set by the policy."""
     total_work_s: float = 0.0
     """Predicted work at its arrival, in solo seconds; set by the policy."""
+    share: float = 1.0
+    """Seconds of the device per solo second of its work; set by the policy."""
+    limit_at: float = 0.0
+    """Its limit without the time for its own work, see `Patience`; set by the policy."""
     low_priority: bool = False
     """True if the request runs only when no interactive request can; see `Yielding`."""
-    position: tuple[Any, int] | None = field(default=None, repr=False)
-    """Sort key within its group; ``None`` while it is not parked. Set by the policy."""
+    group: Group | None = field(default=None, repr=False)
+    """Group of its parked call; ``None`` while it is not parked. Set by the policy."""
+    position: tuple[Any, int] = field(default=(0, 0), repr=False)
+    """Sort key within its group, while it is parked. Set by the policy."""
 
 
-Cap = Callable[[QueueEntry, float], int]
-"""Batch cap: the number of calls, that of the entry included, that fit in this many seconds."""
+class Costs(Protocol):
+    """Costs of denoiser calls on this device, as a policy needs them."""
+
+    def cap(self, entry: QueueEntry, within_s: float = math.inf) -> int:
+        """Return how many calls, that of the entry included, fit in a call of this duration."""
+        ...
+
+    def batches(self, entry: QueueEntry) -> BatchCosts:
+        """Return the costs of calls for 1, 2, 3… requests like this one."""
+        ...
 
 
 class Policy(Protocol):
@@ -63,13 +94,13 @@ class Policy(Protocol):
         ...
 
     def order(self, now: float) -> list[QueueEntry]:
-        """Return all requests, parked or not, in the order in which they would run now."""
+        """Return all requests, parked or not, roughly in the order in which they would run."""
         ...
 
-    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
+    def choose(self, now: float, costs: Costs) -> list[QueueEntry]:
         """Remove and return the calls of the next batch, the leader first.
 
-        Returns at least one call if any is parked, and at most ``cap`` of the leader.
+        Returns at least one call if any is parked, and at most the cap of the leader.
         """
         ...
 
@@ -78,7 +109,7 @@ class RankedPolicy(ABC):
     """Base of policies in which the lowest rank leads and batch fill follows by rank."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, list[tuple[Any, int]]] = {}
+        self._groups: dict[Hashable, Group] = {}
         self._entries: dict[int, QueueEntry] = {}
         self._turns = 0
 
@@ -108,53 +139,51 @@ class RankedPolicy(ABC):
     def order(self, now: float) -> list[QueueEntry]:
         return sorted(self._entries.values(), key=lambda entry: (self.rank(entry), entry.request))
 
-    def choose(self, now: float, cap: Cap) -> list[QueueEntry]:
+    def choose(self, now: float, costs: Costs) -> list[QueueEntry]:
         if not self._groups:
             return []
-        return self._take(self._leader()[0], now, cap)
+        group = min(self._groups.values(), key=lambda group: group.ranked[0])
+        leader = self._entries[group.ranked[0][1]]
+        cap = 1 if leader.key is None else costs.cap(leader, self.call_s(leader, now))
+        return self._take(group, cap)
 
     def batch_fill(self, key: Hashable, most: int) -> list[QueueEntry]:
         """Remove and return at most ``most`` parked calls with this key."""
         if key is None or most <= 0 or key not in self._groups:
             return []
-        return self._take(key, 0.0, lambda *_: most)
+        return self._take(self._groups[key], most)
 
     @property
     def count(self) -> int:
         """Number of requests, parked or not."""
         return len(self._entries)
 
-    def _leader(self) -> tuple[Hashable, QueueEntry]:
-        """Return the parked entry of the lowest rank, with its group."""
-        group = min(self._groups, key=lambda group: self._groups[group][0])
-        return group, self._entries[self._groups[group][0][1]]
-
-    def _take(self, group: Hashable, now: float, cap: Cap) -> list[QueueEntry]:
-        members = self._groups[group]
-        leader = self._entries[members[0][1]]
-        count = 1 if leader.key is None else cap(leader, self.call_s(leader, now))
-        chosen = [self._entries[number] for _, number in members[:count]]
-        if count < len(members):
-            del members[:count]
-        else:
-            del self._groups[group]
-        for entry in chosen:
-            entry.position = None
+    def _take(self, group: Group, count: int) -> list[QueueEntry]:
+        """Remove and return the first ``count`` calls of a group."""
+        chosen = [self._entries[number] for _, number in group.ranked[:count]]
+        self._remove(group, chosen)
         return chosen
 
-    def _group(self, entry: QueueEntry) -> Hashable:
-        return ("unmergeable", entry.request) if entry.key is None else entry.key
+    def _remove(self, group: Group, chosen: list[QueueEntry]) -> None:
+        """Remove calls that run now."""
+        ranked = group.ranked
+        for entry in chosen:
+            del ranked[bisect_left(ranked, entry.position)]
+            entry.group = None
+        group.batch = None
+        if not ranked:
+            del self._groups[group.key]
 
     def _enter(self, entry: QueueEntry) -> None:
-        entry.position = (self.rank(entry), entry.request)
-        insort(self._groups.setdefault(self._group(entry), []), entry.position)
+        # Merge keys are large: each one is hashed once for each call that parks.
+        key = ("unmergeable", entry.request) if entry.key is None else entry.key
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = Group(key)
+        entry.group, entry.position = group, (self.rank(entry), entry.request)
+        group.batch = None
+        insort(group.ranked, entry.position)
 
     def _leave(self, entry: QueueEntry) -> None:
-        if entry.position is None:
-            return
-        group = self._group(entry)
-        members = self._groups[group]
-        del members[bisect_left(members, entry.position)]
-        if not members:
-            del self._groups[group]
-        entry.position = None
+        if entry.group is not None:
+            self._remove(entry.group, [entry])

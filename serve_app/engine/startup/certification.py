@@ -16,7 +16,7 @@ import torch
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.batching.rendezvous import Rendezvous
-from serve_app.engine.device import free_memory, release
+from serve_app.engine.device import free_memory, memory_meter, release
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import (
     is_constant,
@@ -26,7 +26,7 @@ from serve_app.engine.startup.comparison import (
     relative_l2,
 )
 from serve_app.engine.startup.merging import Deviation, MergingCheck, rounding
-from serve_app.engine.startup.runs import Recording, Runs, with_input
+from serve_app.engine.startup.runs import RecordedCall, Recording, Runs, with_input
 from serve_app.protocol.params import GenerationParams, Sharing, Task, probe
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Certificate:
     specs: dict[str, BatchSpec]
     """Batch specs by site; empty unless batched."""
     note: str
-    """Reason why requests do not share more; empty if batched."""
+    """Reason why requests do not share more; empty if they share all that they can."""
     tasks: tuple[Task, ...]
     """Tasks that the certificate covers; the model does not offer others."""
     deviation: Deviation | None = None
@@ -108,7 +108,7 @@ class _Unfit(Exception):
 def certify(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, max_batch_size: int = 2
 ) -> Certificate:
-    """Generate images of three requests alone and in turns, and merge their denoiser calls.
+    """Generate images of four requests alone and in turns, and merge their denoiser calls.
 
     Runs on the calling thread, which must be the one that will own the pipeline.
 
@@ -120,7 +120,7 @@ def certify(
         Exception: the pipeline failed to generate a single image, so it cannot be served.
     """
     runs = Runs(pipeline, rendezvous)
-    requests = _requests(pipeline.default_size_px)
+    requests = _requests(pipeline)
     alone = [runs.alone(params) for params in requests]
     try:
         _check_turns(runs, requests, alone)
@@ -131,7 +131,10 @@ def certify(
     deviation, note, lasting = None, "", True
     try:
         specs = _learn(runs, requests[0], alone[0])
-        deviation = MergingCheck(rendezvous, specs).compare(alone, max_batch_size)
+        joined = _join_prompts(runs, requests, alone, specs, max_batch_size)
+        specs, deviation, limit = joined.specs, joined.deviation, joined.limit
+        if deviation is None:
+            deviation = _merging_check(runs, specs).compare(alone, max_batch_size)
         if reason := deviation.reason(rounding(pipeline.dtype, pipeline.device)):
             raise _Unfit(reason)
         together = runs.together(specs, requests)
@@ -147,16 +150,16 @@ def certify(
         tasks, same = _certify_tasks(runs, requests, {})
         return Certificate("interleaved", {}, note, tasks, deviation, lasting=lasting and same)
     separate = [recording.image for recording in alone]
-    tasks, lasting = _certify_tasks(runs, requests, specs)
+    tasks, same = _certify_tasks(runs, requests, specs)
     return Certificate(
         "batched",
         specs,
-        "",
+        limit,
         tasks,
         deviation,
         largest_difference(separate, together),
         min(psnr_db(one, two) for one, two in zip(separate, together, strict=True)),
-        lasting,
+        joined.lasting and same,
     )
 
 
@@ -183,21 +186,44 @@ def contradiction(
         return f"{type(error).__name__}: {error}"
 
 
-def _requests(size: tuple[int, int]) -> tuple[GenerationParams, ...]:
+def _requests(pipeline: LoadedPipeline) -> tuple[GenerationParams, ...]:
     """Return requests that differ in everything but the size.
 
-    The same words in another order give the same number of tokens. Two requests end at once, so
-    that they decode side by side. One goes on, because a request that ends may undo a change that
-    others still need. One has no guidance, so that its calls have fewer rows than the others'.
+    The same words in another order give the same number of tokens, which some models need to share
+    a call. The last prompt is longer. All but one request end at once, so that they decode side by
+    side. One goes on, because a request that ends may undo a change that others still need. One has
+    no guidance, so that its calls have fewer rows than the others'.
     """
-    first = probe(size)
+    first = probe(pipeline.default_size_px)
     return (
         first,
         replace(
             first, prompt="a dog sees a cat", seed=2, num_inference_steps=3, guidance_scale=3.0
         ),
         replace(first, prompt="a cat a dog sees", seed=3, guidance_scale=1.0),
+        replace(_longer(first, pipeline), seed=4),
     )
+
+
+_LONGER_BY = 48
+"""Tokens by which the longest prompt exceeds the others, unless the model would cut it.
+
+Some networks pad prompts to multiples of 32 themselves, so the prompts must differ by more."""
+
+
+def _longer(params: GenerationParams, pipeline: LoadedPipeline) -> GenerationParams:
+    """Return the request with a longer prompt."""
+    longer = params
+    least = pipeline.read_prompt(params)[0] + _LONGER_BY
+    for _ in range(_LONGER_BY):  # each time adds a token or more, where tokens are known
+        more = replace(longer, prompt=f"{longer.prompt} and {params.prompt}")
+        tokens, warnings = pipeline.read_prompt(more)
+        if warnings:
+            break
+        longer = more
+        if tokens >= least or not tokens:
+            break
+    return longer
 
 
 def _failed(error: Exception) -> str:
@@ -238,10 +264,73 @@ def _check_turns(
             raise _Unfit(f"images of requests that take turns differ by {difference:.2g}")
 
 
+@dataclass(frozen=True)
+class _Joined:
+    """Specs with which prompts of different lengths share calls, or the reason why they do not."""
+
+    specs: dict[str, BatchSpec]
+    deviation: Deviation | None = None
+    """Deviations of merged calls; ``None`` if nothing was learned."""
+    limit: str = ""
+    lasting: bool = True
+
+
+def _join_prompts(
+    runs: Runs,
+    requests: Sequence[GenerationParams],
+    alone: Sequence[Recording],
+    specs: dict[str, BatchSpec],
+    max_batch_size: int,
+) -> _Joined:
+    """Learn which arguments are as long as the prompt, and check that padding changes nothing.
+
+    The last request has a longer prompt than the others.
+    """
+    first, last = requests[0], requests[-1]
+    ones, longer = _first_calls(alone[0]), _first_calls(alone[-1])
+
+    def fit(specs: dict[str, BatchSpec]) -> bool:
+        return all(
+            spec.prepare(ones[site].call).key == spec.prepare(longer[site].call).key
+            for site, spec in specs.items()
+        )
+
+    try:
+        if fit(specs):
+            return _Joined(specs)
+        both = runs.first_calls(first, tuple(specs), prompts=(first.prompt, last.prompt))
+        joined = {
+            site: spec.learn_prompts(
+                (ones[site].call, ones[site].output), (both[site].call, both[site].output)
+            )
+            for site, spec in specs.items()
+        }
+        if not fit(joined):
+            raise NotMergeable("their calls do not fit together")
+        deviation = _merging_check(runs, joined).compare(alone, max_batch_size)
+        if reason := deviation.reason(rounding(runs.pipeline.dtype, runs.pipeline.device)):
+            raise _Unfit(reason)
+    except Exception as error:
+        lasting = isinstance(error, _Unfit | NotMergeable)
+        release(error)
+        limit = f"only prompts of the same length share calls: {_failed(error)}"
+        return _Joined(specs, limit=limit, lasting=lasting)
+    return _Joined(joined, deviation)
+
+
+def _merging_check(runs: Runs, specs: dict[str, BatchSpec]) -> MergingCheck:
+    return MergingCheck(runs.rendezvous, specs, memory_meter(runs.pipeline.device))
+
+
+def _first_calls(recording: Recording) -> dict[str, RecordedCall]:
+    """Return the first call of each denoiser."""
+    return {recorded.call.site: recorded for recorded in reversed(recording.calls)}
+
+
 def _learn(runs: Runs, params: GenerationParams, one: Recording) -> dict[str, BatchSpec]:
     """Learn the batch axis of each denoiser from calls for one image and for two."""
-    first = {recorded.call.site: recorded for recorded in reversed(one.calls)}
-    two = runs.first_calls(params, 2, tuple(first))
+    first = _first_calls(one)
+    two = runs.first_calls(params, tuple(first), images=2)
     if missing := first.keys() - two.keys():
         raise NotMergeable(f"two images do not call {', '.join(missing)}, but one does")
     return {
@@ -263,6 +352,7 @@ def _certify_tasks(
     """
     certified: list[Task] = []
     lasting = True
+    joins = any(spec.joins_prompts for spec in specs.values())
     for task in runs.pipeline.tasks:
         if task == "text-to-image":
             certified.append(task)
@@ -270,7 +360,7 @@ def _certify_tasks(
         first, second = (
             # With equally many rows, so that they can be compared.
             with_input(replace(request, guidance_scale=3.0), task, strength=0.9)
-            for request in requests[:2]
+            for request in (requests[0], requests[-1 if joins else 1])
         )
         pair = (first, replace(second, num_inference_steps=4))  # three of them run
         try:

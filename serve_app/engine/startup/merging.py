@@ -6,9 +6,10 @@ neighbours, in a batch of the same shapes, runs through the same kernels. So it 
 bit for bit.
 """
 
+import functools
 import itertools
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Rendezvous
-from serve_app.engine.device import free_memory, release
+from serve_app.engine.device import MemoryMeter, free_memory, is_out_of_memory, release
 from serve_app.engine.startup.comparison import is_constant, relative_l2
+from serve_app.engine.startup.memory import MemoryTrend
 from serve_app.engine.startup.runs import RecordedCall, Recording
 
 ROUNDING = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -109,9 +111,16 @@ class _Single:
 class MergingCheck:
     """Merges recorded calls of different requests, and compares the rows."""
 
-    def __init__(self, rendezvous: Rendezvous, specs: Mapping[str, BatchSpec]) -> None:
+    def __init__(
+        self,
+        rendezvous: Rendezvous,
+        specs: Mapping[str, BatchSpec],
+        meter: MemoryMeter | None = None,
+    ) -> None:
+        """Prepare; with a ``meter``, no batch is tried that smaller ones rule out."""
         self._rendezvous = rendezvous
         self._specs = specs
+        self._meter = meter
 
     def compare(self, recordings: Sequence[Recording], max_batch_size: int = 2) -> Deviation:
         """Merge pairs of calls along the trajectory, and once 3, 4, 8, … ``max_batch_size``.
@@ -120,8 +129,7 @@ class MergingCheck:
 
         Raises:
             NotMergeable: the calls of a denoiser never fit together, or prove nothing.
-            torch.OutOfMemoryError: two calls do not fit into memory.
-            Exception: what the network raises for merged calls.
+            Exception: what the network raises for merged calls, such as a lack of memory for two.
         """
         found = Deviation()
         fewest = min(2, len(recordings))
@@ -160,7 +168,7 @@ class MergingCheck:
 
     def _compare_group(self, group: list[_Single]) -> Deviation:
         """Merge pairs of requests, and all requests where they differ in rows."""
-        found = Deviation()
+        found = self._compare_padded(group)
         by_length = _by_length(group)
         for alike in by_length.values():
             for pair in _pairs(alike):
@@ -170,17 +178,41 @@ class MergingCheck:
             found |= self._compare_rows(mixed) | self._compare_rows(mixed[::-1])
         return found
 
+    def _compare_padded(self, group: list[_Single]) -> Deviation:
+        """Pad the first call of each request to its bucket, as for a compiled network."""
+        found = Deviation()
+        spec = self._specs[group[0].call.call.site]
+        for single in {single.request: single for single in reversed(group)}.values():
+            if (length := spec.bucket([single.call])) is not None:
+                output = self._rendezvous.forward(spec.merge([single.call], length))
+                found |= Deviation(batching=relative_l2(single.recorded.output, output))
+        return found
+
     def _compare_sizes(self, group: list[_Single], max_batch_size: int) -> Deviation:
-        """Merge calls in batches of 3, 4, 8 and so on, until memory runs out."""
+        """Merge calls in batches of 3, 4, 8 and so on, as far as memory allows."""
         found = Deviation()
         alike = max(_by_length(group).values(), key=len)
-        for size in _sizes(max_batch_size):
-            batch = list(itertools.islice(itertools.cycle(alike), size))
+        trend = MemoryTrend(self._meter)
+
+        def first(size: int) -> list[_Single]:
+            return list(itertools.islice(itertools.cycle(alike), size))
+
+        for size in (1, 2) if self._meter is not None else ():
+            trend.run(size, functools.partial(self._merged, first(size)))
+        for wanted in _sizes(max_batch_size):
+            size = trend.fitting(wanted)
+            if size <= found.batch_size or size < 3:
+                break
+            compare = functools.partial(self._compare_rows, first(size), [size - 1])
             try:
-                found |= self._compare_rows(batch, [size - 1])
-            except torch.OutOfMemoryError as error:
+                found |= trend.run(size, compare)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 release(error)
                 free_memory()
+                break
+            if size < wanted:
                 break
         return found
 
@@ -188,14 +220,16 @@ class MergingCheck:
         """Merge a batch, and compare each row with its call alone.
 
         Also compare the rows at the positions ``controlled`` with those of a batch that has nothing
-        but copies of the same call.
+        but copies of the same call, with prompts as long as those of the batch.
         """
         merged = self._merged(batch)
+        spec = self._specs[batch[0].call.call.site]
         found = Deviation(batch_size=len(batch))
         for single, output in zip(batch, merged, strict=True):
             found |= Deviation(batching=relative_l2(single.recorded.output, output))
         for position in controlled:
-            copies = [batch[position]] * len(batch)
+            one = batch[position]
+            copies = [replace(one, call=spec.resized(one.call, other.call)) for other in batch]
             control = self._merged(copies)
             for index, single in enumerate(batch):
                 if single is batch[position]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from serve_app.engine.batching.axis import tensors
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.device import is_out_of_memory
 from serve_app.engine.model.call_hooks import SchedulerCallback
 from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS, new_noise_scheduler
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -148,7 +149,7 @@ class _Trials:
             return self._failure(error)
 
     def _failure(self, error: Exception) -> str:
-        self.out_of_memory |= isinstance(error, torch.OutOfMemoryError)
+        self.out_of_memory |= is_out_of_memory(error)
         return _short(f"{type(error).__name__}: {error}")
 
     def _betas_fault(self, noise_scheduler: Any) -> str | None:

@@ -40,8 +40,11 @@ def describe_model(
         default_height=height,
         size_multiple=pipeline.size_multiple,
         default_steps=pipeline.default_steps,
+        default_acceleration=model.acceleration.default,
         takes_negative_prompt=pipeline.takes_negative_prompt,
         tasks=certificate.tasks,
+        # Never more: most pipelines take a list of images for a batch.
+        max_input_images=int(any(task != "text-to-image" for task in certificate.tasks)),
         default_strengths=pipeline.default_strengths,
         noise_schedulers=offered,
         unavailable_noise_schedulers=trials.faults,
@@ -85,7 +88,7 @@ def report_start(
     Requests that cannot share it are a warning, unless ``batching_wanted`` is false.
     """
     if batching_wanted:  # without it nothing was compared
-        metrics.certified(info.sharing, info.sharing_difference)
+        metrics.certified(info.sharing, info.sharing_difference, info.sharing_note)
     _log_sharing(info, batching_wanted)
     cold_start.report(info.id)
 
@@ -99,6 +102,8 @@ def _log_sharing(info: ModelInfo, batching_wanted: bool) -> None:
             info.sharing_difference,
             info.sharing_psnr_db,
         )
+        if info.sharing_note:
+            logger.warning("model %s: batches are limited: %s", name, info.sharing_note)
         return
     logger.log(
         logging.WARNING if batching_wanted else logging.INFO,

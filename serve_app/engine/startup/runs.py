@@ -73,10 +73,17 @@ class Runs:
         return Recording(tuple(calls), image)
 
     def first_calls(
-        self, params: GenerationParams, images: int, sites: Sequence[str]
+        self,
+        params: GenerationParams,
+        sites: Sequence[str],
+        images: int = 1,
+        prompts: Sequence[str] = (),
     ) -> dict[str, RecordedCall]:
-        """Return the first call of each of these denoisers, for several images of one prompt."""
-        job = self._job(params, images)
+        """Return the first call of each of these denoisers, for several images of one prompt.
+
+        With ``prompts``, for one image of each of them.
+        """
+        job = self._job(params, images, prompts)
         found: dict[str, RecordedCall] = {}
         try:
             job.start()
@@ -168,8 +175,12 @@ class Runs:
             for (job, _), output in zip(batch, outputs, strict=True):
                 job.resume(output)
 
-    def _job(self, params: GenerationParams, images: int = 1) -> Job[Tensor]:
-        return Job(functools.partial(self.pipeline.generate, params, images=images))
+    def _job(
+        self, params: GenerationParams, images: int = 1, prompts: Sequence[str] = ()
+    ) -> Job[Tensor]:
+        return Job(
+            functools.partial(self.pipeline.generate, params, images=images, prompts=prompts)
+        )
 
     def _end(self, jobs: Sequence[Job[Tensor]]) -> None:
         for job in jobs:
@@ -195,7 +206,6 @@ def _recorded(call: Call, output: Any) -> RecordedCall:
         call.site,
         map_tensors(Tensor.clone, call.args),
         map_tensors(Tensor.clone, call.kwargs),
-        call.dtype,
     )
     return RecordedCall(copied, map_tensors(Tensor.clone, output))
 

@@ -6,20 +6,19 @@ Results of an earlier start are reused if nothing has changed.
 import copy
 import functools
 import logging
-import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from serve_app.config.models import EngineConfig, SpeedConfig
-from serve_app.engine.batching.axis import NotWritable
+from serve_app.engine.batching.axis_json import NotWritable
 from serve_app.engine.batching.batch import BatchSpec, prepare
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
+from serve_app.engine.device import free_memory, is_out_of_memory, memory_meter, release
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
 from serve_app.engine.model.noise_schedulers import fewest_steps_of
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -28,10 +27,17 @@ from serve_app.engine.model.speed import compile_batches
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size, worthwhile_batch
 from serve_app.engine.startup.certification import Certificate, certify, contradiction
 from serve_app.engine.startup.cold_start import ColdStart
+from serve_app.engine.startup.graph_capture import GraphCapture
+from serve_app.engine.startup.memory import MemoryTrend
 from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials, try_noise_schedulers
 from serve_app.engine.startup.profile import Profile
+from serve_app.engine.startup.profile_folder import (
+    profile_folder,
+    profile_name,
+    remove_old_profiles,
+)
 from serve_app.engine.startup.runs import Runs
-from serve_app.engine.timer import wait_for_device
+from serve_app.engine.timer import median_seconds, wait_for_device
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import probe
 
@@ -59,12 +65,38 @@ def warm_up(
         ConfigError: the model does not support a size, or the profile is damaged.
         Exception: the pipeline failed to generate a single image.
     """
-    _check_sizes(pipeline, config)
-    profile = None
-    if config.profile_path is not None:
-        path = Path(config.profile_path).expanduser()
-        profile = Profile(path, startup_fingerprint(pipeline, config))
-    reused = None if profile is None else _reuse(profile, pipeline, rendezvous, cost)
+    sizes = sizes_to_measure(pipeline, config)
+    if pipeline.device.type != "cpu":
+        pipeline.timesteps_on_cpu = True
+        try:
+            return _warm_up(pipeline, rendezvous, config, sizes, speed, cost, start)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # From torch: this pipeline joins its timesteps with other tensors.
+            logger.warning("trying again with the timesteps on the device", exc_info=True)
+            pipeline.timesteps_on_cpu = False
+    return _warm_up(pipeline, rendezvous, config, sizes, speed, cost, start)
+
+
+def _warm_up(
+    pipeline: LoadedPipeline,
+    rendezvous: Rendezvous,
+    config: EngineConfig,
+    sizes: Sequence[Size],
+    speed: SpeedConfig,
+    cost: CostModel,
+    start: ColdStart,
+) -> tuple[Certificate, PreviewMap | None, SchedulerTrials]:
+    profile = _open_profile(pipeline, config)
+    reused = None
+    if profile is not None:
+        try:
+            reused = _reuse(profile, pipeline, rendezvous, cost)
+        except ConfigError as error:
+            if config.profile_path != "auto":
+                raise
+            logger.warning("%s This start replaces it.", error)
     if reused is not None:
         certificate, previews, trials = reused
         start.ended("certify")
@@ -76,10 +108,19 @@ def warm_up(
     if certificate.sharing == "batched":  # larger batches did not fit into memory
         cost.max_batch_size = min(cost.max_batch_size, certificate.batch_size)
 
-    def measured(size: Size, max_batch_size: int) -> Measurement:
-        return measure(pipeline, rendezvous, certificate.specs, size, max_batch_size)
+    if pipeline.graphs is not None:  # before the times are measured, which graphs change
+        capture = GraphCapture(
+            pipeline, pipeline.graphs, rendezvous, certificate.specs, speed.compile
+        )
+        for size in sizes or (pipeline.default_size_px,):
+            capture.capture(size, cost.max_batch_size)
+        start.ended("compile")
 
-    missing = [size for size in config.warmup_sizes_px if size not in cost.caps]
+    def measured(size: Size, max_batch_size: int) -> Measurement:
+        trend = MemoryTrend(memory_meter(pipeline.device))
+        return measure(pipeline, rendezvous, certificate.specs, size, max_batch_size, trend)
+
+    missing = [size for size in sizes if size not in cost.caps]
     for size in missing:
         cost.measured(size, measured(size, cost.max_batch_size))
         logger.info("size %dx%d: batches up to %d are worthwhile", *size, cost.caps[size])
@@ -90,30 +131,55 @@ def warm_up(
     if missing or single:
         start.ended("measure")
     if profile is None:
-        start.reuse = "nothing reused, because engine.profile_path is not set"
+        start.reuse = "nothing reused and nothing stored"
     elif reused is None:
         start.reuse = "certification and caps are new"
     else:
-        caps = f"{len(config.warmup_sizes_px) - len(missing)} of {len(config.warmup_sizes_px)}"
+        caps = f"{len(sizes) - len(missing)} of {len(sizes)}"
         start.reuse = f"certification reused, and caps of {caps} sizes"
     if profile is not None and (reused is None or missing or single):
         _write(profile, certificate, previews, trials, cost)
+        if config.profile_path == "auto":
+            remove_old_profiles(profile.path.parent)
     if speed.compile:
         # Also compile calls that were not measured: those without guidance, and reused sizes.
-        for size in config.warmup_sizes_px or (pipeline.default_size_px,):
+        for size in sizes or (pipeline.default_size_px,):
             most = cost.cap(size)
             compile_batches(pipeline.generate, rendezvous, certificate.specs, size, most)
         start.ended("compile")
     return certificate, previews, trials
 
 
-def _check_sizes(pipeline: LoadedPipeline, config: EngineConfig) -> None:
+def sizes_to_measure(pipeline: LoadedPipeline, config: EngineConfig) -> tuple[Size, ...]:
+    """Return the sizes of the config, or those that 'auto' means.
+
+    Raises:
+        ConfigError: the model does not support one of them.
+    """
+    if isinstance(config.warmup_sizes_px, str):
+        # On a CPU memory does not limit a batch, and a measurement takes long.
+        wanted = pipeline.device.type == "cuda" and config.max_running > 1
+        return (pipeline.default_size_px,) if wanted else ()
     for size in config.warmup_sizes_px:
         if any(side % pipeline.size_multiple for side in size):
             raise ConfigError(
                 f"engine.warmup_sizes_px: this model does not support {size[0]}x{size[1]}: both "
                 f"sides must be multiples of {pipeline.size_multiple}."
             )
+    return config.warmup_sizes_px
+
+
+def _open_profile(pipeline: LoadedPipeline, config: EngineConfig) -> Profile | None:
+    """Return the profile of the config; ``None`` without one, or if its folder cannot be used."""
+    if config.profile_path == "none":
+        return None
+    if config.profile_path != "auto":
+        path = Path(config.profile_path).expanduser()
+        return Profile(path, startup_fingerprint(pipeline, config))
+    if (folder := profile_folder()) is None:
+        return None
+    fingerprint = startup_fingerprint(pipeline, config)
+    return Profile(folder / profile_name(fingerprint), fingerprint)
 
 
 def _certify_and_fit(
@@ -228,10 +294,12 @@ def measure(
     specs: dict[str, BatchSpec],
     size: Size,
     max_batch_size: int,
+    trend: MemoryTrend,
 ) -> Measurement:
-    """Measure a request of this size, with denoiser calls in batches of 1, 2, 4 and more.
+    """Measure a request of this size, with denoiser calls in batches of 1, 2, 4 … the largest.
 
-    Stops at the first batch size that is not worthwhile or runs out of memory.
+    Stops at the first batch size that is not worthwhile or runs out of memory, and at the largest
+    one that ``trend`` predicts to fit.
     """
     # The first run is not measured: it may compile or allocate.
     with _at_denoiser(pipeline, rendezvous, size) as job:
@@ -242,7 +310,7 @@ def measure(
         encode_s = time.perf_counter() - started_at
         call = job.call
         assert call is not None
-        call_s, out_of_memory = _measure_calls(rendezvous, specs, call, max_batch_size)
+        call_s, out_of_memory = _measure_calls(rendezvous, specs, call, max_batch_size, trend)
         decode_s = _finish(pipeline, rendezvous, job)
     return Measurement(call_s, encode_s, decode_s, out_of_memory)
 
@@ -281,32 +349,42 @@ def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) 
 
 
 def _measure_calls(
-    rendezvous: Rendezvous, specs: dict[str, BatchSpec], call: Call, max_batch_size: int
+    rendezvous: Rendezvous,
+    specs: dict[str, BatchSpec],
+    call: Call,
+    max_batch_size: int,
+    trend: MemoryTrend,
 ) -> tuple[dict[int, float], bool]:
-    """Return ``{batch size: seconds}``, and True if memory ran out."""
+    """Return ``{batch size: seconds}``, and True if memory limits it."""
     measured: dict[int, float] = {}
     single = prepare(specs, call)
-    batch = 1
-    while batch <= max_batch_size:
+
+    def seconds(batch: int) -> float:
         merged = call if single is None else specs[call.site].merge([single] * batch)
-        try:
-            measured[batch] = _seconds(rendezvous, merged)
-        except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
+        return _seconds(rendezvous, merged)
+
+    batch = 1
+    while True:
+        fitting = trend.fitting(batch)
+        if fitting in measured:
             return measured, True
-        if single is None or worthwhile_batch(measured) < batch:
-            break
-        batch *= 2
-    return measured, False
+        try:
+            measured[fitting] = trend.run(fitting, functools.partial(seconds, fitting))
+        except Exception as error:
+            if batch == 1 or not is_out_of_memory(error):
+                raise
+            release(error)
+            free_memory()
+            return measured, True
+        if fitting < batch:
+            return measured, True
+        if single is None or batch == max_batch_size or worthwhile_batch(measured) < batch:
+            return measured, False
+        batch = min(2 * batch, max_batch_size)
 
 
 def _seconds(rendezvous: Rendezvous, call: Call) -> float:
     """Return the median time of a call; the first run, which may compile, is not counted."""
-    taken = []
-    for _ in range(REPEATS + 1):
-        started_at = time.perf_counter()
-        rendezvous.forward(call)
-        wait_for_device()
-        taken.append(time.perf_counter() - started_at)
-    return statistics.median(taken[1:])
+    run = functools.partial(rendezvous.forward, call)
+    run()
+    return median_seconds(run, REPEATS)

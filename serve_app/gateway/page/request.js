@@ -5,13 +5,14 @@ import { previews } from "./model.js";
 import { call } from "./server.js";
 import { maskFile, removeSource, setStrength, source, startFrom, strength } from "./source.js";
 
+const TEXTS = ["prompt", "size", "negative_prompt", "scheduler", "acceleration"];
 const NUMBERS = ["num_inference_steps", "guidance_scale", "seed", "strength"];
 
 // Return {fields, image, mask}: all that generates the same image again, except a random seed.
 export async function readForm() {
   await source?.shown;
   const fields = {};
-  for (const name of ["prompt", "size", "negative_prompt", "scheduler", ...NUMBERS]) {
+  for (const name of [...TEXTS, ...NUMBERS]) {
     const value = form.elements[name].value;
     if (value !== "") fields[name] = NUMBERS.includes(name) ? Number(value) : value;
   }
@@ -27,7 +28,7 @@ export async function readForm() {
 
 // Fill in the form from a request.
 export function fillForm({ fields, image, mask }) {
-  for (const name of ["prompt", "size", "negative_prompt", "scheduler", ...NUMBERS]) {
+  for (const name of [...TEXTS, ...NUMBERS]) {
     const field = form.elements[name];
     if (name === "size" && ![...field.options].some((option) => option.value === fields.size)) {
       if (fields.size) addOption(field, fields.size, fields.size.replace("x", " × "));
