@@ -1,0 +1,1 @@
+"""Stored images: links in responses, and the files behind them."""
