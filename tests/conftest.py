@@ -1,14 +1,22 @@
 """Fixtures for all tests, and the environment of Ray, which must be set before its import."""
 
+import atexit
 import logging
 import os
+import shutil
 import signal
+import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# The profiles of servers that tests start lie there, not in the cache of the user who runs them.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="diffusion-serve-tests-")
 
 import pytest
 import torch
@@ -18,6 +26,9 @@ from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.scheduling import cost
+from serve_app.engine.startup import warmup
+
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 settings.register_profile("serve", deadline=None)  # a busy machine is not a failure
 settings.load_profile("serve")
@@ -32,11 +43,62 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
+LONG_FIRST = ("slow", "serve")
+"""Markers in the order in which files with them run. Files without any fill the last minutes."""
+
+ONE_SERVER = {
+    f"tests/e2e/test_{name}.py"
+    for name in ("doctor", "metrics", "page", "page_edits", "page_errors", "router", "serve")
+}
+"""Files whose fixture ``server`` is the same: one worker runs them all, so it starts once."""
+
 MEASURED = pytest.StashKey[list[str]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASURED] = []
+
+
+def work_unit(node_id: str) -> str:
+    """Return what one worker runs without a break: a file, or all files of `ONE_SERVER`."""
+    file = node_id.split("::")[0]
+    return "tests/e2e with the shared server" if file in ONE_SERVER else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Return the scheduler of ``--dist loadfile`` for these units of work."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadUnits(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return work_unit(nodeid)
+
+    return LoadUnits(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run long files first, so that no worker waits minutes for the last file of another.
+
+    pytest-xdist would start with the files that have the most tests, and end with a single test
+    that installs everything or starts a server.
+    """
+    sizes = Counter(work_unit(item.nodeid) for item in items)
+    lengths = Counter(str(item.path) for item in items)
+    ranks = dict.fromkeys(sizes, -1)
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        for name in marks & {*LONG_FIRST} if "gpu" not in marks else ():
+            unit = work_unit(item.nodeid)
+            ranks[unit] = max(ranks[unit], LONG_FIRST.index(name))
+
+    def place(item: pytest.Item) -> tuple[int, int, str, int, str]:
+        unit, file = work_unit(item.nodeid), str(item.path)
+        rank = ranks[unit] if ranks[unit] >= 0 else len(LONG_FIRST)
+        return rank, -sizes[unit], unit, -lengths[file], file
+
+    items.sort(key=place)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -65,10 +127,41 @@ def report(pytestconfig: pytest.Config) -> Callable[[str], None]:
     return pytestconfig.stash[MEASURED].append
 
 
-FIFO = EngineConfig(scheduling="fifo", max_backlog_s=1e6)
-"""Full batches without deadlines or rejections, so that no outcome depends on a clock."""
+FIFO = EngineConfig(scheduling="fifo", max_backlog_s=1e6, warmup_sizes_px=())
+"""Full batches without deadlines, rejections or caps, so that no outcome depends on a clock."""
 
 DEMO = ModelConfig(id="demo", device="cpu", default_steps=20)
+
+
+@contextmanager
+def profiles_in(folder: Path | None) -> Iterator[None]:
+    """Let engines that start keep their profiles in this folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(warmup, "profile_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_profile_by_default() -> Iterator[None]:
+    """Let no engine reuse what another test has found out about a pipeline that it changed."""
+    with profiles_in(None):
+        yield
+
+
+@pytest.fixture(scope="session")
+def profiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder for the starts of pipelines that no test has changed."""
+    return tmp_path_factory.mktemp("profiles")
+
+
+@pytest.fixture(scope="module")
+def reused_starts(profiles: Path) -> Iterator[None]:
+    """Certify a pipeline once in this run, for modules that change it after the start at most.
+
+    A start of the shipped model takes 4 s of a core, and 0.1 s with the profile of an earlier one.
+    """
+    with profiles_in(profiles):
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -108,15 +201,10 @@ def demo_pipeline() -> LoadedPipeline:
     return LoadedPipeline.load(DEMO)
 
 
-@pytest.fixture(scope="session")
-def start_profile(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The file in which the first engine of this run keeps its certification for the next ones."""
-    return str(tmp_path_factory.mktemp("profile") / "demo.json")
-
-
 @pytest.fixture
-def demo_engine(demo_pipeline: LoadedPipeline, start_profile: str) -> Iterator[Engine]:
+def demo_engine(demo_pipeline: LoadedPipeline, profiles: Path) -> Iterator[Engine]:
     """A new engine on the shipped model, closed at the end of the test."""
-    engine = Engine(demo_pipeline, DEMO, EngineConfig(profile_path=start_profile))
+    with profiles_in(profiles):
+        engine = Engine(demo_pipeline, DEMO)
     yield engine
     engine.close(drain=False)

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from serve_app.config.models import DEMO_MODEL_DIR
+from serve_app.config.source import DEMO_MODEL_DIR
 
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 

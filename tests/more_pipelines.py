@@ -27,6 +27,8 @@ from diffusers import (
     SchedulerMixin,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     Qwen2Config,
@@ -36,7 +38,15 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
-from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, T5_DIM, draw_weights, t5, unet
+from tests.tiny_networks import (
+    CLIP_DIM,
+    LATENT_CHANNELS,
+    T5_DIM,
+    autoencoder,
+    draw_weights,
+    t5,
+    unet,
+)
 from tests.tiny_pipelines import flux, stable_diffusion
 from tools.demo_model.scenes import vocabulary
 
@@ -265,6 +275,44 @@ def easyanimate() -> DiffusionPipeline:
     return pipeline
 
 
+def z_image() -> DiffusionPipeline:
+    """Build Z-Image, whose transformer takes lists: of latents, and of texts as long as they are.
+
+    It pads each text to a multiple of 32 tokens, and then all texts to the longest.
+    """
+    tokenizer = _words()
+    tokenizer.chat_template = "a {{ messages[0]['content'] }}"  # no prompt is empty
+    dim = 16
+    pipeline = ZImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06),
+        text_encoder=Qwen2Model(
+            Qwen2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=dim,
+                intermediate_size=dim,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=ZImageTransformer2DModel(
+            in_channels=LATENT_CHANNELS,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=dim,
+            axes_dims=[4, 6, 6],
+            axes_lens=[256, 64, 64],
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
 def flux_schnell() -> DiffusionPipeline:
     """Build a pipeline like FLUX.1 schnell: two calls of the transformer a step with guidance.
 
@@ -295,6 +343,11 @@ CERTIFIED: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], set[
         {"text-to-image"},
     ),
     "easyanimate": (easyanimate, {"num_frames": 9, "negative_prompt": ""}, {"text-to-image"}),
+    "z-image": (
+        z_image,
+        {"max_sequence_length": 128},
+        {"text-to-image", "image-to-image", "inpainting"},
+    ),
     "anyflow": (anyflow, FEW_TOKENS | {"num_frames": 9}, {"text-to-image"}),
 }
 """The builder, the call arguments and the tasks of pipelines that are certified as batched."""

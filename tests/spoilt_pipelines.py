@@ -104,8 +104,7 @@ def _replaced(own: Callable[..., Any], spoilt: Spoilt) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         nonlocal rows
         arguments = signature.bind(*args, **kwargs).arguments
-        latents: Tensor = next(iter(arguments.values()))
-        rows = rows or latents.shape[0]
+        rows = rows or len(next(iter(arguments.values())))
         return spoilt(own, arguments, rows)
 
     return forward

@@ -1,3 +1,4 @@
+import os
 import sys
 from pathlib import Path
 
@@ -5,14 +6,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from serve_app.config.model_files import check_model_folder
-from serve_app.config.models import (
-    DEMO_MODEL_DIR,
-    AppConfig,
-    GatewayConfig,
-    ModelConfig,
-    parse_app_config,
+from serve_app.config.environment import (
+    ALLOCATOR_SETTINGS,
+    ALLOCATOR_VARIABLE,
+    OLDER_ALLOCATOR_VARIABLES,
+    set_defaults_of_processes,
 )
+from serve_app.config.gateway import GatewayConfig
+from serve_app.config.model_files import check_model_folder
+from serve_app.config.models import AppConfig, ModelConfig, parse_app_config
 from serve_app.config.serve_file import (
     SERVE_DELAYS_S,
     WORK_POLICY,
@@ -21,6 +23,7 @@ from serve_app.config.serve_file import (
     read_autoscaling,
     read_serve_config,
 )
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.errors import ConfigError
 from tests.serve_configs import SERVE_CONFIGS
 
@@ -66,10 +69,29 @@ def test_errors_name_the_wrong_key(args: object, words: list[str]) -> None:
 
 def test_the_source_of_a_model(tmp_path: Path) -> None:
     assert ModelConfig(id="org/name").source == "org/name"
-    assert not ModelConfig(id="org/name").is_folder
+    assert not ModelConfig(id="org/name").is_local
     assert ModelConfig(id="m", path="org/name").source == "org/name"
     assert ModelConfig(id="m", path=str(tmp_path)).source == str(tmp_path)
     assert ModelConfig(id="m", path="./x").source == str(Path("x").resolve())
+    file = ModelConfig(id="m", path="./x.safetensors")
+    assert file.is_single_file
+    assert file.layout is None
+    assert file.model_copy(update={"base": "org/name"}).layout == "org/name"
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"path": "/models/x", "base": "/b"}, "model.base is '/b', and /models/x is no"),
+        ({"path": "/x.safetensors", "variant": "fp16"}, "leave model.variant out"),
+        ({"path": "models/x.safetensors"}, "as owner/name/file.safetensors"),
+        ({"components": {"vae": None}}, "components.vae is null, and no image"),
+        ({"components": {"vae": "vae"}}, "components.vae is 'vae': write a path"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_refused(model: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_app_config({"model": {"id": "m"} | model})
 
 
 @pytest.mark.parametrize(
@@ -157,6 +179,21 @@ def test_unusable_adapters_are_rejected(model: dict[str, object], message: str) 
         parse_app_config({"model": model})
 
 
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"device": "cpu", "speed": {"offload": "model"}}, "speed.offload needs a GPU.*'cpu'"),
+        ({"device": "cpu", "speed": {"cuda_graphs": True}}, "speed.cuda_graphs needs a GPU.*'cpu'"),
+        ({"speed": {"cuda_graphs": True, "offload": "model"}}, "weights that stay in place"),
+    ],
+)
+def test_options_for_a_gpu_are_rejected_where_they_cannot_work(
+    model: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_app_config({"model": model})
+
+
 def test_tracing_needs_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parse_app_config({"gateway": {"tracing": True}}).gateway.tracing
     exporter = "opentelemetry.exporter.otlp.proto.http"
@@ -172,3 +209,16 @@ def test_the_environment_may_name_the_key_file(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DIFFUSION_SERVE_KEYS_PATH", "/etc/diffusion-serve/keys.yaml")
     assert GatewayConfig().keys_file == Path("/etc/diffusion-serve/keys.yaml")
     assert GatewayConfig(keys_path="/mine.yaml").keys_file == Path("/mine.yaml")
+
+
+@pytest.mark.parametrize("own", [None, *OLDER_ALLOCATOR_VARIABLES, ALLOCATOR_VARIABLE])
+def test_the_allocators_settings_of_a_user_are_kept(
+    own: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (*OLDER_ALLOCATOR_VARIABLES, ALLOCATOR_VARIABLE)
+    kept = {name: value for name, value in os.environ.items() if name not in names}
+    environment = kept | ({} if own is None else {own: "backend:native"})
+    monkeypatch.setattr(os, "environ", environment)
+    set_defaults_of_processes()
+    expected = {ALLOCATOR_VARIABLE: ALLOCATOR_SETTINGS} if own is None else {own: "backend:native"}
+    assert {name: value for name, value in environment.items() if name in names} == expected

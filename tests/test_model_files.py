@@ -10,12 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
-from typer.testing import CliRunner
 
-from serve_app.cli import cli
 from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import ModelConfig
 from serve_app.engine.model.loader import read_pipeline
@@ -138,7 +135,6 @@ def edit_index(folder: Path, shard: str, tensor: str | None = None) -> None:
 
 
 INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
-QUANTIZED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 
 BROKEN: dict[str, tuple[dict[str, str], str | None, Break, str]] = {
     "only fp16": (VARIANT, None, lambda folder: None, "Set model.variant: fp16"),
@@ -216,14 +212,14 @@ BROKEN: dict[str, tuple[dict[str, str], str | None, Break, str]] = {
     "quantized": (
         FULL,
         None,
-        edit("unet/config.json", quantization_config=QUANTIZED),
-        r"quantization_config \(bitsandbytes\).*model.speed.quantize",
+        edit("unet/config.json", quantization_config={"quant_method": "gptq"}),
+        r"quantization_config \(gptq\).*model.speed.quantize",
     ),
     "quantized text": (
         FULL,
         None,
-        edit("text_encoder/config.json", text_config={"quantization_config": QUANTIZED}),
-        "quantization_config",
+        edit("text_encoder/config.json", text_config={"quantization_config": {"x": "gptq"}}),
+        r"quantization_config \(None\). Only weights.*model.speed.quantize",
     ),
 }
 
@@ -328,51 +324,6 @@ def test_a_pipeline_without_a_prompt_is_rejected_before_the_start(
     )
     with pytest.raises(ModelLoadError, match=r"KandinskyImg2ImgPipeline.*each call needs .*image"):
         check_model_folder(config(folder))
-
-
-def check_by_command(folder: Path, model: dict[str, object]) -> str:
-    file = folder / "serve.yaml"
-    content = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
-    content["applications"][0]["args"]["model"] = model
-    file.write_text(yaml.safe_dump(content))
-    result = CliRunner().invoke(cli, ["check", str(file)])
-    assert result.exit_code == (0 if result.output.endswith(": ok\n") else 2)
-    return result.output
-
-
-@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt", "m.gguf"])
-def test_a_single_file_is_to_be_converted(name: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(b"x" * 100)
-    paths = [str(tmp_path / name), str(tmp_path / "missing" / name), f"models/{name}"]
-    for model in [{"id": "m", "path": path} for path in paths] + [{"id": f"models/{name}"}]:
-        output = check_by_command(tmp_path, model)
-        assert "from_single_file" in output
-        assert "does not exist" not in output
-
-
-def test_adapters_are_checked(tmp_path: Path) -> None:
-    adapters = tmp_path / "adapters"
-    adapters.mkdir()
-    good, bad = adapters / "good.safetensors", adapters / "bad.safetensors"
-    save_file({"a": torch.ones(2)}, good)
-    demo: dict[str, object] = {"id": "demo"}
-    assert "ok" in check_by_command(tmp_path, demo | {"lora_folder": str(adapters)})
-    sources = {
-        "missing.safetensors": "does not exist",
-        "ink.bin": "only .safetensors files are loaded",
-    }
-    for name, words in sources.items():
-        loras = {"ink": str(adapters / name)}
-        assert words in check_by_command(tmp_path, demo | {"loras": loras})
-    for content, words in ((POINTER, "Git LFS pointer"), ("", "it is empty")):
-        bad.write_text(content)
-        for source in ({"loras": {"ink": str(bad)}}, {"lora_folder": str(adapters)}):
-            output = check_by_command(tmp_path, demo | source)
-            assert str(bad) in output
-            assert words in output
-    bad.unlink()
-    bad.symlink_to("/no/such/blob")
-    assert "cannot be read" in check_by_command(tmp_path, demo | {"lora_folder": str(adapters)})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
@@ -63,3 +64,27 @@ def test_blocking_needs_a_safety_checker(tmp_path: Path) -> None:
     assert "the model 'demo' has no safety checker" in done.output
     config.write_text(config.read_text().replace("safety: block", "safety: flag"))
     assert CliRunner().invoke(cli, ["check", str(config)]).exit_code == 0
+
+
+def test_a_store_of_images_that_takes_none_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machines of the server may reach it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+    config = tmp_path / "serve.yaml"
+    for url, problem in (
+        (f"file://{tmp_path}/new/images", None),
+        (f"file://{config}/images", f"{config} is no folder that this user may write to"),
+        ("s3://bucket/prefix", "takes no images: Generic S3 error"),
+    ):
+        args = f"    args:\n      gateway:\n        storage: {{url: '{url}'}}\n"
+        config.write_text(text.replace("    args:\n", args))
+        done = CliRunner().invoke(cli, ["check", str(config)])
+        assert done.exit_code == 0
+        assert ("warning" in done.stderr) == (problem is not None)
+        assert problem is None or problem in done.stderr
+        assert "the-secret" not in done.output
+    assert not (tmp_path / "new").exists()

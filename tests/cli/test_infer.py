@@ -11,7 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
-from serve_app.config.models import DEMO_MODEL_DIR
+from serve_app.config.source import DEMO_MODEL_DIR
 from tests.cli.server import PROGRAM
 from tests.safety_checkers import FLAGS_EVERYTHING, save_with_checker
 from tools.demo_model.judge import read

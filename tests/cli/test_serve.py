@@ -58,12 +58,12 @@ def test_a_model_that_is_not_there_ends_within_3_s(tmp_path: Path, model: str) -
     assert took_s < 3.0
 
 
-def test_a_checkpoint_file_is_not_a_model_folder(tmp_path: Path) -> None:
+def test_a_checkpoint_file_is_checked_before_a_start(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.touch()
     result = _serve("--model", str(path), "--device", "cpu")
     assert result.exit_code == 2
-    assert "from_single_file" in result.stderr
+    assert "has no weights, it is empty" in result.stderr
 
 
 def test_the_printed_config_passes_check(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from serve_app import __version__
-from serve_app.config.models import DEMO_MODEL_DIR
+from serve_app.config.source import DEMO_MODEL_DIR
 from tests.cluster.manifests import Manifests, render
 from tests.cluster.rules import problems
 from tests.pages import OWN_OVERLAY, section

@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 
-from serve_app.config.models import DEMO_MODEL_DIR
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.protocol.params import GenerationParams
 from tools.demo_model.evaluate import accuracy, generate_held_out

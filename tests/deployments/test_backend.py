@@ -59,6 +59,22 @@ async def test_a_request_survives_the_loss_of_replicas() -> None:
     assert await generate(backend) == "image"
 
 
+async def test_a_replica_that_stops_is_not_tried_again_before_it_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is idle, so that a router would choose it for every attempt."""
+    pauses: list[float] = []
+
+    async def pause(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(deployment, "STOPPING_S", 7.0)
+    backend, _ = backend_of(*[raised_by_replica(Unavailable("closing"))] * 2, "image")
+    monkeypatch.setattr(deployment.asyncio, "sleep", pause)
+    assert await generate(backend) == "image"
+    assert [seconds for seconds in pauses if seconds] == [7.0, 7.0]
+
+
 async def test_a_stream_continues_after_the_loss_of_its_replica() -> None:
     """No preview is sent twice."""
     previews = [PartialImage(index, b"") for index in range(3)]

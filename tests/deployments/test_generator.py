@@ -1,7 +1,9 @@
+import gc
 import itertools
 import logging
 import re
 import time
+import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -14,8 +16,12 @@ from torch import nn
 
 from serve_app.config.models import AppConfig
 from serve_app.deployments import generator
-from serve_app.deployments.generator import Generator, check_assigned_gpus
-from serve_app.engine import admission, runner
+from serve_app.deployments.generator import (
+    Generator,
+    check_assigned_gpus,
+    freeze_garbage_collector,
+)
+from serve_app.engine import admission, runner, timer
 from serve_app.engine import engine as engine_module
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -28,6 +34,8 @@ from serve_app.protocol.backend import GenerationEvent
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import GenerationParams, ModelInfo
 from tests.conftest import DEMO, FIFO
+
+pytestmark = pytest.mark.usefixtures("reused_starts")
 
 
 def test_a_replica_gets_a_gpu_unless_the_config_says_otherwise() -> None:
@@ -51,6 +59,26 @@ def test_an_unwanted_gpu_is_only_logged(
     check_assigned_gpus(["0", "3"], "cpu")
     assert "GPU 0, 3" in caplog.text
     assert "not used" in caplog.text
+
+
+def test_collections_pass_over_the_objects_of_the_start_and_not_over_later_ones() -> None:
+    class Cyclic:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def dropped() -> "weakref.ref[Cyclic]":
+        return weakref.ref(Cyclic())
+
+    of_the_start = dropped()
+    try:
+        freeze_garbage_collector()
+        assert of_the_start() is None, "garbage of the start would be kept for ever"
+        assert gc.get_freeze_count() > 10_000
+        later = dropped()
+        gc.collect()
+        assert later() is None
+    finally:
+        gc.unfreeze()
 
 
 class Replica:
@@ -111,7 +139,7 @@ async def test_a_wrong_clock_changes_no_timing(
         time=lambda: time.time() + off_s, perf_counter=lambda: time.perf_counter() + 1_000
     )
     caplog.set_level(logging.INFO, "serve_app.gateway.requests_log")
-    for module in (engine_module, admission, runner, generator):
+    for module in (engine_module, admission, runner, timer, generator):
         monkeypatch.setattr(module, "time", there)
     with Engine(demo_pipeline, DEMO, FIFO) as engine:
         response, waited_s = await ask(engine, num_inference_steps=5, n=2)

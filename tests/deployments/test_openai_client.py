@@ -28,8 +28,10 @@ VALUES = {
     "prompt": ["a red circle on a blue background"],
     "quality": ["low", "high"],
     "response_format": ["b64_json"],
+    "safety_identifier": ["someone"],
     "size": ["48x32", "auto"],
     "stream": [True],
+    "user": ["someone"],
 }
 
 
@@ -70,7 +72,7 @@ def test_the_image_is_that_of_the_prompt_and_compression_loses_some_of_it(api: A
 
 def test_hints_change_no_pixel(api: Api) -> None:
     [plain] = send(api, "generate", False, FEW_STEPS).files
-    hints = {"style": "vivid", "moderation": "low", "complexity": "high", "user": "someone"}
+    hints = {"style": "vivid", "moderation": "low", "complexity": "high"}
     outcome = send(api, "generate", False, hints | FEW_STEPS)
     assert outcome.files == [plain]
     assert [text.split()[0] for text in outcome.answer.warnings] == sorted(hints)

@@ -11,7 +11,8 @@ import openai
 import pytest
 from PIL import ImageChops
 
-from serve_app.config.models import AppConfig, EngineConfig, GatewayConfig, ModelConfig, Safety
+from serve_app.config.gateway import GatewayConfig, Safety
+from serve_app.config.models import AppConfig, EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api

@@ -17,7 +17,8 @@ import pynvml
 import pytest
 from huggingface_hub import constants
 
-from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.doctor import driver
 from serve_app.doctor.disk import check_disk, check_temporary_disk
 from serve_app.doctor.driver import TorchBuild

@@ -46,7 +46,8 @@ def test_the_demo_model_is_measured() -> None:
     model = ModelConfig(device="cpu")
     folder = find_folder(model)
     assert folder is not None
-    parts = read_components(folder, model)
+    parts = read_components(model)
+    assert parts is not None
     assert [part.name for part in parts] == ["text_encoder", "unet", "vae"]
     files = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
     needed = needed_bytes(parts, model, on_gpu=True)
@@ -58,14 +59,42 @@ def test_the_demo_model_is_measured() -> None:
 def test_one_variant_is_counted(tmp_path: Path, variant: str | None) -> None:
     write_model(tmp_path / "model", ("", ".fp16"))
     model = ModelConfig(id="x", path=str(tmp_path / "model"), variant=variant)
-    parts = read_components(tmp_path / "model", model)
+    parts = read_components(model)
     assert parts == [Component("text_encoder", 2, 8), Component("unet", 6, 8)]
+
+
+def test_a_single_file_and_replaced_components_are_counted(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    found, vae = tmp_path / "found.safetensors", tmp_path / "vae.safetensors"
+    sizes = {
+        "model.diffusion_model.input_blocks.0.0.weight": 5,
+        "model.diffusion_model.out.0.weight": 2,
+        "model_ema.decay": 100,  # a copy that is not loaded
+        "first_stage_model.decoder.conv_in.bias": 3,
+        "conditioner.embedders.0.x": 7,
+        "conditioner.embedders.1.x": 11,
+    }
+    save_file({name: np.zeros(size, np.float16) for name, size in sizes.items()}, found)
+    save_file({"decoder.conv_in.bias": np.zeros(13, np.float16)}, vae)
+    file = ModelConfig(id="x", path=str(found))
+    parts = {part.name: part.parameters for part in read_components(file) or []}
+    assert parts == {"unet": 7, "vae": 3, "text_encoder": 7, "text_encoder_2": 11}
+    folder = ModelConfig(id="x", path=str(tmp_path / "model"))
+    components = {"vae": str(vae), "text_encoder": None}
+    for model, rest in ((file, {"unet": 7, "text_encoder_2": 11}), (folder, {"unet": 6})):
+        changed = model.model_copy(update={"components": components})
+        parts = {part.name: part.parameters for part in read_components(changed) or []}
+        assert parts == rest | {"vae": 13}
+    elsewhere = {"vae": "owner/name/vae.safetensors"}
+    assert read_components(file.model_copy(update={"components": elsewhere})) is None
 
 
 def test_parts_of_one_file_are_added_up(tmp_path: Path) -> None:
     write_model(tmp_path / "model", ("-00001-of-00002", "-00002-of-00002"))
     model = ModelConfig(id="x", path=str(tmp_path / "model"))
-    assert read_components(tmp_path / "model", model)[1] == Component("unet", 12, 16)
+    parts = read_components(model)
+    assert parts is not None
+    assert parts[1] == Component("unet", 12, 16)
 
 
 @pytest.mark.parametrize(
@@ -130,5 +159,5 @@ def test_a_file_that_holds_no_weights_is_named(tmp_path: Path, content: bytes, w
     for broken, expected in ((content, words), (whole[:-1], "it is cut off")):
         file.write_bytes(broken)
         with pytest.raises(ModelLoadError, match=expected) as raised:
-            read_components(tmp_path / "model", ModelConfig(id="x", path=str(tmp_path / "model")))
+            read_components(ModelConfig(id="x", path=str(tmp_path / "model")))
         assert str(file) in str(raised.value)

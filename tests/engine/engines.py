@@ -2,6 +2,7 @@
 
 import queue
 import threading
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,34 @@ def largest_difference(results: list[GenerationResult], alone: list[torch.Tensor
     """Over all pixels, in [0, 1]; ``alone`` holds results of `LoadedPipeline.generate`."""
     images = [image[0] for image in alone]
     return comparison.largest_difference([result.pixels for result in results], images)
+
+
+def together(
+    engine: Engine, requests: Sequence[GenerationParams]
+) -> tuple[list[torch.Tensor], float]:
+    """Return the images of requests of which none goes on before all are there, and the mean batch.
+
+    So the batches do not depend on a clock."""
+    submitted = threading.Event()
+    ends: list[queue.SimpleQueue[Event]] = [queue.SimpleQueue() for _ in requests]
+
+    def report(index: int) -> Callable[[Event], None]:
+        def on_event(event: Event) -> None:
+            if isinstance(event, Progress):
+                assert submitted.wait(30)  # on the engine's thread
+            elif isinstance(event, Completed | Failed):
+                ends[index].put(event)
+
+        return on_event
+
+    before = engine.stats()
+    for index, request in enumerate(requests):
+        engine.submit(request, report(index))
+    submitted.set()
+    images = [result_of([end.get(timeout=60)]).pixels for end in ends]
+    after = engine.stats()
+    calls = after.denoiser_calls - before.denoiser_calls
+    return images, (after.steps - before.steps) / calls
 
 
 def has_stopped(engine: Engine) -> bool:

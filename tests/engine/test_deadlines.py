@@ -3,6 +3,8 @@
 import time
 from dataclasses import replace
 
+import pytest
+
 from serve_app.config.models import EngineConfig, LimitsConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -14,6 +16,8 @@ from serve_app.protocol.params import INITIAL, RequestContext
 from tests.conftest import DEMO
 from tests.engine.engines import hold, measured, params, rejected, submitted
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("reused_starts")
 
 
 def test_a_deadline_that_cannot_be_met_is_rejected(demo_pipeline: LoadedPipeline) -> None:
@@ -118,7 +122,7 @@ def test_siblings_that_cannot_be_done_in_time_are_rejected(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     """Also on an idle engine, which admits each of them alone, even if it may be a little late."""
-    config = EngineConfig(max_batch_size=1)
+    config = EngineConfig(max_batch_size=1, profile_path="none")  # no other test has it
     with Engine(demo_pipeline, DEMO, config) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100, deadline_s=0.8 * long_s)

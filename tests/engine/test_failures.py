@@ -1,6 +1,7 @@
 """Failures: one request, the memory, the device or the engine itself. None strands a request."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,8 @@ from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO, FIFO
 from tests.engine.engines import TOLERANCE, has_stopped, largest_difference, params, result_of
 from tests.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("reused_starts")
 
 
 def break_rows_of(
@@ -58,14 +61,11 @@ def test_an_error_in_one_request_fails_no_other(demo_pipeline: LoadedPipeline) -
     assert largest_difference([result_of([end]) for end in ends], alone) <= TOLERANCE
 
 
-def test_a_lost_device_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
-    """Every later call would fail as well: another process must take over."""
-
-    def lost(_: torch.nn.Module, args: object) -> None:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    engine = Engine(demo_pipeline, DEMO)
-    handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(lost)
+def check_stopped_by(
+    lost: Callable[[torch.nn.Module, object], None], engine: Engine, pipeline: LoadedPipeline
+) -> None:
+    """Check that an error before a denoiser call ends the engine, and its request as lost."""
+    handle = pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(lost)
     try:
         event = list(engine.stream(params()))[-1]
         wait_until(lambda: has_stopped(engine))
@@ -73,6 +73,16 @@ def test_a_lost_device_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
         handle.remove()
     assert isinstance(event, Failed)
     assert isinstance(event.error, Unavailable)
+
+
+def test_a_lost_device_stops_the_engine(demo_pipeline: LoadedPipeline) -> None:
+    """Every later call would fail as well: another process must take over."""
+
+    def lost(_: torch.nn.Module, args: object) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    engine = Engine(demo_pipeline, DEMO)
+    check_stopped_by(lost, engine, demo_pipeline)
     with pytest.raises(Unavailable, match="illegal memory access"):
         engine.check()
 
@@ -120,6 +130,103 @@ def test_out_of_memory_halves_the_batch_and_fails_no_request(demo_pipeline: Load
     assert largest_difference(results, alone) <= TOLERANCE
     assert sum(size > 3 for size in sizes) <= 3  # the cap is learned, not tried again and again
     assert max(sizes[-6:]) <= 3
+
+
+def wrapped() -> None:
+    """Raise a library's own error in the handling of one of torch."""
+    try:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    except torch.OutOfMemoryError as error:
+        raise ValueError("the attention backend failed") from error
+
+
+def raises(error: BaseException) -> Callable[[], None]:
+    def raise_it() -> None:
+        raise error
+
+    return raise_it
+
+
+LACKS_OF_MEMORY = {
+    "torch": raises(torch.OutOfMemoryError("Allocation on device 0 would exceed the limit")),
+    "cpu": lambda: torch.empty(2**60),  # a real one
+    "windows": raises(
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:114] data. DefaultCPUAllocator: not enough memory: "
+            "you tried to allocate 1073741824 bytes."
+        )
+    ),
+    "python": raises(MemoryError()),
+    "cublas": raises(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    ),
+    "cudnn 8": raises(RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")),
+    "cudnn 9": raises(
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
+    ),
+    "cudnn engines": raises(
+        RuntimeError("GET was unable to find an engine to execute this computation")
+    ),
+    "runtime": raises(
+        torch.AcceleratorError(
+            "CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation' in "
+            "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html for more "
+            "information.\nCUDA kernel errors might be asynchronously reported at some other API "
+            "call, so the stacktrace below might be incorrect."
+        )
+    ),
+    "expandable segments": raises(RuntimeError("CUDA driver error: out of memory")),
+    "nvml": raises(
+        RuntimeError(
+            'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/'
+            'CUDACachingAllocator.cpp":1016, please report a bug to PyTorch.'
+        )
+    ),
+    "wrapped": wrapped,
+}
+"""The ways in which libraries report a lack of memory, with their texts."""
+
+
+@pytest.mark.parametrize("run_out", LACKS_OF_MEMORY.values(), ids=LACKS_OF_MEMORY)
+def test_every_lack_of_memory_lowers_the_cap_and_fails_no_request(
+    run_out: Callable[[], object], demo_pipeline: LoadedPipeline
+) -> None:
+    requests = [params(seed=seed, num_inference_steps=3) for seed in range(4)]
+    sizes: list[int] = []
+    submitted = threading.Event()
+
+    def only_two_fit(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        submitted.wait()
+        sizes.append(args[0].shape[0] // 2)  # with guidance, two rows a request
+        if sizes[-1] > 2:
+            run_out()
+
+    with Engine(demo_pipeline, DEMO, FIFO) as engine:
+        handle = demo_pipeline.denoisers["unet"].conv_in.register_forward_pre_hook(only_two_fit)
+        try:
+            streams = [engine.stream(request) for request in requests]
+            submitted.set()
+            ends = [list(stream)[-1] for stream in streams]
+        finally:
+            submitted.set()
+            handle.remove()
+        assert engine.cost.cap((64, 64), 2) <= 2
+    assert all(isinstance(end, Completed) for end in ends), ends
+    assert max(sizes) > 2
+    assert sum(size > 2 for size in sizes) == 1  # the cap is learned
+
+
+def test_an_error_after_a_lack_of_memory_may_still_be_a_lost_device(
+    demo_pipeline: LoadedPipeline,
+) -> None:
+    def lost(_: torch.nn.Module, args: object) -> None:
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        except torch.OutOfMemoryError:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure")  # noqa: B904
+
+    engine = Engine(demo_pipeline, DEMO)
+    check_stopped_by(lost, engine, demo_pipeline)
 
 
 def test_a_receiver_that_raises_fails_no_request(

@@ -19,6 +19,8 @@ from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("reused_starts")
+
 
 def sample(name: str, model: str, **labels: str) -> float | None:
     return ENGINE.get_sample_value(f"diffusion_serve_{name}", {"model": model, **labels})
@@ -144,8 +146,12 @@ def test_metrics_do_not_keep_a_closed_engine_alive() -> None:
         def count(self, state: str) -> int:
             return 1
 
+        def stuck(self) -> float:
+            return 0.5
+
     metrics, engine = EngineMetrics("gone"), Engineered()
-    metrics.watch(engine.replica_load, engine.count, None)
+    metrics.watch(engine.replica_load, engine.count, engine.stuck, None)
+    assert sample("stuck_ratio", "gone") == 0.5
     assert sample("backlog_seconds", "gone", priority="interactive") == 1.5
     del engine
     gc.collect()

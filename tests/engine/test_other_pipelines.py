@@ -31,6 +31,8 @@ from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext, ltx
 from tests.tiny_ernie import ernie_image
 from tests.tiny_pipelines import flux, stable_diffusion
 
+pytestmark = pytest.mark.usefixtures("reused_starts")
+
 
 def _engine(pipeline: DiffusionPipeline, call_kwargs: dict[str, Any]) -> Engine:
     model = ModelConfig(id="m", device="cpu", default_size_px=(32, 32), call_kwargs=call_kwargs)

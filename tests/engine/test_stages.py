@@ -1,6 +1,7 @@
 """Stages and steps take turns: text encoding before the steps, decoding between them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -17,39 +18,40 @@ from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
 from tests.tiny_pipelines import HEIGHT_PX, WIDTH_PX, sdxl
 
+pytestmark = pytest.mark.usefixtures("reused_starts")
+
 
 def params(seed: int, steps: int, prompt: str = "a red star on white") -> GenerationParams:
     return GenerationParams(prompt, seed, width=64, height=64, num_inference_steps=steps)
 
 
-@pytest.fixture
-def calls(demo_pipeline: LoadedPipeline) -> Iterator[list[str]]:
-    """Note the sites that ran, in order."""
+@contextmanager
+def noted_calls(pipeline: LoadedPipeline) -> Iterator[list[str]]:
+    """Note the sites that run, in order."""
     ran: list[str] = []
 
     def first_layer(module: nn.Module) -> nn.Module:
         return next(layer for layer in module.modules() if not list(layer.children()))
 
     handles = [
-        first_layer(site.module).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, site in demo_pipeline.sites.items()
+        first_layer(module).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, module in pipeline.sites.items()
     ]
-    yield ran
-    for handle in handles:
-        handle.remove()
+    try:
+        yield ran
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def test_steps_run_in_the_middle_of_anothers_decoding(
-    demo_pipeline: LoadedPipeline, calls: list[str]
-) -> None:
+def test_steps_run_in_the_middle_of_anothers_decoding(demo_pipeline: LoadedPipeline) -> None:
     # Without guidance a step of the demo model takes half as long as decoding.
     requests = [
         replace(params(1, 90), width=32, height=32),
         replace(params(2, 2), width=192, height=128, guidance_scale=1.0),
     ]
     alone = [demo_pipeline.generate(request)[0] for request in requests]
-    with Engine(demo_pipeline, DEMO) as engine:
-        calls.clear()
+    with Engine(demo_pipeline, DEMO) as engine, noted_calls(demo_pipeline) as calls:
         long = engine.stream(requests[0])
         for event in long:
             if isinstance(event, Progress):
@@ -64,11 +66,9 @@ def test_steps_run_in_the_middle_of_anothers_decoding(
     assert calls[decoding[blocks] :].count("unet") == 0  # no other request is left
 
 
-def test_prompts_are_encoded_before_the_next_step(
-    demo_pipeline: LoadedPipeline, calls: list[str]
-) -> None:
+def test_prompts_are_encoded_before_the_next_step(demo_pipeline: LoadedPipeline) -> None:
     """Otherwise each would start a step after the one before it, in batches that are too small."""
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO) as engine, noted_calls(demo_pipeline) as calls:
         long = engine.stream(params(1, 60))
         for event in long:
             if isinstance(event, Progress):

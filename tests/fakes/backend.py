@@ -8,7 +8,7 @@ from PIL import Image
 from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.protocol.backend import GenerationEvent
-from serve_app.protocol.events import GenerationTimings, Progress, Queued
+from serve_app.protocol.events import DenoiserCalls, GenerationTimings, Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
@@ -31,8 +31,10 @@ INFO = ModelInfo(
     default_height=64,
     size_multiple=8,
     default_steps=20,
+    default_acceleration="none",
     takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image", "inpainting"),
+    max_input_images=1,
     default_strengths={"image-to-image": 0.5, "inpainting": 1.0},
     noise_schedulers=("euler", "ddim"),
     unavailable_noise_schedulers={
@@ -112,6 +114,7 @@ class FakeBackend:
                 ("a warning",),
                 7,
                 self.timings,
+                calls=DenoiserCalls(8, 12),
                 age_s=sum(self.timings) + self.file_s,
             )
         except (asyncio.CancelledError, GeneratorExit):

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from serve_app.config.models import EngineConfig, ModelConfig
+from serve_app.engine.device import memory_meter
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference, psnr_db
@@ -210,7 +211,7 @@ def test_fewer_requests_run_at_a_time_if_memory_runs_out(
         GenerationParams("a red circle", seed, width=side, height=side, num_inference_steps=2)
         for seed in range(32)
     ]
-    config = EngineConfig(scheduling="fifo", max_batch_size=len(requests))
+    config = EngineConfig(scheduling="fifo", max_batch_size=len(requests), warmup_sizes_px=())
 
     def peak_bytes(engine: Engine, requests: Sequence[GenerationParams]) -> int:
         before = torch.cuda.memory_allocated()
@@ -232,6 +233,20 @@ def test_fewer_requests_run_at_a_time_if_memory_runs_out(
     separate = [pipeline.generate(params)[0].cpu() for params in requests[:4]]
     worst = min(psnr_db(*pair) for pair in zip(separate, images[:4], strict=True))
     assert worst > max(psnr_db(*pair) for pair in pairwise(separate)) + APART_DB
+
+
+def test_the_meter_sees_the_memory_of_a_call_and_counts_it_as_available_again() -> None:
+    meter = memory_meter(DEVICE)
+    assert meter is not None
+    taken_bytes = 64 * 2**20
+
+    def call() -> int:
+        return torch.empty(taken_bytes, dtype=torch.uint8, device=DEVICE).numel()
+
+    call()  # torch keeps the memory from now on
+    before = meter.available()
+    assert meter.measure(call) == (taken_bytes, taken_bytes)
+    assert meter.available() >= before - taken_bytes // 2  # other processes may use a little
 
 
 def test_weights_read_to_the_gpu_equal_weights_moved_there(tmp_path: Path) -> None:

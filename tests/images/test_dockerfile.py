@@ -1,8 +1,10 @@
 """The rules of the Dockerfile that protect a user of the images."""
 
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -12,8 +14,12 @@ import pytest
 import yaml
 
 from serve_app import __version__
-from serve_app.cli.serve import PROXY_CALLBACK
-from serve_app.config.environment import PROXY_CALLBACK_VARIABLE
+from serve_app.config.environment import (
+    ALLOCATOR_SETTINGS,
+    ALLOCATOR_VARIABLE,
+    PROXY_CALLBACK,
+    PROXY_CALLBACK_VARIABLE,
+)
 from tests.serve_configs import SERVE_CONFIGS
 
 ROOT = Path(__file__).parents[2]
@@ -109,13 +115,26 @@ def test_the_version_is_that_of_the_package() -> None:
 
 
 def test_containers_do_not_run_as_root() -> None:
-    assert _values("USER") == ["1000:0"]
+    assert _values("USER") == ["1000:0", "0", "1000:0"]  # as root, gpu installs compilers
     environment = _environment()
     [setup] = [value for value in _values("RUN") if "useradd" in value]
     assert "useradd --uid 1000 --gid 0" in setup
     for folder in (*_values("VOLUME"), "/app", environment["HOME"]):
         assert folder in setup  # which makes it, for this user
     assert environment["HF_HOME"] in _values("VOLUME")
+
+
+@pytest.mark.skipif(
+    shutil.which("gcc") is None and "CI" not in os.environ, reason="runs a check with gcc"
+)
+def test_the_gpu_image_has_what_torch_compiles_with() -> None:
+    gpu = INSTRUCTIONS[INSTRUCTIONS.index(("FROM", "base AS gpu")) :]
+    [install] = [value for keyword, value in gpu if keyword == "RUN" and "apt-get" in value]
+    packages = re.findall(r"apt-get install (.*?) &&", install)[0].split()
+    assert {"g++", "libc6-dev"} < set(packages)  # g++ needs gcc, which triton calls
+    *_, check = install.split("&&")
+    done = subprocess.run(check, shell=True, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_probes_of_kuberay_find_bash_and_wget() -> None:
@@ -127,6 +146,11 @@ def test_the_probes_of_kuberay_find_bash_and_wget() -> None:
 
 def test_the_proxies_have_the_middlewares_of_diffusion_serve() -> None:
     assert _environment()[PROXY_CALLBACK_VARIABLE] == PROXY_CALLBACK
+
+
+def test_the_allocator_of_a_gpu_expands_its_segments() -> None:
+    """The name is the newer one: a user's PYTORCH_CUDA_ALLOC_CONF takes precedence over it."""
+    assert _environment()[ALLOCATOR_VARIABLE] == ALLOCATOR_SETTINGS
 
 
 def test_a_container_without_a_command_serves_a_config_on_its_port() -> None:

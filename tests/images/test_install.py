@@ -40,8 +40,8 @@ def test_the_pinned_dependencies_are_all_that_the_package_imports(
     run([sys.executable, "-m", "venv", folder / "venv"], folder)
     python = folder / "venv" / "bin" / "python"
     run(
-        [python, "-m", "pip", "install", "--no-cache-dir", "--only-binary", ":all:",
-         "--constraint", ROOT / "constraints.txt", f"{wheel}[quantize,tracing]"],
+        [python, "-m", "pip", "install", "--no-cache-dir", "--no-compile", "--only-binary", ":all:",
+         "--constraint", ROOT / "constraints.txt", f"{wheel}[quantize,storage,tracing]"],
         folder, timeout_s=800,
     )  # fmt: skip
     report(f"a clean installation: {monotonic() - started_at:.0f} s")

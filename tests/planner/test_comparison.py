@@ -64,12 +64,24 @@ def test_a_steady_rate_needs_no_trace() -> None:
     assert "requests in 3 minutes" in said
 
 
+def test_fewer_calls_are_less_work(tmp_path: Path) -> None:
+    steady = ["--rate", 2, "--minutes", 3, "--mix", "512x512/20:1", "--policy", "fixed"]
+    work = []
+    for calls_per_step in (1, 0.5):
+        output = tmp_path / "plan.json"
+        code, said = plan(*steady, "--calls-per-step", calls_per_step, "--output", output)
+        assert code == 0, said
+        work.append(json.loads(output.read_text())["rows"][0]["work_hours"])
+    assert 0.5 < work[1] / work[0] < 0.6  # encoding and decoding stay
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         ([], "either --trace or --rate"),
         (["--rate", 1], "give the kinds of requests with --mix"),
         (["--rate", 0, "--mix", "512x512/20:1"], "must be over 0"),
+        (["--rate", 1, "--mix", "512x512/20:1", "--calls-per-step", 0], "--calls-per-step must"),
         (["--rate", 1, "--mix", "512x512/20:1", "--policy", "luck"], "--policy is 'luck'"),
         (["--rate", 1, "--mix", "512"], "the mix has '512'"),
         (["--trace", "/no/such/trace"], "cannot be read"),

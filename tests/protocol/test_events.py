@@ -5,6 +5,7 @@ import queue
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -26,6 +27,8 @@ from serve_app.protocol.events import (
 )
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.conftest import DEMO, FIFO
+
+pytestmark = pytest.mark.usefixtures("reused_starts")
 
 
 class Submitted:

@@ -31,7 +31,14 @@ IMAGE = Image.new("RGB", (50, 90))
 def test_defaults_are_filled_in_and_nothing_else_changes() -> None:
     resolved = GenerationParams("a cat", 3, guidance_scale=2.5).resolved(MODEL)
     assert resolved == GenerationParams(
-        "a cat", 3, None, width=64, height=32, num_inference_steps=20, guidance_scale=2.5
+        "a cat",
+        3,
+        None,
+        width=64,
+        height=32,
+        num_inference_steps=20,
+        guidance_scale=2.5,
+        acceleration="none",
     )
     assert resolved.resolved(MODEL) == resolved
     assert pickle.loads(pickle.dumps(resolved)) == resolved

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from serve_app.config.models import DEMO_MODEL_DIR
+from serve_app.config.source import DEMO_MODEL_DIR
 from tools.demo_model.judge import Verdict, judge
 from tools.demo_model.scenes import Scene, caption, sample_scene
 

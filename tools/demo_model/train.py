@@ -30,7 +30,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from serve_app.config.models import DEMO_MODEL_DIR
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.demo.tokenizer import build_tokenizer
 from serve_app.errors import ConfigError
 from tools.demo_model.architecture import (

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from serve_app.engine.batching.rendezvous import Job, Rendezvous, Site
+from serve_app.engine.batching.rendezvous import Job, Rendezvous
 
 
 class Doubler(nn.Module):
@@ -20,7 +20,7 @@ def network() -> Doubler:
 
 
 def test_a_job_parks_at_each_call_and_resumes_with_the_output(network: Doubler) -> None:
-    rendezvous = Rendezvous({"net": Site(network, network)})
+    rendezvous = Rendezvous({"net": network})
     job = Job(
         lambda: float(network(torch.tensor(1.0))) + float(network(torch.tensor(5.0), scale=3))
     )
@@ -38,7 +38,7 @@ def test_a_job_parks_at_each_call_and_resumes_with_the_output(network: Doubler) 
 
 
 def test_a_call_from_outside_a_job_runs_at_once(network: Doubler) -> None:
-    rendezvous = Rendezvous({"net": Site(network, network)})
+    rendezvous = Rendezvous({"net": network})
     assert network(torch.tensor(4.0)) == 8
     assert "scale" in inspect.signature(network.forward).parameters
     rendezvous.close()
@@ -46,7 +46,7 @@ def test_a_call_from_outside_a_job_runs_at_once(network: Doubler) -> None:
 
 
 def test_jobs_resume_in_any_order(network: Doubler) -> None:
-    Rendezvous({"net": Site(network, network)})
+    Rendezvous({"net": network})
     jobs = [
         Job(lambda n=n: [float(network(torch.tensor(float(n)))) for _ in range(3)])
         for n in range(4)
@@ -61,7 +61,7 @@ def test_jobs_resume_in_any_order(network: Doubler) -> None:
 
 
 def test_an_error_in_the_call_is_raised_inside_the_job(network: Doubler) -> None:
-    Rendezvous({"net": Site(network, network)})
+    Rendezvous({"net": network})
     seen: list[str] = []
 
     def run() -> None:
@@ -80,7 +80,7 @@ def test_an_error_in_the_call_is_raised_inside_the_job(network: Doubler) -> None
 
 
 def test_a_killed_job_runs_finally_blocks_that_call_the_network(network: Doubler) -> None:
-    Rendezvous({"net": Site(network, network)})
+    Rendezvous({"net": network})
     cleaned: list[str] = []
 
     def run() -> None:
@@ -104,21 +104,3 @@ def test_a_job_that_never_started_can_be_killed(network: Doubler) -> None:
     job = Job(lambda: network(torch.tensor(1.0)))
     job.kill()
     assert job.finished
-
-
-def test_a_call_runs_in_the_dtype_that_its_job_had_set() -> None:
-    """SDXL converts its VAE to float32 to decode; other jobs must not see that."""
-    network = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-    rendezvous = Rendezvous({"first": Site(network[0], network), "last": Site(network[1], network)})
-
-    def widened() -> Tensor:
-        network.double()
-        return network(torch.ones(1, dtype=torch.float64))
-
-    job = Job(widened)
-    job.start()
-    while job.call is not None:
-        assert network[0].weight.dtype == torch.float32  # other jobs see the dtype as loaded
-        job.resume(rendezvous.forward(job.call))
-    assert job.error is None
-    assert job.result.dtype == torch.float64

@@ -10,7 +10,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
@@ -18,6 +19,7 @@ from serve_app.errors import LoraNotFound, ModelLoadError
 from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO, FIFO
+from tests.engine.engines import result_of
 from tests.lora import ADAPTER_FILE, save_adapter
 
 
@@ -65,6 +67,14 @@ def test_each_request_is_generated_with_its_own_adapters(
         streams = [engine.stream(request) for request in requests]
         ends = [list(stream)[-1] for stream in streams]
         assert engine.stats().mean_batch_size > 1.5  # two requests per set
+        fast = [replace(one, num_inference_steps=16, acceleration="fast") for one in requests[:5]]
+        streams = [engine.stream(request) for request in fast]
+        extrapolated = [result_of(list(stream)) for stream in streams]
+        alone = [engine.generate(request) for request in fast]
+    for one, two in zip(extrapolated, alone, strict=True):
+        assert one.calls == two.calls
+        assert one.calls.extrapolated
+        assert largest_difference([one.pixels], [two.pixels]) <= 5e-5
     together = [end.result.pixels for end in ends if isinstance(end, Completed)]
     # Kernels for one and for two rows round differently, by how much depends on the processor. The
     # limit is half of the certification's, and far below the 1e-2 between the sets.

@@ -12,7 +12,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.adapters import Adapters
 from serve_app.engine.model.networks import networks_of

@@ -13,6 +13,8 @@ from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 
+pytestmark = pytest.mark.usefixtures("reused_starts")
+
 
 def test_equal_arguments_have_equal_keys() -> None:
     assert content_key((["a"], {"n": 1})) == content_key((["a"], {"n": 1}))

@@ -23,7 +23,8 @@ from diffusers.pipelines.deprecated.stable_diffusion_safe.safety_checker import 
 )
 from torch import Tensor
 
-from serve_app.config.models import EngineConfig, ModelConfig, Safety
+from serve_app.config.gateway import Safety
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from serve_app.engine.model.networks import denoisers_of
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import (
     bucket,
+    check_compiler,
     compiled,
     compiling,
     largest_bucket,
@@ -39,7 +42,7 @@ from serve_app.errors import ConfigError
 from serve_app.protocol.events import Completed
 from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.speed import weight_bytes
-from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
+from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX, animatediff, pag
 
 pytestmark = pytest.mark.slow
 
@@ -167,6 +170,11 @@ def test_offloading_is_rejected_on_a_cpu() -> None:
         speed_up(*_tiny("stable-diffusion"), SpeedConfig(offload="model"), CPU)
 
 
+def test_cuda_graphs_are_rejected_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match=r"model\.speed\.cuda_graphs needs a GPU"):
+        speed_up(*_tiny("stable-diffusion"), SpeedConfig(cuda_graphs=True), CPU)
+
+
 class _Movable(nn.Module):
     """A network that records its device and checks it when it is called."""
 
@@ -235,21 +243,48 @@ def test_calls_without_a_common_unit_are_not_padded() -> None:
 def test_a_denoiser_without_repeated_blocks_is_not_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pipeline, denoisers = _tiny("stable-diffusion")
-    monkeypatch.setattr(speed, "check_compiler", lambda: None)
-    monkeypatch.setattr(type(denoisers["unet"]), "_repeated_blocks", [])
-    monkeypatch.setattr(type(denoisers["unet"]), "_no_split_modules", None)
+    pipeline, denoisers = _tiny("flux")
+    monkeypatch.setattr(speed, "check_compiler", lambda _: None)
+    monkeypatch.setattr(type(denoisers["transformer"]), "_repeated_blocks", [])
+    monkeypatch.setattr(type(denoisers["transformer"]), "_no_split_modules", None)
     with pytest.raises(ConfigError, match="names no repeated blocks"):
         speed_up(pipeline, denoisers, SpeedConfig(compile=True), CPU)
 
 
+UNETS = {"stable-diffusion", "sdxl"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_has_blocks_to_compile(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_family_has_something_to_compile(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pipeline, denoisers = _tiny(family)
-    monkeypatch.setattr(speed, "check_compiler", lambda: None)
+    monkeypatch.setattr(speed, "check_compiler", lambda _: None)
     speed_up(pipeline, denoisers, SpeedConfig(compile=True), CPU)
     for denoiser in denoisers.values():
-        assert any(part._compiled_call_impl is not None for part in denoiser.modules())
+        blocks = [part for part in denoiser.modules() if part._compiled_call_impl is not None]
+        assert ("forward" in vars(denoiser)) == (family in UNETS)
+        assert bool(blocks) == (family not in UNETS)
+
+
+@pytest.mark.parametrize(
+    "build", [FAMILIES["stable-diffusion"], FAMILIES["sdxl"], pag, animatediff]
+)
+def test_a_unet_is_one_graph_and_generates_the_same(
+    build: Callable[[], DiffusionPipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torch's C++ compiler, which takes half a minute for each shape."""
+    plain = LoadedPipeline(build(), ModelConfig(id="tiny")).generate(TINY)
+    monkeypatch.setattr(speed, "check_compiler", lambda _: None)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    pipeline = build()
+    speed_up(pipeline, denoisers_of(pipeline), SpeedConfig(compile=True), CPU)
+    loaded = LoadedPipeline(pipeline, ModelConfig(id="tiny"))
+    before = _graphs()
+    with compiling(SpeedConfig(compile=True)), torch.no_grad():
+        image = loaded.generate(TINY)
+    assert _graphs() == before + 1
+    assert (image - plain).abs().max() < ROUNDING
 
 
 def test_compiling_without_a_compiler_says_what_to_install() -> None:
@@ -258,6 +293,27 @@ def test_compiling_without_a_compiler_says_what_to_install() -> None:
         pytest.raises(ConfigError, match=r"g\+\+"),
     ):
         speed_up(*_tiny("stable-diffusion"), SpeedConfig(compile=True), CPU)
+
+
+def test_compiling_for_a_gpu_without_a_c_compiler_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: "g++")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match=r"triton, a C compiler such as gcc.*ModuleNotFoundError"):
+        check_compiler(torch.device("cuda"))
+
+    class Driver:
+        @property
+        def active(self) -> object:
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    runtime = ModuleType("triton.runtime")
+    runtime.driver = Driver()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
+    with pytest.raises(ConfigError, match="Failed to find C compiler"):
+        check_compiler(torch.device("cuda"))
 
 
 class _Double(nn.Module):
@@ -293,7 +349,7 @@ def _graphs() -> int:
 def test_an_engine_compiles_nothing_while_requests_wait(
     tmp_path: Path, report: Callable[[str], None]
 ) -> None:
-    _tiny("stable-diffusion")[0].save_pretrained(tmp_path)
+    _tiny("flux")[0].save_pretrained(tmp_path)
     model = ModelConfig.model_validate(
         {
             "id": "tiny",
@@ -301,6 +357,7 @@ def test_an_engine_compiles_nothing_while_requests_wait(
             "device": "cpu",
             "default_size_px": TINY_SIZE,
             "default_steps": 3,
+            "call_kwargs": CALL_KWARGS["flux"],
             "speed": {"compile": True},
         }
     )

@@ -19,7 +19,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from serve_app.config.models import DEMO_MODEL_DIR, ModelConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.engine.model.loader import load_stock, read_pipeline
 from serve_app.engine.model.weights import record_weights
 from serve_app.errors import ModelLoadError

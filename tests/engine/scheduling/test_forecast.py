@@ -10,6 +10,7 @@ from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.scheduling.forecast import Forecast, Work
 from serve_app.engine.scheduling.on_time import OnTime
 from serve_app.engine.scheduling.queue import QueueEntry
+from tests.engine.scheduling.simulated_device import MeasuredCosts
 
 SMALL, LARGE = (512, 512), (1024, 1024)
 
@@ -80,6 +81,7 @@ def simulate(load: float, count: int = 600) -> Forecast:
     """Simulate a device with the costs of `model`, within a tenth, under Poisson arrivals."""
     rng = Random(1)
     cost, policy = model(), OnTime()
+    costs = MeasuredCosts(cost)
     forecast = Forecast(cost)
     calls = {SMALL: 20, LARGE: 25}
     solo_s = {
@@ -107,14 +109,14 @@ def simulate(load: float, count: int = 600) -> Forecast:
         while arrivals and arrivals[0][0] <= now:
             at, size = arrivals.pop(0)
             number += 1
-            entry = QueueEntry(number, at + 3 * solo_s[size], solo_s[size], size)
+            entry = QueueEntry(number, at + 3 * solo_s[size], solo_s[size], size, arrived_at=at)
             inside[number] = Request(entry, size, now, calls[size])
             policy.add(entry)
             inside[number].predicted_s = cost.predict_encode(size) + predict(inside[number])
             now += cost.predict_encode(size)
             entry.step_s = cost.predict_call(size)
             policy.park(entry)
-        batch = policy.choose(now, lambda entry, within_s: cost.cap(entry.key, 1.0, within_s))
+        batch = policy.choose(now, costs)
         size = inside[batch[0].request].size
         now += cost.predict_call(size, len(batch)) * rng.uniform(0.9, 1.1)
         for entry in batch:

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from serve_app.engine.scheduling.policies import POLICIES, Yielding
 from serve_app.engine.scheduling.queue import QueueEntry
-from tests.engine.scheduling.simulated_device import FakeJob, every_policy, jobs, numbers, run
+from tests.engine.scheduling.simulated_device import (
+    FakeCosts,
+    FakeJob,
+    every_policy,
+    jobs,
+    numbers,
+    run,
+)
 
 
 def yielding(name: str, interactive: int, low_priority: int, keys: str = "k") -> Yielding:
@@ -22,36 +29,41 @@ def yielding(name: str, interactive: int, low_priority: int, keys: str = "k") ->
 @every_policy
 def test_low_priority_runs_when_no_interactive_call_is_parked(name: str) -> None:
     policy = yielding(name, 0, 3)
-    assert numbers(policy.choose(0.0, lambda *_: 2)) == [0, 1]  # the earliest first
+    assert numbers(policy.choose(0.0, FakeCosts(2, shared=0.6))) == [0, 1]  # the earliest first
     late = QueueEntry(9, -5.0, 10.0, "other", 1.0)
     policy.add(late)
     policy.park(late)
-    assert numbers(policy.choose(0.0, lambda *_: 2)) == [9]  # at the next step, even a late one
-    assert numbers(policy.choose(0.0, lambda *_: 2)) == [2]
-    assert policy.choose(0.0, lambda *_: 2) == []
+    assert numbers(policy.choose(0.0, FakeCosts(2, shared=0.6))) == [
+        9
+    ]  # at the next step, even a late one
+    assert numbers(policy.choose(0.0, FakeCosts(2, shared=0.6))) == [2]
+    assert policy.choose(0.0, FakeCosts(2, shared=0.6)) == []
 
 
 @every_policy
 def test_low_priority_fills_a_batch_of_all_interactive_requests(name: str) -> None:
     policy = yielding(name, 2, 4)
-    assert numbers(policy.choose(0.0, lambda *_: 5)) == [0, 1, 2, 3, 4]
+    assert numbers(policy.choose(0.0, FakeCosts(5, shared=0.6))) == [0, 1, 2, 3, 4]
     policy = yielding(name, 2, 2)
-    assert numbers(policy.choose(0.0, lambda *_: 2)) == [0, 1]  # the cap of the leader
+    assert numbers(policy.choose(0.0, FakeCosts(2, shared=0.6))) == [0, 1]  # the cap of the leader
     policy = yielding(name, 2, 2, keys="ab")
-    assert len(policy.choose(0.0, lambda *_: 5)) == 1  # another interactive one would wait
+    assert (
+        len(policy.choose(0.0, FakeCosts(5, shared=0.6))) == 1
+    )  # another interactive one would wait
     policy = yielding(name, 1, 2, keys="ab")
-    assert numbers(policy.choose(0.0, lambda *_: 5)) == [0, 2]  # of the same key
+    assert numbers(policy.choose(0.0, FakeCosts(5, shared=0.6))) == [0, 2]  # of the same key
 
 
 def test_low_priority_fill_stays_within_the_time_of_the_leader() -> None:
-    allowed_s: list[float] = []
+    """The deadline is in 100 s, and the work takes 10 s: the fill may use half of the slack."""
+    costs = FakeCosts(8, shared=0.5)  # each request makes the call half a second longer
+    assert len(yielding("on_time", 1, 7).choose(70.0, costs)) == 3
+    assert len(yielding("on_time", 1, 7).choose(50.0, costs)) == 5
+    assert len(yielding("on_time", 1, 7).choose(90.0, costs)) == 1
 
-    def cap(leader: QueueEntry, within_s: float) -> int:
-        allowed_s.append(within_s)
-        return 2
 
-    yielding("on_time", 1, 1).choose(70.0, cap)
-    assert allowed_s == [2.0, 2.0]  # 30 s for 10 s of work: half of the slack
+def test_low_priority_does_not_fill_a_batch_that_gains_nothing() -> None:
+    assert len(yielding("on_time", 1, 7).choose(0.0, FakeCosts(8))) == 1
 
 
 @every_policy

@@ -88,8 +88,10 @@ def request(name: str | None, task: Task, steps: int = 8, **options: Any) -> Gen
 
 def by_hand(stock: DiffusionPipeline, params: GenerationParams) -> torch.Tensor:
     """Generate with stock diffusers, as its documentation shows."""
+    name = params.noise_scheduler or ""
+    spacing = {"use_karras_sigmas": True} if name.endswith("_karras") else {}
     stock.register_modules(
-        scheduler=NOISE_SCHEDULERS[params.noise_scheduler or ""].from_config(stock.scheduler.config)
+        scheduler=NOISE_SCHEDULERS[name].from_config(stock.scheduler.config, **spacing)
     )
     arguments: dict[str, Any] = {
         "width": params.width,
@@ -138,7 +140,7 @@ def test_offered_noise_schedulers_generate_what_stock_diffusers_does(
         for name in sdxl.info.noise_schedulers
         if task not in sdxl.info.unavailable_noise_schedulers.get(name, {})
     ]
-    assert len(requests) == (8 if task == "text-to-image" else 7)
+    assert len(requests) == (10 if task == "text-to-image" else 9)
     streams = [sdxl.stream(params) for params in requests]
     for params, stream in zip(requests, streams, strict=True):
         *_, last = stream
@@ -156,7 +158,9 @@ def test_a_noise_scheduler_is_rejected_in_the_tasks_that_it_spoils(sdxl: Engine)
         assert raised.value.param == "scheduler"
         message = str(raised.value)
         assert f"does not support the scheduler 'pndm' for {task}: it starts at timestep" in message
-        assert message.endswith("use one of ddim, ddpm, euler, euler_a, heun, dpm++, unipc.")
+        assert message.endswith(
+            "use one of ddim, ddpm, euler, euler_a, heun, dpm++, unipc, euler_karras, dpm++_karras."
+        )
 
 
 def test_stock_pndm_adds_far_too_much_noise_to_an_image(demo_pipeline: LoadedPipeline) -> None:
@@ -179,9 +183,11 @@ def test_a_model_of_flow_offers_only_those_of_flow(caplog: pytest.LogCaptureFixt
         assert engine.info.noise_schedulers == ("dpm++", "unipc")
         assert set(engine.info.fewest_steps) == {"dpm++", "unipc"}
         faults = engine.info.unavailable_noise_schedulers
-        assert set(faults) == {"ddim", "ddpm", "pndm", "euler", "euler_a", "heun"}
+        without_flow = {"ddim", "ddpm", "pndm", "euler", "euler_a", "heun", "euler_karras"}
+        assert set(faults) == {*without_flow, "dpm++_karras"}
         for name, reasons in faults.items():
-            assert "prediction_type given as flow_prediction" in reasons["text-to-image"]
+            if name in without_flow:
+                assert "prediction_type given as flow_prediction" in reasons["text-to-image"]
             with pytest.raises(InvalidRequest, match=r"use one of dpm\+\+, unipc"):
                 engine.submit(request(name, "text-to-image"), lambda _: None)
             lines = [
@@ -195,10 +201,14 @@ def test_a_model_of_flow_offers_only_those_of_flow(caplog: pytest.LogCaptureFixt
 def test_noise_schedulers_must_keep_zero_snr() -> None:
     own = from_json(diffusers.DDIMScheduler, **ZERO_SNR)
     faults = trials("stable-diffusion", own).faults
-    assert set(faults) == {"pndm", "heun"}
-    for reasons in faults.values():
-        assert set(reasons) == {"text-to-image", *IMAGE_TASKS}
-        assert set(reasons.values()) == {"it does not keep the model's rescale_betas_zero_snr"}
+    assert set(faults) == {"pndm", "heun", "euler_karras", "dpm++_karras"}
+    for name in ("pndm", "heun"):
+        assert set(faults[name]) == {"text-to-image", *IMAGE_TASKS}
+        reasons = set(faults[name].values())
+        assert reasons == {"it does not keep the model's rescale_betas_zero_snr"}
+    for name in ("euler_karras", "dpm++_karras"):  # most steps have nearly nothing but noise
+        assert set(faults[name]) == IMAGE_TASKS
+        assert all("not near 600" in reason for reason in faults[name].values())
 
 
 def test_the_demo_model_has_zero_snr(demo_engine: Engine) -> None:
@@ -252,7 +262,7 @@ def test_a_network_whose_values_are_not_finite_is_found() -> None:
     rendezvous = Rendezvous(pipeline.sites)
     with torch.no_grad():
         faults = try_noise_schedulers(pipeline, rendezvous, ("text-to-image",)).faults
-    assert set(faults) == {"euler", "euler_a", "heun"}
+    assert set(faults) == {"euler", "euler_a", "heun", "euler_karras"}
     for reasons in faults.values():
         assert reasons == {"text-to-image": "it gives values that are not finite"}
 

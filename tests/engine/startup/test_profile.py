@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.startup.profile import Profile
+from serve_app.engine.startup.profile import FORMAT, Profile
 from serve_app.errors import ConfigError
 from tests.engine.startup.starts import NEW, TINY, config, reported_reuse, requests, tiny
 
@@ -23,7 +23,7 @@ def test_a_profile_of_an_older_version_is_replaced(
     with Engine(tiny(), TINY, config(profile)):
         assert reported_reuse(log.messages) == NEW
     assert "changed: the version of this program" in log.text
-    assert json.loads(profile.read_text())["format"] == 5
+    assert json.loads(profile.read_text())["format"] == FORMAT
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -53,7 +53,13 @@ def test_specs_that_do_not_fit_are_replaced(
 
 @pytest.mark.parametrize(
     "content",
-    ["{", "[]", "\x00", '{"format": 5}', '{"format": 5, "found_with": [], "found": {}}'],
+    [
+        "{",
+        "[]",
+        "\x00",
+        f'{{"format": {FORMAT}}}',
+        f'{{"format": {FORMAT}, "found_with": [], "found": {{}}}}',
+    ],
 )
 def test_a_damaged_profile_is_rejected(content: str, profile: Path) -> None:
     profile.write_text(content)
