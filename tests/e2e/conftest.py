@@ -1,4 +1,4 @@
-"""The served demo that all tests of a session share, and the browser."""
+"""The served demo that tests share, and the browser."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -29,9 +29,12 @@ class Server:
     """Time from the start of the process to the first finished image."""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(report: Callable[[str], None]) -> Iterator[Server]:
-    """``serve run`` with configs/demo.yaml, after its first image."""
+    """``serve run`` with configs/demo.yaml, after its first image.
+
+    It ends with the tests of this folder: an idle Ray cluster takes time of the processor.
+    """
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     started_at = monotonic()

@@ -1,5 +1,6 @@
 """Hooks that schemathesis loads: some of the files that it sends are images."""
 
+import base64
 import io
 
 import schemathesis
@@ -27,4 +28,12 @@ _IMAGES = st.builds(
 )
 _BROKEN = st.builds(lambda data, end: data[:end], _IMAGES, st.integers(0, 200))
 
-schemathesis.openapi.format("binary", st.one_of(_IMAGES, _IMAGES, _BROKEN, st.binary()))
+_FILES = st.one_of(_IMAGES, _IMAGES, _BROKEN, st.binary())
+_URLS = st.builds(
+    lambda start, data: start + base64.b64encode(data).decode(),
+    st.sampled_from(["data:image/png;base64,", "data:image/png;base64,", "data:,", "https://a/"]),
+    _FILES,
+)
+
+schemathesis.openapi.format("binary", _FILES)
+schemathesis.openapi.format("uri", _URLS)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -10,6 +11,7 @@ import pytest
 
 from serve_app.config.environment import KEYS_VARIABLE
 from serve_app.gateway.auth import digest
+from serve_app.gateway.storage.names import ImageName
 from tests.fakes.reverse_proxy import stripping_proxy
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
@@ -23,9 +25,19 @@ KEYS = f"""
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for images, with an expired one."""
+    folder = tmp_path_factory.mktemp("images")
+    (folder / ImageName.new("png", -5).text).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(images: Path) -> Iterator[str]:
     config = demo_config(free_port())
-    config["applications"][0]["route_prefix"] = "/sd"
+    [application] = config["applications"]
+    application["route_prefix"] = "/sd"
+    application["args"]["gateway"] = {"storage": {"url": f"file://{images}"}}
     with serving_config(config, {KEYS_VARIABLE: KEYS}) as url:
         yield url
 
@@ -41,6 +53,18 @@ def test_an_unknown_key_is_an_authentication_error(url: str) -> None:
         assert caught.value.code == "invalid_api_key"
     with client_of(url, "sk-plain") as client:
         assert client.images.generate(prompt="x").data
+
+
+def test_a_link_needs_no_key_and_expired_images_are_removed(url: str, images: Path) -> None:
+    with client_of(url, "sk-plain") as client:
+        [image] = client.images.generate(prompt="x", response_format="url").data or ()
+    assert image.url is not None
+    assert image.url.startswith(f"{url}/v1/images/files/")
+    file = httpx.get(image.url, headers={"sec-fetch-site": "cross-site"}, timeout=20)
+    assert (file.status_code, file.headers["content-type"]) == (200, "image/png")
+    assert file.content.startswith(b"\x89PNG")
+    left = {path.name for path in images.iterdir()} - {"write-check"}
+    assert left == {image.url.rpartition("/")[2]}
 
 
 def test_a_request_above_the_limit_is_a_rate_limit_error_and_a_retry_succeeds(url: str) -> None:
@@ -94,7 +118,7 @@ def test_all_addresses_stay_below_the_prefix_and_that_of_a_proxy(url: str) -> No
             assert len(found) == 4
             page = httpx.get(base, timeout=20, follow_redirects=True)
             assert str(page.url) == f"{base}/"
-            found += [page.url.join(re.findall(r'type="module" src="([^"]+)"', page.text)[0])]
+            found += [page.url.join(re.findall(r'entry\.src = "([^"]+)"', page.text)[0])]
             for address in found:
                 assert str(address).startswith(f"{base}/")
                 assert httpx.get(address, timeout=20).status_code == 200, address

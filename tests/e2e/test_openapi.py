@@ -18,12 +18,13 @@ CASES = int(os.environ.get("SCHEMATHESIS_CASES", "500"))
 
 
 @pytest.fixture
-def small_server() -> Iterator[str]:
+def small_server(tmp_path: Path) -> Iterator[str]:
     """A server whose limits allow only requests of a few milliseconds."""
     config = demo_config(free_port())
     arguments = config["applications"][0]["args"]
     arguments["model"]["default_steps"] = 2
     arguments["engine"]["limits"] = {"max_steps": 4, "max_pixels": 4096, "max_images": 2}
+    arguments["gateway"] = {"sdapi": True, "storage": {"url": f"file://{tmp_path}/images"}}
     with serving_config(config) as url:
         yield url
 

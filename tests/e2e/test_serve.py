@@ -75,7 +75,7 @@ def test_the_log_reports_a_replicas_start(server: Server) -> None:
     log = server.log.read_text()
     assert re.search(r"model demo: loading in a process that is \d+\.\d s old", log)
     assert re.search(
-        r"model demo: ready after \d+\.\d\d s: load .* compile 0\.00 s; nothing reused", log
+        r"model demo: ready after \d+\.\d\d s: load .* compile 0\.00 s; certification", log
     )
 
 

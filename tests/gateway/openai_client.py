@@ -3,7 +3,7 @@
 import base64
 import io
 import threading
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,6 +11,7 @@ from typing import Any
 
 import openai
 import uvicorn
+from openai.types import ImagesResponse
 from PIL import Image
 
 from serve_app.config.models import AppConfig
@@ -104,11 +105,32 @@ class Outcome:
 def send(api: Api, method: Method, stream: bool, arguments: Mapping[str, Any]) -> Outcome:
     """Send a request by the client's method."""
     required = {"prompt": "x"} | ({"image": png()} if method == "edit" else {})
+    given = required | ({"stream": True} if stream else {}) | arguments
+    call = getattr(api.client.images, method)
+    return _outcome(api, stream, lambda: call(**given))
+
+
+def send_json(api: Api, arguments: Mapping[str, Any]) -> Outcome:
+    """Send an edit as JSON, with its files as data URLs. The client has no method for it."""
+    body = {"prompt": "x", "image": png()} | arguments
+    images = body.pop("image")
+    body["images"] = [_reference(one) for one in (images if isinstance(images, list) else [images])]
+    for name in ("mask", "markup"):
+        if name in body:
+            body[name] = _reference(body[name])
+    post, kind = api.client.post, ImagesResponse
+    return _outcome(api, False, lambda: post("/images/edits", body=body, cast_to=kind))
+
+
+def _reference(data: bytes) -> dict[str, str]:
+    return {"image_url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}
+
+
+def _outcome(api: Api, stream: bool, call: Callable[[], Any]) -> Outcome:
     outcome = Outcome()
     api.backend.received.clear()
-    call = getattr(api.client.images, method)
     try:
-        found = call(**(required | ({"stream": True} if stream else {}) | arguments))
+        found = call()
         if stream:
             events = list(found)
             outcome.events = [event.type for event in events]

@@ -1,6 +1,7 @@
 """API keys: authentication, rate limits and concurrency limits."""
 
 import asyncio
+import base64
 import io
 import os
 from collections.abc import AsyncIterator
@@ -38,6 +39,10 @@ def using(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
 
 
+def as_password(key: str, user: str = "user") -> dict[str, str]:
+    return {"authorization": f"Basic {base64.b64encode(f'{user}:{key}'.encode()).decode()}"}
+
+
 async def test_only_known_keys_are_admitted(backend: FakeBackend) -> None:
     async with client_of(backend, KeyRing(None, PLAIN)) as client:
         for headers in (
@@ -46,6 +51,13 @@ async def test_only_known_keys_are_admitted(backend: FakeBackend) -> None:
             using(""),
             using(digest("sk-plain")),
             {"authorization": "Basic sk-plain"},
+            {"authorization": "Basic"},
+            as_password("sk-other"),
+            as_password(""),
+            as_password(digest("sk-plain")),
+            {"authorization": f"Basic {base64.b64encode(b'sk-plain').decode()}"},
+            {"authorization": f"Basic {base64.b64encode(b'sk-plain:').decode()}"},
+            {"authorization": f"Basic {base64.b64encode(b'a:' + bytes([255])).decode()}"},
             {"authorization": "sk-plain"},
             using("\xff"),
         ):
@@ -60,6 +72,28 @@ async def test_only_known_keys_are_admitted(backend: FakeBackend) -> None:
         assert (await client.get("/v1/models", headers=using("sk-plain"))).status_code == 200
         for path in ("/", "/health", "/ready", "/docs", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
+
+
+async def test_a_key_may_be_the_password_of_basic(backend: FakeBackend) -> None:
+    async with client_of(backend, KeyRing(None, PLAIN + RATED)) as client:
+        for user in ("", "me", "plain"):
+            headers = as_password("sk-plain", user)
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        for _ in range(2):
+            headers = as_password("sk-rated")
+            assert (await client.get("/v1/models", headers=headers)).status_code == 200
+        error_of(await client.get("/v1/models", headers=using("sk-rated")), 429)
+
+
+async def test_a_password_that_the_browser_adds_does_not_let_other_pages_in(
+    backend: FakeBackend,
+) -> None:
+    cross = {"sec-fetch-site": "cross-site"}
+    async with client_of(backend, KeyRing(None, PLAIN)) as client:
+        response = await client.get("/v1/models", headers=as_password("sk-plain") | cross)
+        assert error_of(response, 403)["code"] == "cross_site"
+        response = await client.get("/v1/models", headers=using("sk-plain") | cross)
+        assert response.status_code == 200
 
 
 async def test_a_route_prefix_opens_no_path(backend: FakeBackend) -> None:

@@ -328,21 +328,6 @@ async def test_unusable_images_are_rejected_by_field(
     assert backend.received == []
 
 
-async def test_more_than_one_image_is_rejected(client: httpx.AsyncClient) -> None:
-    image = file_of(halves())
-    for names in (("image", "image"), ("image[]", "image[]"), ("image", "image[]")):
-        response = await client.post(
-            "/v1/images/edits",
-            data={"prompt": "x"},
-            files=[(name, ("a.png", image)) for name in names],
-        )
-        assert "twice" in error_of(response, 400)["message"]
-    response = await client.post(
-        "/v1/images/edits", data={"prompt": "x"}, files=[("image[]", ("a.png", image))]
-    )
-    assert response.status_code == 200
-
-
 async def test_uploads_have_a_limit_of_their_own(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:

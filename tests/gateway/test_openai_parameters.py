@@ -16,7 +16,7 @@ from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, Model
 from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import ModelInfo
 from tests.fakes.backend import INFO, FakeBackend
-from tests.gateway.openai_client import COLORS, Api, Outcome, png, send, served
+from tests.gateway.openai_client import COLORS, Api, Outcome, png, send, send_json, served
 from tests.gateway.openai_parameters import Method, Row, documented_rows, parameters_of
 
 LIMITS = LimitsConfig(max_pixels=1024 * 1536, max_images=4)
@@ -128,9 +128,12 @@ HONOURED: dict[str, Callable[[Any, Outcome], None]] = {
     "quality": lambda value, outcome: _all_equal(
         [outcome.received[0].num_inference_steps, outcome.answer.quality],
         [
-            {"low": 10, "medium": 20, "high": 40, "auto": 20}[value],
-            "medium" if value == "auto" else value,
+            {"low": 10, "high": 40, "hd": 40, "xhigh": 60, "max": 80}.get(value, 20),
+            {"auto": "medium", "standard": "medium", "hd": "high"}.get(value, value),
         ],
+    ),
+    "safety_identifier": lambda value, outcome: _all_equal(
+        [outcome.answer.safety_identifier], [value]
     ),
     "response_format": lambda value, outcome: _all_equal(
         [image.url for image in getattr(outcome.answer, "data", [])], [None] * (not outcome.events)
@@ -140,6 +143,7 @@ HONOURED: dict[str, Callable[[Any, Outcome], None]] = {
         ["64x64" if value == "auto" else value] * 2,
     ),
     "stream": lambda value, outcome: _all_equal([bool(outcome.events)], [value]),
+    "user": lambda value, outcome: _all_equal([outcome.answer.safety_identifier], [value]),
 }
 """Checks that an answer is as requested, by the parameter."""
 
@@ -154,6 +158,7 @@ def check(row_result: str, name: str, value: Any, outcome: Outcome) -> None:
         assert outcome.received == []
         return
     assert outcome.status == 200, outcome.error
+    type(outcome.answer).model_validate(outcome.answer.to_dict())  # the client does not check
     assert all(image.size for image in outcome.images)
     about = [text for text in outcome.answer.warnings if text.startswith(f"{name} has no effect")]
     if row_result == "warning":
@@ -207,21 +212,30 @@ def test_every_value_of_the_client_is_in_the_table(method: Method, name: str) ->
         assert parameter.literals - set(listed) == set()
 
 
-@pytest.mark.parametrize("stream", [False, True], ids=["response", "stream"])
-@pytest.mark.parametrize(("method", "name"), EACH)
-def test_an_answer_is_as_documented(api: Api, method: Method, name: str, stream: bool) -> None:
-    parameter = parameters_of(method)[name]
+def each_value(method: Method, name: str, stream: bool) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what becomes of each value of a parameter, the value, and what goes with it."""
     for row in rows_of(method, name):
-        for literal in row.literals & parameter.literals:
+        for literal in row.literals & parameters_of(method)[name].literals:
             value = {"true": True, "false": False}.get(literal, literal)
             if name != "stream" or value == stream:
-                outcome = send(api, method, stream, {name: value})
-                check(row.results[method], name, value, outcome)
+                yield row.results[method], value, {}
         for kind in row.kinds:
             for sample in KINDS[name, kind]:
                 if stream in sample.streams:
-                    outcome = send(api, method, stream, {name: sample.value, **sample.others})
-                    check(row.results[method], name, sample.value, outcome)
+                    yield row.results[method], sample.value, sample.others
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["response", "stream"])
+@pytest.mark.parametrize(("method", "name"), EACH)
+def test_an_answer_is_as_documented(api: Api, method: Method, name: str, stream: bool) -> None:
+    for result, value, others in each_value(method, name, stream):
+        check(result, name, value, send(api, method, stream, {name: value, **others}))
+
+
+@pytest.mark.parametrize("name", parameters_of("edit"))
+def test_an_edit_in_json_is_answered_as_a_form_is(api: Api, name: str) -> None:
+    for result, value, others in each_value("edit", name, False):
+        check(result, name, value, send_json(api, {name: value, **others}))
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["response", "stream"])
@@ -258,6 +272,30 @@ def test_extra_fields_are_honoured_or_named(api: Api, method: Method, stream: bo
     outcome = send(api, method, stream, {"extra_query": {"seed": 7, "api-version": "1"}})
     warnings = outcome.answer.warnings
     assert any("'seed', 'api-version'" in text and "no effect" in text for text in warnings)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["response", "stream"])
+@pytest.mark.parametrize("method", get_args(Method))
+def test_the_safety_identifier_takes_precedence_over_the_user(
+    api: Api, method: Method, stream: bool
+) -> None:
+    for given, effective in (
+        ({"safety_identifier": "a", "user": "b"}, "a"),
+        ({"safety_identifier": "", "user": "b"}, "b"),
+        ({"safety_identifier": None, "user": "b"}, "b"),
+        ({"user": ""}, None),
+        ({}, None),
+    ):
+        assert send(api, method, stream, given).answer.safety_identifier == effective
+
+
+@pytest.mark.parametrize("method", get_args(Method))
+def test_tokens_are_counted_in_the_shape_of_the_client(api: Api, method: Method) -> None:
+    usage = send(api, method, False, {"n": 2, "size": "48x32"}).answer.usage
+    image_tokens = 0 if method == "generate" else 12
+    assert usage.input_tokens_details.to_dict() == {"text_tokens": 14, "image_tokens": image_tokens}
+    assert usage.output_tokens_details.to_dict() == {"text_tokens": 0, "image_tokens": 12}
+    assert usage.total_tokens == usage.input_tokens + usage.output_tokens
 
 
 def test_variations_are_a_404(api: Api) -> None:

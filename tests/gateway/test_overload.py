@@ -18,6 +18,7 @@ from serve_app.engine.scheduling.queue import QueueEntry
 from serve_app.errors import Overloaded
 from serve_app.gateway.retry_reservations import RetryReservations
 from serve_app.protocol.params import RequestContext
+from tests.engine.scheduling.simulated_device import MeasuredCosts
 
 LIMIT_S = 30.0
 
@@ -93,7 +94,14 @@ class Server:
         reserved_s = 0.0 if sent.is_retry else self._reservations.due_within_s(within_s)
         solo_s = self.solo_s(sent.size)
         wanted_s = sent.deadline_s or 3 * solo_s
-        sent.entry = entry = QueueEntry(next(self._numbers), self.now + wanted_s, solo_s, sent.size)
+        sent.entry = entry = QueueEntry(
+            next(self._numbers),
+            self.now + wanted_s,
+            solo_s,
+            sent.size,
+            named=sent.deadline_s is not None,
+            arrived_at=self.now,
+        )
         can_be_late = {other for other in self._inside.values() if other.entry.late}
         queued_work_s = sum(other.entry.remaining_s for other in self._inside.values())
         queued_work_s /= self.load.throughput()
@@ -133,9 +141,7 @@ class Server:
 
     def step(self, until: float) -> None:
         """Run one denoiser call, or wait until then if there is none."""
-        chosen = self._policy.choose(
-            self.now, lambda entry, within_s: self.cost.cap(entry.key, 1.0, within_s)
-        )
+        chosen = self._policy.choose(self.now, MeasuredCosts(self.cost))
         if not chosen:
             self.now = until
             return

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.anyio
         ({"response_format": "url"}, "response_format", "b64_json"),
         ({"output_format": "gif"}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"negative_prompt": []}, "negative_prompt", "string"),
-        ({"quality": "hd"}, "quality", "'low', 'medium' or 'high'"),
+        ({"quality": "best"}, "quality", "'low', 'medium'"),
         ({"style": "loud"}, "style", "'vivid' or 'natural'"),
         ({"input_fidelity": "low"}, "input_fidelity", "unknown field"),
         ({"stile": None}, "stile", "unknown field"),

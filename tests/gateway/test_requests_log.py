@@ -177,7 +177,8 @@ async def test_rejections_and_failures_count_by_their_codes(backend: FakeBackend
 async def test_parts_add_up_to_the_total(backend: FakeBackend) -> None:
     async with client_of(backend, "parts") as client:
         timings = (await client.post(PATH, json={"prompt": "x"})).json()["timings"]
-        assert timings.keys() == {*(f"{part}_s" for part in PARTS), "total_s"}
+        counts = {"denoiser_calls", "extrapolated_calls"}
+        assert timings.keys() == {*(f"{part}_s" for part in PARTS), "total_s", *counts}
         body = {"prompt": "x", "stream": True, "partial_images": 2}
         await client.post(PATH, json=body)
     for part, seconds in (("encode", 0.0625), ("denoise", 1.0), ("decode", 0.125)):
@@ -216,7 +217,7 @@ async def test_every_request_logs_one_line(
     async with client_of(backend, "logged") as client:
         body = {"prompt": "secret", "n": 3, "size": "48x24", "seed": 5, "num_inference_steps": 4}
         await client.post(PATH, json=body, headers={"x-request-id": "call-1"})
-        await client.post(PATH, json={"prompt": "secret", "size": "9x9"})
+        await client.post(PATH, json={"prompt": "secret", "size": "9x9", "user": "a\nb"})
         await client.get("/health")
     first, second = [one for one in caplog.records if one.name == "serve_app.gateway.requests_log"]
     assert re.fullmatch(
@@ -226,9 +227,13 @@ async def test_every_request_logs_one_line(
         first.getMessage(),
     )
     assert re.fullmatch(
-        r"request none of anonymous: invalid_value after \d\.\d{3} s", second.getMessage()
+        r"request none of anonymous for 'a\\nb': invalid_value after \d\.\d{3} s",
+        second.getMessage(),
     )
-    fields: Any = first
+    assert not hasattr(first, "safety_identifier")
+    fields: Any = second
+    assert fields.safety_identifier == "a\nb"
+    fields = first
     assert (fields.request_id, fields.key, fields.outcome) == ("call-1", "anonymous", "completed")
     assert (fields.size, fields.steps, fields.seed, fields.images) == ("48x24", 4, 5, 3)
     assert (fields.denoise_s, fields.decode_s) == (1.0, 0.125)

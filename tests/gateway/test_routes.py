@@ -7,7 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.config.models import GatewayConfig, ModelConfig
+from serve_app.config.gateway import GatewayConfig
+from serve_app.config.models import ModelConfig
 from serve_app.errors import (
     DiffusionServeError,
 )
@@ -35,6 +36,7 @@ async def test_an_image_has_the_requested_format(
             "negative_prompt": "dog",
             "num_inference_steps": 9,
             "guidance_scale": 3,
+            "acceleration": "fast",
             "output_format": image_format,
             "response_format": "b64_json",
         },
@@ -46,7 +48,8 @@ async def test_an_image_has_the_requested_format(
     assert image.format == image_format.upper()
     assert image.size == (48, 32)
     assert (body["size"], body["output_format"], data["seed"]) == ("48x32", image_format, 7)
-    assert backend.received == [GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0)]
+    sent = GenerationParams("a cat", 7, "dog", 48, 32, 9, 3.0, acceleration="fast")
+    assert backend.received == [sent]
 
 
 async def test_the_model_names_adapters_that_fit_in_part(client: httpx.AsyncClient) -> None:
@@ -152,7 +155,8 @@ async def test_models_describe_their_options(client: httpx.AsyncClient) -> None:
     [model] = body["data"]
     assert (model["id"], model["object"]) == ("demo", "model")
     assert (model["size_multiple"], model["max_steps"], model["batching"]) == (8, 50, "on")
-    assert model["quality_steps"] == {"low": 10, "medium": 20, "high": 40}
+    assert (model["default_steps"], model["default_acceleration"]) == (20, "none")
+    assert model["quality_steps"] == {"low": 10, "medium": 20, "high": 40, "xhigh": 50, "max": 50}
     assert (await client.get("/v1/models/demo")).json() == model
     assert error_of(await client.get("/v1/models/sd"), 404)["code"] == "model_not_found"
 
@@ -180,6 +184,8 @@ async def test_model_names_may_have_a_slash(backend: FakeBackend) -> None:
         ({"quality": "auto"}, "medium", 20),
         ({"quality": "low"}, "low", 10),
         ({"quality": "high"}, "high", 40),
+        ({"quality": "standard"}, "medium", 20),
+        ({"quality": "hd"}, "high", 40),
         ({"quality": "high", "num_inference_steps": 3}, "high", 3),
     ],
 )
@@ -202,11 +208,13 @@ async def test_the_answer_has_usage_and_timings(client: httpx.AsyncClient) -> No
         "input_tokens": 14,
         "input_tokens_details": {"text_tokens": 14, "image_tokens": 0},
         "output_tokens": 12,  # 3 x 2 squares of 16 pixels, twice
+        "output_tokens_details": {"text_tokens": 0, "image_tokens": 12},
         "total_tokens": 26,
     }
     timings = answer["timings"]
     assert (timings["encode_s"], timings["denoise_s"], timings["decode_s"]) == (0.0625, 1.0, 0.125)
     assert timings["total_s"] > 0
+    assert (timings["denoiser_calls"], timings["extrapolated_calls"]) == (8, 12)
     assert answer["warnings"] == ["a warning"]
     assert answer["background"] == "opaque"
 

@@ -1,0 +1,123 @@
+"""Bodies as clients of AUTOMATIC1111's API send them: names and shapes of fields."""
+
+from typing import Any
+
+OPEN_WEBUI: dict[str, Any] = {
+    "prompt": "a red circle",
+    "batch_size": 1,
+    "width": 64,
+    "height": 64,
+    "steps": 8,
+    "negative_prompt": "a square",
+}
+
+LIBRECHAT: dict[str, Any] = {
+    "prompt": "a red circle",
+    "negative_prompt": "a square",
+    "cfg_scale": 4.5,
+    "steps": 8,
+    "width": 64,
+    "height": 64,
+}
+
+SILLYTAVERN: dict[str, Any] = {
+    "url": "http://localhost:8000",
+    "auth": "user:secret",
+    "prompt": "a red circle",
+    "negative_prompt": "a square",
+    "sampler_name": "DDIM",
+    "scheduler": "normal",
+    "steps": 8,
+    "cfg_scale": 7,
+    "width": 64,
+    "height": 64,
+    "restore_faces": False,
+    "enable_hr": False,
+    "hr_upscaler": "None",
+    "hr_scale": 1,
+    "hr_additional_modules": [],
+    "denoising_strength": 0.7,
+    "hr_second_pass_steps": 0,
+    "seed": 7,
+    "override_settings": {
+        "CLIP_stop_at_last_layers": 1,
+        "sd_vae": "Automatic",
+        "forge_additional_modules": [],
+    },
+    "override_settings_restore_afterwards": True,
+    "clip_skip": 1,
+    "save_images": True,
+    "send_images": True,
+    "do_not_save_grid": False,
+    "do_not_save_samples": False,
+}
+
+KOBOLDCPP_LITE: dict[str, Any] = {
+    "prompt": "a red circle",
+    "negative_prompt": "a square",
+    "cfg_scale": 7,
+    "steps": 8,
+    "width": 64,
+    "height": 64,
+    "seed": -1,
+    "sampler_name": "Euler",
+    "n_iter": 1,
+    "batch_size": 1,
+    "clip_skip": -1,
+    "save_images": False,
+    "send_images": True,
+    "do_not_save_grid": True,
+    "do_not_save_samples": True,
+    "enable_hr": False,
+    "eta": 0,
+    "s_churn": 0,
+    "s_tmax": 0,
+    "s_tmin": 0,
+    "s_noise": 1,
+    "override_settings": {"sd_model_checkpoint": "demo"},
+}
+
+TEXT_TO_IMAGE = {
+    "Open WebUI": OPEN_WEBUI,
+    "LibreChat": LIBRECHAT,
+    "SillyTavern": SILLYTAVERN,
+    "KoboldCpp Lite": KOBOLDCPP_LITE,
+}
+
+IMAGE_TO_IMAGE: dict[str, Any] = {
+    "prompt": "a red circle",
+    "negative_prompt": "",
+    "steps": 8,
+    "cfg_scale": 7.0,
+    "seed": 7,
+    "width": 64,
+    "height": 64,
+    "denoising_strength": 0.75,
+    "sampler_index": "DDIM",
+    "batch_size": 1,
+    "n_iter": 1,
+    "styles": [],
+    "subseed": -1,
+    "subseed_strength": 0,
+    "seed_resize_from_h": 0,
+    "seed_resize_from_w": 0,
+    "resize_mode": 0,
+    "mask_blur": 4,
+    "inpainting_fill": 0,
+    "inpaint_full_res": True,
+    "inpaint_full_res_padding": 0,
+    "inpainting_mask_invert": 0,
+    "initial_noise_multiplier": 1,
+    "restore_faces": False,
+    "tiling": False,
+    "eta": 1.0,
+    "s_churn": 0,
+    "s_tmin": 0,
+    "s_noise": 1,
+    "script_name": None,
+    "script_args": [],
+    "alwayson_scripts": {"ControlNet": {"args": []}},
+    "include_init_images": False,
+    "override_settings": {},
+}
+"""As the Python package webuiapi sends it, with its defaults; it adds the images."""
