@@ -75,7 +75,7 @@ class BareCalls:
 
             return module.register_forward_hook(note, with_kwargs=True).remove
 
-        sites = {site.module for site in self._pipeline.sites.values()}
+        sites = set(self._pipeline.sites.values())
         with ExitStack() as stack:
             stack.enter_context(patch.object(Rendezvous, "forward", forward))
             for name, part in self._pipeline.stock.components.items():

@@ -1,10 +1,11 @@
 """Compare the engine with the stock pipeline: ``python -m tests.benchmarks.engine``.
 
-One run compares four ways to serve one trace of arrivals with one pipeline on one device:
+One run compares five ways to serve one trace of arrivals with one pipeline on one device:
 
 - ``one at a time``: the stock pipeline, first come first served,
 - ``whole batches``: the stock pipeline on a list of prompts, if the next requests are of one kind,
-- ``engine, fifo`` and ``engine, on_time``: this engine with two of its policies.
+- ``engine, fifo`` and ``engine, on_time``: this engine with two of its policies,
+- ``engine, former on_time``: this engine with its former default policy.
 
 Latency counts from the time at which a request was due, even if it was sent later. A request
 that fails or takes longer than ``slo_scale`` times its time alone misses its deadline. Efficiency
@@ -22,6 +23,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,8 +35,10 @@ import typer
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.model.loader import resolve_device
 from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.scheduling.queue import RankedPolicy
 from tests.benchmarks import saturation
 from tests.benchmarks.aims import WAITING, aims
+from tests.benchmarks.former_on_time import FormerOnTime
 from tests.benchmarks.saturation import Saturated, saturate
 from tests.benchmarks.ways import (
     Kind,
@@ -57,8 +61,9 @@ AT_ONCE = ((0.5, 20), (1.0, 25), (0.5, 4))
 
 MAX_BATCH = 16
 
-CPU_LOADS = (1.5,)
-"""Loads on a CPU. Shared steps serve more than one at a time can, so less load is no test."""
+CPU_LOADS = (0.7, 0.9, 1.5)
+"""Loads on a CPU. Shared steps serve more than one at a time can, so the last one is no overload
+for full batches."""
 
 CUDA_LOADS = (0.7, 0.9, 1.1)
 
@@ -161,12 +166,12 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def show(rows: list[Row]) -> str:
-    header = f"{'load':>5} {'':<16} {'images/s':>8} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}"
+    header = f"{'load':>5} {'':<22} {'images/s':>8} {'p50 s':>7} {'p95 s':>7} {'p99 s':>7}"
     lines = [f"{header} {'short p95 s':>11} {'in time':>8} {'effic.':>7}"]
     for row in rows:
         efficiency = "" if row.efficiency is None else f"{row.efficiency:.2f}"
         lines.append(
-            f"{row.load:>5.2f} {row.way:<16} {row.images_per_s:>8.2f} {row.p50_s:>7.2f} "
+            f"{row.load:>5.2f} {row.way:<22} {row.images_per_s:>8.2f} {row.p50_s:>7.2f} "
             f"{row.p95_s:>7.2f} {row.p99_s:>7.2f} {row.short_p95_s:>11.2f} {row.slo:>8.0%} "
             f"{efficiency:>7}"
         )
@@ -235,7 +240,12 @@ def main(
             f"{solo_s[one]:.2f} s alone"
         )
 
-    def engine_with(scheduling: str, kinds: list[Kind], keep_images: bool = False) -> Way:
+    def engine_with(
+        scheduling: str,
+        kinds: list[Kind],
+        keep_images: bool = False,
+        policy: Callable[[], RankedPolicy] | None = None,
+    ) -> Way:
         config = EngineConfig.model_validate(
             {
                 "scheduling": scheduling,
@@ -246,7 +256,7 @@ def main(
                 "profile_path": str(Path(folder) / "profile.json"),
             }
         )
-        return with_engine(pipeline, model_config, config, keep_images)
+        return with_engine(pipeline, model_config, config, keep_images, policy)
 
     rows: list[Row] = []
     reports: list[dict[str, Any]] = []
@@ -261,6 +271,7 @@ def main(
             "whole batches": with_stock_pipeline(pipeline, MAX_BATCH),
             "engine, fifo": engine_with("fifo", mix),
             "engine, on_time": engine_with("on_time", mix),
+            "engine, former on_time": engine_with("on_time", mix, policy=FormerOnTime),
         }
         for share in load or (CUDA_LOADS if on_cuda else CPU_LOADS):
             arrivals = trace(mix, share * capacity, seconds, seed)

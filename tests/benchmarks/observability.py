@@ -43,7 +43,7 @@ from serve_app.gateway.requests_log import RequestLog, RequestRecord, record_of
 from serve_app.gateway.schemas import Timings
 from serve_app.gateway.tracing import Tracing
 from serve_app.metrics.export import Report, report
-from serve_app.protocol.events import Completed, Event, Step, Timeline
+from serve_app.protocol.events import Completed, DenoiserCalls, Event, Step, Timeline
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 from tests.benchmarks.engine import hardware
 
@@ -299,7 +299,7 @@ def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
         if record.sampled:
             record.images = (image,)
             record.timelines[image.seed] = Timeline((0.0, 0.0, 0.2, 0.0), steps)
-        record.timings = Timings.of((0.0, 0.0, 1.0, 0.0, 0.0))
+        record.timings = Timings.of((0.0, 0.0, 1.0, 0.0, 0.0), DenoiserCalls())
         record.complete()
 
     async def mean_s() -> float:

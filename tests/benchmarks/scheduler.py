@@ -15,11 +15,18 @@ from serve_app.engine.scheduling.cost import CostModel, Measurement
 from serve_app.engine.scheduling.policies import POLICIES
 from serve_app.engine.scheduling.queue import QueueEntry
 from tests.benchmarks.engine import hardware
+from tests.engine.scheduling.simulated_device import MeasuredCosts
 
 SIZES = [(512, 512), (768, 768), (1024, 1024), (1536, 1536)]
 
 
-def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[float]]:
+CASES = [("on_time, half named", "on_time", 0.5), *((name, name, 0.0) for name in POLICIES)]
+"""Names in the table, policies, and shares of requests whose client named the deadline."""
+
+
+def decisions(
+    name: str, named_share: float, requests: int, count: int
+) -> tuple[list[float], list[float]]:
     """Return seconds of decisions among a constant number of parked requests.
 
     The first list has the decisions after a change of the requests, the second one the others. A
@@ -32,13 +39,22 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
     for size in SIZES:
         call_s = {batch: 0.01 + 1e-8 * size[0] * size[1] * batch for batch in (1, 2, 4, 8, 16)}
         cost.measured(size, Measurement(call_s, encode_s=0.01, decode_s=0.05))
+    costs = MeasuredCosts(cost)
     now = 0.0
 
     def new(number: int) -> QueueEntry:
         size = rng.choice(SIZES)
         solo_s = 20 * cost.predict_call(size)
         deadline_at = now + rng.uniform(0, 2 * requests) * solo_s
-        entry = QueueEntry(number, deadline_at, solo_s, size, solo_s / 20)
+        entry = QueueEntry(
+            number,
+            deadline_at,
+            solo_s,
+            size,
+            solo_s / 20,
+            named=rng.random() < named_share,
+            arrived_at=now,
+        )
         policy.add(entry)
         policy.park(entry)
         return entry
@@ -49,7 +65,7 @@ def decisions(name: str, requests: int, count: int) -> tuple[list[float], list[f
     number, changed = requests, True
     for _ in range(count):
         started_at = time.perf_counter()
-        chosen = policy.choose(now, lambda entry, within_s: cost.cap(entry.key, 1.0, within_s))
+        chosen = policy.choose(now, costs)
         (after_changes if changed else others).append(time.perf_counter() - started_at)
         now += chosen[0].step_s
         changed = False
@@ -74,9 +90,9 @@ def main(
     busy = os.getloadavg()[0]
     typer.echo(f"{requests} requests, {count} decisions, microseconds")
     rows = []
-    for name in POLICIES:
-        changed, others = decisions(name, requests, count)
-        row: dict[str, str | float] = {"policy": name}
+    for label, name, named_share in CASES:
+        changed, others = decisions(name, named_share, requests, count)
+        row: dict[str, str | float] = {"policy": label}
         for kind, seconds in (("", changed + others), ("after_change_", changed)):
             taken = sorted(second * 1e6 for second in seconds)
             row |= {
@@ -87,7 +103,7 @@ def main(
             }
         rows.append(row)
         typer.echo(
-            f"{name:<16} median {row['median_us']:6.1f}   p99 {row['p99_us']:6.1f}   "
+            f"{label:<20} median {row['median_us']:6.1f}   p99 {row['p99_us']:6.1f}   "
             f"after a change: median {row['after_change_median_us']:6.1f}   "
             f"p99 {row['after_change_p99_us']:6.1f}"
         )

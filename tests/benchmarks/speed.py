@@ -40,11 +40,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "compile": {"speed": {"compile": True}},
     "compile, quantize: int8": {"speed": {"compile": True, "quantize": "int8"}},
     "compile, quantize: fp8": {"speed": {"compile": True, "quantize": "fp8"}},
+    "cuda_graphs": {"speed": {"cuda_graphs": True}},
+    "compile, cuda_graphs": {"speed": {"compile": True, "cuda_graphs": True}},
     "offload: model": {"speed": {"offload": "model"}},
 }
 """Changes of the model's config, by option."""
 
-NEEDS_GPU = ("attention_backend: _native_cudnn", "offload: model")
+NEEDS_GPU = (
+    "attention_backend: _native_cudnn",
+    "cuda_graphs",
+    "compile, cuda_graphs",
+    "offload: model",
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,10 @@ class Subject:
     def load(cls, config: ModelConfig, params: GenerationParams) -> "Subject":
         pipeline = LoadedPipeline.load(config)
         calls = record_calls(pipeline, replace(params, num_inference_steps=2))
+        if pipeline.graphs is not None:
+            with pipeline.graphs.mode("capture"), torch.no_grad():
+                for args, kwargs in calls.values():
+                    _denoiser(pipeline)(*args, **kwargs)
         image = pipeline.generate(params).cpu()
         parts = pipeline.stock.components.values()
         networks = [part for part in parts if isinstance(part, nn.Module)]

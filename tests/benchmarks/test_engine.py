@@ -15,10 +15,12 @@ from tests.benchmarks.aims import aims
 from tests.benchmarks.efficiency import REPEATS, BareCalls, busy_s
 from tests.benchmarks.engine import Row
 from tests.benchmarks.saturation import Saturated
+from tests.benchmarks.stopwatch import Stopwatch
 from tests.benchmarks.ways import Arrival, Kind, with_engine
 from tests.conftest import DEMO, FIFO
+from tests.fakes.clock import ManualClock
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("reused_starts")]
 
 KIND = Kind(32, 32, steps=3, share=1.0)
 
@@ -26,6 +28,31 @@ KIND = Kind(32, 32, steps=3, share=1.0)
 def test_overlapping_spans_count_once() -> None:
     assert busy_s([]) == 0
     assert busy_s([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == pytest.approx(4.0)
+
+
+def test_a_layer_does_not_count_the_layers_that_it_calls() -> None:
+    clock = ManualClock()
+
+    class Engine:
+        def call(self, work_s: float) -> None:
+            clock.advance(1.0)
+            self.part(work_s)
+            self.part(work_s)
+            clock.advance(2.0)
+
+        def part(self, work_s: float) -> None:
+            clock.advance(work_s)
+            if work_s == 7.0:
+                raise RuntimeError("it failed")
+
+    stopwatch = Stopwatch(clock.now)
+    places = [(Engine, "call", "call"), (Engine, "part", lambda _, work_s: f"part of {work_s:g} s")]
+    with stopwatch.watching(places):
+        Engine().call(5.0)
+        with pytest.raises(RuntimeError):
+            Engine().call(7.0)
+    Engine().call(5.0)  # not watched
+    assert stopwatch.spent_ms() == {"part of 5 s": 10_000, "call": 4_000, "part of 7 s": 7_000}
 
 
 def test_the_timed_calls_are_those_that_ran(demo_pipeline: LoadedPipeline) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.scheduling.queue import RankedPolicy
 from serve_app.protocol.events import Completed, Event, Failed
 from serve_app.protocol.params import GenerationParams
 from tests.benchmarks.efficiency import BareCalls, busy_s
@@ -194,8 +195,12 @@ def with_engine(
     model: ModelConfig,
     config: EngineConfig,
     keep_images: bool = False,
+    policy: Callable[[], RankedPolicy] | None = None,
 ) -> Way:
-    """Serve each trace with a new engine that rejects no request, as the other ways do not."""
+    """Serve each trace with a new engine that rejects no request, as the other ways do not.
+
+    ``policy`` replaces the configured one.
+    """
     config = config.model_copy(update={"max_backlog_s": math.inf})
 
     def serve(arrivals: list[Arrival]) -> Served:
@@ -216,7 +221,7 @@ def with_engine(
                 spans.append((sent_at[number], time.perf_counter()))
 
         calls = BareCalls(pipeline)
-        with Engine(pipeline, model, config) as engine, calls.noted():
+        with Engine(pipeline, model, config, policy and policy()) as engine, calls.noted():
 
             def send(number: int, arrival: Arrival) -> None:
                 def on_event(event: Event) -> None:
