@@ -6,15 +6,18 @@
 # make check       for use while you work: lint, types, import contract, the site, the English and the
 #                  quick tests, which need no Ray cluster, browser or server process; under
 #                  3 minutes on 2 cores
+# make rehearse    the first day on a GPU with tiny models on the CPU, in an environment of its own with
+#                  the versions of another machine: needs Python 3.12, 6 GB of disk and 5 minutes
 # make test        everything: lint, types, import contract, the site, the English and all tests
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
 HOST ?= 127.0.0.1
-PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
+# tests/conftest.py orders the files.
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 
-.PHONY: install serve manifests docs english dashboards check test lint types imports quick-tests tests clean
+.PHONY: install serve manifests docs english dashboards check rehearse test lint types imports quick-tests tests clean
 
 install: .venv/installed
 
@@ -53,12 +56,13 @@ dashboards: install
 
 # The environment with the packages that only tests and few configurations need.
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,docs,plan,quantize,tracing]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[cluster,dev,docs,gguf,plan,quantize,storage,tracing]'
 	touch $@
 
 check: lint types imports docs english quick-tests
 
-test: lint types imports docs english tests
+# Without docs: tests/docs/test_site.py builds the site as that does.
+test: lint types imports english tests
 
 lint: install
 	$(BIN)/ruff format --check
@@ -76,6 +80,23 @@ quick-tests: .venv/tested
 
 tests: .venv/tested
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Not with the project's packages: this shows that the engine runs without Ray and with the versions
+# of another machine.
+REHEARSAL_PYTHON ?= python3.12
+REHEARSAL := build/rehearsal
+
+$(REHEARSAL)/installed: tests/benchmarks/first_day/machine.txt constraints.txt .venv/installed
+	$(REHEARSAL_PYTHON) -m venv --clear $(REHEARSAL)
+	$(REHEARSAL)/bin/python -m pip install --quiet --requirement tests/benchmarks/first_day/machine.txt
+	$(BIN)/python -m tests.benchmarks.first_day --carry .whl
+	$(REHEARSAL)/bin/python -m pip install --quiet --no-index --no-deps --target $(REHEARSAL)/packages .whl/*.whl
+	touch $@
+
+rehearse: $(REHEARSAL)/installed
+	rm -f build/rehearsal.json
+	PYTHONPATH=$(CURDIR)/$(REHEARSAL)/packages OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python \
+		-m tests.benchmarks.first_day --rehearse --minutes 5 --output build/rehearsal.json
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

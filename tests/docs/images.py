@@ -50,7 +50,7 @@ class Part(StrEnum):
 
     PAGE = "page"
     LOAD = "load"
-    PLANNER = "planner"
+    CHARTS = "charts"
     DIAGRAMS = "diagrams"
 
 
@@ -117,10 +117,15 @@ def top_image(url: str, path: Path) -> None:
     print(path.relative_to(ROOT))
 
 
-def planner_image(folder: Path) -> None:
-    """Copy the chart that ``diffusion-serve plan --chart`` drew for a committed result."""
-    source = ROOT / "tests" / "benchmarks" / "results" / "plan-4to32.png"
-    save(source.read_bytes(), folder / "planner.png")
+def charts(folder: Path) -> None:
+    """Copy the charts that were drawn for committed results."""
+    results = ROOT / "tests" / "benchmarks" / "results"
+    for source, image in (
+        ("plan-4to32.png", "planner.png"),
+        ("policies.png", "policies.png"),
+        ("extrapolation-demo-cpu.png", "extrapolation.png"),
+    ):
+        save((results / source).read_bytes(), folder / image)
 
 
 def main(
@@ -134,8 +139,8 @@ def main(
     chosen = parts or list(Part)
     if Part.DIAGRAMS in chosen and mermaid is None:
         sys.exit("Diagrams need --mermaid: `npm pack mermaid@11`, package/dist/mermaid.min.js.")
-    if Part.PLANNER in chosen:
-        planner_image(folder)
+    if Part.CHARTS in chosen:
+        charts(folder)
     if Part.LOAD in chosen:
         load_images(folder)
     with running_browser() as browser:

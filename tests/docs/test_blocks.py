@@ -1,6 +1,7 @@
 """Every block of the documents works as it is shown: commands run, data parses, configs check."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,16 @@ def _pages() -> Iterator[Page]:
             continue
 
 
+IN_CI = pytest.mark.skipif(
+    "CI" in os.environ, reason="tests/docs/test_install.py runs it, with its installation"
+)
+"""Mark of README.md. Elsewhere that test is skipped if pip reaches no packages."""
+
+
 def _marks(page: Page) -> list[pytest.MarkDecorator]:
     starts = page.needs_server or any(block.starts_server for block in page.blocks)
-    return [pytest.mark.serve if starts else pytest.mark.slow, pytest.mark.timeout(1200)]
+    kind = pytest.mark.serve if starts else pytest.mark.slow
+    return [kind, pytest.mark.timeout(1200), *([IN_CI] if page.path == "README.md" else [])]
 
 
 RUN = [

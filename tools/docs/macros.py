@@ -2,8 +2,22 @@
 
 from typing import Any
 
-from tools.docs import tables
+from tools.docs import scaling, tables
+from tools.docs.busy_share import busy_share_table
+from tools.docs.clients import (
+    client_errors_table,
+    client_versions,
+    clients_table,
+    front_ends_table,
+)
+from tools.docs.extrapolation import (
+    extrapolation_deadlines_table,
+    extrapolation_families_table,
+    extrapolation_table,
+)
+from tools.docs.first_day import first_day_table
 from tools.docs.models import family_table, model_table
+from tools.docs.overhead import overhead_table
 from tools.docs.reference.macros import REFERENCE
 from tools.docs.results import results
 
@@ -15,6 +29,8 @@ MACROS = (
     tables.hardware,
     tables.source,
     tables.cheapest,
+    tables.peers_table,
+    tables.peers_targets_table,
     tables.engine_table,
     tables.engine_details_table,
     tables.mix_table,
@@ -22,14 +38,26 @@ MACROS = (
     tables.speed_table,
     tables.cold_start_table,
     tables.streaming_table,
+    tables.layers_ms,
+    tables.layers_table,
+    overhead_table,
     tables.overload_table,
-    tables.plan_table,
-    tables.routing_table,
-    tables.autoscaling_table,
-    tables.steadiness_table,
+    scaling.plan_table,
+    scaling.routing_table,
+    scaling.autoscaling_table,
+    scaling.steadiness_table,
+    busy_share_table,
     tables.observability_table,
+    extrapolation_table,
+    extrapolation_deadlines_table,
+    extrapolation_families_table,
+    first_day_table,
     family_table,
     model_table,
+    clients_table,
+    front_ends_table,
+    client_errors_table,
+    client_versions,
     *REFERENCE,
 )
 

@@ -1,6 +1,5 @@
 """The tables of docs/models.md, from ``models.yaml`` beside this file."""
 
-from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 
 from serve_app.protocol.params import Task
+from tools.docs.markdown import table
 
 DATA = Path(__file__).with_name("models.yaml")
 
@@ -39,7 +39,7 @@ def family_table() -> str:
         ]
         for family in read_models()["families"]
     )
-    return _table(["Family and pipeline class", "Tasks", "Requests are", "Tested in"], rows)
+    return table(["Family and pipeline class", "Tasks", "Requests are", "Tested in"], rows)
 
 
 def model_table() -> str:
@@ -55,7 +55,7 @@ def model_table() -> str:
         ]
         for model in read_models()["models"]
     )
-    return _table(["Repository", "Parameters", "Weights at 16 bits", "Licence"], rows)
+    return table(["Repository", "Parameters", "Weights at 16 bits", "Licence"], rows)
 
 
 def _test_of(builder: str) -> str:
@@ -64,8 +64,3 @@ def _test_of(builder: str) -> str:
     if module != "tests.tiny_pipelines":
         return "other pipelines"
     return "certification" if name in ("pag", "animatediff") else "families"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -3,8 +3,10 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
+from tools.docs.markdown import table
 from tools.docs.results import results
 
 Row = dict[str, Any]
@@ -13,33 +15,28 @@ WAYS = {
     "one at a time": "stock pipeline, one request at a time",
     "whole batches": "stock pipeline, whole requests in batches",
     "engine, fifo": "diffusion-serve, `fifo`",
+    "engine, former on_time": "diffusion-serve, the former `on_time`",
     "engine, on_time": "diffusion-serve, `on_time`",
 }
 """Names of the ways in which ``tests.benchmarks.engine`` serves one trace of arrivals."""
+
+SERVERS = {
+    "lock": "stock pipeline, one request at a time",
+    "batch": "stock pipeline, whole requests in batches",
+    "ours": "diffusion-serve",
+    "ours-fifo": "diffusion-serve, `fifo`",
+}
+"""Names of the servers that ``tests.benchmarks.peers`` compares."""
+
+NETWORKS = ("denoiser", "text encoder and VAE")
+"""Layers of ``tests.benchmarks.layers`` that are no overhead."""
+
+NOT_NETWORKS = "all but the networks"
 
 STARTS = {"first": "without a profile", "again": "with a profile"}
 
 SIZES = {"none": "no sizes", "four": "four sizes"}
 """Entries of ``warmup_sizes_px``."""
-
-PLANS = {
-    "plan-4to32": "4 to 32 requests/s, stretched 6 times",
-    "plan-4to32-drift": "the same, from small images to large",
-    "plan-1to8": "1 to 8 requests/s, stretched 8 times",
-    "plan-1to8-15s": "the same, cold start 15 s",
-    "plan-4to32-idle": "the first, idle nodes kept for 60 s",
-}
-"""Simulated scenarios by the names of their files."""
-
-POLICIES = (
-    "the work itself",
-    "by work",
-    "cheapest by work",
-    "best by count",
-    "by count, as shipped",
-    "best fixed size",
-)
-"""Rows of the table of scenarios."""
 
 OVERLOAD = (
     "goodput, images/s",
@@ -78,7 +75,7 @@ def row(name: str, **values: object) -> Row:
     Raises:
         LookupError: None or several rows have them.
     """
-    found = _rows(results(name)["rows"], values)
+    found = rows_of(results(name)["rows"], values)
     if len(found) != 1:
         raise LookupError(f"{name}: {len(found)} rows have {values}; exactly one must.")
     return found[0]
@@ -106,37 +103,73 @@ def cheapest(name: str, family: str) -> Row:
     """Return the policy of a family with the fewest GPU-hours that meets the simulation's SLO."""
     content = results(name)
     good = [row for row in content["rows"] if row["attainment"] >= content["slo"]]
-    return min(_rows(good, {"family": family}), key=lambda row: row["gpu_hours"])
+    return min(rows_of(good, {"family": family}), key=lambda row: row["gpu_hours"])
 
 
-def engine_table() -> str:
-    """Compare the engine with the stock pipeline, on one trace of arrivals."""
+def peers_table() -> str:
+    """Compare the server with the simplest ones, by load; the range of the rounds in brackets."""
     rows = [
         [
-            name,
-            f"{(one := row('engine-demo-cpu', way=way))['images_per_s']:.2f}",
+            one["load"],
+            SERVERS[one["server"]],
+            _span(one["spans"]["images_per_s"]),
+            *(f"{_span(one['spans'][metric])} s" for metric in ("p50_s", "p95_s")),
+            f"{one['spans']['p95_over_p50']['median']:.1f}",
+        ]
+        for one in results("peers-demo-cpu")["summary"]
+    ]
+    return table(["clients", "server", "images/s", "p50", "p95", "p95 / p50"], rows)
+
+
+def peers_targets_table() -> str:
+    """Show which targets the server meets beside the simplest ones."""
+    rows = [
+        [one["text"], f"{one['measured']:.3g}", "met" if one["met"] else "missed"]
+        for one in results("peers-demo-cpu")["aims"]
+        if one["measured"] is not None
+    ]
+    return table(["target", "measured", ""], rows)
+
+
+def _span(found: Row) -> str:
+    """Format a median and the range of the rounds."""
+    return f"{found['median']:.2f} ({found['least']:.2f} to {found['greatest']:.2f})"
+
+
+def engine_table(load: float | None = None) -> str:
+    """Compare the engine with the stock pipeline, on traces of arrivals of all loads or one."""
+    content = results("engine-demo-cpu")["rows"]
+    loads = dict.fromkeys(one["load"] for one in content) if load is None else [load]
+    rows = [
+        [
+            f"{one['load']:g}",
+            WAYS[one["way"]],
+            f"{one['images_per_s']:.2f}",
             f"{one['p50_s']:.2f} s",
             f"{one['p95_s']:.2f} s",
             f"{one['short_p95_s']:.2f} s",
             percent(one["slo"]),
         ]
-        for way, name in WAYS.items()
+        for share in loads
+        for way in WAYS
+        for one in rows_of(content, {"load": share, "way": way})
     ]
-    return _table(["", "images/s", "p50", "p95", "p95 of short ones", "in time"], rows)
+    return table(["load", "", "images/s", "p50", "p95", "p95 of short ones", "in time"], rows)
 
 
 def engine_details_table() -> str:
     """Show how full the engine's batches are, and how close to the bare network calls it is."""
     rows = [
         [
+            f"{one['load']:g}",
             WAYS[one["way"]],
             f"{one['mean_batch_size']:.2f}",
-            f"{row('engine-demo-cpu', way=one['way'])['efficiency']:.2f}",
+            f"{row('engine-demo-cpu', way=one['way'], load=one['load'])['efficiency']:.2f}",
             percent(one["forecast_error"]),
         ]
         for one in results("engine-demo-cpu")["engine"]
     ]
-    return _table(["", "mean batch", "efficiency", "error of the predicted duration"], rows)
+    return table(["load", "", "mean batch", "efficiency", "error of the predicted duration"], rows)
 
 
 def mix_table() -> str:
@@ -150,7 +183,7 @@ def mix_table() -> str:
         ]
         for kind in results("engine-demo-cpu")["kinds"]
     ]
-    return _table(["size", "steps", "share", "solo time"], rows)
+    return table(["size", "steps", "share", "solo time"], rows)
 
 
 def scheduler_table() -> str:
@@ -162,12 +195,12 @@ def scheduler_table() -> str:
         ]
         for one in results("scheduler")["rows"]
     ]
-    return _table(["policy", "median", "p99", "median after a change"], rows)
+    return table(["policy", "median", "p99", "median after a change"], rows)
 
 
 def speed_table() -> str:
     """Compare each speed option with the model without options."""
-    return _table(
+    return table(
         ["option", "batch of 1", "batch of 8", "PSNR", "denoiser"],
         [_speed_cells(one) for one in results("speed-demo-cpu")["rows"]],
     )
@@ -198,7 +231,7 @@ def cold_start_table() -> str:
     ]
     total = ["total", *(f"{one['total_s']:.1f} s" for one in rows)]
     span = [f"{one['total_from_s']:.1f} to {one['total_to_s']:.1f} s" for one in rows]
-    return _table(header, [*phases, total, ["quickest to slowest", *span]])
+    return table(header, [*phases, total, ["quickest to slowest", *span]])
 
 
 def streaming_table() -> str:
@@ -215,15 +248,41 @@ def streaming_table() -> str:
         for one in results("sse-demo-cpu")["rows"]
     ]
     header = ["response", "total", "first event", "slowest first event", "events", "cost of a step"]
-    return _table(header, rows)
+    return table(header, rows)
+
+
+def layers_ms(label: str, requests: int, kind: str) -> dict[str, float]:
+    """Return the medians of several runs of `tests.benchmarks.layers`.
+
+    ``kind`` is 'layers_ms', by layer of the engine, or 'http_ms', by part of a request over HTTP.
+    """
+    runs = [run for run in results("layers-demo-cpu")["runs"] if run["label"] == label]
+    rows = [row for run in runs for row in run["rows"] if row["requests"] == requests]
+    parts = [row[kind] for row in rows]
+    found = {name: median(part.get(name, 0.0) for part in parts) for name in parts[0]}
+    if kind == "layers_ms":
+        found["in all, without timers"] = median(row["engine_ms"] for row in rows)
+        found["stock pipeline, list of prompts"] = median(row["floor_ms"] for row in rows)
+        found[NOT_NETWORKS] = sum(found[name] for name in parts[0] if name not in NETWORKS)
+    return found
+
+
+def layers_table(kind: str) -> str:
+    """Show where the time of one request goes, and of eight together, before and after."""
+    sides = [(requests, label) for requests in (1, 8) for label in ("before", "after")]
+    columns = [layers_ms(label, requests, kind) for requests, label in sides]
+    names = sorted(columns[-1], key=lambda name: -columns[-1][name])
+    rows = [[name, *(f"{column.get(name, 0.0):.1f} ms" for column in columns)] for name in names]
+    header = ["", "one, before", "one, after", "eight, before", "eight, after"]
+    return table(header, rows)
 
 
 def overload_table() -> str:
     """Show goodput, rejections and retries by load; several rounds are separated by commas."""
     content = results("overload-demo-cpu")
-    loads = [_rows(content["rows"], {"load": float(load)}) for load in content["goodput_per_s"]]
+    loads = [rows_of(content["rows"], {"load": float(load)}) for load in content["goodput_per_s"]]
     header = ["load", *(f"{rounds[0]['load']:.1f}" for rounds in loads)]
-    return _table(header, zip(OVERLOAD, *map(_overload_cells, loads), strict=True))
+    return table(header, zip(OVERLOAD, *map(_overload_cells, loads), strict=True))
 
 
 def _overload_cells(rounds: Sequence[Row]) -> list[str]:
@@ -238,65 +297,6 @@ def _overload_cells(rounds: Sequence[Row]) -> list[str]:
         f"{kept:,} of {reserved:,}",
         ", ".join(percent(one["reservations_in_time"]) for one in rounds),
     ]
-
-
-def plan_table() -> str:
-    """Compare the GPU-hours of scaling policies in five simulated scenarios."""
-    columns = []
-    for name in PLANS:
-        work = row(name, label="by work, as configured")
-        shipped = row(name, label="by count, as shipped")
-        best = [cheapest(name, family) for family in ("work", "count", "fixed")]
-        compared = (work, best[0], best[1], shipped, best[2])
-        cells = [
-            f"{one['gpu_hours']:.2f}{NO_BREAK}({in_time(one['attainment'])})" for one in compared
-        ]
-        columns.append([f"{work['work_hours']:.2f}", *cells])
-    return _table(["", *PLANS.values()], zip(POLICIES, *columns, strict=True))
-
-
-def routing_table() -> str:
-    """Compare routing rules by the requests in time."""
-    rows = [
-        [
-            f"the one with {'fewer requests' if run['routing'] == 'count' else 'less work'}",
-            str(run["choices"]),
-            *(
-                in_time(_rows(run["rows"], {"label": label})[0]["attainment"])
-                for label in ("9 replicas, fixed", "by work, as configured")
-            ),
-        ]
-        for run in results("plan-4to32-routing")["runs"]
-    ]
-    header = ["a request goes to", "replicas drawn", "nine replicas", "by work, as configured"]
-    return _table(header, rows)
-
-
-def autoscaling_table() -> str:
-    """Compare the real autoscaler with the simulated one, by run."""
-    names = ("running", "target", "nodes")
-    rows = []
-    for run in results("autoscaling-fake-nodes")["runs"]:
-        agreed = run["agreement"]
-        means = [" / ".join(f"{mean:.2f}" for mean in agreed[f"{name}_mean"]) for name in names]
-        apart = [f"{agreed[f'{name}_mean_absolute_difference']:.2f}" for name in names]
-        pairs = zip(means, apart, strict=True)
-        rows.append([run["command"].split()[-1], *(cell for pair in pairs for cell in pair)])
-    header = ["seed", "running, real / simulated", "apart", "wanted", "apart", "nodes", "apart"]
-    return _table(header, rows)
-
-
-def steadiness_table() -> str:
-    """Show how often the policy changes the number of replicas under a steady load."""
-    rows = [
-        [
-            f"{one['busy']:g}",
-            f"{one['changes_per_hour']:g}",
-            f"{one['without_margin_per_hour']:g}",
-        ]
-        for one in results("steadiness")["rows"]
-    ]
-    return _table(["busy replicas", "changes an hour", "without the margin"], rows)
 
 
 def observability_table() -> str:
@@ -316,7 +316,7 @@ def observability_table() -> str:
                 ),
             ]
         )
-    return _table(["images", *ways], rows)
+    return table(["images", *ways], rows)
 
 
 def _wrapped(command: str) -> str:
@@ -335,10 +335,5 @@ def _with_source(content: Any) -> list[Row]:
     return [content] if "command" in content else list(content["runs"])
 
 
-def _rows(rows: Iterable[Row], values: dict[str, object]) -> list[Row]:
+def rows_of(rows: Iterable[Row], values: dict[str, object]) -> list[Row]:
     return [one for one in rows if all(one[key] == value for key, value in values.items())]
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

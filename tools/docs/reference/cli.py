@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 from typer.main import get_command
 
 from serve_app.cli.main import cli
-from tools.docs.reference.markdown import code, named, prose, table
+from tools.docs.markdown import code, named, prose, table
 
 PROGRAM = "diffusion-serve"
 

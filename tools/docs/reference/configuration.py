@@ -11,9 +11,9 @@ from serve_app.autoscaling.policy import ScalingParams
 from serve_app.config import environment
 from serve_app.config.models import AppConfig
 from serve_app.gateway.auth import ApiKey
+from tools.docs.markdown import code, named, prose, table
 from tools.docs.reference.docstrings import attribute_docstrings
 from tools.docs.reference.json_schema import value_of
-from tools.docs.reference.markdown import code, named, prose, table
 
 
 def sections(

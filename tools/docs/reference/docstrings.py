@@ -6,7 +6,7 @@ import textwrap
 from itertools import pairwise
 from types import ModuleType
 
-from tools.docs.reference.markdown import prose
+from tools.docs.markdown import prose
 
 
 def attribute_docstrings(owner: type | ModuleType) -> dict[str, str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from serve_app.errors import Cancelled, ConfigError, DiffusionServeError
 from serve_app.gateway.errors import error_headers
-from tools.docs.reference.markdown import code, prose, table
+from tools.docs.markdown import code, prose, table
 
 
 def errors(

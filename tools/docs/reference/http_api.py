@@ -10,10 +10,11 @@ from fastapi import FastAPI
 from serve_app.config.models import AppConfig
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.openapi import EVENTS
+from serve_app.gateway.responses.answers import EVENTS as RESPONSE_EVENTS
 from serve_app.gateway.routes import EDITS, GENERATIONS, create_api
 from serve_app.protocol.backend import GenerationBackend
+from tools.docs.markdown import code, named, prose, table
 from tools.docs.reference.json_schema import Schema, type_of, value_of
-from tools.docs.reference.markdown import code, named, prose, table
 
 _BODIES = {"application/json": "JSON body", "multipart/form-data": "Multipart form"}
 
@@ -65,7 +66,7 @@ def other_paths() -> str:
 
 def stream_events() -> str:
     """Return a section for each event of a stream, without the errors."""
-    return "\n\n".join(_object(model.__name__) for model in EVENTS.values())
+    return "\n\n".join(map(_object, _event_names()))
 
 
 def schemas() -> str:
@@ -87,7 +88,7 @@ def described_schemas() -> list[str]:
 
 
 def _event_names() -> list[str]:
-    return [model.__name__ for model in EVENTS.values()]
+    return [model.__name__ for model in (*EVENTS.values(), *RESPONSE_EVENTS)]
 
 
 def _answers() -> list[Any]:
@@ -121,7 +122,7 @@ def _operation(method: str, path: str, operation: Mapping[str, Any]) -> str:
         if path == EDITS:
             parts.append(
                 f"The fields of [{code('POST ' + GENERATIONS)}](#post-v1imagesgenerations) apply "
-                "here as well, as fields of the form."
+                "here as well."
             )
     rows = [
         (code(status), response["description"], _content(response), _headers(response))

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from tools.docs.reference.markdown import code
+from tools.docs.markdown import code
 
 Schema = Mapping[str, Any]
 

@@ -9,7 +9,7 @@ from serve_app.metrics import application, engine, gateway
 from serve_app.metrics.autoscaling import RAY_GAUGES
 from serve_app.metrics.labels import LABELS
 from serve_app.metrics.registry import APPLICATION
-from tools.docs.reference.markdown import code, table
+from tools.docs.markdown import code, table
 
 PARTS: dict[str, ModuleType] = {"gateway": gateway, "engine": engine, "application": application}
 """The modules of declarations, by the name of the part that measures."""

@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from tools.docs.reference.markdown import code, prose, table
+from tools.docs.markdown import code, prose, table
 
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "serve_app"

@@ -1,12 +1,12 @@
-"""Pieces of Markdown that the reference pages share."""
+"""Pieces of Markdown that generated pages and tables share."""
 
 import re
 from collections.abc import Iterable, Sequence
 
 
 def cell(text: str) -> str:
-    """Return a text as one line that may stand in a table."""
-    return re.sub(r"\s+", " ", text).strip().replace("|", "\\|")
+    """Return a text as one line that may stand in a table. Spaces without a break stay."""
+    return re.sub(r"\s+", " ", text, flags=re.ASCII).strip().replace("|", "\\|")
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

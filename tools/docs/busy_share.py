@@ -1,0 +1,34 @@
+"""The table of the simulated busy shares, from the file of ``tests.benchmarks.busy_share``."""
+
+from typing import Any
+
+from tools.docs.markdown import table
+from tools.docs.results import results
+
+
+def _share(stock: bool, **cell: Any) -> float:
+    """Return the share of one simulation."""
+    found = [
+        one
+        for one in results("busy-share")["rows"]
+        if one["stock"] == stock and all(one[name] == value for name, value in cell.items())
+    ]
+    [one] = found
+    return float(one["busy_share"])
+
+
+def busy_share_table() -> str:
+    """Show the share with each noise scheduler: as stock pipelines wait, and with the engine."""
+    rows = results("busy-share")["rows"]
+    calls_ms = sorted({one["call_ms"] for one in rows})
+    batches = sorted({one["batch"] for one in rows})
+    cells = [(call_ms, batch) for call_ms in calls_ms for batch in batches]
+    lines = []
+    for name in dict.fromkeys(one["noise_scheduler"] for one in rows):
+        line = [f"`{name}`"]
+        for call_ms, batch in cells:
+            cell = {"noise_scheduler": name, "call_ms": call_ms, "batch": batch}
+            line.append(f"{_share(True, **cell):.0%} → {_share(False, **cell):.0%}")
+        lines.append(line)
+    header = ["noise scheduler", *(f"{call_ms} ms, {batch}" for call_ms, batch in cells)]
+    return table(header, lines)
