@@ -70,6 +70,12 @@ class AccelerationConfig(Section):
         description="Level of requests that set no `acceleration`. Images are exact at 'none' "
         "only.",
     )
+    low_quality: Acceleration = Field(
+        "none",
+        description="Level of requests of `quality: low` that set neither `acceleration` nor "
+        "`num_inference_steps`. With 'balanced' or 'fast', they make all of the default steps. "
+        "With 'none', they make half of them, at the default level.",
+    )
     balanced_error: float = Field(
         0.04,
         ge=0,

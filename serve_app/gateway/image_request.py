@@ -54,7 +54,8 @@ class ImageRequest(BaseModel):
     )
     quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] = Field(
         "auto",
-        description="Number of denoising steps: 'low' is half of the model's default. 'medium', "
+        description="Number of denoising steps: 'low' is half of the model's default, or, where "
+        "the server is configured so, all of them with `acceleration`. 'medium', "
         "'standard' and 'auto' are the default. 'high' and 'hd' are twice the default, 'xhigh' "
         "three times, 'max' four times. /v1/models lists the numbers, which keep to the limits. "
         "`num_inference_steps` overrides it.",
@@ -182,6 +183,14 @@ class ImageRequest(BaseModel):
         if self.num_inference_steps is not None:
             return self.num_inference_steps
         return model.quality_steps[self.resolved_quality]
+
+    def level(self, model: ModelInfo) -> Acceleration | None:
+        """Return the acceleration that the request names or its quality implies."""
+        if self.acceleration is None and self.num_inference_steps is None:
+            implied = model.low_quality_acceleration
+            if self.resolved_quality == "low" and implied != "none":
+                return implied
+        return self.acceleration
 
     @property
     def resolved_quality(self) -> Quality:

@@ -271,6 +271,7 @@ def _model_object(info: ModelInfo, created: int) -> ModelObject:
         max_side=limits.max_side_px,
         default_steps=info.default_steps,
         default_acceleration=info.default_acceleration,
+        low_quality_acceleration=info.low_quality_acceleration,
         max_steps=limits.max_steps,
         quality_steps=info.quality_steps,
         max_images=limits.max_images,

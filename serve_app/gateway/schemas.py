@@ -232,6 +232,10 @@ class ModelObject(BaseModel):
     default_acceleration: Acceleration = Field(
         description="`acceleration` of requests that set none."
     )
+    low_quality_acceleration: Acceleration = Field(
+        description="`acceleration` of requests of `quality: low` that set neither it nor "
+        "`num_inference_steps`; `none` if they make fewer steps instead."
+    )
     max_steps: int = Field(description="Largest `num_inference_steps`.")
     quality_steps: dict[Quality, int] = Field(description="Denoising steps of each `quality`.")
     max_images: int = Field(description="Largest `n`.")

@@ -320,7 +320,7 @@ class ImageService:
             num_inference_steps=body.steps(model),
             guidance_scale=body.guidance_scale,
             noise_scheduler=body.scheduler,
-            acceleration=body.acceleration,
+            acceleration=body.level(model),
             lora=body.adapters(),
             deadline_s=body.deadline_s,
             strength=body.strength if isinstance(body, ImageEditRequest) else None,

@@ -52,6 +52,8 @@ class ModelInfo:
     """Denoising steps of requests that set none."""
     default_acceleration: Acceleration
     """Acceleration of requests that set none."""
+    low_quality_acceleration: Acceleration
+    """Acceleration instead of fewer steps at low quality; ``"none"`` for fewer steps."""
     takes_negative_prompt: bool
     """True if requests may have a negative prompt."""
     tasks: tuple[Task, ...]
@@ -91,7 +93,8 @@ class ModelInfo:
         steps, most = self.default_steps, self.limits.max_steps
         factors = {"medium": 1, "high": 2, "xhigh": 3, "max": 4}
         more = {name: min(factor * steps, most) for name, factor in factors.items()}
-        return {"low": max(1, steps // 2), **more}
+        fewer = self.low_quality_acceleration == "none"
+        return {"low": max(1, steps // 2) if fewer else steps, **more}
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,24 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
 
 import pytest
 from PIL import Image
+from torch import nn
 
-from serve_app.config.models import Acceleration, AccelerationConfig
+from serve_app.config.models import (
+    Acceleration,
+    AccelerationConfig,
+    EngineConfig,
+    ModelConfig,
+    SpeedConfig,
+)
 from serve_app.engine.batching.extrapolation import Extrapolator
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.model import speed
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.predictor import Predictor
 from serve_app.engine.request import Request
@@ -22,6 +32,7 @@ from serve_app.protocol.events import Failed, GenerationResult, Progress
 from serve_app.protocol.params import INITIAL, GenerationParams
 from tests.conftest import DEMO, FIFO
 from tests.engine.engines import TOLERANCE, hold, largest_difference, params, result_of
+from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("reused_starts")
@@ -99,6 +110,53 @@ def test_together_as_alone(
     assert largest_difference(results[::2], exact[::2]) <= TOLERANCE
     assert 20 < psnr_db(results[1].pixels, exact[1][0]) < 60
     assert not in_memory()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_batch_pays")
+def test_together_as_alone_compiled_and_in_eight_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without torch's C++ compiler, and with a threshold that outputs of random weights meet."""
+    monkeypatch.setattr(speed, "check_compiler", lambda _: None)
+    by_inductor = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(by_inductor, backend="aot_eager"))
+    FAMILIES["flux"]().save_pretrained(tmp_path)
+    size = WIDTH_PX, HEIGHT_PX
+    model = ModelConfig(
+        id="tiny",
+        path=str(tmp_path),
+        device="cpu",
+        default_size_px=size,
+        default_steps=3,
+        call_kwargs=CALL_KWARGS["flux"],
+        speed=SpeedConfig(compile=True, quantize="int8"),
+        acceleration=AccelerationConfig(fast_error=1.0),
+    )
+    config = EngineConfig(
+        scheduling="fifo", max_batch_size=2, warmup_sizes_px=(size,), profile_path="none"
+    )
+    levels: tuple[Acceleration, ...] = ("none", "fast", "fast")
+    requests = [
+        GenerationParams(
+            "a cat",
+            seed,
+            width=WIDTH_PX,
+            height=HEIGHT_PX,
+            num_inference_steps=12,
+            guidance_scale=(1.0, 5.0)[seed % 2],
+            acceleration=level,
+        )
+        for seed, level in enumerate(levels)
+    ]
+    with Engine.load(model, config) as engine:
+        streams = [engine.stream(one) for one in requests]
+        together = [result_of(list(stream)) for stream in streams]
+        assert engine.stats().mean_batch_size > 1
+        alone = [engine.generate(one) for one in requests]
+    assert [one.calls for one in together] == [one.calls for one in alone]
+    assert [bool(one.calls.extrapolated) for one in together] == [False, True, True]
+    assert largest_difference(together, [one.pixels[None] for one in alone]) <= TOLERANCE
 
 
 def test_every_step_is_reported(engine: Engine) -> None:

@@ -32,6 +32,7 @@ INFO = ModelInfo(
     size_multiple=8,
     default_steps=20,
     default_acceleration="none",
+    low_quality_acceleration="none",
     takes_negative_prompt=True,
     tasks=("text-to-image", "image-to-image", "inpainting"),
     max_input_images=1,
@@ -62,6 +63,8 @@ class FakeBackend:
     def __init__(self) -> None:
         self.received: list[GenerationParams] = []
         self.contexts: list[RequestContext] = []
+        self.info = INFO
+        """Description of the model."""
         self.described_for: list[float | None] = []
         """Deadlines given to `describe`."""
         self.error: Exception | None = None
@@ -126,7 +129,7 @@ class FakeBackend:
         await self.check_ready()
         if self.overloaded:
             raise Overloaded("too many requests are waiting")
-        return INFO
+        return self.info
 
     async def check_ready(self) -> None:
         if not self.ready:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.image_request import ImageGenerationRequest
 from serve_app.gateway.routes import create_api
 from serve_app.protocol.params import MAX_SEED, GenerationParams
-from tests.fakes.backend import CONFIG, FakeBackend
+from tests.fakes.backend import CONFIG, INFO, FakeBackend
 from tests.gateway.conftest import decoded, error_of, post
 
 pytestmark = pytest.mark.anyio
@@ -199,6 +200,31 @@ async def test_quality_sets_the_number_of_steps(
     response = await post(client, {"prompt": "x"} | change)
     assert response.json()["quality"] == quality
     assert backend.received[0].num_inference_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("change", "steps", "level"),
+    [
+        ({"quality": "low"}, 20, "fast"),
+        ({"quality": "low", "acceleration": "balanced"}, 20, "balanced"),
+        ({"quality": "low", "num_inference_steps": 7}, 7, "none"),
+        ({"quality": "medium"}, 20, "none"),
+    ],
+)
+async def test_low_quality_may_mean_extrapolated_calls_instead_of_fewer_steps(
+    backend: FakeBackend, change: dict[str, Any], steps: int, level: str
+) -> None:
+    backend.info = replace(INFO, low_quality_acceleration="fast")
+    api = create_api(CONFIG, backend, KeyRing(None, None))
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(api), base_url="http://test"
+    ) as client:
+        [model] = (await client.get("/v1/models")).json()["data"]
+        assert model["low_quality_acceleration"] == "fast"
+        assert model["quality_steps"]["low"] == 20
+        await post(client, {"prompt": "x"} | change)
+    [received] = backend.received
+    assert (received.num_inference_steps, received.acceleration) == (steps, level)
 
 
 @pytest.mark.usefixtures("old")

@@ -41,6 +41,7 @@ def describe_model(
         size_multiple=pipeline.size_multiple,
         default_steps=pipeline.default_steps,
         default_acceleration=model.acceleration.default,
+        low_quality_acceleration=model.acceleration.low_quality,
         takes_negative_prompt=pipeline.takes_negative_prompt,
         tasks=certificate.tasks,
         # Never more: most pipelines take a list of images for a batch.
