@@ -18,17 +18,18 @@ def _share(stock: bool, **cell: Any) -> float:
 
 
 def busy_share_table() -> str:
-    """Show the share with each noise scheduler: as stock pipelines wait, and with the engine."""
+    """Show the shares with each noise scheduler: as stock pipelines wait, and with the engine."""
     rows = results("busy-share")["rows"]
     calls_ms = sorted({one["call_ms"] for one in rows})
     batches = sorted({one["batch"] for one in rows})
-    cells = [(call_ms, batch) for call_ms in calls_ms for batch in batches]
     lines = []
     for name in dict.fromkeys(one["noise_scheduler"] for one in rows):
         line = [f"`{name}`"]
-        for call_ms, batch in cells:
-            cell = {"noise_scheduler": name, "call_ms": call_ms, "batch": batch}
-            line.append(f"{_share(True, **cell):.0%} → {_share(False, **cell):.0%}")
+        for call_ms in calls_ms:
+            cell = {"noise_scheduler": name, "call_ms": call_ms}
+            line.append(", ".join(f"{_share(True, **cell, batch=one):.0%}" for one in batches))
+        mine = [one for one in rows if one["noise_scheduler"] == name and not one["stock"]]
+        line.append(f"{min(one['busy_share'] for one in mine):.0%}")
         lines.append(line)
-    header = ["noise scheduler", *(f"{call_ms} ms, {batch}" for call_ms, batch in cells)]
-    return table(header, lines)
+    header = ["noise scheduler", *(f"stock, {call_ms} ms" for call_ms in calls_ms)]
+    return table([*header, "engine, at least"], lines)

@@ -8,19 +8,15 @@ from tools.docs.results import results
 
 def overhead_table() -> str:
     """Show the time and the function calls of a step by the number of requests."""
-    header = ["batch", "requests", "stock pipeline", "with the engine", "added, before"]
-    header += ["added, after", "calls, before", "calls, after"]
+    header = ["batch", "requests", "stock pipeline", "with the engine", "added: before, after"]
+    header += ["calls: before, after"]
     lines = []
     for row in results("overhead-demo-cpu")["runs"][0]["rows"]:
         kind = row["batch"], row["requests"]
-        times = [
-            _median("after", *kind, "stock_ms"),
-            _median("after", *kind, "engine_ms"),
-            _median("before", *kind, "added_ms"),
-            _median("after", *kind, "added_ms"),
-        ]
-        calls = [_median(label, *kind, "calls") for label in ("before", "after")]
-        cells = [f"{ms:.2f} ms" for ms in times] + [f"{one:.0f}" for one in calls]
+        cells = [f"{_median('after', *kind, name):.2f} ms" for name in ("stock_ms", "engine_ms")]
+        for name, form in (("added_ms", "{:.2f} ms"), ("calls", "{:.0f}")):
+            pair = [_median(label, *kind, name) for label in ("before", "after")]
+            cells.append(", ".join(map(form.format, pair)))
         lines.append([*map(str, kind), *cells])
     return table(header, lines)
 
