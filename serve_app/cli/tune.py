@@ -1,7 +1,7 @@
 """``diffusion-serve tune``: find the thresholds of a model's acceleration."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -58,6 +58,7 @@ def tune(
         # Imported here, so that --help and mistakes do not wait for torch.
         from serve_app.engine.engine import Engine
         from serve_app.engine.model.pipeline import LoadedPipeline
+        from serve_app.tuning.caches import cache_rows
         from serve_app.tuning.front import Measurement, markdown, measure
 
         own = application.engine.limits
@@ -66,11 +67,13 @@ def tune(
             update={"limits": limits, "max_backlog_s": float("inf")}
         )
         pipeline = LoadedPipeline.load(model)
-        with Engine(pipeline, model, engine_config) as engine:
-            count = steps or engine.info.default_steps
-            with tqdm(unit="image", desc="generating") as bar:
+        with tqdm(unit="image", desc="generating") as bar:
+            with Engine(pipeline, model, engine_config) as engine:
+                count = steps or engine.info.default_steps
                 measurement = Measurement(engine, pipeline, texts, count, truth_steps, bar.update)
                 front = measure(measurement, balanced_db, fast_db)
+            rows, notes = cache_rows(measurement, pipeline)  # they need networks without an engine
+            front = replace(front, rows=[*front.rows, *rows], notes=notes)
     except DiffusionServeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -82,6 +85,8 @@ def tune(
             raise typer.Exit(2) from None
     typer.echo(f"{len(texts)} images in {count} steps; the truth has {truth_steps}.\n")
     typer.echo(markdown(front))
+    for note in front.notes:
+        typer.echo(f"\n{note}")
     typer.echo("\nFor the config:\n\nmodel:\n  acceleration:")
     levels = {
         "balanced": (front.balanced_error, balanced_db),

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -51,6 +51,8 @@ class Front:
     balanced_error: float | None
     """``None`` if no threshold reaches the distance."""
     fast_error: float | None
+    notes: Sequence[str] = ()
+    """Sentences on what was left out."""
 
 
 class Measurement:
@@ -74,27 +76,38 @@ class Measurement:
         results = self._generate(steps)
         self._none = [result.pixels for result in results]
         self._truth = [result.pixels for result in self._generate(truth_steps)]
-        self.none = self._row("all calls", None, results)
+        self.none = self._row_of("all calls", None, results)
 
     def threshold(self, most_error: float) -> Row:
         """Measure one threshold."""
         update = {"fast_error": most_error}
         self._pipeline.acceleration = self._pipeline.acceleration.model_copy(update=update)
         results = self._generate(self._steps, accelerated=True)
-        return self._row("extrapolated", most_error, results)
+        return self._row_of("extrapolated", most_error, results)
 
     def peers(self, calls: float) -> list[Row]:
         """Measure fewer steps, with about as many calls, for each noise scheduler."""
         steps = max(1, round(self._steps * calls / self.none.calls))
         offered = [name for name in PEERS if name in self._engine.info.noise_schedulers]
         return [
-            self._row(
+            self._row_of(
                 f"{steps} steps, {scheduler or 'own scheduler'}",
                 None,
                 self._generate(steps, scheduler),
             )
             for scheduler in (None, *offered)
         ]
+
+    def solo(self, way: str, generate: Callable[[GenerationParams], tuple[Tensor, int]]) -> Row:
+        """Measure a way without the engine, which returns an image and its number of calls."""
+        images, calls = [], []
+        for request in self._requests:
+            params = replace(request, num_inference_steps=self._steps, acceleration="none")
+            image, made = generate(params.resolved(self._engine.info))
+            images.append(image)
+            calls.append(made)
+            self._on_image()
+        return self._row(way, None, images, calls)
 
     def _generate(
         self, steps: int, scheduler: str | None = None, accelerated: bool = False
@@ -124,13 +137,20 @@ class Measurement:
             self._on_image()
         return results
 
-    def _row(self, way: str, threshold: float | None, results: Sequence[GenerationResult]) -> Row:
+    def _row_of(
+        self, way: str, threshold: float | None, results: Sequence[GenerationResult]
+    ) -> Row:
         images = [result.pixels for result in results]
+        return self._row(way, threshold, images, [result.calls.made for result in results])
+
+    def _row(
+        self, way: str, threshold: float | None, images: Sequence[Tensor], calls: Sequence[int]
+    ) -> Row:
         to_none = _distances(psnr_db, images, self._none)
         return Row(
             way,
             threshold,
-            statistics.mean(result.calls.made for result in results),
+            statistics.mean(calls),
             statistics.median(to_none),
             min(to_none),
             statistics.median(_distances(ssim, images, self._none)),

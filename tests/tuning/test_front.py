@@ -9,10 +9,11 @@ import yaml
 from typer.testing import CliRunner
 
 from serve_app.cli.main import cli
-from serve_app.tuning import front
+from serve_app.tuning import caches, front
 from serve_app.tuning.distances import ssim
 from serve_app.tuning.front import Row, largest
 from tests.conftest import DEMO
+from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 
 
 def row(threshold: float, median_db: float, least_db: float = 100.0) -> Row:
@@ -70,6 +71,8 @@ def test_thresholds_are_measured_printed_and_written(
     assert result.exit_code == 0, result.output
     assert "4 images in 8 steps; the truth has 9." in result.output
     assert "balanced_error: 0.01\n    fast_error: 1\n" in result.output
+    for name in ("FirstBlockCache", "TaylorSeer"):
+        assert f"{name} is left out: StableDiffusionPipeline does not support it." in result.output
     found = json.loads(output.read_text())
     assert (found["balanced_error"], found["fast_error"]) == (0.01, 1.0)
     none, low, high, *peers = found["rows"]
@@ -80,6 +83,28 @@ def test_thresholds_are_measured_printed_and_written(
         steps = round(chosen["calls"])
         ways = {peer["way"]: peer["calls"] for peer in peers}
         assert ways[f"{steps} steps, own scheduler"] == ways[f"{steps} steps, dpm++"] == steps
+
+
+def test_caches_stand_beside_extrapolation_where_the_denoiser_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "GRID", (1.0,))
+    monkeypatch.setattr(front, "PEERS", ())
+    monkeypatch.setattr(caches, "FIRST_BLOCK_THRESHOLDS", (0.0, 100.0))
+    monkeypatch.setattr(caches, "TAYLOR_INTERVALS", (4,))
+    FAMILIES["flux"]().save_pretrained(tmp_path / "flux")
+    size = [WIDTH_PX, HEIGHT_PX]
+    model = {"id": "tiny", "path": str(tmp_path / "flux"), "default_size_px": size}
+    path = config(tmp_path, **model, default_steps=8, call_kwargs=CALL_KWARGS["flux"])
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "front.json"
+    prompts.write_text("a\nb\nc\nd\n")
+    arguments = ["tune", "--config", path, "--prompts", str(prompts), "--truth-steps", "9"]
+    result = CliRunner().invoke(cli, [*arguments, "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    found = {row["way"]: row for row in json.loads(output.read_text())["rows"]}
+    exact, most = found["FirstBlockCache, 0"], found["FirstBlockCache, 100"]
+    assert (exact["calls"], most["calls"], found["TaylorSeer, 4"]["calls"]) == (8, 1, 4)
+    assert exact["least_to_none_db"] > 80 > most["to_none_db"]
 
 
 @pytest.mark.parametrize(
