@@ -79,6 +79,8 @@ def with_cache(pipeline: LoadedPipeline, config: CacheConfig) -> CachedPipeline 
     # A cache finds its state by a context, which only some pipelines set.
     if not isinstance(original, CacheMixin) or "cache_context" not in call.__code__.co_names:
         return None
+    if hasattr(original, "_hf_hook"):  # offloaded: a copy of the hook would copy other networks
+        return None
     lite = isinstance(config, TaylorSeerCacheConfig)
     if lite and not isinstance(getattr(original, "proj_out", None), nn.Module):
         return None
