@@ -15,6 +15,7 @@ from serve_app.engine.model.speed import bucket
 from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.startup.comparison import relative_l2
 from serve_app.engine.startup.merging import rounding
+from serve_app.engine.startup.runs import calls_of
 from serve_app.engine.timer import median_seconds, wait_for_device
 from serve_app.protocol.params import probe
 
@@ -65,17 +66,11 @@ class GraphCapture:
         for guidance_scale in (5.0, 1.0):
             params = replace(probe(size), guidance_scale=guidance_scale)
             job = Job(functools.partial(self._pipeline.generate, params))
-            try:
-                job.start()
-                while (call := job.call) is not None:
+            with calls_of(self._pipeline, job) as calls:
+                for call in calls:
                     if call.site in self._pipeline.denoisers:
                         self._capture_batches(call, counts)
                     job.resume(self._rendezvous.forward(call))
-                if job.error is not None:
-                    raise job.error
-            finally:
-                job.kill()
-                self._pipeline.restore_networks()
         if self._unchecked:
             logger.warning("%d CUDA graphs fit no later step, and go", len(self._unchecked))
         for key in self._unchecked:

@@ -28,7 +28,7 @@ from serve_app.engine.startup.perfect_denoiser import (
     Shares,
     TrainedNoise,
 )
-from serve_app.engine.startup.runs import with_input
+from serve_app.engine.startup.runs import calls_of, with_input
 from serve_app.protocol.noise_schedulers import OWN_SCHEDULER
 from serve_app.protocol.params import GenerationParams, Task, probe
 
@@ -194,20 +194,14 @@ class _Trials:
             on_noise_scheduler=watch,
         )
         job = Job(generate)
-        try:
-            job.start()
-            while (call := job.call) is not None:
+        with calls_of(self._pipeline, job) as calls:
+            for call in calls:
                 if call.site in self._pipeline.denoisers:
                     job.resume(output(call))
                 elif denoised:
                     break
                 else:
                     job.resume(self._rendezvous.forward(call))
-            if job.error is not None:
-                raise job.error
-        finally:
-            job.kill()
-            self._pipeline.restore_networks()
 
     def _output(self, call: Call) -> Any:
         """Return some output of the right shape: the perfect denoiser replaces its values."""

@@ -1,7 +1,8 @@
 """Runs of requests at start-up: alone, in turns, or with merged calls. No engine is needed."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,27 @@ class Recording:
     """Tensor of shape ``[3, height, width]`` in [0, 1]."""
 
 
+@contextmanager
+def calls_of(pipeline: LoadedPipeline, job: Job[Tensor]) -> Iterator[Iterator[Call]]:
+    """Start a job, and iterate over its calls. The block answers each one with ``job.resume``.
+
+    The job ends with the block, and the pipeline's networks are then as before. After the last call
+    the iterator raises what the job raised.
+    """
+
+    def calls() -> Iterator[Call]:
+        while (call := job.call) is not None:
+            yield call
+        if job.error is not None:
+            raise job.error
+
+    try:
+        job.start()
+        yield calls()
+    finally:
+        _end(pipeline, [job])
+
+
 class Runs:
     """Runs of requests on one pipeline. Used on the thread that owns the pipeline."""
 
@@ -53,9 +75,8 @@ class Runs:
         """
         job = self._job(params)
         calls: list[RecordedCall] = []
-        try:
-            job.start()
-            while (call := job.call) is not None:
+        with calls_of(self.pipeline, job) as parked:
+            for call in parked:
                 output = self.rendezvous.forward(call)
                 if call.site in self.pipeline.denoisers:
                     if not is_finite(output):
@@ -66,9 +87,7 @@ class Runs:
                         )
                     calls.append(_recorded(call, output))
                 job.resume(output)
-            image = _result(job)
-        finally:
-            self._end([job])
+        image = _result(job)
         require_finite(image, params, self.pipeline.dtype)
         return Recording(tuple(calls), image)
 
@@ -85,18 +104,15 @@ class Runs:
         """
         job = self._job(params, images, prompts)
         found: dict[str, RecordedCall] = {}
-        try:
-            job.start()
-            while (call := job.call) is not None and not found.keys() >= set(sites):
+        with calls_of(self.pipeline, job) as calls:
+            for call in calls:
+                if found.keys() >= set(sites):
+                    break
                 output = self.rendezvous.forward(call)
                 if call.site in self.pipeline.denoisers:
                     found.setdefault(call.site, _recorded(call, output))
                 job.resume(output)
-            if job.error is not None:
-                raise job.error
-            return found
-        finally:
-            self._end([job])
+        return found
 
     def in_turns(
         self, requests: Sequence[GenerationParams], alone: Sequence[Recording]
@@ -131,7 +147,7 @@ class Runs:
                     job.resume(self.rendezvous.forward(call))
             return [_result(job) for job in jobs]
         finally:
-            self._end(jobs)
+            _end(self.pipeline, jobs)
 
     def together(
         self, specs: Mapping[str, BatchSpec], requests: Sequence[GenerationParams]
@@ -151,7 +167,7 @@ class Runs:
                 self._step(specs, [job for job in jobs if job.call is not None])
             return [_result(job) for job in jobs]
         finally:
-            self._end(jobs)
+            _end(self.pipeline, jobs)
 
     def _bring_to_denoiser(self, job: Job[Tensor]) -> None:
         while job.call is not None and job.call.site not in self.pipeline.denoisers:
@@ -182,10 +198,11 @@ class Runs:
             functools.partial(self.pipeline.generate, params, images=images, prompts=prompts)
         )
 
-    def _end(self, jobs: Sequence[Job[Tensor]]) -> None:
-        for job in jobs:
-            job.kill()
-        self.pipeline.restore_networks()
+
+def _end(pipeline: LoadedPipeline, jobs: Sequence[Job[Tensor]]) -> None:
+    for job in jobs:
+        job.kill()
+    pipeline.restore_networks()
 
 
 def with_input(request: GenerationParams, task: Task, strength: float) -> GenerationParams:

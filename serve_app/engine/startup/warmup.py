@@ -36,7 +36,7 @@ from serve_app.engine.startup.profile_folder import (
     profile_name,
     remove_old_profiles,
 )
-from serve_app.engine.startup.runs import Runs
+from serve_app.engine.startup.runs import Runs, calls_of
 from serve_app.engine.timer import median_seconds, wait_for_device
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import probe
@@ -321,16 +321,13 @@ def _at_denoiser(
 ) -> Iterator[Job[Tensor]]:
     """Yield a request of two steps, parked at its first denoiser call; end it with the block."""
     job = Job(functools.partial(pipeline.generate, probe(size)))
-    try:
-        job.start()
-        while job.call is not None and job.call.site not in pipeline.denoisers:
-            job.resume(rendezvous.forward(job.call))
-        if job.call is None:
-            raise job.error or AssertionError("the pipeline called no denoiser")
-        yield job
-    finally:
-        job.kill()
-        pipeline.restore_networks()
+    with calls_of(pipeline, job) as calls:
+        for call in calls:
+            if call.site in pipeline.denoisers:
+                yield job
+                return
+            job.resume(rendezvous.forward(call))
+        raise AssertionError("the pipeline called no denoiser")
 
 
 def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) -> float:

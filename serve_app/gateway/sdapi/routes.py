@@ -205,23 +205,15 @@ def add_sdapi(
     async def fixed(content: Any) -> Any:
         return content
 
-    for path, what, kind, listed in LISTS:
+    lists = [(*row, described, LIST_ERRORS) for row in LISTS]
+    constants = [(*row, fixed, KEY_ERRORS) for row in FIXED]
+    for path, what, kind, source, answer, errors in (*lists, *constants):
         router.add_api_route(
             path,
-            functools.partial(described, listed),
+            functools.partial(answer, source),
             response_model=kind,
             response_description=what,
-            responses=LIST_ERRORS,
-            name=path[1:],
-            summary=what,
-        )
-    for path, what, kind, content in FIXED:
-        router.add_api_route(
-            path,
-            functools.partial(fixed, content),
-            response_model=kind,
-            response_description=what,
-            responses=KEY_ERRORS,
+            responses=errors,
             name=path[1:],
             summary=what,
         )
