@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+os.environ["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = "300"  # a busy machine is not a failure
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The profiles of servers that tests start lie there, not in the cache of the user who runs them.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="diffusion-serve-tests-")

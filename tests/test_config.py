@@ -1,4 +1,5 @@
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from serve_app.config.environment import (
     ALLOCATOR_SETTINGS,
     ALLOCATOR_VARIABLE,
+    DASHBOARD_VARIABLE,
     OLDER_ALLOCATOR_VARIABLES,
     set_defaults_of_processes,
 )
@@ -209,6 +211,29 @@ def test_the_environment_may_name_the_key_file(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DIFFUSION_SERVE_KEYS_PATH", "/etc/diffusion-serve/keys.yaml")
     assert GatewayConfig().keys_file == Path("/etc/diffusion-serve/keys.yaml")
     assert GatewayConfig(keys_path="/mine.yaml").keys_file == Path("/mine.yaml")
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 300), ("20", 20)])
+def test_rays_dashboard_gets_more_time_unless_a_user_says_otherwise(
+    own: str | None, expected: int
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != DASHBOARD_VARIABLE}
+    command = """
+from pathlib import Path
+import serve_app.cli.main
+from serve_app.cli.check import check_serve_file
+check_serve_file(Path("configs/demo.yaml"))
+from serve_app.config.environment import set_defaults_of_processes
+set_defaults_of_processes()
+from ray._private.ray_constants import RAY_DASHBOARD_STARTUP_TIMEOUT_S
+print(RAY_DASHBOARD_STARTUP_TIMEOUT_S)
+"""
+    printed = subprocess.check_output(
+        [sys.executable, "-c", command],
+        env=environment | ({} if own is None else {DASHBOARD_VARIABLE: own}),
+        text=True,
+    )
+    assert int(printed) == expected
 
 
 @pytest.mark.parametrize("own", [None, *OLDER_ALLOCATOR_VARIABLES, ALLOCATOR_VARIABLE])

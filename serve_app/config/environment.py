@@ -37,6 +37,14 @@ ALLOCATOR_SETTINGS = "expandable_segments:True"
 OLDER_ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Older names of the same variable."""
 
+DASHBOARD_VARIABLE = "RAY_DASHBOARD_STARTUP_TIMEOUT_S"
+"""Seconds in which Ray's dashboard must start, without which Ray does not start.
+
+``diffusion-serve serve`` sets it to 300 unless it is set: a busy laptop needs more than Ray's 60.
+"""
+
+DASHBOARD_WITHIN_S = "300"
+
 MACHINE_VARIABLES = {
     "CUDA_MPS_PIPE_DIRECTORY": "Folder of a CUDA MPS daemon that shares the GPU.",
     "CUDA_VISIBLE_DEVICES": "GPUs that a process may use. Empty or -1 hides all of them.",
@@ -79,6 +87,7 @@ def api_key_in_environment() -> str | None:
 def set_defaults_of_processes() -> None:
     """Set what the processes that this one starts read from the environment, unless it is set."""
     os.environ.setdefault(PROXY_CALLBACK_VARIABLE, PROXY_CALLBACK)
+    os.environ.setdefault(DASHBOARD_VARIABLE, DASHBOARD_WITHIN_S)
     if not any(name in os.environ for name in OLDER_ALLOCATOR_VARIABLES):
         os.environ.setdefault(ALLOCATOR_VARIABLE, ALLOCATOR_SETTINGS)
 

@@ -29,8 +29,11 @@ from serve_app.protocol.events import Completed, Event, Failed, Progress
 from serve_app.protocol.params import GenerationParams
 from tests.lora import ADAPTER_FILE, save_adapter
 
-TOLERANCE = 1e-5
-"""Largest difference of a pixel in [0, 1] from the image generated alone."""
+TOLERANCE = 2e-5
+"""Largest difference of a pixel in [0, 1] from the image generated alone.
+
+Processors round differently: 1.0e-5 was seen on one without AVX-512.
+"""
 
 FLAT_MIB = 32
 """Largest growth of resident memory after the first fifth of the time."""

@@ -17,7 +17,7 @@ from tests.docs.interpreter import Failed, Interpreter
 from tests.serve_process import BIN, ROOT, free_port, new_folder, start_program
 from tools.docs.blocks import Block, Page
 
-LIMIT_S = 120.0
+LIMIT_S = 480.0
 """Time limit of a block."""
 
 INSTALL_LIMIT_S = 1800.0

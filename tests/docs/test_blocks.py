@@ -37,7 +37,7 @@ IN_CI = pytest.mark.skipif(
 def _marks(page: Page) -> list[pytest.MarkDecorator]:
     starts = page.needs_server or any(block.starts_server for block in page.blocks)
     kind = pytest.mark.serve if starts else pytest.mark.slow
-    return [kind, pytest.mark.timeout(1200), *([IN_CI] if page.path == "README.md" else [])]
+    return [kind, *([IN_CI] if page.path == "README.md" else [])]
 
 
 RUN = [

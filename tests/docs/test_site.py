@@ -15,7 +15,7 @@ from tests.browser import running_browser
 from tests.fakes.http_server import serving
 from tools.docs.blocks import ROOT
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 WIDTHS = {"desktop": (1280, 860), "phone": (390, 844)}
 

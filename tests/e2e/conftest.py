@@ -99,7 +99,7 @@ def open_page(browser: Browser, server: Server) -> Iterator[Open]:
         url = server.url.replace("127.0.0.1", host)
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 860}} | options))
         contexts.append(context)
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         expected.extend([complaint] if complaint else [])
         page.on("pageerror", lambda error: complaints.append(str(error)))

@@ -11,7 +11,7 @@ from PIL import Image
 from playwright.sync_api import Page, expect
 
 # A busy machine generates slowly; an event that never comes still fails.
-expect.set_options(timeout=30_000)
+expect.set_options(timeout=120_000)
 
 PREVIEW = ".card.generating .canvas.seen img"
 DONE = ".card.done"

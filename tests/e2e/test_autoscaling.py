@@ -10,7 +10,7 @@ import pytest
 from tests.e2e.cluster import Watch, generate, scaling_config, start_cluster
 from tests.serve_process import free_port
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(240)]
+pytestmark = pytest.mark.serve
 
 PARAMS = {"target_drain_s": 3, "smoothing_s": 5, "hold_s": 3, "cold_start_s": 5}
 """Scaling parameters for a load of seconds; the defaults are for one of minutes."""

@@ -27,7 +27,7 @@ from tests.e2e.conftest import Server
 from tests.serve_process import ServeProcess, connected, demo_config, free_port, start_serve
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.serve
 
 SHARE = 0.05
 """Largest share of a client's wait that may be in no part of the request."""

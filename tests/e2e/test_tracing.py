@@ -16,7 +16,7 @@ from serve_app.gateway.schemas import PARTS
 from tests.collector import Collector, collecting, values
 from tests.serve_process import demo_config, free_port, start_serve
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.serve
 
 PATH = "/v1/images/generations"
 

@@ -16,8 +16,11 @@ from serve_app.errors import (
 from serve_app.protocol.events import Completed, Event, Failed, GenerationResult, Progress
 from serve_app.protocol.params import INITIAL, GenerationParams, RequestContext
 
-TOLERANCE = 1e-5
-"""Largest difference of a pixel in [0, 1] between batched and alone, in float32 on a CPU."""
+TOLERANCE = 2e-5
+"""Largest difference of a pixel in [0, 1] between batched and alone, in float32 on a CPU.
+
+Processors round differently: 1.0e-5 was seen on one without AVX-512.
+"""
 
 
 def params(prompt: str = "a red circle on blue", seed: int = 1, **options: Any) -> GenerationParams:

@@ -30,7 +30,6 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_the_pinned_dependencies_are_all_that_the_package_imports(
     folder: Path, report: Callable[[str], None]
 ) -> None:

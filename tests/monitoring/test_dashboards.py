@@ -19,7 +19,7 @@ from tests.monitoring.series import FOREIGN, series_of
 from tests.serve_process import free_port, start_serve
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.serve
 
 LOAD_S = 15.0
 """Least duration of the load."""

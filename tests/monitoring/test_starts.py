@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.serve_process import ROOT, ServeProcess, free_port, start_serve
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.serve
 
 STATUS = "ray_serve_deployment_status"
 HEALTHY = "ray_serve_deployment_replica_healthy"
