@@ -84,7 +84,7 @@ class AccelerationConfig(Section):
         "a share of the output's norm. `diffusion-serve tune` finds the value for a model.",
     )
     fast_error: float = Field(
-        0.16, ge=0, le=1, description="The same for the level 'fast', which makes fewer calls."
+        0.24, ge=0, le=1, description="The same for the level 'fast', which makes fewer calls."
     )
 
     def most_error(self, level: Acceleration) -> float:

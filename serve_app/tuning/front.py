@@ -14,7 +14,7 @@ from serve_app.protocol.events import Completed, Failed, GenerationResult
 from serve_app.protocol.params import GenerationParams
 from serve_app.tuning.distances import ssim
 
-GRID = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16)
+GRID = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.12, 0.16, 0.24, 0.32)
 """Thresholds to try."""
 
 PEERS = ("dpm++", "unipc")
