@@ -7,7 +7,7 @@
 #                  quick tests, which need no Ray cluster, browser or server process; under
 #                  3 minutes on 2 cores
 # make rehearse    the first day on a GPU with tiny models on the CPU, in an environment of its own with
-#                  the versions of another machine: needs Python 3.12, 6 GB of disk and 5 minutes
+#                  the versions of another machine: needs Python 3.12, 6 GB of disk and 4 to 8 minutes
 # make test        everything: lint, types, import contract, the site, the English and all tests
 
 PYTHON ?= python3
@@ -96,7 +96,7 @@ $(REHEARSAL)/installed: tests/benchmarks/first_day/machine.txt constraints.txt .
 rehearse: $(REHEARSAL)/installed
 	rm -f build/rehearsal.json
 	PYTHONPATH=$(CURDIR)/$(REHEARSAL)/packages OMP_NUM_THREADS=1 $(REHEARSAL)/bin/python \
-		-m tests.benchmarks.first_day --rehearse --minutes 5 --output build/rehearsal.json
+		-m tests.benchmarks.first_day --rehearse --minutes 10 --output build/rehearsal.json
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

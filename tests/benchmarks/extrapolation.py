@@ -365,6 +365,7 @@ def main(
         if chart is not None:
             draw(rows, chart)
     traced = deadlines(pipeline, model, seconds, seed) if seconds else []
+    torch.set_num_threads(threads)
     if traced:
         typer.echo(show(traced))
     tiny = families(steps, images=4)
