@@ -32,7 +32,10 @@ def client_of(url: str, retries: int) -> openai.OpenAI:
 def test_a_rejected_request_that_retries_at_the_returned_time_is_admitted(
     url: str, report: Callable[[str], None]
 ) -> None:
-    """New requests of other clients keep coming meanwhile."""
+    """New requests of other clients keep coming meanwhile.
+
+    A machine that becomes slower after a prediction makes a client wait again, but not for long.
+    """
     seeds = itertools.count()
     enough = threading.Event()
 
@@ -50,12 +53,12 @@ def test_a_rejected_request_that_retries_at_the_returned_time_is_admitted(
                     enough.wait(2.0)
         return codes
 
-    with ThreadPoolExecutor(4) as pool, client_of(url, retries=1) as polite:
+    with ThreadPoolExecutor(4) as pool, client_of(url, retries=3) as polite:
         others = [pool.submit(crowd) for _ in range(4)]
         try:
             retries: list[int] = []
-            # The client waits by itself, and raises the error of its second try.
-            while sum(retries) < 2 and len(retries) < 60:
+            # The client waits by itself, and raises the error of its last try.
+            while retries.count(1) < 2 and len(retries) < 60:
                 answer = polite.images.with_raw_response.generate(prompt="x", extra_body=body())
                 retries.append(answer.retries_taken)
         finally:
@@ -63,10 +66,10 @@ def test_a_rejected_request_that_retries_at_the_returned_time_is_admitted(
         rejected = [code for one in others for code in one.result()]
     report(
         f"with {LIMIT_S:g} s of work at most: {len(rejected)} other requests were rejected, and "
-        f"{sum(retries)} of {len(retries)} of a polite client, all admitted at the second "
-        "try"
+        f"{len(retries) - retries.count(0)} of {len(retries)} of a polite client, of which "
+        f"{retries.count(1)} were admitted at the second try"
     )
-    assert sum(retries) >= 2
+    assert retries.count(1) >= 2
     assert set(rejected) == {"overloaded"}
 
 
