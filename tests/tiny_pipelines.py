@@ -208,12 +208,12 @@ def flux(guidance_embeds: bool = True, vae_blocks: int = 2) -> FluxPipeline:
     return pipeline
 
 
-def pixart_sigma() -> PixArtSigmaPipeline:
+def pixart_sigma(vae_blocks: int = 2) -> PixArtSigmaPipeline:
     tokenizer, text_encoder = t5()
     pipeline = PixArtSigmaPipeline(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=autoencoder(),
+        vae=autoencoder(blocks=vae_blocks),
         transformer=PixArtTransformer2DModel(
             sample_size=WIDTH_PX // 2,
             in_channels=LATENT_CHANNELS,
@@ -290,8 +290,9 @@ def qwen_image() -> QwenImagePipeline:
     return pipeline
 
 
-def sana() -> SanaPipeline:
+def sana(vae_blocks: int = 2) -> SanaPipeline:
     dim = 16
+    plain = vae_blocks - 1
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *LETTERS]
     tokenizer = GemmaTokenizer({piece: index for index, piece in enumerate(pieces)})
     pipeline = SanaPipeline(
@@ -313,14 +314,14 @@ def sana() -> SanaPipeline:
         vae=AutoencoderDC(
             latent_channels=LATENT_CHANNELS,
             attention_head_dim=4,
-            encoder_block_types=("ResBlock", "EfficientViTBlock"),
-            decoder_block_types=("ResBlock", "EfficientViTBlock"),
-            encoder_block_out_channels=(8, 8),
-            decoder_block_out_channels=(8, 8),
-            encoder_layers_per_block=(1, 1),
-            decoder_layers_per_block=(1, 1),
-            encoder_qkv_multiscales=((), (5,)),
-            decoder_qkv_multiscales=((), (5,)),
+            encoder_block_types=(*("ResBlock",) * plain, "EfficientViTBlock"),
+            decoder_block_types=(*("ResBlock",) * plain, "EfficientViTBlock"),
+            encoder_block_out_channels=(8,) * vae_blocks,
+            decoder_block_out_channels=(8,) * vae_blocks,
+            encoder_layers_per_block=(1,) * vae_blocks,
+            decoder_layers_per_block=(1,) * vae_blocks,
+            encoder_qkv_multiscales=(*((),) * plain, (5,)),
+            decoder_qkv_multiscales=(*((),) * plain, (5,)),
             downsample_block_type="conv",
             upsample_block_type="interpolate",
         ),

@@ -1,19 +1,26 @@
 """docs/models.md calls tested what tests prove, and its sizes are those of the counted networks."""
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from serve_app.engine.model.inspection import pipelines_by_task
 from tests import more_pipelines, tiny_pipelines
-from tests.test_full_size import PUBLISHED
-from tools.docs.models import family_table, model_table, read_models
+from tests.serve_configs import SERVE_CONFIGS
+from tests.test_full_size import COUNTED, PUBLISHED
+from tests.test_model_configs import TWINS
+from tools.docs.models import (
+    config_table,
+    family_table,
+    memory_table,
+    read_config,
+    read_models,
+    weights_gb,
+)
 
-ROOT = Path(__file__).parents[2]
 SPECIAL = {"pag": "sequential", "animatediff": "batched"}
 """Builders that `tests.engine.startup.test_certification` runs, with what it asserts."""
 
@@ -41,22 +48,44 @@ def test_pipeline_and_tasks_are_those_of_the_tested_model(entry: dict[str, Any])
     assert list(pipelines_by_task(pipeline)) == entry["tasks"]
 
 
-def test_counted_sizes_are_the_sums_of_the_networks() -> None:
-    for model in read_models()["models"]:
-        if "networks" in model:
-            counted = sum(PUBLISHED[name][1] for name in model["networks"]) / 1e9
-            assert model["billion_parameters"] == pytest.approx(counted, rel=0.005), model
+def test_the_sizes_are_those_of_the_counted_networks() -> None:
+    counted = {name: weights for name, (_, weights) in (PUBLISHED | COUNTED).items()}
+    assert read_models()["networks"] == counted
+    used = {name for model in read_models()["models"] for name in model["components"].values()}
+    assert used == counted.keys()
 
 
-def test_configs_serve_the_model_of_their_row() -> None:
+def test_every_config_of_a_published_model_has_a_row_and_a_twin() -> None:
+    names = [model["config"] for model in read_models()["models"]]
+    assert {*names, "demo"} == {path.stem for path in SERVE_CONFIGS}
+    assert names == list(TWINS)
+
+
+@pytest.mark.parametrize("model", read_models()["models"], ids=lambda model: model["config"])
+def test_a_row_names_the_pipeline_class_and_the_networks_of_its_twin(model: dict[str, Any]) -> None:
+    twin = TWINS[model["config"]].build()
+    assert type(twin).__name__ == model["pipeline"]
+    networks = {name for name, part in twin.components.items() if isinstance(part, nn.Module)}
+    assert networks == model["components"].keys()
+
+
+@pytest.mark.parametrize("model", read_models()["models"], ids=lambda model: model["config"])
+def test_a_config_sets_all_that_its_row_shows(model: dict[str, Any]) -> None:
+    config = read_config(model["config"])
+    assert config.path is not None
+    assert None not in (config.default_steps, config.default_guidance_scale, config.default_size_px)
+
+
+def test_the_memory_is_that_of_the_weights_in_16_bits() -> None:
     for model in read_models()["models"]:
-        if "config" in model:
-            [application] = yaml.safe_load((ROOT / model["config"]).read_text())["applications"]
-            assert application["args"]["model"]["path"] == model["repository"]
+        networks = [read_models()["networks"][name] for name in model["components"].values()]
+        assert weights_gb(model) == pytest.approx(2 * sum(networks) / 1e9)
+        assert weights_gb(model, offload="model", quantize="int8") < weights_gb(model)
 
 
 def test_the_tables_are_markdown_with_every_row() -> None:
-    for table, rows in ((family_table(), "families"), (model_table(), "models")):
-        lines = table.splitlines()
+    tables = ((family_table, "families"), (config_table, "models"), (memory_table, "models"))
+    for table, rows in tables:
+        lines = table().splitlines()
         assert len(lines) == 2 + len(read_models()[rows])
         assert len({line.count("|") for line in lines}) == 1

@@ -16,7 +16,7 @@ from tools.docs.extrapolation import (
     extrapolation_table,
 )
 from tools.docs.first_day import first_day_table
-from tools.docs.models import family_table, model_table
+from tools.docs.models import config_table, family_table, memory_table
 from tools.docs.overhead import overhead_table
 from tools.docs.reference.macros import REFERENCE
 from tools.docs.results import results
@@ -53,7 +53,8 @@ MACROS = (
     extrapolation_families_table,
     first_day_table,
     family_table,
-    model_table,
+    config_table,
+    memory_table,
     clients_table,
     front_ends_table,
     client_errors_table,

@@ -1,4 +1,4 @@
-"""The tables of docs/models.md, from ``models.yaml`` beside this file."""
+"""The tables of docs/models.md, from ``models.yaml`` beside this file and from configs/."""
 
 from functools import cache
 from pathlib import Path
@@ -6,6 +6,9 @@ from typing import Any
 
 import yaml
 
+from serve_app.config.models import ModelConfig
+from serve_app.config.serve_file import read_serve_config
+from serve_app.doctor.weights import Component, needed_bytes
 from serve_app.protocol.params import Task
 from tools.docs.markdown import table
 
@@ -17,15 +20,39 @@ _SHORT: dict[Task, str] = {
     "inpainting": "inpainting",
 }
 
-BYTES = 2
-"""Bytes of a parameter in bfloat16 and float16."""
+SMALLER: tuple[dict[str, str], ...] = (
+    {},
+    {"quantize": "int8"},
+    {"offload": "model"},
+    {"quantize": "int8", "offload": "model"},
+)
+"""Options of ``model.speed`` for which the memory is shown."""
+
+_CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @cache
-def read_models() -> dict[str, list[dict[str, Any]]]:
-    """Return the families and the models of the file."""
-    content: dict[str, list[dict[str, Any]]] = yaml.safe_load(DATA.read_text())
+def read_models() -> dict[str, Any]:
+    """Return the families, the networks and the models of the file."""
+    content: dict[str, Any] = yaml.safe_load(DATA.read_text())
     return content
+
+
+def read_config(name: str) -> ModelConfig:
+    """Return the model of a file of configs/."""
+    [application] = read_serve_config(_CONFIGS / f"{name}.yaml")
+    return application.model
+
+
+def weights_gb(model: dict[str, Any], **speed: str) -> float:
+    """Return the memory of the weights on a GPU as the doctor counts it, in 10**9 bytes."""
+    networks = read_models()["networks"]
+    components = [
+        Component(name, networks[network], 0) for name, network in model["components"].items()
+    ]
+    config = read_config(model["config"])
+    config = config.model_copy(update={"speed": config.speed.model_copy(update=speed)})
+    return needed_bytes(components, config, on_gpu=True) / 1e9
 
 
 def family_table() -> str:
@@ -42,20 +69,40 @@ def family_table() -> str:
     return table(["Family and pipeline class", "Tasks", "Requests are", "Tested in"], rows)
 
 
-def model_table() -> str:
-    """Return published models, the memory of their weights and their licences, as Markdown."""
-    rows = (
-        [
-            f"[{model['repository']}](https://huggingface.co/{model['repository']})"
-            + (" (gated)" if model.get("gated") else ""),
-            f"{model['billion_parameters']:g} billion, "
-            + ("counted" if "networks" in model else "published size"),
-            f"{model['billion_parameters'] * BYTES:.1f} GB",
-            model["licence"],
-        ]
-        for model in read_models()["models"]
-    )
-    return table(["Repository", "Parameters", "Weights at 16 bits", "Licence"], rows)
+def config_table() -> str:
+    """Return the configs of published models with their licences and defaults, as Markdown."""
+    rows = []
+    for model in read_models()["models"]:
+        config = read_config(model["config"])
+        width, height = config.default_size_px or (0, 0)
+        rows.append(
+            [
+                f"`{model['config']}.yaml`<br>[{config.path}](https://huggingface.co/{config.path})"
+                + (" (gated)" if model.get("gated") else "")
+                + f"<br>`{model['pipeline']}`",
+                model["licence"],
+                f"{config.default_steps}, {config.default_guidance_scale:g}",
+                f"{width} x {height}",
+            ]
+        )
+    return table(["Config, model, pipeline class", "Licence", "Steps, guidance", "Size"], rows)
+
+
+def memory_table() -> str:
+    """Return the weights of the configs and what they take with options, as Markdown."""
+    networks = read_models()["networks"]
+    rows = []
+    for model in read_models()["models"]:
+        parameters = sum(networks[name] for name in model["components"].values())
+        rows.append(
+            [
+                f"`{model['config']}`<br>{parameters / 1e9:.2f} billion",
+                *(f"{weights_gb(model, **speed):.1f} GB" for speed in SMALLER),
+                model["smaller"],
+            ]
+        )
+    headers = ["Config, parameters", "16 bits", "`int8`", "`offload`", "Both", "On a smaller card"]
+    return table(headers, rows)
 
 
 def _test_of(builder: str) -> str:
