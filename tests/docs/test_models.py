@@ -9,7 +9,7 @@ from torch import nn
 
 from serve_app.engine.model.inspection import pipelines_by_task
 from tests import more_pipelines, tiny_pipelines
-from tests.serve_configs import SERVE_CONFIGS
+from tests.serve_configs import FOLDER, SERVE_CONFIGS
 from tests.test_full_size import COUNTED, PUBLISHED
 from tests.test_model_configs import TWINS
 from tools.docs.models import (
@@ -74,6 +74,8 @@ def test_a_config_sets_all_that_its_row_shows(model: dict[str, Any]) -> None:
     config = read_config(model["config"])
     assert config.path is not None
     assert None not in (config.default_steps, config.default_guidance_scale, config.default_size_px)
+    text = (FOLDER / f"{model['config']}.yaml").read_text()
+    assert ("HF_TOKEN" in text) == model.get("gated", False)
 
 
 def test_the_memory_is_that_of_the_weights_in_16_bits() -> None:
