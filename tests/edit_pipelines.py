@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 from diffusers import (
+    AutoencoderKLFlux2,
     DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxFillPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -25,9 +29,11 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-from tests.more_pipelines import FEW_TOKENS, kontext
+from tests.more_pipelines import FEW_TOKENS, kontext, words
 from tests.tiny_networks import (
     CLIP_DIM,
     HEIGHT_PX,
@@ -162,6 +168,50 @@ def qwen_image_edit_plus() -> DiffusionPipeline:
     return _qwen_edit(QwenImageEditPlusPipeline)
 
 
+def flux_2_klein() -> DiffusionPipeline:
+    """Build FLUX.2 klein, which generates from a prompt alone, or edits several images."""
+    dim, blocks = 16, 3
+    tokenizer = words()
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2(
+            block_out_channels=(8,) * blocks,
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            layers_per_block=1,
+            latent_channels=LATENT_CHANNELS,
+            norm_num_groups=2,
+        ),
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=dim,
+                intermediate_size=dim,
+                head_dim=dim // 2,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=4 * LATENT_CHANNELS,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * dim,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+    )
+    draw_weights(pipeline)
+    return pipeline
+
+
 @contextmanager
 def few_pixels() -> Iterator[None]:
     """Let Qwen-Image-Edit scale input images to 64x64 pixels, not to its megapixel."""
@@ -179,12 +229,16 @@ def few_pixels() -> Iterator[None]:
 KONTEXT = FEW_TOKENS | {"max_area": WIDTH_PX * HEIGHT_PX, "_auto_resize": False}
 """Call arguments of Kontext, which rescales every image to ``max_area``."""
 
+KLEIN = {"max_sequence_length": 32, "text_encoder_out_layers": [0, 1, 2]}
+"""Call arguments of FLUX.2 klein, for a text encoder of two layers."""
+
 EDITS: dict[str, tuple[Callable[[], DiffusionPipeline], dict[str, Any], tuple[str, ...]]] = {
     "instruct-pix2pix": (instruct_pix2pix, {}, ("image-to-image",)),
     "instruct-pix2pix-xl": (instruct_pix2pix_xl, {}, ("image-to-image",)),
     "flux-kontext": (kontext, KONTEXT, ("text-to-image", "image-to-image")),
     "qwen-image-edit": (qwen_image_edit, {}, ("image-to-image", "inpainting")),
     "qwen-image-edit-plus": (qwen_image_edit_plus, {}, ("image-to-image",)),
+    "flux-2-klein": (flux_2_klein, KLEIN, ("text-to-image", "image-to-image")),
     "inpainting": (inpainting, {}, ("inpainting",)),
     "inpainting-xl": (inpainting_xl, {}, ("inpainting",)),
     "flux-fill": (flux_fill, FEW_TOKENS, ("inpainting",)),

@@ -22,32 +22,43 @@ from tests.engine.engines import TOLERANCE, result_of
 
 ENGINE = EngineConfig(scheduling="fifo", max_batch_size=4, limits=LimitsConfig(max_input_images=2))
 
-SEVERAL = ("qwen-image-edit-plus",)
+SEVERAL = ("qwen-image-edit-plus", "flux-2-klein")
 """Pipelines that take several images."""
 
 VISIBLE = 5 / 255
 """Least difference of a pixel in [0, 1] that people see."""
 
-WIDTH_PX, HEIGHT_PX = 64, 32
-
-WITHOUT_NEGATIVE = ("flux-kontext", "flux-fill")
-"""Pipelines whose guidance is an input of the transformer."""
+WITHOUT_NEGATIVE = ("flux-kontext", "flux-fill", "flux-2-klein")
+"""Pipelines without a negative prompt."""
 
 pytestmark = pytest.mark.usefixtures("reused_starts")
 
 
-def picture(color: str, size: tuple[int, int] = (WIDTH_PX, HEIGHT_PX)) -> Image.Image:
+def size_of(name: str) -> tuple[int, int]:
+    """Return the size of a pipeline's images. FLUX.2 needs 64 pixels a side."""
+    return (128, 64) if name == "flux-2-klein" else (64, 32)
+
+
+def picture(color: str, size: tuple[int, int]) -> Image.Image:
     """Draw a ring of a color on grey."""
     image = Image.new("RGB", size, "grey")
     ImageDraw.Draw(image).ellipse((4, 4, size[1] - 4, size[1] - 4), outline=color, width=4)
     return image
 
 
-def half() -> Image.Image:
+def half(size: tuple[int, int]) -> Image.Image:
     """Draw a mask of the left half."""
-    mask = Image.new("L", (WIDTH_PX, HEIGHT_PX))
-    mask.paste(255, (0, 0, WIDTH_PX // 2, HEIGHT_PX))
+    mask = Image.new("L", size)
+    mask.paste(255, (0, 0, size[0] // 2, size[1]))
     return mask
+
+
+def with_second(params: GenerationParams, upright: bool = False) -> GenerationParams:
+    """Return the request with a second image, of as many pixels as the first one."""
+    assert params.image is not None
+    width, height = params.image.size
+    size = (height, width) if upright else (width, height)
+    return replace(params, more_images=(picture("yellow", size),))
 
 
 @pytest.fixture(scope="module", params=EDITS)
@@ -62,7 +73,7 @@ def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         id=name,
         path=str(folder),
         device="cpu",
-        default_size_px=(WIDTH_PX, HEIGHT_PX),
+        default_size_px=size_of(name),
         call_kwargs=call_kwargs,
     )
 
@@ -79,21 +90,24 @@ def pipeline(config: ModelConfig) -> Iterator[LoadedPipeline]:
 
 def _requests(name: str) -> list[GenerationParams]:
     """Return edits that differ in everything but the size."""
+    size = size_of(name)
     first = GenerationParams(
         "a red circle",
         1,
-        width=WIDTH_PX,
-        height=HEIGHT_PX,
+        width=size[0],
+        height=size[1],
         num_inference_steps=4,
         guidance_scale=4.0,
         negative_prompt="a square" if name not in WITHOUT_NEGATIVE else None,
-        image=picture("red"),
-        mask_image=half() if EDITS[name][2] == ("inpainting",) else None,
+        image=picture("red", size),
+        mask_image=half(size) if EDITS[name][2] == ("inpainting",) else None,
     )
     return [
         first,
-        replace(first, prompt="a green star on a white background", seed=2, image=picture("green")),
-        replace(first, seed=3, num_inference_steps=6, image=picture("blue")),
+        replace(
+            first, prompt="a green star on a white background", seed=2, image=picture("green", size)
+        ),
+        replace(first, seed=3, num_inference_steps=6, image=picture("blue", size)),
         replace(first, seed=4, guidance_scale=1.0),
     ]
 
@@ -133,7 +147,7 @@ def _stock_image(config: ModelConfig, params: GenerationParams) -> Tensor:
 def test_alone_equals_stock_diffusers(config: ModelConfig, pipeline: LoadedPipeline) -> None:
     [params, *more] = _requests(config.id)[1:3]
     if config.id in SEVERAL:
-        more = [replace(params, more_images=(picture("yellow", (HEIGHT_PX, HEIGHT_PX)),))]
+        more = [with_second(params)]
     with Engine(pipeline, config, ENGINE) as engine:
         for request in (params, *more):
             ours = engine.generate(request).pixels
@@ -145,8 +159,8 @@ def test_together_equals_alone(
 ) -> None:
     requests = _requests(config.id)
     if config.id in SEVERAL:
-        two = {"more_images": (picture("yellow", (HEIGHT_PX, HEIGHT_PX)),)}
-        requests += [replace(params, **two) for params in requests[:2]]
+        # As many tokens, which the networks must not take for the same positions.
+        requests += [with_second(requests[0]), with_second(requests[1], upright=True)]
     with Engine(pipeline, config, ENGINE) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
         assert engine.info.tasks == EDITS[config.id][2]

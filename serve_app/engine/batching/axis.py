@@ -41,6 +41,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class FirstRow(Rows):
+    """A batched tensor of which the network reads one row for all: equal in merged calls.
+
+    Such are the positions of tokens in some networks."""
+
+
+@dataclass(frozen=True)
 class Shared:
     """A value that does not grow with the batch; equal in all merged calls."""
 
@@ -144,6 +151,9 @@ def merge_key(axis: Axis, value: Any, lengths: list[Fraction], digests: Digests)
         NotMergeable: ``value`` does not have the structure of ``axis``.
     """
     match axis:
+        case FirstRow(per_image) if isinstance(value, Tensor) and value.ndim:
+            lengths.append(Fraction(value.shape[0], per_image))
+            return _shared_key(value, digests)
         case Rows(per_image, prompt_dim):
             if isinstance(value, Tensor) and value.ndim:
                 lengths.append(Fraction(value.shape[0], per_image))

@@ -39,11 +39,8 @@ def with_input(
 
 
 def with_more_images(request: GenerationParams, count: int) -> GenerationParams:
-    """Return the request with ``count`` input images, of which each has another shape."""
+    """Return the request with ``count`` input images. The first one has another shape."""
     assert request.image is not None
     width, height = request.image.size
-    more = tuple(
-        request.image.resize((max(1, width // (2 + number % 2)), height))
-        for number in range(count - 1)
-    )
-    return replace(request, more_images=more)
+    narrow = request.image.resize((max(1, width // 2), height))
+    return replace(request, more_images=(narrow,) * (count - 1))

@@ -13,11 +13,12 @@ from typing import Any, get_args
 
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec
+from serve_app.engine.batching.first_rows import mark_first_rows
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.device import free_memory, memory_meter, release
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.sample_requests import sample, with_input
-from serve_app.engine.startup.comparison import is_finite, largest_difference, psnr_db
+from serve_app.engine.startup.comparison import is_finite, largest_difference, psnr_db, relative_l2
 from serve_app.engine.startup.input_images import count_input_images
 from serve_app.engine.startup.merging import Deviation, MergingCheck, rounding
 from serve_app.engine.startup.runs import RecordedCall, Recording, Runs
@@ -140,7 +141,7 @@ def certify(
 
     deviation, note, lasting = None, "", True
     try:
-        specs = _learn(runs, requests[0], alone[0])
+        specs = _read_by_row(runs, _learn(runs, requests[0], alone[0]), alone)
         joined = _join_prompts(runs, requests, alone, specs, max_batch_size)
         specs, deviation, limit = joined.specs, joined.deviation, joined.limit
         if deviation is None:
@@ -349,4 +350,21 @@ def _learn(runs: Runs, params: GenerationParams, one: Recording) -> dict[str, Ba
             (two[site].call, two[site].output),
         )
         for site, recorded in first.items()
+    }
+
+
+def _read_by_row(
+    runs: Runs, specs: dict[str, BatchSpec], alone: Sequence[Recording]
+) -> dict[str, BatchSpec]:
+    """Find the arguments of which a network reads one row only, which must not differ."""
+    tolerance = rounding(runs.pipeline.dtype, runs.pipeline.device)
+
+    def differs(one: object, two: object) -> bool:
+        return not relative_l2(one, two) <= tolerance
+
+    one, two = (_first_calls(recording) for recording in alone[:2])
+    forward = runs.rendezvous.forward
+    return {
+        site: mark_first_rows(spec, one[site].call, two[site].call, forward, differs)
+        for site, spec in specs.items()
     }
