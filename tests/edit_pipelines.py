@@ -21,6 +21,7 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import (
     pipeline_qwenimage_edit,
+    pipeline_qwenimage_edit_inpaint,
     pipeline_qwenimage_edit_plus,
 )
 from transformers import (
@@ -216,7 +217,11 @@ def flux_2_klein() -> DiffusionPipeline:
 def few_pixels() -> Iterator[None]:
     """Let Qwen-Image-Edit scale input images to 64x64 pixels, not to its megapixel."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus):
+        for module in (
+            pipeline_qwenimage_edit,
+            pipeline_qwenimage_edit_inpaint,
+            pipeline_qwenimage_edit_plus,
+        ):
             dimensions = module.calculate_dimensions
 
             def fewer(area: int, ratio: float, of: Any = dimensions) -> Any:
