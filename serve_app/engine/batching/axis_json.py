@@ -15,7 +15,10 @@ class NotWritable(Exception):
 
 _KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Tensor, NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
+    for kind in (
+        *(Tensor, NoneType, bool, int, float, str, list, tuple),
+        *(torch.dtype, torch.device, torch.Size),
+    )
 }
 """Types of shared values that JSON may name. A fixed list: a file must never import code."""
 

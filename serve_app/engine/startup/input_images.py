@@ -68,16 +68,20 @@ def count_input_images(
 def _check_each_counts(runs: Runs, request: GenerationParams, changed: Sequence[int]) -> None:
     """Check that a request gets one image, and another one if one of its input images changes.
 
+    Not in a greenlet, where an error that torch raises in C++ can end the process.
+
     Raises:
-        Unfit: an input image makes no difference.
+        Unfit: an input image makes no difference, or there are several images.
         Exception: what the pipeline raises.
     """
-    before = runs.alone(request).image
+    before = runs.pipeline.generate(request)
+    if len(before) != 1:
+        raise Unfit("each input image gives an image of its own")
     assert request.image is not None
     for index in changed:
         images = [request.image, *request.more_images]
         images[index] = ImageOps.invert(images[index])
         image, *more = images
         other = replace(request, image=image, more_images=tuple(more))
-        if torch.equal(before, runs.alone(other).image):
+        if torch.equal(before, runs.pipeline.generate(other)):
             raise Unfit(f"input image {index + 1} makes no difference")

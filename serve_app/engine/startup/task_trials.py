@@ -32,7 +32,7 @@ def failed(error: Exception) -> str:
 def find_needs(runs: Runs) -> None:
     """Leave out text-to-image if the pipeline's own call takes an image, and fails without one.
 
-    Each trial ends with the first denoiser call.
+    Not in a greenlet, where an error that torch raises in C++ can end the process.
 
     Raises:
         Exception: the call fails with an image, too, or memory runs out.
@@ -41,17 +41,16 @@ def find_needs(runs: Runs) -> None:
     task = pipeline.own_image_task
     if task is None or "text-to-image" not in pipeline.tasks:
         return
-    sites = tuple(pipeline.denoisers)[:1]
     request = probe(pipeline.default_size_px)
     try:
-        runs.first_calls(request, sites)
+        pipeline.generate(request)
         return
     except Exception as error:
         if is_out_of_memory(error):
             raise
         logger.info("%s needs an image: %s", pipeline.class_name, failed(error))
         release(error)
-    runs.first_calls(with_input(request, task), sites)
+    pipeline.generate(with_input(request, task))
     pipeline.require_image()
 
 
