@@ -91,6 +91,9 @@ def pipeline(config: ModelConfig) -> Iterator[LoadedPipeline]:
 def _requests(name: str) -> list[GenerationParams]:
     """Return edits that differ in everything but the size."""
     size = size_of(name)
+    # Qwen-Image-Edit takes one prompt at a time, from which the start cannot learn its length.
+    longer = "" if "qwen" in name else " on a white background"
+    other = f"a green circle{longer}"
     first = GenerationParams(
         "a red circle",
         1,
@@ -104,9 +107,7 @@ def _requests(name: str) -> list[GenerationParams]:
     )
     return [
         first,
-        replace(
-            first, prompt="a green star on a white background", seed=2, image=picture("green", size)
-        ),
+        replace(first, prompt=other, seed=2, image=picture("green", size)),
         replace(first, seed=3, num_inference_steps=6, image=picture("blue", size)),
         replace(first, seed=4, guidance_scale=1.0),
     ]
