@@ -188,7 +188,7 @@ def ltx() -> DiffusionPipeline:
     return pipeline
 
 
-def _words() -> Qwen2Tokenizer:
+def words() -> Qwen2Tokenizer:
     """Build a tokenizer of the demo model's words."""
     return Qwen2Tokenizer().train_new_from_iterator(
         [vocabulary()], vocab_size=500, show_progress=False
@@ -202,7 +202,7 @@ def bria_fibo() -> DiffusionPipeline:
     """
     dim = 16
     pipeline = BriaFiboPipeline(
-        tokenizer=_words(),
+        tokenizer=words(),
         text_encoder=SmolLM3ForCausalLM(
             SmolLM3Config(
                 vocab_size=128_001,  # the pipeline has the last token for an empty prompt
@@ -235,7 +235,7 @@ def bria_fibo() -> DiffusionPipeline:
 
 def easyanimate() -> DiffusionPipeline:
     """Build EasyAnimate, whose VAE keeps the last frames in each of its layers."""
-    tokenizer = _words()
+    tokenizer = words()
     tokenizer.chat_template = "{{ messages[0]['content'][0]['text'] }}"
     dim = 32
     pipeline = EasyAnimatePipeline(
@@ -280,7 +280,7 @@ def z_image() -> DiffusionPipeline:
 
     It pads each text to a multiple of 32 tokens, and then all texts to the longest.
     """
-    tokenizer = _words()
+    tokenizer = words()
     tokenizer.chat_template = "a {{ messages[0]['content'] }}"  # no prompt is empty
     dim = 16
     pipeline = ZImagePipeline(

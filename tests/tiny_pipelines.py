@@ -113,7 +113,7 @@ def animatediff() -> AnimateDiffPipeline:
     return pipeline
 
 
-def sdxl() -> StableDiffusionXLPipeline:
+def sdxl(in_channels: int = LATENT_CHANNELS) -> StableDiffusionXLPipeline:
     tokenizer, text_encoder = clip(CLIPTextModel)
     tokenizer_2, text_encoder_2 = clip(CLIPTextModelWithProjection)
     size_embedding_dim = 8
@@ -125,6 +125,7 @@ def sdxl() -> StableDiffusionXLPipeline:
         tokenizer_2=tokenizer_2,
         unet=unet(
             2 * CLIP_DIM,
+            in_channels=in_channels,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=size_embedding_dim,
@@ -176,7 +177,9 @@ def sd3() -> StableDiffusion3Pipeline:
     return pipeline
 
 
-def flux(guidance_embeds: bool = True, vae_blocks: int = 2) -> FluxPipeline:
+def flux(
+    guidance_embeds: bool = True, vae_blocks: int = 2, in_channels: int = 4 * LATENT_CHANNELS
+) -> FluxPipeline:
     """Build a pipeline like FLUX.1 dev, whose guidance is an input of the transformer."""
     tokenizer, text_encoder = clip(CLIPTextModel)
     tokenizer_2, text_encoder_2 = t5()
@@ -193,7 +196,8 @@ def flux(guidance_embeds: bool = True, vae_blocks: int = 2) -> FluxPipeline:
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
         transformer=FluxTransformer2DModel(
-            in_channels=4 * LATENT_CHANNELS,
+            in_channels=in_channels,
+            out_channels=4 * LATENT_CHANNELS,
             num_layers=1,
             num_single_layers=1,
             attention_head_dim=16,

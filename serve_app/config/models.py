@@ -213,6 +213,13 @@ class LimitsConfig(Section):
         description="Width times height of an input image. The gateway needs 8 bytes for each of "
         "its pixels while it reads the image.",
     )
+    max_input_images: int = Field(
+        4,
+        ge=1,
+        le=16,
+        description="Input images of one request, for models that take several. The start tries "
+        "this number, so the memory must be enough for it.",
+    )
     max_steps: int = Field(100, ge=1, description="Denoising steps of one image.")
     max_images: int = Field(10, ge=1, description="Images of one HTTP request (`n`).")
     max_loras: int = Field(4, ge=0, description="LoRA adapters of one image.")

@@ -1,4 +1,4 @@
-"""The packages that a model's weights need, because they are quantized already.
+"""The packages that a model needs, for quantized weights or for the images that it reads.
 
 A replica needs them. `serve_app.app.build` and `diffusion-serve check` may run elsewhere, so that
 only the loader and the doctor ask for them.
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from serve_app.config.checkpoint_files import GGUF
 from serve_app.config.component_files import quantization_methods
+from serve_app.config.model_index import read_model_index
 from serve_app.config.models import ModelConfig
 from serve_app.config.replaced_components import component_folder, is_file
 from serve_app.config.source import is_path
@@ -19,12 +20,14 @@ _INSTALLATIONS = {
     "torchao": "Install 'diffusion-serve[quantize]'.",
     "bitsandbytes": "Install it where the replicas run: `pip install bitsandbytes`.",
     "gguf": "Install 'diffusion-serve[gguf]'.",
+    "torchvision": "Install it where the replicas run, for their build of torch: `pip install "
+    "torchvision`.",
 }
 """Packages by their names, and how to install each."""
 
 
 def check_model_packages(model: ModelConfig) -> None:
-    """Check that this machine has the packages that the model's local weights need.
+    """Check that this machine has the packages that the local model needs.
 
     Raises:
         ModelLoadError: naming the file, the package and its installation.
@@ -41,7 +44,12 @@ def _needed(model: ModelConfig) -> Iterator[tuple[Path | str, str]]:
     folders = []
     if not model.is_single_file and model.is_local:
         replaced = model.components
-        folders = [one for one in Path(model.source).iterdir() if one.name not in replaced]
+        folder = Path(model.source)
+        folders = [one for one in folder.iterdir() if one.name not in replaced]
+        index_file = folder / "model_index.json"
+        for name, (_, class_name) in read_model_index(model, index_file).items():
+            if class_name.endswith("VLProcessor"):  # transformers reads videos with it, too
+                yield folder / name, "torchvision"
     for name, source in model.components.items():
         if source is not None and source.endswith(GGUF):
             yield source, "gguf"

@@ -14,10 +14,11 @@ from typing import TypeVar
 from serve_app.config.models import AppConfig
 from serve_app.errors import InvalidRequest, Overloaded
 from serve_app.gateway.auth import Principal
+from serve_app.gateway.edit_images import check_number, with_images
 from serve_app.gateway.file_text import TextTooLong, with_text
 from serve_app.gateway.image_request import ImageEditRequest, ImageRequest
 from serve_app.gateway.infotext import infotext
-from serve_app.gateway.input_images import MaskReader, in_image_thread, read_image, read_mask
+from serve_app.gateway.input_images import MaskReader, in_image_thread, read_mask
 from serve_app.gateway.model_names import ModelNames
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.retry_reservations import RetryReservations, fingerprint
@@ -113,7 +114,8 @@ class ImageJob:
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
         text_tokens = sum(image.prompt_tokens for image in images)
         one = math.prod(math.ceil(side / TOKEN_PX) for side in (images[0].width, images[0].height))
-        image_tokens = one * len(images) if self.kind == "image_edit" else 0
+        inputs = 1 + len(self.images[0].more_images)
+        image_tokens = inputs * one * len(images) if self.kind == "image_edit" else 0
         output_tokens = one * len(images)
         return Usage(
             input_tokens=text_tokens + image_tokens,
@@ -184,10 +186,11 @@ class ImageService:
         model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=principal.priority)
         warnings: tuple[str, ...] = ()
+        check_number(len(images), model)
         if images:
             params, warnings = await in_image_thread(
                 functools.partial(
-                    self._with_image, params, _only(images, model), mask, mask_reader, model
+                    with_images, params, images, mask, mask_reader, model, self._limits
                 )
             )
         else:
@@ -326,48 +329,11 @@ class ImageService:
             strength=body.strength if isinstance(body, ImageEditRequest) else None,
         )
 
-    def _with_image(
-        self,
-        params: GenerationParams,
-        image: bytes,
-        mask: bytes | None,
-        mask_reader: MaskReader,
-        model: ModelInfo,
-    ) -> tuple[GenerationParams, tuple[str, ...]]:
-        """Decode the image and its mask, and resolve the parameters with them.
-
-        Returns the parameters, and warnings.
-        """
-        decoded = read_image(image, self._limits, has_mask=mask is not None)
-        params = replace(params, image=decoded.pixels)
-        warnings = decoded.warnings
-        if mask is not None:
-            decoded_mask = mask_reader(mask, self._limits, decoded.pixels.size)
-            params = replace(params, mask_image=decoded_mask.pixels)
-            warnings += decoded_mask.warnings
-        return params.resolved(model), warnings
-
 
 def _numbered(params: GenerationParams, count: int) -> tuple[GenerationParams, ...]:
     """Return the parameters of each image. Seeds go up; down at the end of their range."""
     step = 1 if params.seed <= MAX_SEED - count else -1
     return tuple(replace(params, seed=params.seed + step * index) for index in range(count))
-
-
-def _only(images: Sequence[bytes], model: ModelInfo) -> bytes:
-    """Return the input image, of which a pipeline takes one.
-
-    Raises:
-        InvalidRequest: there are more than the model takes.
-    """
-    if len(images) > model.max_input_images:
-        raise InvalidRequest(
-            f"image: {len(images)} images are given; {model.pipeline} takes at most "
-            f"{model.max_input_images} in a request. Send no more.",
-            "image",
-        )
-    [image] = images
-    return image
 
 
 async def _identity(

@@ -7,7 +7,8 @@ it. The seam is hidden in the kept part, where both images show the same.
 from PIL import ImageChops, ImageFilter
 from PIL.Image import Image, composite
 
-from serve_app.protocol.params import GenerationParams, fitted
+from serve_app.protocol.fitting import fitted
+from serve_app.protocol.params import GenerationParams
 
 _CHANGED = 128
 """Least value of a mask's pixel that pipelines generate anew."""

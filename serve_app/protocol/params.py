@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from PIL import ImageOps
 from PIL.Image import Image
 
 from serve_app.config.gateway import Safety
 from serve_app.config.models import Acceleration, LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
+from serve_app.protocol.fitting import fitted_input, near
 from serve_app.protocol.noise_schedulers import check_noise_scheduler
 from serve_app.protocol.texts import check_texts
 
@@ -59,7 +59,8 @@ class ModelInfo:
     tasks: tuple[Task, ...]
     """Supported tasks."""
     max_input_images: int
-    """Most input images of one request; 0 if the model edits none."""
+    """Most input images of one request without a mask; 0 if the model edits none. A mask takes
+    one image."""
     default_strengths: Mapping[Task, float]
     """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]
@@ -131,6 +132,10 @@ class GenerationParams:
 
     The size of the input image is the default size of the output, reduced to at most the number of
     pixels of the model's default size."""
+    more_images: tuple[Image, ...] = ()
+    """Further input images in sRGB, for models that take several, each in a shape of its own.
+
+    Each is reduced to at most the number of pixels of the model's default size."""
     mask_image: Image | None = None
     """Mask of the input image: white parts change, black parts stay."""
     preview_steps: tuple[int, ...] = ()
@@ -220,7 +225,7 @@ class GenerationParams:
         step = model.size_multiple
         default_size = model.default_width, model.default_height
         if self.image is not None:
-            default_size = _near(self.image.size, default_size, step, limits)
+            default_size = near(self.image.size, default_size, step, limits)
         width = default_size[0] if self.width is None else self.width
         height = default_size[1] if self.height is None else self.height
         if width <= 0 or height <= 0 or width % step or height % step:
@@ -242,8 +247,9 @@ class GenerationParams:
                 f"are allowed, such as {side}x{side}.",
                 "size",
             )
-        image = self.image and _fitted(self.image, "RGB", (width, height), "image")
-        mask_image = self.mask_image and _fitted(
+        image = self.image and fitted_input(self.image, "RGB", (width, height), "image")
+        more_images = tuple(shrunk(image, model) for image in self.more_images)
+        mask_image = self.mask_image and fitted_input(
             self.mask_image, "L", (width, height), "mask_image"
         )
         return replace(
@@ -254,6 +260,7 @@ class GenerationParams:
             acceleration=acceleration,
             lora=tuple(sorted(self.lora)),
             image=image,
+            more_images=more_images,
             mask_image=mask_image,
             strength=strength,
         )
@@ -291,10 +298,21 @@ class GenerationParams:
     def _checked_strength(self, model: ModelInfo, steps: int) -> float | None:
         """Check the images, and return the strength with the default filled in."""
         if self.image is None:
-            for name in ("mask_image", "strength"):
-                if getattr(self, name) is not None:
+            for name in ("mask_image", "strength", "more_images"):
+                if getattr(self, name) not in (None, ()):
                     raise InvalidRequest(f"{name} needs an image; leave it out, or send one.", name)
+            if self.task not in model.tasks:
+                raise InvalidRequest(
+                    f"{model.pipeline} generates nothing from a prompt alone; send an image, too.",
+                    "image",
+                )
             return None
+        if self.mask_image is None and model.tasks == ("inpainting",):
+            raise InvalidRequest(
+                f"{model.pipeline} changes the part of an image that a mask marks; send a mask, "
+                "too.",
+                "mask_image",
+            )
         if self.task not in model.tasks:
             param = "image" if self.mask_image is None else "mask_image"
             raise InvalidRequest(
@@ -302,14 +320,7 @@ class GenerationParams:
                 f"{', '.join(model.tasks)}.",
                 param,
             )
-        for name in ("image", "mask_image"):
-            given = getattr(self, name)
-            most = model.limits.max_image_pixels
-            if given is not None and given.width * given.height > most:
-                raise InvalidRequest(
-                    f"{name} has {given.width}x{given.height} pixels; at most {most} are allowed.",
-                    name,
-                )
+        self._check_input_images(model)
         strength = self.strength
         if strength is not None and self.task not in model.default_strengths:
             raise InvalidRequest(
@@ -325,6 +336,26 @@ class GenerationParams:
                 "strength",
             )
         return strength
+
+    def _check_input_images(self, model: ModelInfo) -> None:
+        most = 1 if self.mask_image is not None else model.max_input_images
+        count = 1 + len(self.more_images)
+        if count > most:
+            mask = " with a mask" if self.mask_image is not None else ""
+            raise InvalidRequest(
+                f"image: {count} images are given; {model.pipeline} takes at most {most} in a "
+                f"request{mask}. Send no more.",
+                "image",
+            )
+        most_pixels = model.limits.max_image_pixels
+        images = [("image", self.image), *(("image", image) for image in self.more_images)]
+        for name, given in (*images, ("mask_image", self.mask_image)):
+            if given is not None and given.width * given.height > most_pixels:
+                raise InvalidRequest(
+                    f"{name} has {given.width}x{given.height} pixels; at most {most_pixels} are "
+                    "allowed.",
+                    name,
+                )
 
 
 @dataclass(frozen=True)
@@ -350,39 +381,12 @@ INITIAL = RequestContext()
 """Context of a first attempt without siblings."""
 
 
-def probe(size: tuple[int, int]) -> GenerationParams:
-    """Make a request of two steps, for (width, height), to test a pipeline with."""
-    return GenerationParams(
-        "a cat sees a dog", 1, width=size[0], height=size[1], num_inference_steps=2
-    )
+def shrunk(image: Image, model: ModelInfo) -> Image:
+    """Reduce a further input image to the number of pixels of the model's default size.
 
-
-def fitted(image: Image, mode: str, size: tuple[int, int]) -> Image:
-    """Convert to a mode and a size, ``(width, height)``: scaled, and cropped around the middle."""
-    if image.mode != mode:
-        image = image.convert(mode)
-    return image if image.size == size else ImageOps.fit(image, size)
-
-
-def _near(
-    size: tuple[int, int], native: tuple[int, int], multiple: int, limits: LimitsConfig
-) -> tuple[int, int]:
-    """Round ``size`` to multiples, and shrink it where it has more pixels than ``native``.
-
-    The longer side of extreme shapes is cut, so that the shorter one is still a multiple.
+    Raises:
+        InvalidRequest: it cannot be read.
     """
-    most = min(math.prod(native), limits.max_pixels)
-    longest = min(limits.max_side_px, most // multiple) // multiple
-    scale = min(1.0, math.sqrt(most / math.prod(size)))
-    cells = [side * scale / multiple for side in size]
-    if math.prod(round(cell) * multiple for cell in cells) > most:
-        cells = [math.floor(cell) for cell in cells]
-    width, height = (min(max(1, round(cell)), longest) * multiple for cell in cells)
-    return width, height
-
-
-def _fitted(image: Image, mode: str, size: tuple[int, int], param: str) -> Image:
-    try:
-        return fitted(image, mode, size)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors for broken files
-        raise InvalidRequest(f"{param} cannot be read: {error}", param) from None
+    native = model.default_width, model.default_height
+    size = near(image.size, native, model.size_multiple, model.limits)
+    return fitted_input(image, "RGB", size, "image")

@@ -17,8 +17,9 @@ from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.events import Completed, GenerationResult, Preview
+from serve_app.protocol.fitting import fitted
 from serve_app.protocol.inpainting import feather_px
-from serve_app.protocol.params import GenerationParams, fitted
+from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
 from tests.engine.engines import result_of
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX

@@ -4,7 +4,6 @@ docs/models.md describes these cases.
 """
 
 import queue
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +11,10 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DDPMScheduler,
     DiffusionPipeline,
-    FluxFillPipeline,
     StableDiffusionControlNetPipeline,
-    StableDiffusionInpaintPipeline,
+    StableDiffusionUpscalePipeline,
 )
 from PIL import Image
 
@@ -29,7 +28,8 @@ from serve_app.protocol.params import GenerationParams
 from tests.conftest import FIFO
 from tests.more_pipelines import CERTIFIED, FEW_TOKENS, bria_fibo, kontext, ltx
 from tests.tiny_ernie import ernie_image
-from tests.tiny_pipelines import flux, stable_diffusion
+from tests.tiny_networks import CLIP_DIM, LATENT_CHANNELS, draw_weights, unet
+from tests.tiny_pipelines import stable_diffusion
 
 pytestmark = pytest.mark.usefixtures("reused_starts")
 
@@ -162,27 +162,23 @@ def _controlnet() -> DiffusionPipeline:
     )
 
 
-def _inpainting() -> DiffusionPipeline:
-    return StableDiffusionInpaintPipeline(
-        **stable_diffusion().components, requires_safety_checker=False
-    )
-
-
-def _fill() -> DiffusionPipeline:
-    names = ("scheduler", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
-    parts = flux().components
-    return FluxFillPipeline(**{name: parts[name] for name in (*names, "transformer")})
-
-
-@pytest.mark.parametrize(
-    ("build", "call_kwargs"), [(_controlnet, {}), (_inpainting, {}), (_fill, FEW_TOKENS)]
-)
-def test_a_pipeline_that_needs_an_image_is_rejected_at_the_start(
-    build: Callable[[], DiffusionPipeline], call_kwargs: dict[str, Any]
-) -> None:
-    """Every model must generate an image from a prompt alone."""
+def test_a_pipeline_that_needs_a_control_image_is_rejected_at_the_start() -> None:
+    """The API has no field for a control image."""
     with pytest.raises(ModelLoadError, match="cannot generate an image"):
-        _engine(build(), call_kwargs)
+        _engine(_controlnet(), {})
+
+
+def test_an_upscaler_is_rejected_at_the_start() -> None:
+    """Its images would be larger than any limit of a request allows."""
+    parts = stable_diffusion().components
+    upscaler = StableDiffusionUpscalePipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "scheduler")},
+        unet=unet(CLIP_DIM, in_channels=LATENT_CHANNELS + 3, num_class_embeds=1000),
+        low_res_scheduler=DDPMScheduler(),
+    )
+    draw_weights(upscaler)
+    with pytest.raises(ModelLoadError, match="Upscalers are not served"):
+        _engine(upscaler, {})
 
 
 def test_a_pipeline_that_writes_prompts_anew_is_rejected() -> None:

@@ -15,9 +15,9 @@ from serve_app.config.models import AccelerationConfig, EngineConfig, ModelConfi
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS
 from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.model.sample_requests import with_input
 from serve_app.engine.predictor import Predictor
 from serve_app.engine.request import Request
-from serve_app.engine.startup.runs import with_input
 from serve_app.protocol.params import GenerationParams, Task
 from tests.engine.device_engines import device_of_engines, placed
 from tests.engine.engines import TOLERANCE, largest_difference, result_of

@@ -108,6 +108,8 @@ def memory_table() -> str:
 def _test_of(builder: str) -> str:
     """Return the short name of the test that runs a family, by the function that builds it."""
     module, name = builder.split(":")
+    if module == "tests.edit_pipelines":
+        return "edit models"
     if module != "tests.tiny_pipelines":
         return "other pipelines"
     return "certification" if name in ("pag", "animatediff") else "families"

@@ -41,6 +41,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class FirstRow(Rows):
+    """A batched tensor of which the network reads one row for all: equal in merged calls.
+
+    Such are the positions of tokens in some networks."""
+
+
+@dataclass(frozen=True)
 class Shared:
     """A value that does not grow with the batch; equal in all merged calls."""
 
@@ -99,6 +106,8 @@ def compare(name: Hashable, one: Any, two: Any) -> Axis:
             return Rows(len(one))
         if len(one) != len(two):
             raise NotMergeable(f"{name} has {len(one)} items for one image, {len(two)} for two")
+        if next(tensors((one, two)), None) is None and _equal(one, two):
+            return Shared(type(one))  # other calls may have more items, such as an image's shape
     elif _equal(one, two):
         return Shared(type(one))
     else:
@@ -144,6 +153,9 @@ def merge_key(axis: Axis, value: Any, lengths: list[Fraction], digests: Digests)
         NotMergeable: ``value`` does not have the structure of ``axis``.
     """
     match axis:
+        case FirstRow(per_image) if isinstance(value, Tensor) and value.ndim:
+            lengths.append(Fraction(value.shape[0], per_image))
+            return _shared_key(value, digests)
         case Rows(per_image, prompt_dim):
             if isinstance(value, Tensor) and value.ndim:
                 lengths.append(Fraction(value.shape[0], per_image))
@@ -202,6 +214,10 @@ def _shared_key(value: Any, digests: Digests) -> Hashable:
     try:
         hash(value)
     except TypeError:
+        if isinstance(value, dict | list | tuple):
+            if next(tensors(value), None) is not None:
+                raise NotMergeable("an argument changed its structure") from None
+            return _item_key(value, digests)
         return ("object", id(value))
     return (type(value), value)
 

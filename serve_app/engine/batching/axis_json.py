@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.engine.batching.axis import Axis, Branch, Mask, PerRow, Rows, Shared
+from serve_app.engine.batching.axis import Axis, Branch, FirstRow, Mask, PerRow, Rows, Shared
 
 
 class NotWritable(Exception):
@@ -15,7 +15,10 @@ class NotWritable(Exception):
 
 _KINDS: dict[str, type] = {
     kind.__name__: kind
-    for kind in (Tensor, NoneType, bool, int, float, str, torch.dtype, torch.device, torch.Size)
+    for kind in (
+        *(Tensor, NoneType, bool, int, float, str, list, tuple),
+        *(torch.dtype, torch.device, torch.Size),
+    )
 }
 """Types of shared values that JSON may name. A fixed list: a file must never import code."""
 
@@ -26,6 +29,10 @@ _MASKS = {str(dtype): dtype for dtype in (torch.bool, torch.int32, torch.int64, 
 def to_json(axis: Axis) -> Any:
     """Return ``axis`` as JSON. Raises `NotWritable`."""
     match axis:
+        case FirstRow(per_image, None):
+            return {"first_row": per_image}
+        case FirstRow():
+            raise NotWritable("positions of tokens depend on the prompt")
         case Rows(per_image, None):
             return {"rows": per_image}
         case Rows(per_image, prompt_dim):
@@ -54,10 +61,10 @@ def from_json(value: Any) -> Axis:
     """
     [(name, content)] = value.items()
     match name:
-        case "rows":
+        case "rows" | "first_row":
             if not (isinstance(content, int) and content > 0):
                 raise ValueError(f"{content!r} rows")
-            return Rows(content)
+            return Rows(content) if name == "rows" else FirstRow(content)
         case "prompts":
             per_image, prompt_dim = content
             if not all(isinstance(number, int) for number in content):

@@ -53,7 +53,7 @@ def learn(axis: Axis, name: Hashable, one: Any, both: Any) -> Axis:
         case Shared():
             if one is None and isinstance(both, Tensor):
                 return Mask(both.dtype)
-            if not _equal(one, both):
+            if not _equal(one, both) and not _repeated(one, both):
                 raise NotMergeable(f"{name} depends on the prompt, and has no row for each image")
             return axis
         case Branch(children):

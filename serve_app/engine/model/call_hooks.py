@@ -151,7 +151,7 @@ def cache_prompts(pipeline: DiffusionPipeline, cache: PromptCache, adapters: Ada
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         try:
             key = (type(pipeline), content_key((adapters, args, kwargs)))
-        except NotCacheable:  # tensors or images among the arguments
+        except NotCacheable:  # tensors among the arguments
             return encode(*args, **kwargs)
         return cache.get(key, lambda: encode(*args, **kwargs))
 

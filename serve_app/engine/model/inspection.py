@@ -6,13 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from serve_app.engine.model.networks import denoisers_of, networks_of
 from serve_app.errors import ModelLoadError
-from serve_app.protocol.params import Task
 
 _UNLIMITED = 10_000
 """Token limit from which on a tokenizer states none."""
@@ -30,29 +28,6 @@ def default_argument(pipeline: DiffusionPipeline, name: str) -> object:
     """Return the default of a parameter of ``__call__``; ``None`` if there is no such parameter."""
     parameter = call_parameters(pipeline).get(name)
     return None if parameter is None else parameter.default
-
-
-def pipelines_by_task(pipeline: DiffusionPipeline) -> dict[Task, DiffusionPipeline]:
-    """Return the pipeline and its family's pipelines for other tasks, on the same networks."""
-    found: dict[Task, DiffusionPipeline] = {"text-to-image": pipeline}
-    makers: dict[Task, Any] = {
-        "image-to-image": diffusers.AutoPipelineForImage2Image,
-        "inpainting": diffusers.AutoPipelineForInpainting,
-    }
-    for task, maker in makers.items():
-        with contextlib.suppress(ValueError):  # diffusers has none for this family
-            found[task] = maker.from_pipe(pipeline)
-    return found
-
-
-def default_strengths(pipelines: Mapping[Task, DiffusionPipeline]) -> dict[Task, float]:
-    """Return the default strength of each task that takes one."""
-    found: dict[Task, float] = {}
-    for task, pipeline in pipelines.items():
-        strength = default_argument(pipeline, "strength")
-        if isinstance(strength, int | float):
-            found[task] = float(strength)
-    return found
 
 
 def size_multiple(pipeline: DiffusionPipeline) -> int:

@@ -47,9 +47,11 @@ from serve_app.engine.model.noise_schedulers import (
 )
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.model.safety import SafetyCheck
+from serve_app.engine.model.tasks import default_strengths, own_image_task, pipelines_by_task
 from serve_app.engine.model.unused_fields import unused_fields
 from serve_app.errors import ModelLoadError
-from serve_app.protocol.params import GenerationParams, fitted
+from serve_app.protocol.fitting import fitted
+from serve_app.protocol.params import GenerationParams, Task
 from serve_app.protocol.safety import SafetyVerdict
 
 
@@ -57,8 +59,10 @@ class LoadedPipeline:
     """A stock pipeline on its device, with its properties.
 
     Attributes:
-        stock: the diffusers pipeline for text-to-image.
+        stock: the diffusers pipeline, as loaded.
         pipelines: the diffusers pipeline of each task, all on the same networks.
+        tasks: tasks of these pipelines. Requests of a start are for the first one.
+        own_image_task: the task for which `stock` itself takes an image; ``None`` without one.
         safety: the safety checker, which is no longer part of these pipelines.
         graphs: CUDA graphs of the denoisers; ``None`` without the option.
         acceleration: thresholds of extrapolated calls, read when a request starts.
@@ -88,13 +92,14 @@ class LoadedPipeline:
         self.adapters = Adapters(
             pipeline, networks.values(), find_loras(config), config.partial_loras
         )
-        self.pipelines = inspection.pipelines_by_task(pipeline)
-        self.tasks = tuple(self.pipelines)
+        self.pipelines = pipelines_by_task(pipeline)
+        self.tasks: tuple[Task, ...] = tuple(self.pipelines)
+        self.own_image_task = own_image_task(pipeline)
         self._classes = {
             task: known_device(type(one), one._execution_device)
             for task, one in self.pipelines.items()
         }
-        self.default_strengths = inspection.default_strengths(self.pipelines)
+        self.default_strengths = default_strengths(self.pipelines)
         self.device = torch.device(pipeline.device)
         self.dtype: torch.dtype = pipeline.dtype
         self.timesteps_on_cpu = False
@@ -148,6 +153,11 @@ class LoadedPipeline:
                 f"model.call_kwargs: {self.class_name} takes no argument {', '.join(unknown)}. It "
                 f"takes {', '.join(name for name in parameters if name != 'self')}."
             )
+
+    def require_image(self) -> None:
+        """Leave out text-to-image: the pipeline's call fails without an image."""
+        self.pipelines.pop("text-to-image", None)
+        self.tasks = tuple(self.pipelines)
 
     def fingerprint(self) -> Fingerprint:
         """Return the fingerprint of everything in the pipeline that certificates and costs need.
@@ -320,7 +330,8 @@ class LoadedPipeline:
             assert params.height is not None
             size = params.width, params.height
             requested["strength"] = params.strength
-            requested["image"] = fitted(params.image, "RGB", size)
+            image = fitted(params.image, "RGB", size)
+            requested["image"] = [image, *params.more_images] if params.more_images else image
             if params.mask_image is not None:
                 requested["mask_image"] = fitted(params.mask_image, "L", size)
         prompt: str | list[str] = params.prompt

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from serve_app.engine.model.finite import marked, require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.model.sample_requests import with_input
 from serve_app.protocol.params import GenerationParams
 
 _PROMPTS = (
@@ -43,6 +44,7 @@ class PreviewMap:
             params = GenerationParams(
                 prompt, seed, width=width, height=height, num_inference_steps=_STEPS
             )
+            params = with_input(params, pipeline.tasks[0])
             seen: list[Tensor] = []
             pixels = pipeline.generate(params, on_latents=seen.append)
             require_finite(pixels, params, pipeline.dtype)

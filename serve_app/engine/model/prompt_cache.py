@@ -1,10 +1,12 @@
-"""Cache of encoded prompts: a repeated prompt skips the text encoders."""
+"""Cache of encoded prompts: a repeated prompt, with the same images, skips the encoders."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from serve_app.engine.batching.axis import map_tensors
@@ -20,10 +22,13 @@ def content_key(value: Any) -> Hashable:
     """Return a key that is equal for equal arguments.
 
     Raises:
-        NotCacheable: ``value`` contains more than plain values, lists and dicts.
+        NotCacheable: ``value`` contains more than plain values, images, lists and dicts.
     """
     if isinstance(value, _PLAIN):
         return (type(value), value)
+    if isinstance(value, Image):  # some text encoders read the images of an edit
+        digest = hashlib.blake2b(value.tobytes(), digest_size=16).digest()
+        return (Image, value.mode, value.size, digest)
     if isinstance(value, list | tuple):
         return (type(value), *map(content_key, value))
     if isinstance(value, dict):

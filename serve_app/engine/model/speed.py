@@ -19,9 +19,8 @@ from serve_app.config.models import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
 from serve_app.engine.device import is_out_of_memory
-from serve_app.engine.scheduling.cost import Size
 from serve_app.errors import ConfigError
-from serve_app.protocol.params import GenerationParams, probe
+from serve_app.protocol.params import GenerationParams
 
 _SHAPES = 4096
 """Limit of compiled graphs per block; torch's own is 8.
@@ -270,16 +269,16 @@ def compile_batches(
     generate: Callable[[GenerationParams], object],
     rendezvous: Rendezvous,
     specs: Mapping[str, BatchSpec],
-    size: Size,
+    request: GenerationParams,
     most: int,
 ) -> None:
-    """Compile for images of ``size``, with and without guidance, in all batches up to ``most``.
+    """Compile for ``request``, with and without guidance, in all batches up to ``most``.
 
     Prompts are padded to `padded_lengths`. Stops at the batch size at which memory runs out. Runs
     on the thread that owns the pipeline, within `compiling`.
     """
     for guidance_scale in (5.0, 1.0):
-        params = replace(probe(size), guidance_scale=guidance_scale)
+        params = replace(request, guidance_scale=guidance_scale)
         job = Job(functools.partial(generate, params))
         warm: set[str] = set()
         try:

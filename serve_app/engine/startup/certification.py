@@ -6,30 +6,31 @@ they must not take turns either, they run one after another. So no image is ever
 slower way is reported.
 """
 
-import logging
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, get_args
 
-import torch
-
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec
+from serve_app.engine.batching.first_rows import mark_first_rows
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.device import free_memory, memory_meter, release
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.comparison import (
-    is_constant,
-    is_finite,
-    largest_difference,
-    psnr_db,
-    relative_l2,
-)
+from serve_app.engine.model.sample_requests import sample, with_input
+from serve_app.engine.startup.comparison import is_finite, largest_difference, psnr_db, relative_l2
+from serve_app.engine.startup.input_images import count_input_images
 from serve_app.engine.startup.merging import Deviation, MergingCheck, rounding
-from serve_app.engine.startup.runs import RecordedCall, Recording, Runs, with_input
-from serve_app.protocol.params import GenerationParams, Sharing, Task, probe
-
-logger = logging.getLogger(__name__)
+from serve_app.engine.startup.runs import RecordedCall, Recording, Runs
+from serve_app.engine.startup.task_trials import (
+    Unfit,
+    certify_tasks,
+    check_turns,
+    failed,
+    find_needs,
+)
+from serve_app.errors import ModelLoadError
+from serve_app.protocol.params import GenerationParams, Sharing, Task
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Certificate:
     """Reason why requests do not share more; empty if they share all that they can."""
     tasks: tuple[Task, ...]
     """Tasks that the certificate covers; the model does not offer others."""
+    input_images: int = 0
+    """Most input images of a request without a mask."""
     deviation: Deviation | None = None
     """Deviations of merged calls; ``None`` if no calls were merged."""
     difference: float | None = None
@@ -66,6 +69,7 @@ class Certificate:
             "specs": {site: spec.to_json() for site, spec in self.specs.items()},
             "note": self.note,
             "tasks": self.tasks,
+            "input_images": self.input_images,
             "deviation": None if self.deviation is None else asdict(self.deviation),
             "difference": self.difference,
             "psnr_db": self.psnr_db,
@@ -95,18 +99,18 @@ class Certificate:
             specs,
             value["note"],
             tuple(value["tasks"]),
+            int(value["input_images"]),
             None if deviation is None else Deviation.from_json(deviation),
             value["difference"],
             value["psnr_db"],
         )
 
 
-class _Unfit(Exception):
-    """Requests must not share the pipeline in the way that was tried."""
-
-
 def certify(
-    pipeline: LoadedPipeline, rendezvous: Rendezvous, max_batch_size: int = 2
+    pipeline: LoadedPipeline,
+    rendezvous: Rendezvous,
+    max_batch_size: int = 2,
+    max_input_images: int = 1,
 ) -> Certificate:
     """Generate images of four requests alone and in turns, and merge their denoiser calls.
 
@@ -114,53 +118,78 @@ def certify(
 
     Args:
         max_batch_size: Largest number of calls to merge.
+        max_input_images: Largest number of input images to try, for pipelines that take several.
 
     Raises:
         ModelLoadError, NotFinite: an output of a denoiser, or an image, is not finite.
+        ModelLoadError: the pipeline is an upscaler.
         Exception: the pipeline failed to generate a single image, so it cannot be served.
     """
     runs = Runs(pipeline, rendezvous)
+    find_needs(runs)
     requests = _requests(pipeline)
     alone = [runs.alone(params) for params in requests]
+    _check_size(pipeline, requests[0], alone[0])
     try:
-        _check_turns(runs, requests, alone)
+        check_turns(runs, requests, alone)
     except Exception as error:
-        lasting = isinstance(error, _Unfit)
-        return Certificate("sequential", {}, _failed(error), pipeline.tasks, lasting=lasting)
+        lasting = isinstance(error, Unfit)
+        tasks = pipeline.tasks
+        images = count_input_images(runs, requests, None, tasks, max_input_images)
+        lasting = lasting and images.lasting
+        return Certificate("sequential", {}, failed(error), tasks, images.most, lasting=lasting)
 
     deviation, note, lasting = None, "", True
     try:
-        specs = _learn(runs, requests[0], alone[0])
+        specs = _read_by_row(runs, _learn(runs, requests[0], alone[0]), alone)
         joined = _join_prompts(runs, requests, alone, specs, max_batch_size)
         specs, deviation, limit = joined.specs, joined.deviation, joined.limit
         if deviation is None:
             deviation = _merging_check(runs, specs).compare(alone, max_batch_size)
         if reason := deviation.reason(rounding(pipeline.dtype, pipeline.device)):
-            raise _Unfit(reason)
+            raise Unfit(reason)
         together = runs.together(specs, requests)
         if not is_finite(together):
-            raise _Unfit("a batched image is NaN or infinite")
+            raise Unfit("a batched image is NaN or infinite")
     except Exception as error:
-        note = f"calls cannot be merged: {_failed(error)}"
+        note = f"calls cannot be merged: {failed(error)}"
         # A lack of memory has many types, and another start may have more.
-        lasting = isinstance(error, _Unfit | NotMergeable)
+        lasting = isinstance(error, Unfit | NotMergeable)
         release(error)
     if note:
         free_memory()
-        tasks, same = _certify_tasks(runs, requests, {})
-        return Certificate("interleaved", {}, note, tasks, deviation, lasting=lasting and same)
+        found = certify_tasks(runs, requests, {})
+        images = count_input_images(runs, requests, {}, found.tasks, max_input_images)
+        lasting = lasting and found.lasting and images.lasting
+        return Certificate(
+            "interleaved", {}, note, found.tasks, images.most, deviation, lasting=lasting
+        )
     separate = [recording.image for recording in alone]
-    tasks, same = _certify_tasks(runs, requests, specs)
+    found = certify_tasks(runs, requests, specs)
+    images = count_input_images(runs, requests, specs, found.tasks, max_input_images)
     return Certificate(
         "batched",
         specs,
         limit,
-        tasks,
+        found.tasks,
+        images.most,
         deviation,
         largest_difference(separate, together),
         min(psnr_db(one, two) for one, two in zip(separate, together, strict=True)),
-        joined.lasting and same,
+        joined.lasting and found.lasting and images.lasting,
     )
+
+
+def certify_without_sharing(
+    pipeline: LoadedPipeline, rendezvous: Rendezvous, max_input_images: int
+) -> Certificate:
+    """Return the certificate of a pipeline whose requests run one after another."""
+    first = sample(pipeline, pipeline.default_size_px)
+    requests, tasks = (first, replace(first, seed=2)), pipeline.tasks
+    runs = Runs(pipeline, rendezvous)
+    images = count_input_images(runs, requests, None, tasks, max_input_images)
+    note = "max_running is 1"
+    return Certificate("sequential", {}, note, tasks, images.most, lasting=images.lasting)
 
 
 def contradiction(
@@ -174,7 +203,7 @@ def contradiction(
     """
     runs = Runs(pipeline, rendezvous)
     try:
-        recording = runs.alone(probe(pipeline.default_size_px))
+        recording = runs.alone(sample(pipeline, pipeline.default_size_px))
         called = {recorded.call.site for recorded in recording.calls}
         if new := called - specs.keys():
             return f"{', '.join(sorted(new))} is called, but was not called before"
@@ -194,8 +223,8 @@ def _requests(pipeline: LoadedPipeline) -> tuple[GenerationParams, ...]:
     side. One goes on, because a request that ends may undo a change that others still need. One has
     no guidance, so that its calls have fewer rows than the others'.
     """
-    first = probe(pipeline.default_size_px)
-    return (
+    first = sample(pipeline, pipeline.default_size_px)
+    requests = (
         first,
         replace(
             first, prompt="a dog sees a cat", seed=2, num_inference_steps=3, guidance_scale=3.0
@@ -203,6 +232,22 @@ def _requests(pipeline: LoadedPipeline) -> tuple[GenerationParams, ...]:
         replace(first, prompt="a cat a dog sees", seed=3, guidance_scale=1.0),
         replace(_longer(first, pipeline), seed=4),
     )
+    return tuple(with_input(request, pipeline.tasks[0]) for request in requests)
+
+
+def _check_size(pipeline: LoadedPipeline, params: GenerationParams, one: Recording) -> None:
+    """Check that a pipeline that needs an image keeps its size, unlike an upscaler.
+
+    Raises:
+        ModelLoadError: the generated image has another size, which no limit applies to.
+    """
+    height, width = one.image.shape[1:]
+    if "text-to-image" not in pipeline.tasks and (width, height) != (params.width, params.height):
+        raise ModelLoadError(
+            f"{pipeline.class_name} makes {width}x{height} pixels of an input image of "
+            f"{params.width}x{params.height}. Upscalers are not served: use a model that edits "
+            "images."
+        )
 
 
 _LONGER_BY = 48
@@ -224,44 +269,6 @@ def _longer(params: GenerationParams, pipeline: LoadedPipeline) -> GenerationPar
         if tokens >= least or not tokens:
             break
     return longer
-
-
-def _failed(error: Exception) -> str:
-    return (
-        str(error)
-        if isinstance(error, NotMergeable | _Unfit)
-        else (f"{type(error).__name__}: {error}")
-    )
-
-
-def _check_turns(
-    runs: Runs, requests: Sequence[GenerationParams], alone: Sequence[Recording]
-) -> None:
-    """Check that requests that take turns get the same images as alone, bit for bit.
-
-    If they differ, they may differ no more than two images of the same request alone, and those
-    only by rounding.
-
-    Raises:
-        _Unfit: an image differs, or the images would be equal whatever sharing does.
-        Exception: what the pipeline raises.
-    """
-    separate = [recording.image for recording in alone]
-    if any(is_constant(image) for image in separate):
-        raise _Unfit("an image has a single colour, which proves nothing")
-    if all(torch.equal(separate[0], image) for image in separate[1:]):
-        raise _Unfit("different requests have the same image, which proves nothing")
-    shared = runs.in_turns(requests, alone)
-    for params, image, in_turns in zip(requests, separate, shared, strict=True):
-        if torch.equal(image, in_turns):
-            continue
-        difference = relative_l2(image, in_turns)
-        again = [runs.alone(params).image for _ in range(2)]
-        repetition = max(relative_l2(image, other) for other in again)
-        if repetition > rounding(runs.pipeline.dtype, runs.pipeline.device):
-            raise _Unfit(f"the same request alone gives images that differ by {repetition:.2g}")
-        if not difference <= 2 * repetition:  # NaN fails as well
-            raise _Unfit(f"images of requests that take turns differ by {difference:.2g}")
 
 
 @dataclass(frozen=True)
@@ -309,11 +316,11 @@ def _join_prompts(
             raise NotMergeable("their calls do not fit together")
         deviation = _merging_check(runs, joined).compare(alone, max_batch_size)
         if reason := deviation.reason(rounding(runs.pipeline.dtype, runs.pipeline.device)):
-            raise _Unfit(reason)
+            raise Unfit(reason)
     except Exception as error:
-        lasting = isinstance(error, _Unfit | NotMergeable)
+        lasting = isinstance(error, Unfit | NotMergeable)
         release(error)
-        limit = f"only prompts of the same length share calls: {_failed(error)}"
+        limit = f"only prompts of the same length share calls: {failed(error)}"
         return _Joined(specs, limit=limit, lasting=lasting)
     return _Joined(joined, deviation)
 
@@ -330,7 +337,10 @@ def _first_calls(recording: Recording) -> dict[str, RecordedCall]:
 def _learn(runs: Runs, params: GenerationParams, one: Recording) -> dict[str, BatchSpec]:
     """Learn the batch axis of each denoiser from calls for one image and for two."""
     first = _first_calls(one)
-    two = runs.first_calls(params, tuple(first), images=2)
+    with warnings.catch_warnings():
+        # Some pipelines advise to pass an input image for each image of a prompt.
+        warnings.simplefilter("ignore", FutureWarning)
+        two = runs.first_calls(params, tuple(first), images=2)
     if missing := first.keys() - two.keys():
         raise NotMergeable(f"two images do not call {', '.join(missing)}, but one does")
     return {
@@ -343,37 +353,18 @@ def _learn(runs: Runs, params: GenerationParams, one: Recording) -> dict[str, Ba
     }
 
 
-def _certify_tasks(
-    runs: Runs, requests: Sequence[GenerationParams], specs: dict[str, BatchSpec]
-) -> tuple[tuple[Task, ...], bool]:
-    """Return the tasks that may share in this way, and True if another start would find the same.
+def _read_by_row(
+    runs: Runs, specs: dict[str, BatchSpec], alone: Sequence[Recording]
+) -> dict[str, BatchSpec]:
+    """Find the arguments of which a network reads one row only, which must not differ."""
+    tolerance = rounding(runs.pipeline.dtype, runs.pipeline.device)
 
-    Text-to-image is always among them. Another start may differ if memory ran out for a task.
-    """
-    certified: list[Task] = []
-    lasting = True
-    joins = any(spec.joins_prompts for spec in specs.values())
-    for task in runs.pipeline.tasks:
-        if task == "text-to-image":
-            certified.append(task)
-            continue
-        first, second = (
-            # With equally many rows, so that they can be compared.
-            with_input(replace(request, guidance_scale=3.0), task, strength=0.9)
-            for request in (requests[0], requests[-1 if joins else 1])
-        )
-        pair = (first, replace(second, num_inference_steps=4))  # three of them run
-        try:
-            alone = [runs.alone(params) for params in pair]
-            _check_turns(runs, pair, alone)
-            if specs:
-                deviation = MergingCheck(runs.rendezvous, specs).compare(alone)
-                if reason := deviation.reason(rounding(runs.pipeline.dtype, runs.pipeline.device)):
-                    raise _Unfit(reason)
-        except Exception as error:
-            logger.warning("%s is not offered: %s", task, _failed(error))
-            lasting = lasting and isinstance(error, _Unfit | NotMergeable)
-            release(error)
-        else:
-            certified.append(task)
-    return tuple(certified), lasting
+    def differs(one: object, two: object) -> bool:
+        return not relative_l2(one, two) <= tolerance
+
+    one, two = (_first_calls(recording) for recording in alone[:2])
+    forward = runs.rendezvous.forward
+    return {
+        site: mark_first_rows(spec, one[site].call, two[site].call, forward, differs)
+        for site, spec in specs.items()
+    }

@@ -11,13 +11,13 @@ from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
 from serve_app.engine.device import free_memory, memory_reader, release
 from serve_app.engine.model.graphs import Graphs
 from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.model.sample_requests import sample
 from serve_app.engine.model.speed import bucket
 from serve_app.engine.scheduling.cost import Size
 from serve_app.engine.startup.comparison import relative_l2
 from serve_app.engine.startup.merging import rounding
 from serve_app.engine.startup.runs import calls_of
 from serve_app.engine.timer import median_seconds, wait_for_device
-from serve_app.protocol.params import probe
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class GraphCapture:
         read = memory_reader(self._pipeline.device)
         before, known = 0 if read is None else read("reserved"), len(self._graphs)
         for guidance_scale in (5.0, 1.0):
-            params = replace(probe(size), guidance_scale=guidance_scale)
+            params = replace(sample(self._pipeline, size), guidance_scale=guidance_scale)
             job = Job(functools.partial(self._pipeline.generate, params))
             with calls_of(self._pipeline, job) as calls:
                 for call in calls:

@@ -22,15 +22,16 @@ from serve_app.engine.model.call_hooks import SchedulerCallback
 from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS, new_noise_scheduler
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.prompt_cache import PromptCache
+from serve_app.engine.model.sample_requests import probe, with_input
 from serve_app.engine.startup.perfect_denoiser import (
     DenoiserCall,
     PerfectDenoiser,
     Shares,
     TrainedNoise,
 )
-from serve_app.engine.startup.runs import calls_of, with_input
+from serve_app.engine.startup.runs import calls_of
 from serve_app.protocol.noise_schedulers import OWN_SCHEDULER
-from serve_app.protocol.params import GenerationParams, Task, probe
+from serve_app.protocol.params import GenerationParams, Task
 
 logger = logging.getLogger(__name__)
 
@@ -116,8 +117,8 @@ class _Trials:
         self._incomparable = ""
         try:
             self._trained = TrainedNoise(self._own)
-            run = self._run_perfect(OWN_SCHEDULER, "text-to-image")
-            if fault := self._noise_fault(run, run, "text-to-image"):
+            run = self._run_perfect(OWN_SCHEDULER, pipeline.tasks[0])
+            if fault := self._noise_fault(run, run, pipeline.tasks[0]):
                 self._incomparable = (
                     f"the model's own noise scheduler follows another rule: {fault}"
                 )
@@ -215,7 +216,7 @@ class _Trials:
         first, *others = run.calls
         slack = run.slack
         start = first.held.difference(first.trained)
-        if task == "text-to-image":
+        if self._starts_from_noise(task):
             # Noise has nothing of an image, though the first timestep may leave room for it.
             most = min(own.calls[0].held.difference(own.calls[0].trained), 2 * slack) + slack
             if start > most:
@@ -228,7 +229,7 @@ class _Trials:
                     f"it starts at timestep {first.timestep:.0f} for a strength of {STRENGTH:g}, "
                     f"not near {asked:.0f}"
                 )
-        for call in run.calls if task != "text-to-image" else others:
+        for call in others if self._starts_from_noise(task) else run.calls:
             if call.held.difference(call.trained) > slack:
                 return _share_fault(call)
         if run.end.difference(Shares(1.0, 0.0)) > run.slack:
@@ -239,6 +240,11 @@ class _Trials:
                 "of noise, even with a perfect denoiser"
             )
         return None
+
+    def _starts_from_noise(self, task: Task) -> bool:
+        """Return True if the first latents are noise, without a share of an input image."""
+        pipeline = self._pipeline
+        return task == pipeline.tasks[0] and task not in pipeline.default_strengths
 
     def _run_real(self, name: str, task: Task) -> str | None:
         """Generate with the real denoiser in two steps, or the fewest."""

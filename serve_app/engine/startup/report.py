@@ -5,6 +5,7 @@ import logging
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.model.sample_requests import with_input
 from serve_app.engine.startup.certification import Certificate
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials
@@ -44,8 +45,7 @@ def describe_model(
         low_quality_acceleration=model.acceleration.low_quality,
         takes_negative_prompt=pipeline.takes_negative_prompt,
         tasks=certificate.tasks,
-        # Never more: most pipelines take a list of images for a batch.
-        max_input_images=int(any(task != "text-to-image" for task in certificate.tasks)),
+        max_input_images=certificate.input_images,
         default_strengths=pipeline.default_strengths,
         noise_schedulers=offered,
         unavailable_noise_schedulers=trials.faults,
@@ -61,7 +61,8 @@ def describe_model(
         safety_checker=pipeline.safety.is_checked,
     )
     try:
-        GenerationParams("defaults", 0).resolved(info)
+        defaults = GenerationParams("defaults", 0, width=width, height=height)
+        with_input(defaults, certificate.tasks[0], strength=None).resolved(info)
     except InvalidRequest as error:
         raise ConfigError(
             f"model {model.id!r}: a request without options breaks the engine's limits: {error} "

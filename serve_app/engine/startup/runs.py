@@ -3,10 +3,9 @@
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from torch import Tensor
 
 from serve_app.engine.batching.axis import map_tensors
@@ -16,7 +15,7 @@ from serve_app.engine.model.finite import require_finite
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import is_finite
 from serve_app.errors import ModelLoadError
-from serve_app.protocol.params import GenerationParams, Task
+from serve_app.protocol.params import GenerationParams
 
 
 @dataclass(frozen=True)
@@ -203,18 +202,6 @@ def _end(pipeline: LoadedPipeline, jobs: Sequence[Job[Tensor]]) -> None:
     for job in jobs:
         job.kill()
     pipeline.restore_networks()
-
-
-def with_input(request: GenerationParams, task: Task, strength: float) -> GenerationParams:
-    """Return the request with what its task needs: an input image of its size, and a mask."""
-    if task == "text-to-image":
-        return request
-    assert request.width is not None
-    assert request.height is not None
-    size = request.width, request.height
-    image = Image.linear_gradient("L").resize(size).convert("RGB")
-    mask_image = Image.radial_gradient("L").resize(size) if task == "inpainting" else None
-    return replace(request, image=image, mask_image=mask_image, strength=strength)
 
 
 def _recorded(call: Call, output: Any) -> RecordedCall:

@@ -23,9 +23,15 @@ from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
 from serve_app.engine.model.noise_schedulers import fewest_steps_of
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
+from serve_app.engine.model.sample_requests import sample
 from serve_app.engine.model.speed import compile_batches
 from serve_app.engine.scheduling.cost import CostModel, Measurement, Size, worthwhile_batch
-from serve_app.engine.startup.certification import Certificate, certify, contradiction
+from serve_app.engine.startup.certification import (
+    Certificate,
+    certify,
+    certify_without_sharing,
+    contradiction,
+)
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.engine.startup.graph_capture import GraphCapture
 from serve_app.engine.startup.memory import MemoryTrend
@@ -37,9 +43,9 @@ from serve_app.engine.startup.profile_folder import (
     remove_old_profiles,
 )
 from serve_app.engine.startup.runs import Runs, calls_of
+from serve_app.engine.startup.task_trials import find_needs
 from serve_app.engine.timer import median_seconds, wait_for_device
 from serve_app.errors import ConfigError
-from serve_app.protocol.params import probe
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +150,8 @@ def _warm_up(
     if speed.compile:
         # Also compile calls that were not measured: those without guidance, and reused sizes.
         for size in sizes or (pipeline.default_size_px,):
-            most = cost.cap(size)
-            compile_batches(pipeline.generate, rendezvous, certificate.specs, size, most)
+            request, most = sample(pipeline, size), cost.cap(size)
+            compile_batches(pipeline.generate, rendezvous, certificate.specs, request, most)
         start.ended("compile")
     return certificate, previews, trials
 
@@ -186,9 +192,12 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
+        find_needs(Runs(pipeline, rendezvous))
         _generate_once(pipeline, rendezvous)
-        return Certificate("sequential", {}, "max_running is 1", pipeline.tasks), None
-    certificate = certify(pipeline, rendezvous, config.max_batch_size)
+        return certify_without_sharing(pipeline, rendezvous, config.limits.max_input_images), None
+    certificate = certify(
+        pipeline, rendezvous, config.max_batch_size, config.limits.max_input_images
+    )
     start.ended("certify")
     previews = None
     try:
@@ -208,7 +217,7 @@ def _generate_once(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> None:
     Raises:
         Exception: the pipeline failed, or the image is not finite.
     """
-    params = probe(pipeline.default_size_px)
+    params = sample(pipeline, pipeline.default_size_px)
     steps = max(2, fewest_steps_of(copy.deepcopy(pipeline.stock.scheduler)))
     Runs(pipeline, rendezvous).alone(replace(params, num_inference_steps=steps))
 
@@ -227,6 +236,7 @@ def startup_fingerprint(pipeline: LoadedPipeline, config: EngineConfig) -> Finge
         **of_machine(pipeline.device),
         **pipeline.fingerprint(),
         "engine.max_batch_size": str(config.max_batch_size),
+        "engine.limits.max_input_images": str(config.limits.max_input_images),
         # One request at a time shares nothing, so nothing is certified.
         "engine.max_running": "1" if config.max_running == 1 else "more than 1",
     }
@@ -252,6 +262,8 @@ def _reuse(
         sizes.add_json(kept["sizes"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise profile.damaged(error) from None
+    if "text-to-image" not in certificate.tasks:
+        pipeline.require_image()
     if certificate.sharing == "batched":
         reason = contradiction(pipeline, rendezvous, certificate.specs)
         if reason is not None:
@@ -320,7 +332,7 @@ def _at_denoiser(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, size: Size
 ) -> Iterator[Job[Tensor]]:
     """Yield a request of two steps, parked at its first denoiser call; end it with the block."""
-    job = Job(functools.partial(pipeline.generate, probe(size)))
+    job = Job(functools.partial(pipeline.generate, sample(pipeline, size)))
     with calls_of(pipeline, job) as calls:
         for call in calls:
             if call.site in pipeline.denoisers:

@@ -13,7 +13,8 @@ from serve_app.config.models import ModelConfig
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.model.module_copies import ModuleCopies
 from serve_app.engine.model.pipeline import LoadedPipeline
-from serve_app.engine.startup.runs import Runs, with_input
+from serve_app.engine.model.sample_requests import with_input
+from serve_app.engine.startup.runs import Runs
 from serve_app.protocol.params import GenerationParams
 from tests.tiny_pipelines import sdxl
 

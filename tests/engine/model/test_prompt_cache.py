@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
@@ -27,6 +28,10 @@ def test_equal_arguments_have_equal_keys() -> None:
         ((1.0,), {}),
     ]
     assert len({content_key(value) for value in different}) == len(different)
+    images = [Image.new(mode, size) for mode in ("RGB", "L") for size in ((2, 3), (3, 2))]
+    images.append(Image.new("RGB", (2, 3), "red"))
+    assert len({content_key(image) for image in images}) == len(images)
+    assert content_key([images[0]]) == content_key([images[0].copy()])
     for wrong in (torch.ones(1), object(), [torch.ones(1)]):
         with pytest.raises(NotCacheable):
             content_key(wrong)

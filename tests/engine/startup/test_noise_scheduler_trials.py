@@ -20,7 +20,8 @@ from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials, try_noise_schedulers
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.events import Completed
-from serve_app.protocol.params import GenerationParams, Task, fitted
+from serve_app.protocol.fitting import fitted
+from serve_app.protocol.params import GenerationParams, Task
 from tests.conftest import FIFO
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES
 

@@ -1,0 +1,28 @@
+"""A model that needs a package is rejected before its weights are read."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from serve_app.config.models import ModelConfig
+from serve_app.config.needed_packages import check_model_packages
+from serve_app.errors import ModelLoadError
+
+COMPONENTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "vae": ["diffusers", "AutoencoderKLQwenImage"],
+    "text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "processor": ["transformers", "Qwen2VLProcessor"],
+    "transformer": ["diffusers", "QwenImageTransformer2DModel"],
+}
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_a_processor_of_images_and_videos_needs_torchvision(tmp_path: Path) -> None:
+    index = {"_class_name": "QwenImageEditPlusPipeline"} | COMPONENTS
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelLoadError, match=r"processor needs the package torchvision.*pip"):
+        check_model_packages(ModelConfig(id="m", path=str(tmp_path)))
