@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from serve_app.config.gateway import Safety
-from serve_app.config.models import Acceleration
+from serve_app.config.speed import Acceleration
 from serve_app.gateway.image_request import Quality
 from serve_app.protocol.events import GENERATION_PARTS, DenoiserCalls
 from serve_app.protocol.images import ImageFormat

@@ -9,7 +9,8 @@ from PIL import ImageOps
 from PIL.Image import Image
 
 from serve_app.config.gateway import Safety
-from serve_app.config.models import Acceleration, LimitsConfig
+from serve_app.config.models import LimitsConfig
+from serve_app.config.speed import Acceleration
 from serve_app.errors import InvalidRequest, LoraNotFound
 from serve_app.protocol.noise_schedulers import check_noise_scheduler
 from serve_app.protocol.texts import check_texts
