@@ -1,11 +1,15 @@
 """Applications with several models: their configuration, without running anything."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from serve_app.config.deployment_names import generator_names
 from serve_app.config.models import AppConfig, parse_app_config
+from serve_app.config.prechecks import check_models
+from serve_app.config.serve_file import IMPORT_PATH, choose_generator, read_generators
 from serve_app.errors import ConfigError
 
 TWO: dict[str, Any] = {"models": [{"id": "a", "path": "/a"}, {"id": "b", "path": "/b"}]}
@@ -118,3 +122,41 @@ def test_wrong_models_are_explained(args: dict[str, Any], words: str) -> None:
 def test_names_of_deployments() -> None:
     assert generator_names(["org/name"]) == ("Generator",)
     assert generator_names(["a", "org/name v1.5#x"]) == ("Generator-a", "Generator-org-name-v1.5-x")
+
+
+def test_a_mistake_in_files_names_the_model(tmp_path: Path) -> None:
+    config = parse_app_config({"models": [{"id": "demo"}, {"id": "b", "path": str(tmp_path)}]})
+    with pytest.raises(ConfigError, match=f"models, 'b': .*{tmp_path}"):
+        check_models(config)
+
+
+def _written(path: Path, *deployments: dict[str, Any]) -> Path:
+    application = {"import_path": IMPORT_PATH, "args": TWO, "deployments": list(deployments)}
+    path.write_text(yaml.safe_dump({"applications": [application]}))
+    return path
+
+
+def test_each_model_has_its_own_deployment_in_a_serve_config(tmp_path: Path) -> None:
+    path = _written(
+        tmp_path / "serve.yaml",
+        {"name": "Gateway"},
+        {"name": "Generator-b", "num_replicas": 2, "ray_actor_options": {"num_gpus": 0.5}},
+    )
+    first, second = read_generators(path)
+    assert (first.deployment, first.autoscaling, first.num_gpus) == ("Generator-a", {}, None)
+    assert second.autoscaling == {"min_replicas": 2, "max_replicas": 2}
+    assert (second.config.model.id, second.num_gpus) == ("b", 0.5)
+    assert choose_generator(path, None) == first
+    assert choose_generator(path, "b") == second
+    with pytest.raises(ConfigError, match="has no model 'c'; it has 'a', 'b'"):
+        choose_generator(path, "c")
+
+
+def test_settings_of_a_deployment_that_is_not_there_are_rejected(tmp_path: Path) -> None:
+    path = _written(tmp_path / "serve.yaml", {"name": "Generator"})
+    with pytest.raises(
+        ConfigError,
+        match="deployments has the name 'Generator'; the application has 'Generator-a', "
+        "'Generator-b', 'Gateway'",
+    ):
+        read_generators(path)

@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.deployments.replicas import REFRESH_EVERY_S, Replicas, ReplicaStatus
 from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
 from serve_app.metrics.gateway import WAITING_FOR_REPLICA
-from serve_app.protocol.backend import GenerationEvent
+from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.images import Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
@@ -28,8 +28,8 @@ STOPPING_S = 2.0
 HEALTH_TIMEOUT_S = 2.0
 
 MAX_WAITING = 1_024
-"""Requests of one gateway that wait for a replica that is starting. As many again may wait for the
-first replica, in Serve's own queue."""
+"""Requests of one gateway for one model that wait for a replica that is starting. As many again may
+wait for the first replica, in Serve's own queue."""
 
 FIRST_ANSWER_WITHIN_S = 5.0
 """Time in which a running replica admits or rejects a request."""
@@ -206,12 +206,12 @@ class ServeBackend:
     @contextmanager
     def _counted_as_waiting(self) -> Iterator[None]:
         self._waiting += 1
-        WAITING_FOR_REPLICA.set(self._waiting)
+        WAITING_FOR_REPLICA.inc()  # other models' requests count as well
         try:
             yield
         finally:
             self._waiting -= 1
-            WAITING_FOR_REPLICA.set(self._waiting)
+            WAITING_FOR_REPLICA.dec()
 
     # ---- describing ------------------------------------------------------------------------------
 
@@ -230,6 +230,15 @@ class ServeBackend:
     async def check_ready(self) -> None:
         """Raise `Unavailable` or `Overloaded` if no replica can generate now."""
         await self._describe(HEALTH_TIMEOUT_S)
+
+    async def state(self) -> ModelState:
+        """Return the state of the replicas, as Serve's controller knows it."""
+        return (await self._replicas.refresh()).state
+
+    @property
+    def known(self) -> ModelInfo | None:
+        """The kept description of the model."""
+        return self._info
 
     async def _describe(self, timeout_s: float) -> ModelInfo:
         response: Any = self._generator.describe.remote()

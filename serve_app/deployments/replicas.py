@@ -16,7 +16,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentDetails
 
-from serve_app.deployments.ray_compat import REPLICA_STATES, deployment_details
+from serve_app.deployments.ray_compat import REPLICA_STATES, STARTUP_FAILED, deployment_details
+from serve_app.protocol.backend import ModelState
 from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,17 @@ class ReplicaStatus:
     """Number of replicas that the controller aims at."""
     states: Mapping[str, int] = field(default_factory=dict)
     """Number of replicas in each of Serve's states, in lower case."""
+    failed: bool = False
+    """The last start failed, and none has begun since."""
+
+    @property
+    def state(self) -> ModelState:
+        """The state of all of them together."""
+        if self.running:
+            return "running"
+        if self.failed:
+            return "failed"
+        return "starting" if self.coming or self.states.get("starting") else "at_zero"
 
     @property
     def ready_in_s(self) -> float | None:
@@ -74,6 +86,7 @@ class Replicas:
         self._starting: dict[str, float] = {}  # since when
         self.cold_start_s = cold_start_s
         """Smoothed duration of a start; None before one was observed."""
+        self._failed = False
         self._waiting: set[object] = set()
         self._watch: asyncio.Task[None] | None = None
 
@@ -143,7 +156,13 @@ class Replicas:
         coming = max(0, details.target_num_replicas - len(running))
         states = dict.fromkeys((state.lower() for state in REPLICA_STATES), 0)
         states |= Counter(replica.state.lower() for replica in details.replicas)
-        return ReplicaStatus(len(running), coming, ready_s, details.target_num_replicas, states)
+        if running or self._starting:
+            self._failed = False
+        elif details.status_trigger == STARTUP_FAILED:
+            self._failed = True  # until the next start: Serve forgets it without a target
+        return ReplicaStatus(
+            len(running), coming, ready_s, details.target_num_replicas, states, self._failed
+        )
 
     def _remaining_s(self, age_s: float) -> float:
         """Estimate the rest of a start. A long overdue start is likely to take longer still."""
