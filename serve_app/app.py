@@ -7,7 +7,7 @@ from ray.serve.config import RequestRouterConfig
 
 from serve_app.config.deployment_names import GATEWAY, generator_names
 from serve_app.config.models import parse_app_config
-from serve_app.config.prechecks import check_models
+from serve_app.config.prechecks import check_some_model
 from serve_app.deadlines import graceful_shutdown_timeouts_s
 from serve_app.deployments.gateway import Gateway
 from serve_app.deployments.generator import Generator
@@ -18,11 +18,11 @@ def build(args: dict[str, Any]) -> Application:
     """Build the application. Serve calls it with ``args`` of the config file.
 
     Raises:
-        ConfigError: for an unknown key, a wrong value, or a model folder that cannot be served,
-            before any replica is started.
+        ConfigError: for an unknown key, a wrong value, or if no model has a folder that can be
+            served, before any replica is started.
     """
     config = parse_app_config(args)
-    check_models(config)
+    check_some_model(config)
     graces_s = graceful_shutdown_timeouts_s(config)
     # The decorator makes deployments of the classes, which type checkers do not see.
     generator, gateway = cast(Deployment, Generator), cast(Deployment, Gateway)

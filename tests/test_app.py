@@ -1,5 +1,7 @@
 """The application as Serve builds it, without running it."""
 
+from pathlib import Path
+
 import pytest
 
 from serve_app.app import build
@@ -46,3 +48,14 @@ def test_one_model_has_the_deployment_that_it_had() -> None:
     for args in ({}, {"models": [{"id": "demo"}]}):
         [_, generator] = build(args)._bound_deployment.init_args
         assert generator._bound_deployment.name == "Generator"
+
+
+def test_one_wrong_folder_of_several_does_not_take_the_others_down(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = {"id": "b", "path": str(tmp_path)}
+    [_, *generators] = build({"models": [{"id": "demo"}, wrong]})._bound_deployment.init_args
+    assert len(generators) == 2
+    assert f"models, 'b': model 'b': {tmp_path}" in caplog.text
+    with pytest.raises(ConfigError, match="models, 'b'"):
+        build({"models": [wrong, {"id": "c", "path": str(tmp_path)}]})
