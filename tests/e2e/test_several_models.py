@@ -14,7 +14,7 @@ from serve_app.config.source import DEMO_MODEL_DIR
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(480)]
 
 FEW_STEPS = 4
 SMALL = {"prompt": "a red circle on a blue background", "seed": 1}
@@ -74,7 +74,7 @@ def test_each_request_reaches_its_model_and_a_broken_one_harms_none(url: str) ->
     # Ready although one model cannot be loaded, and another one has no replica.
     wait_until(
         lambda: states(url) == {"demo": "running", "quick": "at_zero", "org/broken": "failed"},
-        deadline_s=90, every_s=0.5, what="the states of the models",
+        deadline_s=180, every_s=0.5, what="the states of the models",
     )  # fmt: skip
     listed = {one["id"]: one for one in httpx.get(f"{url}/v1/models", timeout=20).json()["data"]}
     assert listed["demo"]["default_steps"] == 20
