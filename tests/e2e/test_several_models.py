@@ -38,7 +38,7 @@ def several(port: int, broken: Path) -> dict[str, Any]:
     [application] = config["applications"]
     application["args"] = {
         "models": [
-            {"id": "demo"},
+            {"id": "demo", "default_steps": 20},
             {"id": "quick", "path": str(DEMO_MODEL_DIR), "default_steps": FEW_STEPS},
             {"id": "org/broken", "path": str(broken)},
         ],
