@@ -4,6 +4,7 @@ Pure functions of the configuration. Serve's deployments are built with them, an
 compares them with the shutdown time that a manifest gives its pods.
 """
 
+from serve_app.config.deployment_names import GATEWAY, generator_names
 from serve_app.config.models import AppConfig
 
 GRACE_S = 10.0
@@ -15,8 +16,9 @@ def longest_requests_s(config: AppConfig) -> dict[str, float]:
 
     In a gateway, a request may first wait for a replica.
     """
-    deadline_s = config.engine.limits.max_deadline_s
-    return {"Generator": deadline_s, "Gateway": config.gateway.max_hold_s + deadline_s}
+    deadlines_s = [one.engine.limits.max_deadline_s for one in config.each_model()]
+    longest_s = dict(zip(generator_names(config.ids), deadlines_s, strict=True))
+    return {**longest_s, GATEWAY: config.gateway.max_hold_s + max(deadlines_s)}
 
 
 def graceful_shutdown_timeouts_s(config: AppConfig) -> dict[str, float]:

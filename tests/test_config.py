@@ -22,7 +22,7 @@ from serve_app.config.serve_file import (
     WORK_POLICY,
     foreign_policy,
     policy_kwargs,
-    read_autoscaling,
+    read_generators,
     read_serve_config,
 )
 from serve_app.config.source import DEMO_MODEL_DIR
@@ -125,9 +125,9 @@ def test_the_kwargs_of_the_policy_are_found(tmp_path: Path) -> None:
         path.write_text(yaml.safe_dump({"applications": [ours]}))
 
     def kwargs() -> dict[str, object]:
-        [autoscaling] = read_autoscaling(path, "Generator")
-        assert autoscaling["min_replicas"] == 0
-        return policy_kwargs(autoscaling)
+        [generator] = read_generators(path)
+        assert generator.autoscaling["min_replicas"] == 0
+        return policy_kwargs(generator.autoscaling)
 
     write({"policy_function": WORK_POLICY, "policy_kwargs": {"hold_s": 3}})
     assert kwargs() == {"hold_s": 3}

@@ -6,12 +6,11 @@ from typing import Annotated
 import typer
 
 from serve_app.config.environment import keys_in_environment
-from serve_app.config.model_files import check_model_folder
-from serve_app.config.safety import check_safety
+from serve_app.config.prechecks import check_models
 from serve_app.config.serve_file import (
     foreign_policy,
     policy_kwargs,
-    read_autoscaling,
+    read_generators,
     read_serve_config,
 )
 from serve_app.config.storage import StorageConfig
@@ -49,15 +48,15 @@ def check_serve_file(path: Path, name: object = None) -> list[str]:
     from serve_app.gateway.auth import KeyRing
 
     warnings = []
-    for autoscaling in read_autoscaling(path, "Generator"):
-        read_scaling_params(policy_kwargs(autoscaling))
-        if other := foreign_policy(autoscaling):
+    for generator in read_generators(path):
+        read_scaling_params(policy_kwargs(generator.autoscaling))
+        if other := foreign_policy(generator.autoscaling):
             warnings.append(
-                f"{name or path}: {other} scales Generator; its parameters are not checked."
+                f"{name or path}: {other} scales {generator.deployment}; its parameters are not "
+                "checked."
             )
     for application in read_serve_config(path):
-        check_model_folder(application.model)
-        check_safety(application)
+        check_models(application)
         KeyRing(application.gateway.keys_file, keys_in_environment())
         warnings += _storage_warnings(application.gateway.storage, name or path)
     return warnings

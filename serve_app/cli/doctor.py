@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from serve_app.config.models import ModelConfig
-from serve_app.config.serve_file import read_num_gpus, read_serve_config
+from serve_app.config.serve_file import read_generators
 from serve_app.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -88,12 +88,23 @@ def _look_at_machine(config: Path | None, cpu: bool) -> list["Finding"]:
     from serve_app.doctor import machine
 
     if config is None:
-        wanted = machine.Wanted(ModelConfig(), num_gpus=0 if cpu else 1, cpu=cpu)
+        wanted = [machine.Wanted(ModelConfig(), num_gpus=0 if cpu else 1, cpu=cpu)]
     else:
-        [num_gpus, *_] = read_num_gpus(config, "Generator")
-        model = read_serve_config(config)[0].model
-        wanted = machine.Wanted(model, num_gpus=1 if num_gpus is None else num_gpus, cpu=cpu)
-    return list(machine.look(wanted, machine.this_place()))
+        wanted = [
+            machine.Wanted(
+                one.config.model,
+                num_gpus=1 if one.num_gpus is None else one.num_gpus,
+                cpu=cpu,
+                deployment=one.deployment,
+            )
+            for one in read_generators(config)
+        ]
+    place = machine.this_place()
+    first, *others = wanted
+    findings = list(machine.look(first, place))
+    for other in others:
+        findings += machine.look_at_another(other, place)
+    return findings
 
 
 def _read_overlay(overlay: Path) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from tqdm import tqdm
 
-from serve_app.config.serve_file import read_serve_config
+from serve_app.config.serve_file import choose_generator
 from serve_app.errors import ConfigError
 from serve_app.planner.cluster import ClusterParams, Routing
 
@@ -25,6 +25,10 @@ def plan(
             "configs/costs/."
         ),
     ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name of the model in a config with several. Default: the first."),
+    ] = None,
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -135,10 +139,9 @@ def plan(
         if not 0 < share <= 1 or (share < 1 and trace is None):
             raise ConfigError("--share must be over 0 and at most 1, and needs --trace.")
         families = inputs.parse_families(policy or ["work", "count", "fixed"])
-        application = read_serve_config(config)[0]
-        engine = application.engine
-        scaling = inputs.read_scaling(config, max_replicas)
-        for note in inputs.not_simulated(config):
+        engine = choose_generator(config, model).config.engine
+        scaling = inputs.read_scaling(config, max_replicas, model)
+        for note in inputs.not_simulated(config, model):
             typer.echo(f"warning: {config}: {note}", err=True)
         step_times = inputs.read_costs(costs, engine.max_batch_size)
         if not calls_per_step > 0:

@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from serve_app.cli.check import check_serve_file
+from serve_app.config.deployment_names import GENERATOR
 from serve_app.config.environment import machine_environment, set_defaults_of_processes
 from serve_app.config.model_files import find_model
 from serve_app.config.models import ModelConfig
@@ -20,7 +21,7 @@ from serve_app.config.serve_file import (
     IMPORT_PATH,
     SERVE_DELAYS_S,
     WORK_POLICY,
-    read_num_gpus,
+    read_generators,
     read_serve_file,
 )
 from serve_app.errors import ConfigError
@@ -126,7 +127,7 @@ def make_config(
     if dtype != "auto":
         settings["dtype"] = dtype
     generator: dict[str, Any] = {
-        "name": "Generator",
+        "name": GENERATOR,
         "ray_actor_options": {"num_gpus": 0 if device == "cpu" else 1, "num_cpus": 1},
     }
     if max_replicas > 1:
@@ -154,9 +155,12 @@ def make_config(
 
 def check_gpus(path: Path) -> None:
     """Raise `ConfigError` if a replica requests a GPU that this machine does not have."""
-    wanted = max(1 if number is None else number for number in read_num_gpus(path, "Generator"))
-    if wanted > 0 and not _joins_a_cluster() and count_gpus() == 0:
-        raise ConfigError(f"the deployment Generator requests {wanted:g} GPU. {_NO_GPU}")
+    for generator in read_generators(path):
+        wanted = 1 if generator.num_gpus is None else generator.num_gpus
+        if wanted > 0 and not _joins_a_cluster() and count_gpus() == 0:
+            raise ConfigError(
+                f"the deployment {generator.deployment} requests {wanted:g} GPU. {_NO_GPU}"
+            )
 
 
 def check_port(host: str, port: int) -> None:

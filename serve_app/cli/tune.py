@@ -9,7 +9,7 @@ import typer
 from tqdm import tqdm
 
 from serve_app.config.model_files import check_model_folder
-from serve_app.config.serve_file import read_serve_config
+from serve_app.config.serve_file import choose_generator
 from serve_app.errors import ConfigError, DiffusionServeError
 
 DEMO_PROMPTS = (
@@ -29,6 +29,10 @@ LEAST_PROMPTS = 4
 
 def tune(
     config: Annotated[Path, typer.Option(help="Serve config file with the model.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Name of the model in a config with several. Default: the first."),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="Text file with a prompt on each line. The demo model needs none."),
@@ -51,10 +55,10 @@ def tune(
 ) -> None:
     """Measure what extrapolated denoiser calls cost, and print thresholds for the config."""
     try:
-        application = read_serve_config(config)[0]
-        model = application.model
-        texts = _read_prompts(prompts, model.id == "demo")
-        check_model_folder(model)
+        application = choose_generator(config, model).config
+        chosen = application.model
+        texts = _read_prompts(prompts, chosen.id == "demo")
+        check_model_folder(chosen)
         # Imported here, so that --help and mistakes do not wait for torch.
         from serve_app.engine.engine import Engine
         from serve_app.engine.model.pipeline import LoadedPipeline
@@ -66,9 +70,9 @@ def tune(
         engine_config = application.engine.model_copy(
             update={"limits": limits, "max_backlog_s": float("inf")}
         )
-        pipeline = LoadedPipeline.load(model)
+        pipeline = LoadedPipeline.load(chosen)
         with tqdm(unit="image", desc="generating") as bar:
-            with Engine(pipeline, model, engine_config) as engine:
+            with Engine(pipeline, chosen, engine_config) as engine:
                 count = steps or engine.info.default_steps
                 measurement = Measurement(engine, pipeline, texts, count, truth_steps, bar.update)
                 front = measure(measurement, balanced_db, fast_db)

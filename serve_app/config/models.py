@@ -1,7 +1,8 @@
 """The settings of an application: frozen, typed, units in the names, unknown keys rejected."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -13,83 +14,14 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from serve_app.config.deployment_names import generator_names
 from serve_app.config.gateway import GatewayConfig
 from serve_app.config.section import Section
 from serve_app.config.source import SourceConfig, is_path
+from serve_app.config.speed import AccelerationConfig, SpeedConfig
 from serve_app.errors import ConfigError
 
-Acceleration = Literal["none", "balanced", "fast"]
-"""Level at which denoiser calls are extrapolated from earlier ones, to save time."""
-
 Side = Annotated[int, Field(ge=8, le=16_384)]
-
-
-class SpeedConfig(Section):
-    """Options that make the model faster or smaller. All are off by default."""
-
-    compile: bool = Field(
-        False,
-        description="Compile the repeated blocks of the denoiser at start-up, for batches of "
-        "1, 2, 4, … images of each size in engine.warmup_sizes_px. Without any size, the model's "
-        "default size is compiled. Other sizes run uncompiled. Needs a C++ compiler.",
-    )
-    cuda_graphs: bool = Field(
-        False,
-        description="Capture small denoiser calls as CUDA graphs at start-up, for images of the "
-        "same sizes. A graph repeats a call with a single launch. It is kept if it is faster. "
-        "Calls with LoRA adapters run without graphs. Needs a GPU.",
-    )
-    channels_last: bool = Field(
-        False,
-        description="Keep the weights of convolutions in the denoiser and the VAE in "
-        "channels-last order.",
-    )
-    attention_backend: str | None = Field(
-        None,
-        min_length=1,
-        description="Attention kernel by its name in diffusers, such as 'native' or 'flash'. "
-        "Default: the kernel that diffusers chooses. Not for UNets.",
-    )
-    offload: Literal["none", "model"] = Field(
-        "none",
-        description="'model': text encoders and denoisers take turns on the GPU, for GPUs that "
-        "cannot hold all networks at once.",
-    )
-    quantize: Literal["none", "int8", "fp8"] = Field(
-        "none",
-        description="Store the weights of the denoiser's linear layers in 8 bits. Calculations "
-        "use model.dtype. Needs the package torchao.",
-    )
-
-
-class AccelerationConfig(Section):
-    """Denoiser calls that are extrapolated from a request's earlier ones."""
-
-    default: Acceleration = Field(
-        "none",
-        description="Level of requests that set no `acceleration`. Images are exact at 'none' "
-        "only.",
-    )
-    low_quality: Acceleration = Field(
-        "none",
-        description="Level of requests of `quality: low` that set neither `acceleration` nor "
-        "`num_inference_steps`. With 'balanced' or 'fast', they make all of the default steps. "
-        "With 'none', they make half of them, at the default level.",
-    )
-    balanced_error: float = Field(
-        0.04,
-        ge=0,
-        le=1,
-        description="Largest predicted error of an extrapolated output at the level 'balanced', as "
-        "a share of the output's norm. `diffusion-serve tune` finds the value for a model.",
-    )
-    fast_error: float = Field(
-        0.24, ge=0, le=1, description="The same for the level 'fast', which makes fewer calls."
-    )
-
-    def most_error(self, level: Acceleration) -> float:
-        """Return the largest predicted error at a level; 0 for ``"none"``."""
-        return {"none": 0.0, "balanced": self.balanced_error, "fast": self.fast_error}[level]
 
 
 class ModelConfig(SourceConfig):
@@ -304,44 +236,137 @@ class EngineConfig(Section):
     limits: LimitsConfig = LimitsConfig()
 
 
+class ModelEntry(ModelConfig):
+    """One of several models: the keys of `model`, and an engine of its own."""
+
+    engine: EngineConfig | None = Field(
+        None, description="Engine of this model. Default: the application's `engine`."
+    )
+
+    @property
+    def model(self) -> ModelConfig:
+        """The same model without the engine."""
+        own = ModelConfig.model_fields
+        return ModelConfig(**{n: getattr(self, n) for n in self.model_fields_set if n in own})
+
+
 class AppConfig(Section):
     """The application: the arguments of `serve_app.app.build`, ``args`` in a Serve config file."""
 
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     gateway: GatewayConfig = GatewayConfig()
+    models: tuple[ModelEntry, ...] = Field(
+        (),
+        min_length=1,
+        description="Several models in place of `model`. Each entry has the keys of `model`, and "
+        "`engine` where its engine differs from the application's. Requests that name no model go "
+        "to the first one.",
+    )
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Names of the models in the API, the default one first."""
+        return tuple(entry.id for entry in self.models) or (self.model.id,)
+
+    def each_model(self) -> "tuple[AppConfig, ...]":
+        """Return a configuration with one model for each of them, in their order.
+
+        Of the aliases, and of the names that get links, each has those of its model.
+        """
+        if not self.models:
+            return (self,)
+        return tuple(
+            AppConfig(
+                model=entry.model,
+                engine=entry.engine or self.engine,
+                gateway=_gateway_of(entry.id, self.gateway),
+            )
+            for entry in self.models
+        )
 
     @model_validator(mode="after")
-    def _aliases_name_the_model(self) -> "AppConfig":
+    def _models_have_names_of_their_own(self) -> "AppConfig":
+        if self.models and "model" in self.model_fields_set:
+            raise ValueError(
+                "model and models are both set: leave model out, and make it an entry of models"
+            )
+        names = generator_names(self.ids)
+        for index, name in enumerate(names):
+            first = names.index(name)
+            if first == index:
+                continue
+            if self.ids[first] == self.ids[index]:
+                raise ValueError(
+                    f"models has two entries with the id {self.ids[index]!r}: give each its own"
+                )
+            raise ValueError(
+                f"models has the ids {self.ids[first]!r} and {self.ids[index]!r}, and both "
+                f"deployments would have the name {name!r}: change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _aliases_name_a_model(self) -> "AppConfig":
         for alias, name in self.gateway.model_aliases.items():
             if not alias:
                 raise ValueError("gateway.model_aliases has an empty name")
-            if name != self.model.id:
+            if name not in self.ids:
+                known = (
+                    f"models has {', '.join(map(repr, self.ids))}"
+                    if self.models
+                    else f"the model is {self.model.id!r}"
+                )
+                raise ValueError(f"gateway.model_aliases.{alias} is {name!r}, and {known}")
+            if alias != name and alias in self.ids:
                 raise ValueError(
-                    f"gateway.model_aliases.{alias} is {name!r}, and the model is {self.model.id!r}"
+                    f"gateway.model_aliases.{alias} is {name!r}, and models has an entry with the "
+                    f"id {alias!r}: choose another alias"
                 )
         return self
 
     @model_validator(mode="after")
-    def _links_are_for_names_of_the_model(self) -> "AppConfig":
-        names = (self.model.id, *self.gateway.model_aliases)
+    def _links_are_for_names_of_a_model(self) -> "AppConfig":
+        names = (*self.ids, *self.gateway.model_aliases)
         for name in () if self.gateway.any_model else self.gateway.storage.default_for:
-            if name != "*" and not any(fnmatchcase(name, known) for known in names):
+            if not _names_one_of(name, names):
                 raise ValueError(
-                    f"gateway.storage.default_for has {name!r}, which is no name of the model: "
-                    f"there are {', '.join(map(repr, names))}, and '*' for all"
+                    f"gateway.storage.default_for has {name!r}, which is no name of "
+                    f"{'a' if self.models else 'the'} model: there are "
+                    f"{', '.join(map(repr, names))}, and '*' for all"
                 )
         return self
 
     @model_validator(mode="after")
     def _defaults_keep_to_the_limits(self) -> "AppConfig":
         # The model's own defaults are checked when it is loaded.
-        steps, limits = self.model.default_steps, self.engine.limits
-        if steps is not None and steps > limits.max_steps:
-            raise ValueError(
-                f"model.default_steps is {steps}, over engine.limits.max_steps, {limits.max_steps}"
-            )
+        for index, model in enumerate(self.models or (self.model,)):
+            where = f"models.{index}" if self.models else "model"
+            engine = model.engine if isinstance(model, ModelEntry) else None
+            steps, limits = model.default_steps, (engine or self.engine).limits
+            if steps is not None and steps > limits.max_steps:
+                raise ValueError(
+                    f"{where}.default_steps is {steps}, over engine.limits.max_steps, "
+                    f"{limits.max_steps}"
+                )
         return self
+
+
+def _names_one_of(wanted: str, names: Iterable[str]) -> bool:
+    """Return whether an entry of ``gateway.storage.default_for`` means one of these names."""
+    return wanted == "*" or any(fnmatchcase(wanted, known) for known in names)
+
+
+def _gateway_of(model: str, gateway: GatewayConfig) -> GatewayConfig:
+    """Return the settings of the gateway without what concerns other models."""
+    aliases = {alias: name for alias, name in gateway.model_aliases.items() if name == model}
+    wanted = tuple(
+        name
+        for name in gateway.storage.default_for
+        if gateway.any_model or _names_one_of(name, (model, *aliases))
+    )
+    storage = gateway.storage.model_copy(update={"default_for": wanted})
+    return gateway.model_copy(update={"model_aliases": aliases, "storage": storage})
 
 
 def parse_app_config(value: object) -> AppConfig:
@@ -360,13 +385,21 @@ def parse_app_config(value: object) -> AppConfig:
 
 
 def _explain(problem: ErrorDetails) -> str:
-    *parents, key = [str(part) for part in problem["loc"]] or ["args"]
-    where = ".".join([*parents, key])
+    *parents, key = problem["loc"] or ("args",)
+    where = ".".join(map(str, (*parents, key)))
     if problem["type"] == "value_error":
-        return f"  {problem['msg'].removeprefix('Value error, ')}"
+        entry = f"models.{key}: " if parents == ["models"] else ""
+        return f"  {entry}{problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] != "extra_forbidden":
         return f"  {where}: {problem['msg']} (given: {problem['input']!r})"
     known: type[BaseModel] = AppConfig
     for parent in parents:
-        known = cast(type[BaseModel], known.model_fields[parent].annotation)
+        if isinstance(parent, str):  # else the index of an entry
+            known = _section(known.model_fields[parent].annotation)
     return f"  {where}: unknown key; known are {', '.join(known.model_fields)}"
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    """Return the section in a field's type: itself, or one that may be absent or repeated."""
+    found = (annotation, *get_args(annotation))
+    return next(one for one in found if isinstance(one, type) and issubclass(one, BaseModel))

@@ -4,12 +4,14 @@ Serve reads the file itself. This module reads the parts that `diffusion-serve c
 `doctor` and `serve` need, and knows no Ray.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from serve_app.config.deployment_names import GATEWAY, generator_names
 from serve_app.config.models import AppConfig, parse_app_config
 from serve_app.errors import ConfigError
 
@@ -32,42 +34,54 @@ def read_serve_config(path: Path) -> list[AppConfig]:
     return [parse_app_config(one.get("args", {})) for one in read_applications(path)]
 
 
-def read_autoscaling(path: Path, deployment: str) -> list[dict[str, Any]]:
-    """Return ``autoscaling_config`` of the deployment, one for each application of this project.
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """A model of a Serve config file, and what the file sets for its deployment."""
 
-    A fixed ``num_replicas`` becomes equal bounds. The mapping is empty if the file sets neither.
+    config: AppConfig
+    """The application's configuration with this model alone."""
+    deployment: str
+    """Name of the deployment."""
+    autoscaling: Mapping[str, Any]
+    """``autoscaling_config``. A fixed ``num_replicas`` becomes equal bounds. Empty without both."""
+    num_gpus: float | None
+    """GPUs that a replica requests; None where not set."""
+
+
+def read_generators(path: Path) -> list[GeneratorSettings]:
+    """Return the models of all applications of this project, each with its deployment's settings.
 
     Raises:
-        ConfigError: if the file cannot be read, or one of them is no mapping.
+        ConfigError: if the file cannot be read, or an application's ``args`` or deployments are
+            wrong.
     """
     found = []
     for application in read_applications(path):
-        named = _deployment(path, application, deployment)
-        scaling = named.get("autoscaling_config") or {}
-        if not isinstance(scaling, dict) or not isinstance(scaling.get("policy") or {}, dict):
-            raise ConfigError(f"{path}: autoscaling_config and its policy must be mappings.")
-        if not scaling and "num_replicas" in named:
-            scaling = dict.fromkeys(("min_replicas", "max_replicas"), named["num_replicas"])
-        found.append(scaling)
+        config = parse_app_config(application.get("args", {}))
+        names = generator_names(config.ids)
+        given = _deployments(path, application, (*names, GATEWAY))
+        found += [
+            GeneratorSettings(one, name, _autoscaling(path, named), _num_gpus(path, named))
+            for one, name in zip(config.each_model(), names, strict=True)
+            for named in [given.get(name, {})]
+        ]
     return found
 
 
-def read_num_gpus(path: Path, deployment: str) -> list[float | None]:
-    """Return the GPUs that a replica requests, one for each application; None where not set.
+def choose_generator(path: Path, model: str | None) -> GeneratorSettings:
+    """Return the settings of the model with this id; of the first one without an id.
 
     Raises:
-        ConfigError: if the file cannot be read, or one of them is no number.
+        ConfigError: as `read_generators`, or if the file has no such model.
     """
-    found: list[float | None] = []
-    for application in read_applications(path):
-        options = _deployment(path, application, deployment).get("ray_actor_options") or {}
-        number = options.get("num_gpus") if isinstance(options, dict) else options
-        if not (number is None or (isinstance(number, int | float) and number >= 0)):
-            raise ConfigError(
-                f"{path}: ray_actor_options.num_gpus must be a number of GPUs; it is {number!r}."
-            )
-        found.append(number)
-    return found
+    generators = read_generators(path)
+    if model is None:
+        return generators[0]
+    for one in generators:
+        if one.config.model.id == model:
+            return one
+    known = ", ".join(repr(one.config.model.id) for one in generators)
+    raise ConfigError(f"{path} has no model {model!r}; it has {known}.")
 
 
 def policy_kwargs(autoscaling: Mapping[str, Any]) -> dict[str, object]:
@@ -139,11 +153,36 @@ def _of_this_project(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _deployment(path: Path, application: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the settings of a deployment; empty if the application has none."""
+def _deployments(
+    path: Path, application: Mapping[str, Any], known: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the settings of deployments by name."""
     deployments = application.get("deployments") or []
     if not isinstance(deployments, list) or not all(isinstance(d, dict) for d in deployments):
         raise ConfigError(f"{path}: deployments must be a list of mappings.")
-    matching = (one for one in deployments if one.get("name") == name)
-    named: dict[str, Any] = next(matching, {})
-    return named
+    for one in deployments:
+        if one.get("name") not in known:
+            raise ConfigError(
+                f"{path}: deployments has the name {one.get('name')!r}; the application has "
+                f"{', '.join(map(repr, known))}."
+            )
+    return {one["name"]: one for one in deployments}
+
+
+def _autoscaling(path: Path, deployment: Mapping[str, Any]) -> dict[str, Any]:
+    scaling = deployment.get("autoscaling_config") or {}
+    if not isinstance(scaling, dict) or not isinstance(scaling.get("policy") or {}, dict):
+        raise ConfigError(f"{path}: autoscaling_config and its policy must be mappings.")
+    if not scaling and "num_replicas" in deployment:
+        return dict.fromkeys(("min_replicas", "max_replicas"), deployment["num_replicas"])
+    return scaling
+
+
+def _num_gpus(path: Path, deployment: Mapping[str, Any]) -> float | None:
+    options = deployment.get("ray_actor_options") or {}
+    number: Any = options.get("num_gpus") if isinstance(options, dict) else options
+    if not (number is None or (isinstance(number, int | float) and number >= 0)):
+        raise ConfigError(
+            f"{path}: ray_actor_options.num_gpus must be a number of GPUs; it is {number!r}."
+        )
+    return number

@@ -4,7 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 from serve_app.deployments.replicas import REFRESH_EVERY_S, Replicas, ReplicaStatus
 from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
 from serve_app.metrics.gateway import WAITING_FOR_REPLICA
-from serve_app.protocol.backend import GenerationEvent
+from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.images import Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
@@ -28,11 +28,13 @@ STOPPING_S = 2.0
 HEALTH_TIMEOUT_S = 2.0
 
 MAX_WAITING = 1_024
-"""Requests of one gateway that wait for a replica that is starting. As many again may wait for the
-first replica, in Serve's own queue."""
+"""Requests of one gateway for one model that wait for a replica that is starting. As many again may
+wait for the first replica, in Serve's own queue."""
 
 FIRST_ANSWER_WITHIN_S = 5.0
 """Time in which a running replica admits or rejects a request."""
+
+NOT_STARTED = "the model could not be started; see the server's log."
 
 
 class _NotStarted(Unavailable):
@@ -162,8 +164,8 @@ class ServeBackend:
         events: AsyncIterator[GenerationEvent] = aiter(response)
         ended = False
         try:
-            with self._replicas.watched():
-                async with asyncio.timeout_at(first_by):
+            async with asyncio.timeout_at(first_by) as limit:
+                with self._watched(limit):
                     event = await _next(events)
             end_at = asyncio.get_running_loop().time() + patience.generation_s
             while event is not None:
@@ -206,12 +208,12 @@ class ServeBackend:
     @contextmanager
     def _counted_as_waiting(self) -> Iterator[None]:
         self._waiting += 1
-        WAITING_FOR_REPLICA.set(self._waiting)
+        WAITING_FOR_REPLICA.inc()  # other models' requests count as well
         try:
             yield
         finally:
             self._waiting -= 1
-            WAITING_FOR_REPLICA.set(self._waiting)
+            WAITING_FOR_REPLICA.dec()
 
     # ---- describing ------------------------------------------------------------------------------
 
@@ -231,11 +233,20 @@ class ServeBackend:
         """Raise `Unavailable` or `Overloaded` if no replica can generate now."""
         await self._describe(HEALTH_TIMEOUT_S)
 
+    async def state(self) -> ModelState:
+        """Return the state of the replicas, as Serve's controller knows it."""
+        return (await self._replicas.refresh()).state
+
+    @property
+    def known(self) -> ModelInfo | None:
+        """The kept description of the model."""
+        return self._info
+
     async def _describe(self, timeout_s: float) -> ModelInfo:
         response: Any = self._generator.describe.remote()
         try:
-            with self._replicas.watched(), _translated_ray_errors():
-                async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(timeout_s) as limit:
+                with self._watched(limit), _translated_ray_errors():
                     info: ModelInfo = await response
             return info
         except asyncio.CancelledError:
@@ -249,6 +260,10 @@ class ServeBackend:
         except Overloaded as error:
             raise _adjusted_to_replicas(error, await self._replicas.refresh()) from None
 
+    def _watched(self, limit: asyncio.Timeout) -> AbstractContextManager[None]:
+        """Watch the replicas while waiting for one; end the wait at once if none will start."""
+        return self._replicas.watched(lambda: limit.reschedule(0.0))
+
     @property
     def _answer_s(self) -> float:
         """Time for the first answer. A running engine rejects too short deadlines itself."""
@@ -257,6 +272,8 @@ class ServeBackend:
     async def _no_replica(self, waited_s: float) -> Unavailable:
         """Make the error for a wait in vain; the next replica's start sets its retry time."""
         status = await self._replicas.refresh()
+        if status.given_up:
+            return _NotStarted(NOT_STARTED)
         return Unavailable(
             f"no replica was ready within {waited_s:.3g} s; try again later.",
             retry_after_s=status.ready_in_s,
@@ -296,7 +313,7 @@ def _translated_ray_errors() -> Iterator[None]:
     except BackPressureError:
         raise Overloaded("too many requests are waiting; try again later.") from None
     except DeploymentUnavailableError:
-        raise _NotStarted("the model could not be started; see the server's log.") from None
+        raise _NotStarted(NOT_STARTED) from None
     except RayTaskError as error:
         if isinstance(error.cause, DiffusionServeError):
             raise error.cause from None

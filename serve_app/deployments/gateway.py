@@ -1,4 +1,4 @@
-"""The gateway as a Ray Serve deployment: the HTTP API in front of the generator's handle."""
+"""The gateway as a Ray Serve deployment: the HTTP API in front of the generators' handles."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from serve_app.deployments.ray_compat import (
     handle_to,
 )
 from serve_app.deployments.replicas import Replicas
-from serve_app.deployments.scrape import Scraper
+from serve_app.deployments.scrape import Scraper, WatchedModel
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.metrics.export import Report
@@ -47,18 +47,27 @@ OPEN_TO_ALL = f"""
 class Gateway:
     """Answers HTTP for the whole application."""
 
-    def __init__(self, config: AppConfig, generator: "DeploymentHandle[Any]") -> None:
+    def __init__(self, config: AppConfig, *generators: "DeploymentHandle[Any]") -> None:
+        """Connect to the generators, one for each model in the order of the configuration."""
         log_through_serve()
         self._config = config
         context = serve.get_replica_context()
-        replicas = Replicas.of(generator)
-        limits = config.engine.limits
-        self._backend = ServeBackend(
-            generator, config.gateway.max_hold_s, limits.max_deadline_s, replicas
-        )
+        watched = [
+            WatchedModel(one.model.id, generator, Replicas.of(generator))
+            for one, generator in zip(config.each_model(), generators, strict=True)
+        ]
+        self._backends = [
+            ServeBackend(
+                model.generator,
+                config.gateway.max_hold_s,
+                one.engine.limits.max_deadline_s,
+                model.replicas,
+            )
+            for one, model in zip(config.each_model(), watched, strict=True)
+        ]
         peers: DeploymentHandle[Any] = handle_to(context.deployment, context.app_name)
         name = context.replica_id.unique_id
-        self._scraper = Scraper(config.model.id, name, peers, generator, replicas)
+        self._scraper = Scraper(name, peers, watched)
         self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
         if not self._keys and (host := address_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)
@@ -67,7 +76,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Build the API inside the replica, where its parts exist. Serve calls it once."""
         traced = None if self._tracing is None else self._tracing.middleware
-        api = create_api(self._config, self._backend, self._keys, self._scraper.gather, traced)
+        api = create_api(self._config, self._backends, self._keys, self._scraper.gather, traced)
         api.add_middleware(CancelledAsDisconnect)
         return api
 

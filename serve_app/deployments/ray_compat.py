@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from ray.exceptions import TaskCancelledError
-from ray.serve._private.common import ReplicaState
+from ray.serve._private.common import DeploymentStatusTrigger, ReplicaState
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentDetails
@@ -18,6 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 REPLICA_STATES = tuple(state.value for state in ReplicaState)
 """Values of `ReplicaDetails.state`. The public schema has them as an enum of a private module."""
+
+STARTUP_FAILED = DeploymentStatusTrigger.REPLICA_STARTUP_FAILED
+"""`DeploymentDetails.status_trigger` when as many starts as Serve tries have failed. Its status is
+DEPLOY_FAILED for a new deployment, and UNHEALTHY for one that scaled up from zero."""
 
 
 async def deployment_details(app: str, deployment: str) -> DeploymentDetails:

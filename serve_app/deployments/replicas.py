@@ -16,7 +16,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import DeploymentDetails
 
-from serve_app.deployments.ray_compat import REPLICA_STATES, deployment_details
+from serve_app.deployments.ray_compat import REPLICA_STATES, STARTUP_FAILED, deployment_details
+from serve_app.protocol.backend import ModelState
 from serve_app.protocol.cold_start import ASSUMED_COLD_START_S, smoothed_cold_start
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,19 @@ class ReplicaStatus:
     """Number of replicas that the controller aims at."""
     states: Mapping[str, int] = field(default_factory=dict)
     """Number of replicas in each of Serve's states, in lower case."""
+    failed: bool = False
+    """The last start failed, and none has begun since."""
+    given_up: bool = False
+    """Serve starts no further replica: it has tried as often as it should, and none ever ran."""
+
+    @property
+    def state(self) -> ModelState:
+        """The state of all of them together."""
+        if self.running:
+            return "running"
+        if self.failed:
+            return "failed"
+        return "starting" if self.coming or self.states.get("starting") else "at_zero"
 
     @property
     def ready_in_s(self) -> float | None:
@@ -74,7 +88,9 @@ class Replicas:
         self._starting: dict[str, float] = {}  # since when
         self.cold_start_s = cold_start_s
         """Smoothed duration of a start; None before one was observed."""
-        self._waiting: set[object] = set()
+        self._failed = False
+        self._has_run = False
+        self._waiting: dict[object, Callable[[], None]] = {}
         self._watch: asyncio.Task[None] | None = None
 
     @classmethod
@@ -100,18 +116,23 @@ class Replicas:
             return self._status
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Refresh periodically while the caller waits here, to observe when a start ends."""
+    def watched(self, on_given_up: Callable[[], None]) -> Iterator[None]:
+        """Refresh periodically while the caller waits here, to observe when a start ends.
+
+        Serve's handle goes on waiting when no replica will start: ``on_given_up`` is called then.
+        """
         waiting = object()
-        timer = asyncio.get_running_loop().call_later(REFRESH_EVERY_S, self._watch_for, waiting)
+        timer = asyncio.get_running_loop().call_later(
+            REFRESH_EVERY_S, self._watch_for, waiting, on_given_up
+        )
         try:
             yield
         finally:
             timer.cancel()
-            self._waiting.discard(waiting)
+            self._waiting.pop(waiting, None)
 
-    def _watch_for(self, waiting: object) -> None:
-        self._waiting.add(waiting)
+    def _watch_for(self, waiting: object, on_given_up: Callable[[], None]) -> None:
+        self._waiting[waiting] = on_given_up
         if self._watch is None or self._watch.done():
             self._watch = asyncio.create_task(self._keep_refreshed())
 
@@ -119,7 +140,9 @@ class Replicas:
         watched = True
         while watched:
             watched = bool(self._waiting)  # once more after that, to see the new replica
-            await self.refresh()
+            status = await self.refresh()
+            for on_given_up in tuple(self._waiting.values()) if status.given_up else ():
+                on_given_up()
             await asyncio.sleep(REFRESH_EVERY_S)
 
     def observe(self, details: DeploymentDetails, now: float) -> ReplicaStatus:
@@ -143,7 +166,14 @@ class Replicas:
         coming = max(0, details.target_num_replicas - len(running))
         states = dict.fromkeys((state.lower() for state in REPLICA_STATES), 0)
         states |= Counter(replica.state.lower() for replica in details.replicas)
-        return ReplicaStatus(len(running), coming, ready_s, details.target_num_replicas, states)
+        self._has_run = self._has_run or bool(running)
+        if running or self._starting:
+            self._failed = False
+        elif details.status_trigger == STARTUP_FAILED:
+            self._failed = True  # until the next start: Serve forgets it without a target
+        target = details.target_num_replicas
+        given_up = self._failed and target > 0 and not self._has_run
+        return ReplicaStatus(len(running), coming, ready_s, target, states, self._failed, given_up)
 
     def _remaining_s(self, age_s: float) -> float:
         """Estimate the rest of a start. A long overdue start is likely to take longer still."""

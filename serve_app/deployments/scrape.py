@@ -29,25 +29,32 @@ ANSWER_WITHIN_S = 3.0
 """Time for each replica: less than Prometheus's timeout of 10 s, and enough for one under load."""
 
 
+@dataclass(frozen=True)
+class WatchedModel:
+    """The deployment of one model."""
+
+    id: str
+    """Name of the model in the API."""
+    generator: DeploymentHandle[Any]
+    replicas: Replicas
+
+
 class Scraper:
-    """Gathers the reports of one application, from the replicas of its two deployments."""
+    """Gathers the reports of one application, from the replicas of all its deployments."""
 
     def __init__(
-        self,
-        model: str,
-        replica: str,
-        gateway: DeploymentHandle[Any],
-        generator: DeploymentHandle[Any],
-        replicas: Replicas,
+        self, replica: str, gateway: DeploymentHandle[Any], models: Sequence[WatchedModel]
     ) -> None:
-        """Prepare for one gateway: ``replica`` is its own id, ``replicas`` are the generator's."""
-        self._model = model
+        """Prepare for one gateway, whose own id is ``replica``.
+
+        What concerns no model has the label of the first one.
+        """
         self._replica = replica
         self._gateway = gateway
-        self._generator = generator
-        self._replicas = replicas
+        self._models = tuple(models)
         self._gathering: asyncio.Task[Sequence[Report]] | None = None
-        GATEWAY_INFO.labels(model, __version__, socket.gethostname()).info({})
+        for model in models:
+            GATEWAY_INFO.labels(model.id, __version__, socket.gethostname()).info({})
 
     def own(self) -> Report:
         """Report the metrics of this replica."""
@@ -64,34 +71,41 @@ class Scraper:
 
     async def _gather(self) -> Sequence[Report]:
         started_at = time.perf_counter()
-        status, generators, gateways = await asyncio.gather(
-            self._replicas.refresh(), _collect(self._generator), _collect(self._gateway)
+        gateways, *generators = await asyncio.gather(
+            _collect(self._gateway), *(_collect_model(model) for model in self._models)
         )
         # Its own report is made here: Serve may not count this replica as running yet.
         own = self.own()
         others = {one.replica: one for one in gateways.answered if one.replica != own.replica}
-        for state, count in status.states.items():
-            REPLICAS.labels(self._model, state).set(count)
-        TARGET_REPLICAS.labels(self._model).set(status.target)
-        for handle, answered, silent in (
-            (
-                self._generator,
-                len(generators.answered),
-                max(generators.called, status.running) - len(generators.answered),
-            ),
-            (self._gateway, 1 + len(others), gateways.called - len(gateways.answered)),
-        ):
-            name = handle.deployment_name
-            SCRAPED.labels(self._model, name, "answered").set(answered)
-            SCRAPED.labels(self._model, name, "silent").set(silent)
-        SCRAPE.labels(self._model).set(time.perf_counter() - started_at)
-        return [report("application", None), own, *others.values(), *generators.answered]
+        default = self._models[0].id
+        silent = gateways.called - len(gateways.answered)
+        _count(default, self._gateway, 1 + len(others), silent)
+        SCRAPE.labels(default).set(time.perf_counter() - started_at)
+        engines = [one for answers in generators for one in answers.answered]
+        return [report("application", None), own, *others.values(), *engines]
 
 
 @dataclass(frozen=True)
 class _Answers:
     answered: list[Report]
     called: int
+
+
+async def _collect_model(model: WatchedModel) -> _Answers:
+    """Call every running replica of a model, and set its metrics of the application."""
+    status, answers = await asyncio.gather(model.replicas.refresh(), _collect(model.generator))
+    for state, count in status.states.items():
+        REPLICAS.labels(model.id, state).set(count)
+    TARGET_REPLICAS.labels(model.id).set(status.target)
+    silent = max(answers.called, status.running) - len(answers.answered)
+    _count(model.id, model.generator, len(answers.answered), silent)
+    return answers
+
+
+def _count(model: str, deployment: DeploymentHandle[Any], answered: int, silent: int) -> None:
+    name = deployment.deployment_name
+    SCRAPED.labels(model, name, "answered").set(answered)
+    SCRAPED.labels(model, name, "silent").set(silent)
 
 
 async def _collect(deployment: DeploymentHandle[Any]) -> _Answers:

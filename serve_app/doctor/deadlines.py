@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from serve_app.config.deployment_names import GATEWAY
 from serve_app.config.models import parse_app_config
 from serve_app.config.serve_file import IMPORT_PATH
 from serve_app.deadlines import graceful_shutdown_timeouts_s, longest_requests_s
@@ -136,14 +137,14 @@ def _replicas(application: Mapping[str, Any]) -> Iterator[tuple[str, Link, Link]
     """Yield each deployment's name, longest request and grace of its replicas."""
     config = parse_app_config(application.get("args") or {})
     longest_s, graces_s = longest_requests_s(config), graceful_shutdown_timeouts_s(config)
-    limits = {"Generator": "max_deadline_s", "Gateway": "max_hold_s and max_deadline_s"}
     overrides = {one.get("name"): one for one in mappings(application.get("deployments"))}
     for name, seconds in longest_s.items():
+        limits = "max_hold_s and max_deadline_s" if name == GATEWAY else "max_deadline_s"
         field = f"{_CONFIG}: graceful_shutdown_timeout_s of {name}"
         given = mapping(overrides.get(name)).get("graceful_shutdown_timeout_s", graces_s[name])
         yield (
             name,
-            Link(f"the longest request ({limits[name]})", f"{_CONFIG}: {limits[name]}", seconds),
+            Link(f"the longest request ({limits})", f"{_CONFIG}: {limits}", seconds),
             Link(
                 f"graceful_shutdown_timeout_s of {name}",
                 field,

@@ -2,12 +2,13 @@
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pynvml
 
+from serve_app.config.deployment_names import GENERATOR
 from serve_app.config.environment import machine_environment
 from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import ModelConfig
@@ -30,6 +31,8 @@ class Wanted:
     """GPUs that a replica requests from Ray."""
     cpu: bool
     """True where no GPU is expected: a laptop, the head, the gateway."""
+    deployment: str = GENERATOR
+    """Name of the deployment."""
 
 
 def this_place() -> Place:
@@ -49,18 +52,40 @@ def look(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
         yield ok("gpu", "no GPU is expected (--cpu)")
     else:
         yield from _check_gpus(wanted, place, nvml)
-    if wanted.cpu and wanted.num_gpus:
-        yield ok("memory", f"{wanted.model.id} runs on GPUs, which are elsewhere")
-    else:
-        if wanted.cpu:
-            yield from _check_model(wanted, "memory", read_memory())
-        yield check_disk(wanted.model)
+    yield from _check_memory_and_disk(wanted)
     yield check_temporary_disk(Path(tempfile.gettempdir()))
     yield check_shared_memory(read_memory()[0], place)
     yield check_packages()
     yield check_ray_cluster(place)
     if place.container:
         yield check_probes(place)
+
+
+def look_at_another(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
+    """Run the checks that depend on the model, after `look` for another one of the same config.
+
+    Each finding names the model. The memory of a CPU is compared with each model alone.
+    """
+    found: list[Finding] = []
+    if not wanted.cpu:
+        try:
+            _, there = gpus.read(nvml)
+        except pynvml.NVMLError:
+            return  # `look` explains it
+        if gpus.check_visible(there, place) is not None:
+            return
+        found = [_check_replica(wanted, there), *_check_gpu_memory(wanted, there)]
+    for finding in (*found, *_check_memory_and_disk(wanted)):
+        yield replace(finding, check=f"{wanted.model.id}: {finding.check}")
+
+
+def _check_memory_and_disk(wanted: Wanted) -> Iterator[Finding]:
+    if wanted.cpu and wanted.num_gpus:
+        yield ok("memory", f"{wanted.model.id} runs on GPUs, which are elsewhere")
+        return
+    if wanted.cpu:
+        yield from _check_model(wanted, "memory", read_memory())
+    yield check_disk(wanted.model)
 
 
 def _check_gpus(wanted: Wanted, place: Place, nvml: Any) -> Iterator[Finding]:
@@ -79,6 +104,10 @@ def _check_gpus(wanted: Wanted, place: Place, nvml: Any) -> Iterator[Finding]:
     if torch is not None and torch.cuda is not None:
         yield driver.check_driver(installed, torch.cuda)
         yield driver.try_kernel()
+    yield from _check_gpu_memory(wanted, found)
+
+
+def _check_gpu_memory(wanted: Wanted, found: list[Gpu]) -> Iterator[Finding]:
     # Ray may give a replica any GPU: the smallest must suffice.
     usable = [gpu.usable_bytes for gpu in found]
     known = [sizes for sizes in usable if sizes is not None]
@@ -89,7 +118,7 @@ def _check_gpus(wanted: Wanted, place: Place, nvml: Any) -> Iterator[Finding]:
 def _check_replica(wanted: Wanted, found: list[Gpu]) -> Finding:
     devices = sum(len(gpu.instances) if gpu.mig else 1 for gpu in found)
     request = f"a replica requests {wanted.num_gpus:g} GPUs, this machine has {devices}"
-    setting = "ray_actor_options.num_gpus of the deployment Generator"
+    setting = f"ray_actor_options.num_gpus of the deployment {wanted.deployment}"
     if wanted.num_gpus == 0:
         return warning(
             "replica",

@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from serve_app.config.models import SpeedConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.device import check_device, clear_frames, free_memory, is_out_of_memory

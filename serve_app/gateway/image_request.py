@@ -4,7 +4,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.config.models import Acceleration
+from serve_app.config.speed import Acceleration
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.openai_fields import REJECTED, hint_warnings
 from serve_app.protocol.images import Encoding, ImageFormat

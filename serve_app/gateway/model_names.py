@@ -1,4 +1,4 @@
-"""The names by which clients may ask for the model."""
+"""The names by which clients may ask for a model."""
 
 from fnmatch import fnmatchcase
 
@@ -7,23 +7,47 @@ from serve_app.errors import ModelNotFound
 
 
 class ModelNames:
-    """The served model's own name, its aliases, and others if any name is accepted."""
+    """The names of the models, their aliases, and others if any name is accepted."""
 
     def __init__(self, config: AppConfig) -> None:
-        self._own = config.model.id
-        self._aliases = tuple(config.gateway.model_aliases)
+        self._ids = config.ids
+        self._aliases = config.gateway.model_aliases
         self._any = config.gateway.any_model
 
     def check(self, name: str) -> tuple[str, ...]:
         """Return a warning if the name is only accepted as every name is.
 
         Raises:
-            ModelNotFound: naming the model that is here.
+            ModelNotFound: naming the models that are here.
         """
-        if name == self._own or any(fnmatchcase(name, alias) for alias in self._aliases):
+        model = self.resolve(name)
+        if self._known(name) is not None:
             return ()
-        shown = name[:100]
+        return (f"model is {name[:100]!r}; the model here is {model!r}.",)
+
+    def resolve(self, name: str) -> str:
+        """Return the id of the model that a name means.
+
+        An alias without ``*`` goes before one with it, and else the first one that fits. A name
+        that is only accepted as every name is means the first model.
+
+        Raises:
+            ModelNotFound: naming the models that are here.
+        """
+        found = self._known(name)
+        if found is not None:
+            return found
         if self._any:
-            return (f"model is {shown!r}; the model here is {self._own!r}.",)
+            return self._ids[0]
+        here = ", ".join(map(repr, self._ids))
         aliases = f", also as {', '.join(map(repr, self._aliases))}" if self._aliases else ""
-        raise ModelNotFound(f"no model {shown!r} here; there is {self._own!r}{aliases}.", "model")
+        are = "is" if len(self._ids) == 1 else "are"
+        raise ModelNotFound(f"no model {name[:100]!r} here; there {are} {here}{aliases}.", "model")
+
+    def _known(self, name: str) -> str | None:
+        if name in self._ids:
+            return name
+        if name in self._aliases:
+            return self._aliases[name]
+        fitting = (one for alias, one in self._aliases.items() if fnmatchcase(name, alias))
+        return next(fitting, None)

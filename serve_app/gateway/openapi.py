@@ -35,9 +35,11 @@ _FILE = {"type": "string", "format": "binary"}
 
 def described(config: AppConfig) -> str:
     """Write the description's introduction."""
+    models = ", ".join(f"`{name}`" for name in config.ids)
     return (
-        f"Generates images with the model `{config.model.id}`. The API is OpenAI's images API: use "
-        "any of its clients, with this server's address and `/v1` as base URL.\n\n"
+        f"Generates images with the {'models' if config.models else 'model'} {models}. The API is "
+        "OpenAI's images API: use any of its clients, with this server's address and `/v1` as base "
+        "URL.\n\n"
         "If the server has API keys, send one as `Authorization: Bearer KEY`. Every error has the "
         'body `{"error": {"message", "type", "param", "code"}}`. Every response has the header '
         "`x-request-id`."

@@ -1,10 +1,11 @@
 """The outcome of every image request: one line in the log, and its metrics."""
 
 import functools
+import itertools
 import logging
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -38,6 +39,8 @@ class RequestRecord:
 
     request_id: str
     received_at: float = field(default_factory=time.perf_counter)
+    model: str = ""
+    """Name of its model: the default one until another is chosen."""
     principal: str = NOBODY
     """Name of its key."""
     priority: Priority = "interactive"
@@ -143,13 +146,27 @@ def request_id(scope: Scope) -> str:
     return Headers(scope=scope).get("x-request-id", "none")[:200]
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """The durations of one model's requests."""
+
+    request: Histogram
+    first_partial: Histogram
+    parts: Mapping[str, Histogram]
+
+    @classmethod
+    def of(cls, model: str) -> "_Measured":
+        parts = {part: REQUEST_PART.labels(model, part) for part in PARTS}
+        return cls(REQUEST.labels(model), FIRST_PARTIAL.labels(model), parts)
+
+
 class RequestLog:
     """ASGI middleware that keeps a `RequestRecord` of each image request until its last byte."""
 
     def __init__(
         self,
         app: ASGIApp,
-        model: str,
+        models: Sequence[str],
         paths: Collection[str],
         log_prompts: bool = False,
         principals: Iterable[tuple[str, Priority]] = (),
@@ -158,23 +175,20 @@ class RequestLog:
 
         Args:
             app: the next ASGI application.
-            model: value of the metrics' label.
+            models: names of the models, for the metrics' label. A request counts for the first
+                one until its own is known.
             paths: paths of image requests, as routes have them.
             log_prompts: write prompts to the log.
             principals: names and priorities of the keys that are known now.
         """
         self._app = app
-        self._model = model
+        self._models = tuple(models)
         self._paths = frozenset(paths)
         self._log_prompts = log_prompts
-        self._request = REQUEST.labels(model)
-        self._first_partial = FIRST_PARTIAL.labels(model)
-        self._parts: dict[str, Histogram] = {
-            part: REQUEST_PART.labels(model, part) for part in PARTS
-        }
+        self._measured = {model: _Measured.of(model) for model in models}
         self._open: set[RequestRecord] = set()
-        for priority in get_args(Priority):
-            count = functools.partial(self._count_open, priority)
+        for model, priority in itertools.product(models, get_args(Priority)):
+            count = functools.partial(self._count_open, model, priority)
             OPEN_REQUESTS.labels(model, priority).set_function(count)
         self._known: set[tuple[str, Priority]] = set()
         for principal, priority in [(NOBODY, RequestRecord.priority), *principals]:
@@ -188,7 +202,7 @@ class RequestLog:
         ):
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(request_id(scope))
+        record = RequestRecord(request_id(scope), model=self._models[0])
         scope.setdefault("state", {})["record"] = record
         self._open.add(record)
         try:
@@ -201,32 +215,36 @@ class RequestLog:
             self._count(record)
             self._log(record)
 
-    def _count_open(self, priority: Priority) -> float:
-        return sum(record.priority == priority for record in tuple(self._open))
+    def _count_open(self, model: str, priority: Priority) -> float:
+        return sum(
+            (record.model, record.priority) == (model, priority) for record in tuple(self._open)
+        )
 
     def _expect(self, principal: str, priority: Priority) -> None:
         """Create a principal's counters at 0.
 
         To Prometheus, a counter that first appears with a failure has not risen. Each key has 18
-        series, 2 kB of each gateway replica's report: 50 keys and 4 replicas make 0.4 MB.
+        series for each model, 2 kB of each gateway replica's report: 50 keys and 4 replicas make
+        0.4 MB a model.
         """
         if (principal, priority) not in self._known:
             self._known.add((principal, priority))
-            for outcome in OUTCOMES:
-                REQUESTS.labels(self._model, principal, priority, outcome)
+            for model, outcome in itertools.product(self._models, OUTCOMES):
+                REQUESTS.labels(model, principal, priority, outcome)
 
     def _count(self, record: RequestRecord) -> None:
         self._expect(record.principal, record.priority)  # a key that was added later
-        REQUESTS.labels(self._model, record.principal, record.priority, record.outcome).inc()
+        REQUESTS.labels(record.model, record.principal, record.priority, record.outcome).inc()
+        measured = self._measured[record.model]
         plain = _EXEMPLAR.fullmatch(record.request_id)
         exemplar = {"request_id": record.request_id} if plain else None
         if record.first_partial_s is not None:
-            self._first_partial.observe(record.first_partial_s, exemplar)
+            measured.first_partial.observe(record.first_partial_s, exemplar)
         if record.outcome == "completed" and record.timings is not None:
             timings = record.timings.until(record.age_s)
-            self._request.observe(timings.total_s, exemplar)
+            measured.request.observe(timings.total_s, exemplar)
             for part, seconds in timings.parts().items():
-                self._parts[part].observe(seconds, exemplar)
+                measured.parts[part].observe(seconds, exemplar)
 
     def _log(self, record: RequestRecord) -> None:
         """Log the request as text, and as fields for JSON logs. Prompts are left out by default."""
@@ -236,6 +254,8 @@ class RequestLog:
             "priority": record.priority,
             "outcome": record.outcome,
         }
+        if len(self._models) > 1:
+            fields["model"] = record.model
         end_user = ""
         if record.end_user is not None:
             fields["safety_identifier"] = record.end_user
@@ -250,7 +270,10 @@ class RequestLog:
                 "images": count,
             }
             many = f"{count} images, " if count > 1 else ""
-            what = " {size}, {steps} steps, {many}seed {seed}:".format(**fields, many=many)
+            several = f" {record.model}," if len(self._models) > 1 else ""
+            what = several + " {size}, {steps} steps, {many}seed {seed}:".format(
+                **fields, many=many
+            )
         if record.traceparent:
             fields["trace_id"] = record.traceparent.split("-")[1]
         age_s = record.age_s

@@ -1,11 +1,9 @@
 """The endpoints. They reach the generator only through a `GenerationBackend`."""
 
 import asyncio
-import time
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
 
-from fastapi import FastAPI, Path, Request
+from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -21,7 +19,8 @@ from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.disconnects import while_connected
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
-from serve_app.gateway.model_names import ModelNames
+from serve_app.gateway.model_list import add_models
+from serve_app.gateway.models import ServedModels
 from serve_app.gateway.openapi import (
     EVENTS,
     complete,
@@ -40,15 +39,12 @@ from serve_app.gateway.schemas import (
     ImagesAnswer,
     ImagesResponse,
     LinksResponse,
-    ModelList,
-    ModelObject,
 )
 from serve_app.gateway.sdapi.routes import IMAGE_TO_IMAGE, TEXT_TO_IMAGE, add_sdapi
 from serve_app.gateway.service import ImageJob, ImageService
 from serve_app.gateway.storage.delivery import FILES, Deliver, Delivery
 from serve_app.gateway.streaming import stream
 from serve_app.protocol.backend import GenerationBackend
-from serve_app.protocol.params import ModelInfo
 
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
@@ -64,7 +60,7 @@ EXPOSED_HEADERS = ("Retry-After", "x-request-id")
 
 def create_api(
     config: AppConfig,
-    backend: GenerationBackend,
+    backends: GenerationBackend | Sequence[GenerationBackend],
     keys: KeyRing,
     gather: Gather = gather_own,
     traced: Callable[[ASGIApp], ASGIApp] | None = None,
@@ -73,15 +69,13 @@ def create_api(
 
     Args:
         config: the whole configuration.
-        backend: generates the images.
+        backends: generate the images: one backend for each model, in the config's order.
         keys: authenticate requests.
         gather: returns the reports for ``/metrics``.
         traced: middleware that traces requests, if they are traced.
     """
-    limits = config.engine.limits
-    started_at = int(time.time())
-    service = ImageService(config, backend)
-    names = ModelNames(config)
+    models = ServedModels(config, backends)
+    limits = models.limits
     delivery = Delivery(config)
     answer = ImagesResponse if delivery.store is None else ImagesResponse | LinksResponse
     api = create_documented("diffusion-serve", __version__, described(config), delivery.lifespan)
@@ -102,7 +96,7 @@ def create_api(
         api.add_middleware(traced)
     api.add_middleware(
         RequestLog,
-        model=config.model.id,
+        models=config.ids,
         paths=(GENERATIONS, EDITS, RESPONSES, *sdapi),
         log_prompts=config.gateway.log_prompts,
         principals=keys.principals,
@@ -119,7 +113,9 @@ def create_api(
     add_error_handlers(api)
     complete(api, with_keys=bool(keys), events=(*EVENTS.values(), *RESPONSE_EVENTS))
 
-    async def respond(request: Request, job: ImageJob, deliver: Deliver) -> ImagesAnswer:
+    async def respond(
+        request: Request, service: ImageService, job: ImageJob, deliver: Deliver
+    ) -> ImagesAnswer:
         async def work() -> ImagesAnswer:
             return await deliver(job, await service.images(job))
 
@@ -137,13 +133,14 @@ def create_api(
         body, ignored = await read_generation(request, config.gateway.unknown_fields)
         deliver = await delivery.chosen(body, request)
         scope = request.scope
+        service = models.choose(body.model, record_of(scope)).service
         job = await service.prepare(
             "image_generation", body, record_of(scope), request.state.principal
         )
         job = job.warned([*ignored, *query_warnings(request)])
         if body.stream:
             return await stream(service, job, scope)
-        return await respond(request, job, deliver)
+        return await respond(request, service, job, deliver)
 
     @api.post(
         EDITS,
@@ -160,6 +157,7 @@ def create_api(
         edit = await read_edit(request, config.gateway.unknown_fields)
         deliver = await delivery.chosen(edit.fields, request)
         scope = request.scope
+        service = models.choose(edit.fields.model, record_of(scope)).service
         job = await service.prepare(
             "image_edit",
             edit.fields,
@@ -171,32 +169,9 @@ def create_api(
         job = job.warned([*edit.warnings, *query_warnings(request)])
         if edit.fields.stream:
             return await stream(service, job, scope)
-        return await respond(request, job, deliver)
+        return await respond(request, service, job, deliver)
 
-    @api.get(
-        "/v1/models",
-        response_description="The served model, as a list of one.",
-        responses=documented(401, 403, 429, 503),
-        tags=["models"],
-    )
-    async def list_models() -> ModelList:
-        """List the models. There is one, the served model."""
-        info = await backend.describe()
-        return ModelList(data=[_model_object(info, started_at)])
-
-    # Model names from the hub have a slash.
-    @api.get(
-        "/v1/models/{model:path}",
-        response_description="The served model.",
-        responses=documented(401, 403, 404, 429, 503),
-        tags=["models"],
-    )
-    async def retrieve_model(
-        model: Annotated[str, Path(description="Name of the model; it may contain slashes.")],
-    ) -> ModelObject:
-        """Return the options and limits of a model."""
-        names.check(model)
-        return _model_object(await backend.describe(), started_at)
+    add_models(api, models)
 
     @api.head("/health", include_in_schema=False)
     @api.get("/health", response_description="The gateway runs.", tags=["health"])
@@ -212,8 +187,11 @@ def create_api(
         tags=["health"],
     )
     async def ready() -> Health:
-        """Check readiness: status 200 if a replica can generate, otherwise 503."""
-        await backend.check_ready()
+        """Check readiness: status 200 if a replica can generate, otherwise 503.
+
+        With several models, one that can generate is enough, or that a request can start from zero.
+        """
+        await models.check_ready()
         return Health()
 
     if delivery.store is not None:
@@ -228,9 +206,9 @@ def create_api(
         text, media_type = await asyncio.to_thread(exposition, await gather(), accept)
         return Response(text, headers={"Content-Type": media_type})
 
-    add_responses(api, config, service)
+    add_responses(api, config, models)
     if config.gateway.sdapi:
-        add_sdapi(api, config, service, backend)
+        add_sdapi(api, config, models)
 
     if config.gateway.page:
         content, policy = page.render()
@@ -256,40 +234,3 @@ def create_api(
             )
 
     return api
-
-
-def _model_object(info: ModelInfo, created: int) -> ModelObject:
-    limits = info.limits
-    return ModelObject(
-        id=info.id,
-        created=created,
-        pipeline=info.pipeline,
-        tasks=list(info.tasks),
-        default_size=f"{info.default_width}x{info.default_height}",
-        size_multiple=info.size_multiple,
-        max_pixels=limits.max_pixels,
-        max_side=limits.max_side_px,
-        default_steps=info.default_steps,
-        default_acceleration=info.default_acceleration,
-        low_quality_acceleration=info.low_quality_acceleration,
-        max_steps=limits.max_steps,
-        quality_steps=info.quality_steps,
-        max_images=limits.max_images,
-        max_input_images=info.max_input_images,
-        max_prompt_chars=limits.max_prompt_chars,
-        max_deadline_s=limits.max_deadline_s,
-        takes_negative_prompt=info.takes_negative_prompt,
-        schedulers=list(info.noise_schedulers),
-        unavailable_schedulers={
-            name: dict(reasons) for name, reasons in info.unavailable_noise_schedulers.items()
-        },
-        loras=list(info.loras),
-        partial_loras=dict(info.partial_loras),
-        max_loras=limits.max_loras,
-        safety=info.safety,
-        safety_checker=info.safety_checker,
-        batching="on" if info.sharing == "batched" else "off",
-        batching_difference=info.sharing_difference,
-        batching_psnr_db=info.sharing_psnr_db,
-        batching_note=info.sharing_note,
-    )

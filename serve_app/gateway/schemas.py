@@ -6,8 +6,9 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from serve_app.config.gateway import Safety
-from serve_app.config.models import Acceleration
+from serve_app.config.speed import Acceleration
 from serve_app.gateway.image_request import Quality
+from serve_app.protocol.backend import ModelState
 from serve_app.protocol.events import GENERATION_PARTS, DenoiserCalls
 from serve_app.protocol.images import ImageFormat
 from serve_app.protocol.params import Task
@@ -215,19 +216,33 @@ class ProgressEvent(BaseModel):
     eta_s: float = Field(description="Predicted seconds until the image is done.")
 
 
-class ModelObject(BaseModel):
-    """The served model: OpenAI's fields, then its options and limits."""
+class ModelSummary(BaseModel):
+    """A model by its configuration: OpenAI's fields, its state, and its limits."""
 
     id: str = Field(description="Name of the model in requests.")
     object: Literal["model"] = Field("model", description="Always `model`.")
     created: int = Field(description="Unix time of the gateway's start, in seconds.")
     owned_by: str = Field("diffusion-serve", description="Always `diffusion-serve`.")
+    state: ModelState = Field(
+        description="`running`: a replica can generate. `starting`: none can yet. `at_zero`: there "
+        "is no replica, and a request starts one. `failed`: the last start failed."
+    )
+    max_pixels: int = Field(description="Largest width times height.")
+    max_side: int = Field(description="Largest width and height, in pixels.")
+    max_steps: int = Field(description="Largest `num_inference_steps`.")
+    max_images: int = Field(description="Largest `n`.")
+    max_prompt_chars: int = Field(description="Longest prompt, in characters.")
+    max_deadline_s: float = Field(description="Longest `deadline_s`.")
+    max_loras: int = Field(description="Most LoRA adapters of one request.")
+
+
+class ModelObject(ModelSummary):
+    """A model that a replica has loaded: OpenAI's fields, then its options and limits."""
+
     pipeline: str = Field(description="Class of the diffusers pipeline.")
     tasks: list[str] = Field(description="`text-to-image`, `image-to-image`, `inpainting`.")
     default_size: str = Field(description="Size of requests that set none, as WIDTHxHEIGHT.")
     size_multiple: int = Field(description="Width and height must be multiples of it.")
-    max_pixels: int = Field(description="Largest width times height.")
-    max_side: int = Field(description="Largest width and height, in pixels.")
     default_steps: int = Field(description="Denoising steps of requests that set none.")
     default_acceleration: Acceleration = Field(
         description="`acceleration` of requests that set none."
@@ -236,12 +251,8 @@ class ModelObject(BaseModel):
         description="`acceleration` of requests of `quality: low` that set neither it nor "
         "`num_inference_steps`; `none` if they make fewer steps instead."
     )
-    max_steps: int = Field(description="Largest `num_inference_steps`.")
     quality_steps: dict[Quality, int] = Field(description="Denoising steps of each `quality`.")
-    max_images: int = Field(description="Largest `n`.")
     max_input_images: int = Field(description="Most input images of an edit; 0 without edits.")
-    max_prompt_chars: int = Field(description="Longest prompt, in characters.")
-    max_deadline_s: float = Field(description="Longest `deadline_s`.")
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
     schedulers: list[str] = Field(
         description="Noise schedulers for `scheduler`, in at least one task."
@@ -252,7 +263,6 @@ class ModelObject(BaseModel):
     )
     loras: list[str] = Field(description="LoRA adapters for `lora`.")
     partial_loras: dict[str, str] = Field(description="Adapters that fit in part: the used share.")
-    max_loras: int = Field(description="Most LoRA adapters of one request.")
     safety: Safety = Field(
         description="Treatment of images that the safety checker flags: `flag` names them in the "
         "response, `block` fails the request, `off` checks none."
@@ -281,6 +291,16 @@ class ModelList(BaseModel):
 
     object: Literal["list"] = Field("list", description="Always `list`.")
     data: list[ModelObject] = Field(description="The served model.")
+
+
+class SeveralModels(BaseModel):
+    """The response of ``GET /v1/models`` of a server with several models."""
+
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[ModelObject | ModelSummary] = Field(
+        description="The models, the default one first. A model that no replica has loaded yet has "
+        "only the fields of its configuration."
+    )
 
 
 class Health(BaseModel):

@@ -160,6 +160,8 @@ class RequestTrace:
             return
         record, span = self._record, self._server
         self._ended_s = record.age_s
+        if record.model:  # it may have been chosen since the start
+            span.set_attribute("gen_ai.request.model", record.model)
         span.set_attribute("diffusion_serve.key", record.principal)
         span.set_attribute("diffusion_serve.outcome", record.outcome)
         if record.images:

@@ -43,7 +43,7 @@ UNSERVED = tuple(
 """Outcomes of valid requests that the server failed to serve."""
 
 LABELS = {
-    "model": "`model.id` of the config",
+    "model": "`id` of the model in the config",
     "replica": "Serve's name of the replica that measured it",
     "key": "names of API keys; `anonymous` if no key is required, `none` if no known key was sent",
     "outcome": "`completed` or the error code; `met` or `missed` for deadlines",
@@ -59,7 +59,7 @@ LABELS = {
     "phase": "phase of a start: `load`, `certify`, `preview`, `schedulers`, `measure`, `compile`",
     "diffusion_serve_sharing": "mode: `batched`, `interleaved`, `sequential`; the metric is 1 "
     "for the mode in use",
-    "deployment": "`Generator` or `Gateway`",
+    "deployment": "`Generator`, or `Generator-<id>` of several models; `Gateway`",
     "answer": "`answered`: in this response; `silent`: running, and did not report",
     "version": "version of diffusion-serve",
     "node": "host name of the machine; in Kubernetes, that of the pod",

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from serve_app.autoscaling.params import BOUNDS, read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config.serve_file import foreign_policy, policy_kwargs, read_autoscaling
+from serve_app.config.serve_file import choose_generator, foreign_policy, policy_kwargs
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.errors import ConfigError
 from serve_app.planner.trace import Trace, drawn, parse_mix, poisson, read_arrivals
@@ -43,13 +43,13 @@ def read_costs(path: Path, max_batch_size: int) -> CostModel:
     return costs
 
 
-def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
-    """Read the scaling parameters of ``Generator`` from the config; the default is one replica.
+def read_scaling(path: Path, max_replicas: int | None, model: str | None = None) -> ScalingParams:
+    """Read the scaling parameters of a model's deployment; the default is one replica.
 
     Raises:
         ConfigError: if the file, its bounds or the policy's arguments are wrong.
     """
-    autoscaling = read_autoscaling(path, "Generator")[0]
+    autoscaling = choose_generator(path, model).autoscaling
     fewest, most = _bounds(autoscaling)
     if not (isinstance(fewest, int) and isinstance(most, int)):
         raise ConfigError(f"{path}: {' and '.join(BOUNDS)} must be whole numbers.")
@@ -62,9 +62,10 @@ def read_scaling(path: Path, max_replicas: int | None) -> ScalingParams:
         raise ConfigError(f"{path}: {error}.") from None
 
 
-def not_simulated(path: Path) -> list[str]:
-    """List the settings of ``Generator`` that `read_scaling` does not cover."""
-    autoscaling = read_autoscaling(path, "Generator")[0]
+def not_simulated(path: Path, model: str | None = None) -> list[str]:
+    """List the settings of a model's deployment that `read_scaling` does not cover."""
+    generator = choose_generator(path, model)
+    autoscaling = generator.autoscaling
     notes = []
     fewest, most = _bounds(autoscaling)
     other = foreign_policy(autoscaling)
@@ -72,8 +73,8 @@ def not_simulated(path: Path) -> list[str]:
         other = "Ray Serve's default policy"
     if other is not None:
         notes.append(
-            f"it scales Generator by {other}. The row 'by work, as configured' is this project's "
-            "policy with its defaults, within those bounds."
+            f"it scales {generator.deployment} by {other}. The row 'by work, as configured' is "
+            "this project's policy with its defaults, within those bounds."
         )
     notes += [
         f"autoscaling_config.{name} is not simulated."

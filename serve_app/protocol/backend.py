@@ -1,11 +1,15 @@
 """The interface between the gateway and the generator."""
 
 from collections.abc import AsyncGenerator
-from typing import Protocol
+from typing import Literal, Protocol
 
 from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
+
+ModelState = Literal["running", "starting", "at_zero", "failed"]
+"""State of a model's replicas together: ``running`` if one runs, ``failed`` if none runs and the
+last start failed, ``at_zero`` if there is none because no request needs one."""
 
 GenerationEvent = Queued | Progress | PartialImage | Timeline | EncodedImage
 
@@ -44,4 +48,13 @@ class GenerationBackend(Protocol):
 
     async def check_ready(self) -> None:
         """Raise `Unavailable` unless a replica can generate now."""
+        ...
+
+    async def state(self) -> ModelState:
+        """Return the state of the replicas, without starting or waiting for one."""
+        ...
+
+    @property
+    def known(self) -> ModelInfo | None:
+        """The description of the model, if a replica has given it yet."""
         ...

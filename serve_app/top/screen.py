@@ -7,6 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from serve_app.config.deployment_names import GATEWAY
 from serve_app.metrics.application import REPLICAS, SCRAPED, TARGET_REPLICAS
 from serve_app.metrics.engine import (
     ARRIVING,
@@ -212,6 +213,12 @@ def _row(snapshot: Snapshot, replica: str) -> list[str | Text]:
     ]
 
 
+def _silent_generators(snapshot: Snapshot) -> float:
+    """Return the number of generator replicas, of all models, that did not report."""
+    everyone = snapshot.now.total(SCRAPED, answer="silent") or 0.0
+    return everyone - (snapshot.now.total(SCRAPED, deployment=GATEWAY, answer="silent") or 0.0)
+
+
 def _table(snapshot: Snapshot, width: int, lines: int | None) -> Table:
     """Build the table of replicas, with at most ``lines`` lines below the column names."""
     table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
@@ -227,7 +234,7 @@ def _table(snapshot: Snapshot, width: int, lines: int | None) -> Table:
         for state, count in snapshot.now.by("state", REPLICAS).items()
         if count and state not in ("running", "stopped")
     ]
-    if silent := snapshot.now.total(SCRAPED, deployment="Generator", answer="silent"):
+    if silent := _silent_generators(snapshot):
         others.append(Text(f"{silent:.0f} silent", "bold red"))
     replicas = _answering(snapshot)
     shown = len(replicas)

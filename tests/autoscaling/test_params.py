@@ -4,7 +4,7 @@ import pytest
 
 from serve_app.autoscaling.params import read_scaling_params
 from serve_app.autoscaling.policy import ScalingParams
-from serve_app.config.serve_file import policy_kwargs, read_autoscaling
+from serve_app.config.serve_file import policy_kwargs, read_generators
 from serve_app.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ def test_an_error_names_the_parameter(given: dict[str, object], words: str) -> N
 
 def test_the_shipped_config_repeats_the_defaults() -> None:
     path = Path(__file__).parents[2] / "configs" / "sdxl.yaml"
-    [autoscaling] = read_autoscaling(path, "Generator")
-    given = policy_kwargs(autoscaling)
+    [generator] = read_generators(path)
+    given = policy_kwargs(generator.autoscaling)
     assert given
     assert read_scaling_params(given) == ScalingParams()

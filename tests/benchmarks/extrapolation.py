@@ -32,7 +32,8 @@ import torch
 import typer
 from torch import Tensor
 
-from serve_app.config.models import Acceleration, AccelerationConfig, EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
+from serve_app.config.speed import Acceleration, AccelerationConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import psnr_db

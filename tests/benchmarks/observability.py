@@ -304,7 +304,7 @@ def request_s(tracing: Tracing | None = None, times: int = 2_000) -> float:
 
     async def mean_s() -> float:
         watched = app if tracing is None else tracing.middleware(app)
-        recorder: Any = RequestLog(watched, "observed", ["/v1/images/generations"])
+        recorder: Any = RequestLog(watched, ["observed"], ["/v1/images/generations"])
         waited: Any = None
         started_at = time.perf_counter()
         for _ in range(times):

@@ -19,7 +19,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from serve_app.config.models import ModelConfig, SpeedConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.speed import compiled, compiling
 from serve_app.engine.startup.comparison import psnr_db

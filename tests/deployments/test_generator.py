@@ -30,7 +30,7 @@ from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.gateway.schemas import PARTS
 from serve_app.metrics.gateway import REQUESTS
-from serve_app.protocol.backend import GenerationEvent
+from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import GenerationParams, ModelInfo
 from tests.conftest import DEMO, FIFO
@@ -98,6 +98,14 @@ class Replica:
 
     async def check_ready(self) -> None:
         await self.describe()
+
+    async def state(self) -> ModelState:
+        return "running"
+
+    @property
+    def known(self) -> ModelInfo | None:
+        info: ModelInfo = self._generator._engine.info
+        return info
 
 
 @contextmanager

@@ -4,8 +4,11 @@ import pytest
 
 from serve_app.deployments.replicas import Replicas
 from tests.fakes.serve_handle import Growing
+from tests.fakes.serve_status import always, deployment_status, replica
 
 pytestmark = pytest.mark.anyio
+
+FAILED = "REPLICA_STARTUP_FAILED"
 
 
 async def test_a_start_is_measured_only_if_its_end_is_observed(growing: Growing) -> None:
@@ -35,3 +38,25 @@ async def test_the_expected_rest_of_an_overdue_start_grows(
         status.observe(await growing(), now + age_s).ready_in_s for age_s in (30, 81, 90, 120, 300)
     ]
     assert estimates_s == [60.0, 9.0, 18.0, 48.0, 228.0]
+
+
+def test_the_state_follows_from_the_replicas_and_the_last_start() -> None:
+    status = Replicas(always(None))
+    seen = []
+    for replicas, target, trigger in (
+        ([], 0, "CONFIG_UPDATE_COMPLETED"),
+        ([], 1, "AUTOSCALING"),  # waits for a node
+        ([replica("a", "STARTING")], 1, "AUTOSCALING"),
+        ([], 1, FAILED),
+        ([], 0, "DOWNSCALE_COMPLETED"),  # Serve forgets the failure, with no request left
+        ([replica("b", "STARTING")], 1, "AUTOSCALING"),
+        ([replica("b")], 1, "UPSCALE_COMPLETED"),
+        ([replica("b"), replica("c", "STARTING")], 2, "AUTOSCALING"),
+        ([replica("b", "STOPPING")], 0, "AUTOSCALING"),
+    ):
+        details = deployment_status(*replicas, target=target, trigger=trigger)
+        seen.append(status.observe(details, 1e9).state)
+    assert seen == [
+        "at_zero", "starting", "starting", "failed", "failed", "starting", "running", "running",
+        "at_zero",
+    ]  # fmt: skip

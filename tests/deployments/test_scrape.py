@@ -12,7 +12,7 @@ from ray.serve.exceptions import DeploymentUnavailableError
 
 from serve_app.deployments import scrape
 from serve_app.deployments.replicas import Replicas
-from serve_app.deployments.scrape import Scraper
+from serve_app.deployments.scrape import Scraper, WatchedModel
 from serve_app.metrics.export import Report
 from serve_app.metrics.registry import APPLICATION
 from tests.fakes.serve_status import always, deployment_status, replica
@@ -64,7 +64,8 @@ def status_of(*states: str) -> Callable[[], Any]:
 
 
 def scraper_of(gateway: Any, generator: Any, *states: str) -> Scraper:
-    return Scraper("scraped", "own", gateway, generator, Replicas(status_of(*states)))
+    model = WatchedModel("scraped", generator, Replicas(status_of(*states)))
+    return Scraper("own", gateway, [model])
 
 
 def counted(name: str, **labels: str) -> float | None:
@@ -119,3 +120,28 @@ async def test_a_cancelled_scrape_does_not_cancel_the_others() -> None:
     impatient.cancel()
     assert [one.replica for one in await patient] == [None, "own", "a"]
     assert generator.calls == 1
+
+
+async def test_each_of_several_models_has_its_replicas() -> None:
+    watched = [
+        WatchedModel(name, Handle(f"Generator-{name}", *reports), Replicas(status_of(*states)))
+        for name, reports, states in (
+            ("first", [Report("a", []), Report("b", [])], ["RUNNING", "RUNNING"]),
+            ("second", [], ["STARTING"]),
+        )
+    ]
+    reports = await Scraper("own", Handle("Gateway"), watched).gather()
+    assert [one.replica for one in reports] == [None, "own", "a", "b"]
+
+    def value(name: str, model: str, **labels: str) -> float | None:
+        return APPLICATION.get_sample_value(f"diffusion_serve_{name}", {"model": model, **labels})
+
+    assert value("replicas", "first", state="running") == 2
+    assert value("replicas", "second", state="running") == 0
+    assert value("replicas", "second", state="starting") == 1
+    for model, answered in (("first", 2), ("second", 0)):
+        deployment = f"Generator-{model}"
+        found = value("scraped_replicas", model, deployment=deployment, answer="answered")
+        assert found == answered
+    assert value("scraped_replicas", "first", deployment="Gateway", answer="answered") == 1
+    assert value("scraped_replicas", "second", deployment="Gateway", answer="answered") is None

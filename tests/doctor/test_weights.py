@@ -8,7 +8,8 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save_file
 
-from serve_app.config.models import ModelConfig, SpeedConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.doctor.weights import Component, find_folder, needed_bytes, read_components
 from serve_app.errors import ModelLoadError
 

@@ -13,7 +13,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from serve_app.config.models import ModelConfig, SpeedConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.batching.padding import SHORTEST_BUCKET
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics

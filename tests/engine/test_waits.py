@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from serve_app.config.models import AccelerationConfig, EngineConfig, ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
+from serve_app.config.speed import AccelerationConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS
 from serve_app.engine.model.pipeline import LoadedPipeline

@@ -7,7 +7,7 @@ from PIL import Image
 
 from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
 from serve_app.errors import Overloaded, Unavailable
-from serve_app.protocol.backend import GenerationEvent
+from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.events import DenoiserCalls, GenerationTimings, Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
@@ -70,6 +70,9 @@ class FakeBackend:
         self.error: Exception | None = None
         self.error_in_the_middle: Exception | None = None
         self.ready = True
+        self.replicas: ModelState = "running"
+        """State of its replicas."""
+        self.known: ModelInfo | None = None
         self.overloaded = False
         self.timings = GenerationTimings(0.25, 0.0625, 1.0, 0.125)
         """Reported timings."""
@@ -129,8 +132,12 @@ class FakeBackend:
         await self.check_ready()
         if self.overloaded:
             raise Overloaded("too many requests are waiting")
+        self.known = self.info
         return self.info
 
     async def check_ready(self) -> None:
         if not self.ready:
             raise Unavailable("no replica is ready yet")
+
+    async def state(self) -> ModelState:
+        return self.replicas

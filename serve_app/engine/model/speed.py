@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from serve_app.config.models import SpeedConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.batching.batch import BatchSpec, MergeableCall, prepare
 from serve_app.engine.batching.rendezvous import Job, Rendezvous
 from serve_app.engine.device import is_out_of_memory

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve_app.config.models import EngineConfig, SpeedConfig
+from serve_app.config.models import EngineConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.batching.axis_json import NotWritable
 from serve_app.engine.batching.batch import BatchSpec, prepare
 from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous

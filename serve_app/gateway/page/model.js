@@ -10,7 +10,10 @@ export let tasks = [];
 // True unless the server sends no previews, because it blocks flagged images.
 export let previews = true;
 
-// Describe the model, and wait while it is loading.
+// Name of the model in requests; empty where the server has one model only.
+export let modelName = "";
+
+// Describe the model, and wait while it is loading. Of several, show the first that has run.
 export async function learnModel() {
   byId("enter-key").hidden = true;
   for (;;) {
@@ -18,9 +21,16 @@ export async function learnModel() {
       const response = await call("v1/models", {}, () => {
         byId("model").textContent = "The model is loading …";
       });
-      const { data: [model] } = await response.json();
-      showModel(model);
-      return;
+      const { data: models } = await response.json();
+      const model = models.find((one) => one.tasks);
+      if (model) {
+        modelName = models.length > 1 ? model.id : "";
+        showModel(model);
+        return;
+      }
+      const states = models.map((one) => `${one.id}: ${one.state}`).join(", ");
+      byId("model").textContent = `No model has run yet (${states}).`;
+      await pause(3);
     } catch (error) {
       byId("model").textContent = error.message;
       if (error instanceof KeyDeclined) {

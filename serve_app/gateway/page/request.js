@@ -1,7 +1,7 @@
 // A request: from the form, to the form, to the server, and as a curl command.
 
 import { addOption, byId, form } from "./dom.js";
-import { previews } from "./model.js";
+import { modelName, previews } from "./model.js";
 import { call } from "./server.js";
 import { maskFile, removeSource, setStrength, source, startFrom, strength } from "./source.js";
 
@@ -11,7 +11,7 @@ const NUMBERS = ["num_inference_steps", "guidance_scale", "seed", "strength"];
 // Return {fields, image, mask}: all that generates the same image again, except a random seed.
 export async function readForm() {
   await source?.shown;
-  const fields = {};
+  const fields = modelName ? { model: modelName } : {};
   for (const name of [...TEXTS, ...NUMBERS]) {
     const value = form.elements[name].value;
     if (value !== "") fields[name] = NUMBERS.includes(name) ? Number(value) : value;

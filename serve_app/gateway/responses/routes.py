@@ -8,7 +8,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.gateway.disconnects import while_connected
 from serve_app.gateway.errors import documented
 from serve_app.gateway.input_images import in_image_thread
-from serve_app.gateway.model_names import ModelNames
+from serve_app.gateway.models import ServedModels
 from serve_app.gateway.openapi import event_stream
 from serve_app.gateway.parsing import query_warnings, read_json
 from serve_app.gateway.requests_log import record_of
@@ -24,18 +24,17 @@ RESPONSES = "/v1/responses"
 ERRORS = documented(400, 401, 403, 404, 408, 413, 415, 429, 500, 503, 504)
 
 
-def add_responses(api: FastAPI, config: AppConfig, service: ImageService) -> None:
+def add_responses(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     """Add the endpoints of this API."""
-    names = ModelNames(config)
 
-    async def answer(job: ImageJob, begun: Answer) -> ResponseObject:
+    async def answer(service: ImageService, job: ImageJob, begun: Answer) -> ResponseObject:
         return begun.complete(await completed(service, job))
 
     @api.post(
         RESPONSES,
         response_model=ResponseObject,
         responses=event_stream(EVENT_NAMES, EVENTS, "The response") | ERRORS,
-        openapi_extra=request_body(config.engine.limits),
+        openapi_extra=request_body(models.limits),
         tags=["responses"],
     )
     async def create_response(request: Request) -> Response | ResponseObject:
@@ -44,7 +43,9 @@ def add_responses(api: FastAPI, config: AppConfig, service: ImageService) -> Non
         translation = translate(given, config.gateway.unknown_fields)
         warnings = [*translation.warnings, *query_warnings(request)]
         if given.model is not None:
-            warnings += names.check(given.model)
+            warnings += models.names.check(given.model)
+        model = models.choose(given.model, record_of(request.scope))
+        service = model.service
         images: list[bytes] = []
         mask: bytes | None = None
         if translation.image_urls:
@@ -59,10 +60,10 @@ def add_responses(api: FastAPI, config: AppConfig, service: ImageService) -> Non
                 mask,
             )
         job = job.warned(warnings)
-        begun = Answer(given, translation, job, config.model.id)
+        begun = Answer(given, translation, job, model.id)
         if given.stream:
             return await stream(service, job, request.scope, begun)
-        return await while_connected(request, answer(job, begun))
+        return await while_connected(request, answer(service, job, begun))
 
     methods = ["GET", "POST", "DELETE"]
 

@@ -3,7 +3,7 @@
 import base64
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -176,9 +176,9 @@ def loras(model: ModelInfo) -> list[LoraItem]:
     return [LoraItem(name=name, alias=name, path=name, metadata={}) for name in model.loras]
 
 
-def models(model: ModelInfo) -> list[ModelItem]:
-    """List the models. There is one, the served model."""
-    return [ModelItem(title=model.id, model_name=model.id, filename=model.id)]
+def models(ids: Iterable[str]) -> list[ModelItem]:
+    """List the models, the default one first."""
+    return [ModelItem(title=name, model_name=name, filename=name) for name in ids]
 
 
 def progress(overview: Overview) -> ProgressAnswer:

@@ -11,7 +11,7 @@ from typing import Any, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.config.models import Acceleration
+from serve_app.config.speed import Acceleration
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.errors import MOST_SHOWN
 from serve_app.protocol.params import MAX_SEED

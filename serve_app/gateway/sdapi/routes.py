@@ -10,13 +10,14 @@ from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from serve_app.config.models import AppConfig, LimitsConfig
+from serve_app.errors import InvalidRequest
 from serve_app.gateway.data_urls import file_of
 from serve_app.gateway.disconnects import while_connected
 from serve_app.gateway.errors import documented
 from serve_app.gateway.input_images import in_image_thread, read_white_mask
-from serve_app.gateway.model_names import ModelNames
+from serve_app.gateway.models import ServedModel, ServedModels
 from serve_app.gateway.parsing import read_json
-from serve_app.gateway.requests_log import record_of
+from serve_app.gateway.requests_log import RequestRecord, record_of
 from serve_app.gateway.sdapi import answers
 from serve_app.gateway.sdapi.answers import (
     Embeddings,
@@ -38,8 +39,6 @@ from serve_app.gateway.sdapi.fields import (
 )
 from serve_app.gateway.sdapi.running import RunningRequests
 from serve_app.gateway.sdapi.translation import renamed, translate
-from serve_app.gateway.service import ImageService
-from serve_app.protocol.backend import GenerationBackend
 from serve_app.protocol.params import ModelInfo
 
 PREFIX = "/sdapi/v1"
@@ -84,12 +83,13 @@ LIST_ERRORS = _errors(401, 403, 429, 503)
 KEY_ERRORS = _errors(401, 403, 429)
 
 LISTS: tuple[tuple[str, str, Any, Callable[[ModelInfo], Any]], ...] = (
-    ("/sd-models", "The served model, as a list of one.", list[ModelItem], answers.models),
     ("/samplers", "Samplers of the model.", list[SamplerItem], answers.samplers),
     ("/schedulers", "Spacings of noise levels.", list[SchedulerItem], answers.schedulers),
     ("/loras", "LoRA adapters of the model.", list[LoraItem], answers.loras),
 )
 """Paths of lists that follow the model: the description, the type and the content."""
+
+CHECKPOINTS = "The served models, the default one first."
 
 FIXED: tuple[tuple[str, str, Any, Any], ...] = (
     ("/upscalers", "The upscaler that does nothing.", list[UpscalerItem], [UpscalerItem()]),
@@ -102,13 +102,10 @@ FIXED: tuple[tuple[str, str, Any, Any], ...] = (
 """Paths of answers that are always the same: the description, the type and the content."""
 
 
-def add_sdapi(
-    api: FastAPI, config: AppConfig, service: ImageService, backend: GenerationBackend
-) -> None:
+def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     """Add the endpoints of this API."""
     router = APIRouter(prefix=PREFIX, tags=["sdapi"])
-    limits = config.engine.limits
-    names = ModelNames(config)
+    limits = models.limits
     running = RunningRequests()
 
     async def generate(
@@ -118,11 +115,12 @@ def add_sdapi(
         inverted = isinstance(given, ImageToImageRequest) and given.inpainting_mask_invert
 
         async def work() -> answers.GenerationAnswer:
-            model = await backend.describe()
+            chosen = choose(given.override_settings, record)
+            model = await chosen.backend.describe()
             translated = translate(given, model)
             warnings = (*translated.warnings, *check_checkpoint(given.override_settings))
             with renamed():
-                job = await service.prepare(
+                job = await chosen.service.prepare(
                     "image_edit" if images else "image_generation",
                     translated.body,
                     record,
@@ -134,7 +132,7 @@ def add_sdapi(
                 # After the checks of the other API, where only streams have progress.
                 body = job.body.model_copy(update={"progress": True})
                 job = replace(job, body=body, embeds=False).warned(warnings)
-                response = await service.generate_all(job)
+                response = await chosen.service.generate_all(job)
             return await asyncio.to_thread(answers.generated, given, job.images, response, model)
 
         return await while_connected(request, running.run(record, work))
@@ -142,7 +140,12 @@ def add_sdapi(
     def check_checkpoint(settings: Mapping[str, Any]) -> tuple[str, ...]:
         name = settings.get(CHECKPOINT)
         with renamed():
-            return names.check(str(name)) if name else ()
+            return models.names.check(str(name)) if name else ()
+
+    def choose(settings: Mapping[str, Any], record: RequestRecord) -> ServedModel:
+        name = settings.get(CHECKPOINT)
+        with renamed():
+            return models.choose(str(name) if name else None, record)
 
     @router.post(
         "/txt2img",
@@ -174,7 +177,19 @@ def add_sdapi(
     @router.get("/options", response_description="Settings.", responses=LIST_ERRORS)
     async def options() -> answers.Options:
         """Return the settings that clients read."""
-        return answers.Options(sd_model_checkpoint=config.model.id)
+        return answers.Options(sd_model_checkpoint=models.default.id)
+
+    @router.get(
+        "/sd-models",
+        response_description=CHECKPOINTS,
+        responses=LIST_ERRORS,
+        name="sd-models",
+        summary=CHECKPOINTS,
+    )
+    async def checkpoints() -> list[ModelItem]:
+        if len(models) == 1:
+            await models.default.backend.describe()  # clients wait for it here
+        return answers.models(one.id for one in models)
 
     @router.post(
         "/options",
@@ -185,7 +200,15 @@ def add_sdapi(
     async def set_options(request: Request) -> None:
         """Accept the settings that hold anyway. No setting changes."""
         given = await read_json(request, OptionsUpdate)
-        check_checkpoint(given.model_dump(include={CHECKPOINT}))
+        checkpoint = given.sd_model_checkpoint
+        check_checkpoint({CHECKPOINT: checkpoint})
+        if checkpoint and models.find(checkpoint) is not models.default:
+            raise InvalidRequest(
+                f"{CHECKPOINT} is {checkpoint[:100]!r}, and no setting is kept here. Name the "
+                f"model in override_settings.{CHECKPOINT} of each request; those without it go to "
+                f"{models.default.id!r}.",
+                CHECKPOINT,
+            )
         check_settings(given.model_extra or {})
 
     @router.get("/progress", response_description="Progress.", responses=KEY_ERRORS)
@@ -200,7 +223,7 @@ def add_sdapi(
         return {}
 
     async def described(listed: Callable[[ModelInfo], Any]) -> Any:
-        return listed(await backend.describe())
+        return listed(await models.default.backend.describe())
 
     async def fixed(content: Any) -> Any:
         return content

@@ -41,7 +41,7 @@ class Delivery:
             ConfigError: if there cannot be such a store.
         """
         self._config = config.gateway.storage
-        self._model = config.model.id
+        self._model = config.ids[0]
         self.store: ImageStore | None = None
         if self._config.url is not None:
             from serve_app.gateway.storage import store  # an optional dependency

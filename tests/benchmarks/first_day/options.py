@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from serve_app.config.models import SpeedConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.networks import denoisers_of
 from serve_app.engine.model.speed import speed_up

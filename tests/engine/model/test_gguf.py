@@ -16,7 +16,8 @@ from torch import nn
 
 from serve_app.config import checkpoint_files, needed_packages
 from serve_app.config.model_files import check_model_folder
-from serve_app.config.models import ModelConfig, SpeedConfig
+from serve_app.config.models import ModelConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.doctor.weights import read_components
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.fingerprint import of_component

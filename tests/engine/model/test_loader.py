@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines import pipeline_utils
 from torch import Tensor, nn
 
-from serve_app.config.models import ModelConfig, SpeedConfig, parse_app_config
+from serve_app.config.models import ModelConfig, parse_app_config
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.loader import read_pipeline, resolve_device
 from serve_app.engine.model.pipeline import LoadedPipeline

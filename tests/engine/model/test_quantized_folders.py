@@ -13,7 +13,7 @@ from transformers import TorchAoConfig as TextConfig
 
 from serve_app.config import needed_packages
 from serve_app.config.model_files import check_model_folder
-from serve_app.config.models import SpeedConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.doctor.weights import read_components
 from serve_app.engine.model.loader import load_stock
 from serve_app.errors import ConfigError, ModelLoadError

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from serve_app.config.models import EngineConfig, ModelConfig, SpeedConfig, parse_app_config
+from serve_app.config.models import EngineConfig, ModelConfig, parse_app_config
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.batching.batch import MergeableCall
 from serve_app.engine.batching.rendezvous import Call, Rendezvous
 from serve_app.engine.engine import Engine

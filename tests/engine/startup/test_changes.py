@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from serve_app.config.models import SpeedConfig
+from serve_app.config.speed import SpeedConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model import fingerprint
 from serve_app.engine.model.pipeline import LoadedPipeline

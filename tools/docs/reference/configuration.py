@@ -1,5 +1,6 @@
 """The configuration page: the application's keys, the scaling policy's, environment variables."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -33,7 +34,8 @@ def configuration() -> str:
     for path, model in sections():
         rows = list(_rows(path, model))
         if rows:
-            parts += [f"### {code(path)}", prose(model.__doc__ or ""), _fields_table(rows)]
+            heading = [f"### {code(path)}"] if path else []
+            parts += [*heading, prose(model.__doc__ or ""), _fields_table(rows)]
     return "\n\n".join(parts)
 
 
@@ -82,7 +84,10 @@ def _rows(path: str, model: type[BaseModel]) -> Iterator[tuple[str, str, str]]:
             continue
         yield (
             code(f"{path}.{name}" if path else name),
-            value_of(field, name in required),
+            # The entries have no section of their own: the description names their keys.
+            re.sub(
+                r"list of \[\w+\]\(#\w+\)", "list of mappings", value_of(field, name in required)
+            ),
             named(field["description"]),
         )
 

@@ -1,0 +1,122 @@
+"""The models behind this gateway, and how a request finds its own.
+
+Each model has a backend and an `ImageService`, which know no other model.
+"""
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from serve_app.config.models import AppConfig, LimitsConfig
+from serve_app.errors import Overloaded, Unavailable
+from serve_app.gateway.model_names import ModelNames
+from serve_app.gateway.requests_log import RequestRecord
+from serve_app.gateway.service import ImageService
+from serve_app.protocol.backend import GenerationBackend, ModelState
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """One model: what generates its images, and what prepares their requests."""
+
+    config: AppConfig
+    """The configuration with this model alone."""
+    backend: GenerationBackend
+    service: ImageService
+
+    @property
+    def id(self) -> str:
+        """Name of the model in the API."""
+        return self.config.model.id
+
+
+class ServedModels:
+    """The models of one gateway replica, the default one first."""
+
+    def __init__(
+        self, config: AppConfig, backends: GenerationBackend | Sequence[GenerationBackend]
+    ) -> None:
+        """Make a service for each model.
+
+        Args:
+            config: the whole configuration.
+            backends: one backend for each model, in the order of the configuration.
+        """
+        several = backends if isinstance(backends, Sequence) else [backends]
+        self.names = ModelNames(config)
+        self._models = {
+            one.model.id: ServedModel(one, backend, ImageService(one, backend))
+            for one, backend in zip(config.each_model(), several, strict=True)
+        }
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    def __len__(self) -> int:
+        return len(self._models)
+
+    @property
+    def default(self) -> ServedModel:
+        """The model of requests that name none."""
+        return next(iter(self))
+
+    @property
+    def limits(self) -> LimitsConfig:
+        """The largest value of each limit, for what is decided before the model is known."""
+        limits = [one.config.engine.limits for one in self]
+        return LimitsConfig(
+            **{
+                name: max(getattr(one, name) for one in limits)
+                for name in type(limits[0]).model_fields
+            }
+        )
+
+    def find(self, name: str) -> ServedModel:
+        """Return the model that a name means.
+
+        Raises:
+            ModelNotFound: naming the models that are here.
+        """
+        return self._models[self.names.resolve(name)]
+
+    def choose(self, name: str | None, record: RequestRecord) -> ServedModel:
+        """Return the model of a request, and note it in the record.
+
+        The service of the only model checks the name itself, after the request's other fields.
+
+        Raises:
+            ModelNotFound: naming the models that are here.
+        """
+        chosen = self.default if name is None or len(self) == 1 else self.find(name)
+        record.model = chosen.id
+        return chosen
+
+    async def check_ready(self) -> None:
+        """Raise `Unavailable` or `Overloaded` if requests can be served for no model.
+
+        A single model is served if a replica can generate. One of several is also served while it
+        has no replicas because nobody needs one: a request starts it. It is not called here, since
+        that would start it.
+        """
+        if len(self) == 1:
+            await self.default.backend.check_ready()
+            return
+        states = await self._states()
+        running = [one for one in self if states[one.id] == "running"]
+        answers = await asyncio.gather(*map(_is_ready, running))
+        if any(answers) or "at_zero" in states.values():
+            return
+        each = ", ".join(f"{name!r} is {state}" for name, state in states.items())
+        raise Unavailable(f"no model can generate now: {each}; try again later.")
+
+    async def _states(self) -> dict[str, ModelState]:
+        states = await asyncio.gather(*(one.backend.state() for one in self))
+        return dict(zip(self._models, states, strict=True))
+
+
+async def _is_ready(model: ServedModel) -> bool:
+    try:
+        await model.backend.check_ready()
+    except (Unavailable, Overloaded):
+        return False
+    return True

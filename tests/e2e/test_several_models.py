@@ -1,0 +1,115 @@
+"""Several models in one application, on a real Ray cluster: one of them cannot be loaded."""
+
+import base64
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.config.source import DEMO_MODEL_DIR
+from tests.serve_process import demo_config, free_port, serving_config
+from tests.waiting import wait_until
+
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(480)]
+
+FEW_STEPS = 4
+SMALL = {"prompt": "a red circle on a blue background", "seed": 1}
+
+
+def broken_folder(path: Path) -> Path:
+    """Copy the demo with a configuration that does not fit the shapes of its weights.
+
+    Only a replica finds that: the checks before a start do not build networks.
+    """
+    shutil.copytree(DEMO_MODEL_DIR, path)
+    config = path / "unet" / "config.json"
+    content = json.loads(config.read_text())
+    content["cross_attention_dim"] *= 2
+    config.write_text(json.dumps(content))
+    return path
+
+
+def several(port: int, broken: Path) -> dict[str, Any]:
+    config = demo_config(port)
+    [application] = config["applications"]
+    application["args"] = {
+        "models": [
+            {"id": "demo", "default_steps": 20},
+            {"id": "quick", "path": str(DEMO_MODEL_DIR), "default_steps": FEW_STEPS},
+            {"id": "org/broken", "path": str(broken)},
+        ],
+        "engine": application["args"]["engine"],
+        "gateway": {"model_aliases": {"dall-e-*": "quick"}},
+    }
+    names = ("Generator-demo", "Generator-quick", "Generator-org-broken")
+    application["deployments"] = [
+        {"name": name, "ray_actor_options": {"num_gpus": 0, "num_cpus": 0.2}} for name in names
+    ] + [{"name": "Gateway", "ray_actor_options": {"num_cpus": 0.1}}]
+    quick = application["deployments"][1]
+    quick["autoscaling_config"] = {"min_replicas": 0, "max_replicas": 1}
+    return config
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    broken = broken_folder(tmp_path_factory.mktemp("models") / "broken")
+    with serving_config(several(free_port(), broken)) as url:
+        yield url
+
+
+def states(url: str) -> dict[str, str]:
+    listed = httpx.get(f"{url}/v1/models", timeout=20).json()["data"]
+    return {one["id"]: one["state"] for one in listed}
+
+
+def generate(url: str, **fields: object) -> httpx.Response:
+    return httpx.post(f"{url}/v1/images/generations", json=SMALL | fields, timeout=120)
+
+
+def test_each_request_reaches_its_model_and_a_broken_one_harms_none(url: str) -> None:
+    # Ready although one model cannot be loaded, and another one has no replica.
+    wait_until(
+        lambda: states(url) == {"demo": "running", "quick": "at_zero", "org/broken": "failed"},
+        deadline_s=180, every_s=0.5, what="the states of the models",
+    )  # fmt: skip
+    listed = {one["id"]: one for one in httpx.get(f"{url}/v1/models", timeout=20).json()["data"]}
+    assert listed["demo"]["default_steps"] == 20
+    assert "default_steps" not in listed["quick"]
+
+    broken = generate(url, model="org/broken")
+    assert broken.status_code == 503
+    assert "could not be started" in broken.json()["error"]["message"]
+
+    # A request starts the model at zero, waits for it, and gets its image.
+    quick = generate(url, model="dall-e-3", num_inference_steps=None)
+    assert quick.status_code == 200, quick.text
+    assert quick.json()["timings"]["denoiser_calls"] == FEW_STEPS
+    first = generate(url)
+    assert first.status_code == 200, first.text
+    assert first.json()["timings"]["denoiser_calls"] == 20
+    image, other = (base64.b64decode(one.json()["data"][0]["b64_json"]) for one in (first, quick))
+    assert image != other
+    assert generate(url, model="demo").json()["data"][0] == first.json()["data"][0]
+    same = generate(url, model="quick", num_inference_steps=20)
+    assert same.json()["data"][0] == first.json()["data"][0], "it is the same model"
+
+    assert states(url) == {"demo": "running", "quick": "running", "org/broken": "failed"}
+    assert httpx.get(f"{url}/ready", timeout=20).status_code == 200
+    unknown = generate(url, model="other")
+    assert unknown.status_code == 404
+    assert "'demo', 'quick', 'org/broken'" in unknown.json()["error"]["message"]
+
+    metrics = httpx.get(f"{url}/metrics", timeout=20).text
+    for model, deployment, running in (
+        ("demo", "Generator-demo", 1), ("quick", "Generator-quick", 1),
+        ("org/broken", "Generator-org-broken", 0),
+    ):  # fmt: skip
+        assert f'diffusion_serve_replicas{{model="{model}",state="running"}} {running}.0' in metrics
+        assert (
+            f'diffusion_serve_scraped_replicas{{answer="answered",deployment="{deployment}",'
+            f'model="{model}"}} {running}.0'
+        ) in metrics
