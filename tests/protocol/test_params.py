@@ -11,7 +11,8 @@ from PIL import Image
 
 from serve_app.config.models import LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
-from serve_app.protocol.params import MAX_SEED, AdapterSet, GenerationParams, _near
+from serve_app.protocol.fitting import near
+from serve_app.protocol.params import MAX_SEED, AdapterSet, GenerationParams
 from tests.fakes.backend import INFO
 
 MODEL = replace(
@@ -71,7 +72,7 @@ def test_the_size_of_an_image_is_the_default(
 @given(st.integers(1, 30_000), st.integers(1, 30_000))
 def test_an_image_of_any_shape_has_a_supported_size(width: int, height: int) -> None:
     for limits in (MODEL.limits, LimitsConfig(max_pixels=1024, max_side_px=40)):
-        size = _near((width, height), (64, 32), 16, limits)
+        size = near((width, height), (64, 32), 16, limits)
         assert all(side % 16 == 0 and 16 <= side <= limits.max_side_px for side in size)
         assert math.prod(size) <= min(64 * 32, limits.max_pixels)
 
