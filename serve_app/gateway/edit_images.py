@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.input_images import MaskReader, read_image
 from serve_app.protocol.params import GenerationParams, ModelInfo, shrunk

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.bounded_file import BoundedFile, TooManyParts
 from serve_app.gateway.color_profiles import UnusableProfile, to_srgb

@@ -7,7 +7,8 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from serve_app.config.models import AppConfig, LimitsConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.model_names import ModelNames
 from serve_app.gateway.requests_log import RequestRecord

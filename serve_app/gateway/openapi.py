@@ -7,7 +7,8 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serve_app.config.models import AppConfig, LimitsConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import AppConfig
 from serve_app.gateway.image_request import (
     MOST_INPUT_IMAGES,
     ImageEditRequest,

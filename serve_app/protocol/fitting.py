@@ -5,7 +5,7 @@ import math
 from PIL import ImageOps
 from PIL.Image import Image
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import InvalidRequest
 
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from PIL.Image import Image
 
 from serve_app.config.gateway import Safety
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.config.speed import Acceleration
 from serve_app.errors import InvalidRequest, LoraNotFound
 from serve_app.protocol.fitting import fitted_input, near

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from serve_app.config.models import EngineConfig, LimitsConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import (

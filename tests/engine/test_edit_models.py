@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from serve_app.config.models import EngineConfig, LimitsConfig, ModelConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest

@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from serve_app.config.models import EngineConfig, LimitsConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.noise_schedulers import NOISE_SCHEDULERS
 from serve_app.engine.model.pipeline import LoadedPipeline

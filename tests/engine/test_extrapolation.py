@@ -11,13 +11,8 @@ import pytest
 from PIL import Image
 from torch import nn
 
-from serve_app.config.models import (
-    Acceleration,
-    AccelerationConfig,
-    EngineConfig,
-    ModelConfig,
-    SpeedConfig,
-)
+from serve_app.config.models import EngineConfig, ModelConfig
+from serve_app.config.speed import Acceleration, AccelerationConfig, SpeedConfig
 from serve_app.engine.batching.extrapolation import Extrapolator
 from serve_app.engine.engine import Engine
 from serve_app.engine.metrics import EngineMetrics

@@ -5,7 +5,8 @@ from collections.abc import AsyncGenerator
 
 from PIL import Image
 
-from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import AppConfig, EngineConfig, ModelConfig
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.events import DenoiserCalls, GenerationTimings, Progress, Queued

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.gateway.color_profiles import MAX_PROFILE_BYTES
 from serve_app.gateway.input_images import InputImage, read_image, read_mask
 from tests.fakes.backend import FakeBackend

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from PIL import Image, ImageOps
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.gateway.input_images import read_image
 from tests.fakes.backend import LIMITS, FakeBackend
 from tests.gateway.conftest import decoded, error_of

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.input_images import read_image, read_mask
 from serve_app.protocol.images import IMAGE_FORMATS, Encoding

@@ -12,7 +12,8 @@ import openai
 import pytest
 from PIL import Image
 
-from serve_app.config.models import AppConfig, EngineConfig, LimitsConfig, ModelConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import AppConfig, EngineConfig, ModelConfig
 from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import ModelInfo
 from tests.fakes.backend import INFO, FakeBackend

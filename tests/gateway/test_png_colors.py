@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pytest
 from PIL import Image
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.input_images import InputImage, read_image, read_mask
 from tests.gateway.test_color_profiles import GREEN, GREEN_OF_P3, close, same

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.gateway.input_images import read_image
 from tests.browser import running_browser
 from tests.gateway.test_edits import file_of

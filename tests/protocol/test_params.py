@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.errors import InvalidRequest, LoraNotFound
 from serve_app.protocol.fitting import near
 from serve_app.protocol.params import MAX_SEED, AdapterSet, GenerationParams

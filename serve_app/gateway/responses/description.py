@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from serve_app.config.models import LimitsConfig
+from serve_app.config.limits import LimitsConfig
 from serve_app.gateway.image_request import ImageEditRequest
 from serve_app.gateway.openapi import body_schema, nullable
 from serve_app.gateway.responses.fields import IMAGE_TOOL, ResponsesRequest

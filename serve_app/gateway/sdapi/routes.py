@@ -9,7 +9,8 @@ from typing import Any
 from fastapi import APIRouter, FastAPI, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from serve_app.config.models import AppConfig, LimitsConfig
+from serve_app.config.limits import LimitsConfig
+from serve_app.config.models import AppConfig
 from serve_app.errors import InvalidRequest
 from serve_app.gateway.data_urls import file_of
 from serve_app.gateway.disconnects import while_connected
