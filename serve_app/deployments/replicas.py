@@ -167,12 +167,12 @@ class Replicas:
         states = dict.fromkeys((state.lower() for state in REPLICA_STATES), 0)
         states |= Counter(replica.state.lower() for replica in details.replicas)
         self._has_run = self._has_run or bool(running)
-        if running or self._starting:
-            self._failed = False
-        elif details.status_trigger == STARTUP_FAILED:
-            self._failed = True  # until the next start: Serve forgets it without a target
         target = details.target_num_replicas
-        given_up = self._failed and target > 0 and not self._has_run
+        alive = bool(running or self._starting)
+        failing = not alive and details.status_trigger == STARTUP_FAILED
+        # Serve forgets the failure when it aims at no replica.
+        self._failed = failing or (self._failed and not alive and target == 0)
+        given_up = failing and target > 0 and not self._has_run
         return ReplicaStatus(len(running), coming, ready_s, target, states, self._failed, given_up)
 
     def _remaining_s(self, age_s: float) -> float:

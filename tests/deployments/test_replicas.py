@@ -49,14 +49,17 @@ def test_the_state_follows_from_the_replicas_and_the_last_start() -> None:
         ([replica("a", "STARTING")], 1, "AUTOSCALING"),
         ([], 1, FAILED),
         ([], 0, "DOWNSCALE_COMPLETED"),  # Serve forgets the failure, with no request left
+        ([], 1, "AUTOSCALING"),  # a request makes it try again
         ([replica("b", "STARTING")], 1, "AUTOSCALING"),
         ([replica("b")], 1, "UPSCALE_COMPLETED"),
         ([replica("b"), replica("c", "STARTING")], 2, "AUTOSCALING"),
         ([replica("b", "STOPPING")], 0, "AUTOSCALING"),
     ):
         details = deployment_status(*replicas, target=target, trigger=trigger)
-        seen.append(status.observe(details, 1e9).state)
+        found = status.observe(details, 1e9)
+        assert found.given_up == (trigger == FAILED)
+        seen.append(found.state)
     assert seen == [
-        "at_zero", "starting", "starting", "failed", "failed", "starting", "running", "running",
-        "at_zero",
+        "at_zero", "starting", "starting", "failed", "failed", "starting", "starting", "running",
+        "running", "at_zero",
     ]  # fmt: skip
