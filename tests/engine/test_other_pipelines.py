@@ -168,6 +168,7 @@ def test_a_pipeline_that_needs_a_control_image_is_rejected_at_the_start() -> Non
         _engine(_controlnet(), {})
 
 
+@pytest.mark.filterwarnings("ignore:The configuration file of the vae:FutureWarning")
 def test_an_upscaler_is_rejected_at_the_start() -> None:
     """Its images would be larger than any limit of a request allows."""
     parts = stable_diffusion().components
