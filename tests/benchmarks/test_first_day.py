@@ -155,6 +155,21 @@ def test_a_process_that_dies_costs_one_section(
     assert states(path) == {"b": "done", "dies": "done"}
 
 
+def test_sections_that_were_not_reached_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_worker(command: list[str], until: float) -> None:
+        Results(path).mark("hangs", "running")
+
+    path = tmp_path / "day.json"
+    listed = [Section(name, lambda day, subjects: None, 1.0) for name in ("hangs", "later")]
+    monkeypatch.setattr(run, "sections", lambda: listed)
+    monkeypatch.setattr(run, "_run_worker", run_worker)
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    assert run.supervise(path, minutes=1.0, rehearse=True) == 0
+    assert states(path) == {"hangs": "stopped", "later": "skipped"}
+
+
 def test_section_names_are_unique() -> None:
     names = [section.name for section in sections()]
     assert len(names) == len(set(names))
@@ -190,7 +205,7 @@ def test_a_rehearsal_measures_every_section_that_fits(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = states(path)

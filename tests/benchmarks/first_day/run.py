@@ -55,6 +55,9 @@ def supervise(output: Path, minutes: float, rehearse: bool) -> int:
             break
         if running is None and status != BROKEN:
             break
+    for section in sections():
+        if results.state(section.name) is None:  # its process was ended before
+            results.mark(section.name, "skipped", "no time was left")
     return _report(results)
 
 
