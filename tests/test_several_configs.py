@@ -109,7 +109,7 @@ def test_any_name_of_a_model_may_get_links_where_any_name_is_accepted() -> None:
         ),
         (
             {**TWO, "engine": {"profile_path": "/p.json"}},
-            "the models 'a' and 'b' both have the engine.profile_path '/p.json'",
+            "the models 'a' and 'b' share the engine.profile_path '/p.json'",
         ),
         (
             {
@@ -118,7 +118,7 @@ def test_any_name_of_a_model_may_get_links_where_any_name_is_accepted() -> None:
                     {"id": "b", "engine": {"profile_path": "/p.json"}},
                 ]
             },
-            "each a file of its own in the engine of its entry, or leave it 'auto'",
+            "Give each a file of its own in the engine of its entry, or leave it 'auto'",
         ),
         (
             {**TWO, "gateway": {"model_aliases": {"x": "c"}}},

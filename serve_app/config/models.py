@@ -283,9 +283,9 @@ class AppConfig(Section):
                 continue
             if path in owners:
                 raise ValueError(
-                    f"the models {owners[path]!r} and {entry.id!r} both have the engine."
-                    f"profile_path {path!r}, and each start would overwrite the other's profile: "
-                    "give each a file of its own in the engine of its entry, or leave it 'auto'"
+                    f"the models {owners[path]!r} and {entry.id!r} share the engine.profile_path "
+                    f"{path!r}: each start would overwrite the other's profile. Give each a file "
+                    "of its own in the engine of its entry, or leave it 'auto'"
                 )
             owners[path] = entry.id
         return self
