@@ -5,7 +5,7 @@ from typing import Any, cast
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 
-from serve_app.config.deployment_names import GATEWAY, generator_names
+from serve_app.config.deployment_names import GATEWAY
 from serve_app.config.models import parse_app_config
 from serve_app.config.prechecks import check_some_model
 from serve_app.deadlines import graceful_shutdown_timeouts_s
@@ -26,10 +26,10 @@ def build(args: dict[str, Any]) -> Application:
     graces_s = graceful_shutdown_timeouts_s(config)
     # The decorator makes deployments of the classes, which type checkers do not see.
     generator, gateway = cast(Deployment, Generator), cast(Deployment, Gateway)
-    # A generator knows its own model only: Serve restarts it if that changes.
+    # A generator knows its own model only. Serve restarts all of them if anything in args changes.
     generators = [
         generator.options(name=name, graceful_shutdown_timeout_s=graces_s[name]).bind(one)
-        for name, one in zip(generator_names(config.ids), config.each_model(), strict=True)
+        for name, one in zip(config.generators, config.each_model(), strict=True)
     ]
     hold_s = min(config.gateway.max_hold_s, GATEWAY_WITHIN_S)
     routing = RequestRouterConfig(

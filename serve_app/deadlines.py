@@ -4,7 +4,7 @@ Pure functions of the configuration. Serve's deployments are built with them, an
 compares them with the shutdown time that a manifest gives its pods.
 """
 
-from serve_app.config.deployment_names import GATEWAY, generator_names
+from serve_app.config.deployment_names import GATEWAY
 from serve_app.config.models import AppConfig
 
 GRACE_S = 10.0
@@ -17,7 +17,7 @@ def longest_requests_s(config: AppConfig) -> dict[str, float]:
     In a gateway, a request may first wait for a replica.
     """
     deadlines_s = [one.engine.limits.max_deadline_s for one in config.each_model()]
-    longest_s = dict(zip(generator_names(config.ids), deadlines_s, strict=True))
+    longest_s = dict(zip(config.generators, deadlines_s, strict=True))
     return {**longest_s, GATEWAY: config.gateway.max_hold_s + max(deadlines_s)}
 
 

@@ -45,9 +45,10 @@ def test_each_of_several_models_has_a_deployment() -> None:
 
 
 def test_one_model_has_the_deployment_that_it_had() -> None:
-    for args in ({}, {"models": [{"id": "demo"}]}):
+    """Also the only entry of ``models``, whose name stays when another one joins it."""
+    for args, name in (({}, "Generator"), ({"models": [{"id": "demo"}]}, "Generator-demo")):
         [_, generator] = build(args)._bound_deployment.init_args
-        assert generator._bound_deployment.name == "Generator"
+        assert generator._bound_deployment.name == name
 
 
 def test_one_wrong_folder_of_several_does_not_take_the_others_down(
@@ -56,6 +57,6 @@ def test_one_wrong_folder_of_several_does_not_take_the_others_down(
     wrong = {"id": "b", "path": str(tmp_path)}
     [_, *generators] = build({"models": [{"id": "demo"}, wrong]})._bound_deployment.init_args
     assert len(generators) == 2
-    assert f"models, 'b': model 'b': {tmp_path}" in caplog.text
-    with pytest.raises(ConfigError, match="models, 'b'"):
+    assert f"model 'b': {tmp_path}" in caplog.text
+    with pytest.raises(ConfigError, match="model 'b': "):
         build({"models": [wrong, {"id": "c", "path": str(tmp_path)}]})

@@ -50,16 +50,23 @@ def test_the_short_form_is_one_model() -> None:
     config = AppConfig()
     assert config.ids == ("demo",)
     assert config.each_model() == (config,)
+    assert config.generators == ("Generator",)
 
 
 def test_a_model_does_not_depend_on_the_others() -> None:
-    """So that a changed entry replaces the replicas of its own deployment only."""
+    """A replica gets no setting of other models, although Serve restarts it if those change."""
     before = parse_app_config(TWO)
     changed = {"id": "b", "path": "/b", "default_steps": 3}
     aliases = {"model_aliases": {"y": "b"}}
     after = parse_app_config({"models": [TWO["models"][0], changed], "gateway": aliases})
     assert before.each_model()[0] == after.each_model()[0]
     assert before.each_model()[1] != after.each_model()[1]
+
+
+@pytest.mark.parametrize("shared", ["auto", "none"])
+def test_models_may_share_what_is_no_file_of_a_profile(shared: str) -> None:
+    config = parse_app_config({**TWO, "engine": {"profile_path": shared}})
+    assert {one.engine.profile_path for one in config.each_model()} == {shared}
 
 
 def test_any_name_of_a_model_may_get_links_where_any_name_is_accepted() -> None:
@@ -101,6 +108,19 @@ def test_any_name_of_a_model_may_get_links_where_any_name_is_accepted() -> None:
             "models.1.default_steps is 9, over engine.limits.max_steps, 8",
         ),
         (
+            {**TWO, "engine": {"profile_path": "/p.json"}},
+            "the models 'a' and 'b' share the engine.profile_path '/p.json'",
+        ),
+        (
+            {
+                "models": [
+                    {"id": "a", "engine": {"profile_path": "/p.json"}},
+                    {"id": "b", "engine": {"profile_path": "/p.json"}},
+                ]
+            },
+            "Give each a file of its own in the engine of its entry, or leave it 'auto'",
+        ),
+        (
             {**TWO, "gateway": {"model_aliases": {"x": "c"}}},
             "model_aliases.x is 'c', and models has 'a', 'b'",
         ),
@@ -120,14 +140,37 @@ def test_wrong_models_are_explained(args: dict[str, Any], words: str) -> None:
 
 
 def test_names_of_deployments() -> None:
-    assert generator_names(["org/name"]) == ("Generator",)
     assert generator_names(["a", "org/name v1.5#x"]) == ("Generator-a", "Generator-org-name-v1.5-x")
+    first = parse_app_config({"models": TWO["models"][:1]})
+    assert first.generators == parse_app_config(TWO).generators[:1] == ("Generator-a",)
 
 
 def test_a_mistake_in_files_names_the_model(tmp_path: Path) -> None:
     config = parse_app_config({"models": [{"id": "demo"}, {"id": "b", "path": str(tmp_path)}]})
-    with pytest.raises(ConfigError, match=f"models, 'b': .*{tmp_path}"):
+    with pytest.raises(ConfigError, match=f"^model 'b': {tmp_path} "):
         check_models(config)
+
+
+def test_every_model_with_a_mistake_is_named_once(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    config = parse_app_config(
+        {
+            "models": [
+                {"id": "a", "path": str(tmp_path / "a")},
+                {"id": "b", "path": str(tmp_path / "b")},
+                {"id": "demo"},
+                {"id": "c", "loras": {"x": "/no.safetensors"}},
+            ]
+        }
+    )
+    with pytest.raises(ConfigError) as raised:
+        check_models(config)
+    first, *lines = str(raised.value).splitlines()
+    assert first == "3 models are wrong:"
+    for line, name in zip(lines, ("a", "b", "c"), strict=True):
+        assert line.startswith(f"  model '{name}': ")
+        assert line.count(repr(name)) == 1
 
 
 def _written(path: Path, *deployments: dict[str, Any]) -> Path:

@@ -7,16 +7,13 @@ GATEWAY = "Gateway"
 """Name of the gateway's deployment."""
 
 GENERATOR = "Generator"
-"""Name of the deployment of the only model, and the start of the names of several."""
+"""Name of the deployment of `model`, and the start of the names of those of `models`."""
 
 
 def generator_names(ids: Sequence[str]) -> tuple[str, ...]:
-    """Return the name of each model's deployment, in the order of ``ids``.
+    """Return the name of each deployment of `models`, ``Generator-<id>``, in the order of ``ids``.
 
-    One model has `GENERATOR`. Each of several has ``Generator-<id>``, where ``-`` stands for
-    characters that are no letter, digit, dot, hyphen or underscore, such as the slash of a
-    repository.
+    A hyphen stands for each character of an id that is no letter, digit, dot, hyphen or underscore,
+    such as the slash of a repository.
     """
-    if len(ids) == 1:
-        return (GENERATOR,)
     return tuple(f"{GENERATOR}-{re.sub(r'[^A-Za-z0-9_.-]', '-', name)}" for name in ids)

@@ -14,7 +14,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from serve_app.config.deployment_names import generator_names
+from serve_app.config.deployment_names import GENERATOR, generator_names
 from serve_app.config.gateway import GatewayConfig
 from serve_app.config.limits import LimitsConfig
 from serve_app.config.section import Section
@@ -229,6 +229,14 @@ class AppConfig(Section):
         """Names of the models in the API, the default one first."""
         return tuple(entry.id for entry in self.models) or (self.model.id,)
 
+    @property
+    def generators(self) -> tuple[str, ...]:
+        """Names of the models' deployments, in the order of `ids`.
+
+        An entry of `models` keeps its deployment when another one joins it or goes.
+        """
+        return generator_names(self.ids) if self.models else (GENERATOR,)
+
     def each_model(self) -> "tuple[AppConfig, ...]":
         """Return a configuration with one model for each of them, in their order.
 
@@ -251,7 +259,7 @@ class AppConfig(Section):
             raise ValueError(
                 "model and models are both set: leave model out, and make it an entry of models"
             )
-        names = generator_names(self.ids)
+        names = self.generators
         for index, name in enumerate(names):
             first = names.index(name)
             if first == index:
@@ -264,6 +272,22 @@ class AppConfig(Section):
                 f"models has the ids {self.ids[first]!r} and {self.ids[index]!r}, and both "
                 f"deployments would have the name {name!r}: change one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _profiles_have_files_of_their_own(self) -> "AppConfig":
+        owners: dict[str, str] = {}
+        for entry in self.models:
+            path = (entry.engine or self.engine).profile_path
+            if path in ("auto", "none"):
+                continue
+            if path in owners:
+                raise ValueError(
+                    f"the models {owners[path]!r} and {entry.id!r} share the engine.profile_path "
+                    f"{path!r}: each start would overwrite the other's profile. Give each a file "
+                    "of its own in the engine of its entry, or leave it 'auto'"
+                )
+            owners[path] = entry.id
         return self
 
     @model_validator(mode="after")
@@ -318,7 +342,10 @@ def _names_one_of(wanted: str, names: Iterable[str]) -> bool:
 
 
 def _gateway_of(model: str, gateway: GatewayConfig) -> GatewayConfig:
-    """Return the settings of the gateway without what concerns other models."""
+    """Return the settings of the gateway without what concerns other models.
+
+    The configuration of one model is validated, and may name no other one.
+    """
     aliases = {alias: name for alias, name in gateway.model_aliases.items() if name == model}
     wanted = tuple(
         name

@@ -1,6 +1,7 @@
 """The checks of an application's models that need no torch, before anything is started."""
 
 import logging
+from collections.abc import Sequence
 
 from serve_app.config.model_files import check_model_folder
 from serve_app.config.models import AppConfig
@@ -14,10 +15,9 @@ def check_models(config: AppConfig) -> None:
     """Check the files of every model, and that flagged images can be blocked if they should be.
 
     Raises:
-        ConfigError: for the first mistake. With several models, it names the model.
+        ConfigError: the first mistake of each model that has one.
     """
-    for name, problem in _problems(config).items():
-        raise _named(config, name, problem)
+    _raise_all(_problems(config))
 
 
 def check_some_model(config: AppConfig) -> None:
@@ -27,28 +27,32 @@ def check_some_model(config: AppConfig) -> None:
     again. The replicas of its own model fail with the same error.
 
     Raises:
-        ConfigError: the first mistake, if every model has one.
+        ConfigError: the first mistake of each model, if every model has one.
     """
     problems = _problems(config)
     if len(problems) == len(config.ids):
-        check_models(config)
-    for name, problem in problems.items():
-        logger.error(
-            "%s It cannot start; the other models are served.", _named(config, name, problem)
-        )
+        _raise_all(problems)
+    for problem in problems:
+        logger.error("%s It cannot start; the other models are served.", problem)
 
 
-def _problems(config: AppConfig) -> dict[str, ConfigError]:
-    """Return the first mistake of each model that has one, by the model's id."""
-    found = {}
+def _problems(config: AppConfig) -> list[ConfigError]:
+    """Return the first mistake of each model that has one. Of several models, it names its own."""
+    found = []
     for one in config.each_model():
         try:
             check_model_folder(one.model)
             check_safety(one)
         except ConfigError as error:
-            found[one.model.id] = error
+            name = f"model {one.model.id!r}"
+            named = name in str(error) or not config.models
+            found.append(error if named else type(error)(f"{name}: {error}"))
     return found
 
 
-def _named(config: AppConfig, model: str, problem: ConfigError) -> ConfigError:
-    return type(problem)(f"models, {model!r}: {problem}") if config.models else problem
+def _raise_all(problems: Sequence[ConfigError]) -> None:
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        raise ConfigError(f"{len(problems)} models are wrong:{lines}")

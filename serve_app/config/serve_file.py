@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from serve_app.config.deployment_names import GATEWAY, generator_names
+from serve_app.config.deployment_names import GATEWAY
 from serve_app.config.models import AppConfig, parse_app_config
 from serve_app.errors import ConfigError
 
@@ -58,13 +58,12 @@ def read_generators(path: Path) -> list[GeneratorSettings]:
     found = []
     for application in read_applications(path):
         config = parse_app_config(application.get("args", {}))
-        names = generator_names(config.ids)
-        given = _deployments(path, application, (*names, GATEWAY))
-        found += [
-            GeneratorSettings(one, name, _autoscaling(path, named), _num_gpus(path, named))
-            for one, name in zip(config.each_model(), names, strict=True)
-            for named in [given.get(name, {})]
-        ]
+        given = _deployments(path, application, (*config.generators, GATEWAY))
+        for one, name in zip(config.each_model(), config.generators, strict=True):
+            own = given.get(name, {})
+            found.append(
+                GeneratorSettings(one, name, _autoscaling(path, own), _num_gpus(path, own))
+            )
     return found
 
 

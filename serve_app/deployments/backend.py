@@ -262,7 +262,12 @@ class ServeBackend:
 
     def _watched(self, limit: asyncio.Timeout) -> AbstractContextManager[None]:
         """Watch the replicas while waiting for one; end the wait at once if none will start."""
-        return self._replicas.watched(lambda: limit.reschedule(0.0))
+
+        def end() -> None:
+            if not limit.expired():  # then the wait is ending already, and rejects another time
+                limit.reschedule(0.0)
+
+        return self._replicas.watched(end)
 
     @property
     def _answer_s(self) -> float:

@@ -49,10 +49,11 @@ SWITCH_INTERVAL_S = 0.0002
 """Longest time for which a thread keeps the interpreter while another one waits for it."""
 
 
-def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
+def check_assigned_gpus(gpu_ids: list[str], device: str, deployment: str) -> None:
     """Raise `ConfigError` if Ray assigned a GPU to this process that torch cannot use.
 
-    ``device`` is ``model.device``: with "cpu" the GPU is left unused.
+    ``device`` is ``model.device``: with "cpu" the GPU is left unused. ``deployment`` is the name of
+    the deployment that requested the GPU.
     """
     if gpu_ids and device == "cpu":
         logger.warning(
@@ -73,7 +74,7 @@ def check_assigned_gpus(gpu_ids: list[str], device: str) -> None:
         )
     raise ConfigError(
         f"Ray assigned GPU {', '.join(gpu_ids)} to this replica, but torch cannot use it. {advice} "
-        "To run without a GPU, set ray_actor_options.num_gpus of the deployment Generator to 0."
+        f"To run without a GPU, set ray_actor_options.num_gpus of the deployment {deployment} to 0."
     )
 
 
@@ -148,9 +149,10 @@ class Generator:
 
     def __init__(self, config: AppConfig) -> None:
         log_through_serve()
-        self._replica = serve.get_replica_context().replica_id.unique_id
+        context = serve.get_replica_context()
+        self._replica = context.replica_id.unique_id
         gpu_ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
-        check_assigned_gpus(gpu_ids, config.model.device)
+        check_assigned_gpus(gpu_ids, config.model.device, context.deployment)
         # Mostly imports, unless Ray started the process in advance.
         age_s = time.time() - psutil.Process().create_time()
         logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)

@@ -52,10 +52,14 @@ class ReplicaStatus:
     """The last start failed, and none has begun since."""
     given_up: bool = False
     """Serve starts no further replica: it has tried as often as it should, and none ever ran."""
+    reported: bool = True
+    """The controller has reported them; otherwise all of this is a guess."""
 
     @property
     def state(self) -> ModelState:
         """The state of all of them together."""
+        if not self.reported:
+            return "unknown"
         if self.running:
             return "running"
         if self.failed:
@@ -83,7 +87,7 @@ class Replicas:
         self._fetch = fetch
         self._lock = asyncio.Lock()
         self._refreshed_at: float | None = None
-        self._status = ReplicaStatus(1, 0)  # a guess until the first answer
+        self._status = ReplicaStatus(1, 0, reported=False)
         self._updated_at = -math.inf  # in Unix time, as all below
         self._starting: dict[str, float] = {}  # since when
         self.cold_start_s = cold_start_s
@@ -142,7 +146,10 @@ class Replicas:
             watched = bool(self._waiting)  # once more after that, to see the new replica
             status = await self.refresh()
             for on_given_up in tuple(self._waiting.values()) if status.given_up else ():
-                on_given_up()
+                try:
+                    on_given_up()
+                except Exception:  # the others wait on
+                    logger.exception("a request did not notice that no replica will start")
             await asyncio.sleep(REFRESH_EVERY_S)
 
     def observe(self, details: DeploymentDetails, now: float) -> ReplicaStatus:

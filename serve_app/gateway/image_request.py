@@ -35,7 +35,7 @@ class ImageRequest(BaseModel):
     model: str | None = Field(
         None,
         description="Name of the model, from /v1/models, or one of the server's aliases. Default: "
-        "the served model.",
+        "the first model.",
         examples=["demo"],
     )
     n: int = Field(

@@ -31,7 +31,9 @@ def add_models(api: FastAPI, models: ServedModels) -> None:
     async def shown(model: ServedModel) -> ModelSummary:
         if single:
             info = await model.backend.describe()
-            return described(info, await model.backend.state(), created)
+            state = await model.backend.state()
+            # A replica has described it.
+            return described(info, "running" if state == "unknown" else state, created)
         state = await model.backend.state()
         info_or_none = await _known(model, state)
         if info_or_none is None:

@@ -28,8 +28,8 @@ class ModelNames:
     def resolve(self, name: str) -> str:
         """Return the id of the model that a name means.
 
-        An alias without ``*`` goes before one with it, and else the first one that fits. A name
-        that is only accepted as every name is means the first model.
+        An alias without ``*`` goes before one with it. Of several with it that fit, the first one
+        counts. A name that is only accepted because every name is means the first model.
 
         Raises:
             ModelNotFound: naming the models that are here.

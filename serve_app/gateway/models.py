@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from serve_app.config.limits import LimitsConfig
 from serve_app.config.models import AppConfig
-from serve_app.errors import Overloaded, Unavailable
+from serve_app.errors import DiffusionServeError, Unavailable
 from serve_app.gateway.model_names import ModelNames
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.service import ImageService
@@ -93,31 +93,37 @@ class ServedModels:
         return chosen
 
     async def check_ready(self) -> None:
-        """Raise `Unavailable` or `Overloaded` if requests can be served for no model.
+        """Raise `Unavailable` or `Overloaded` if no model can serve requests.
 
-        A single model is served if a replica can generate. One of several is also served while it
-        has no replicas because nobody needs one: a request starts it. It is not called here, since
-        that would start it.
+        A single model can if a replica can generate. One of several also can while it has no
+        replicas because nobody needs one: a request starts it. It is not called here, since that
+        would start it. The first model that can serve requests decides, without the others.
         """
         if len(self) == 1:
             await self.default.backend.check_ready()
             return
-        states = await self._states()
-        running = [one for one in self if states[one.id] == "running"]
-        answers = await asyncio.gather(*map(_is_ready, running))
-        if any(answers) or "at_zero" in states.values():
-            return
-        each = ", ".join(f"{name!r} is {state}" for name, state in states.items())
+        checks = [asyncio.create_task(_readiness(one)) for one in self]
+        try:
+            for check in asyncio.as_completed(checks):
+                _, ready = await check
+                if ready:
+                    return
+        finally:
+            for task in checks:
+                task.cancel()
+        states = [task.result()[0] for task in checks]
+        each = ", ".join(
+            f"{name!r} is {state}" for name, state in zip(self._models, states, strict=True)
+        )
         raise Unavailable(f"no model can generate now: {each}; try again later.")
 
-    async def _states(self) -> dict[str, ModelState]:
-        states = await asyncio.gather(*(one.backend.state() for one in self))
-        return dict(zip(self._models, states, strict=True))
 
-
-async def _is_ready(model: ServedModel) -> bool:
-    try:
-        await model.backend.check_ready()
-    except (Unavailable, Overloaded):
-        return False
-    return True
+async def _readiness(model: ServedModel) -> tuple[ModelState, bool]:
+    """Return the state of one of several models, and whether it can serve requests."""
+    state = await model.backend.state()
+    if state == "running":
+        try:
+            await model.backend.check_ready()
+        except DiffusionServeError:
+            return state, False
+    return state, state in ("running", "at_zero")

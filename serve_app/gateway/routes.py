@@ -131,9 +131,9 @@ def create_api(
     async def generate_images(request: Request) -> Response | ImagesAnswer:
         """Generate images from a prompt."""
         body, ignored = await read_generation(request, config.gateway.unknown_fields)
-        deliver = await delivery.chosen(body, request)
         scope = request.scope
         service = models.choose(body.model, record_of(scope)).service
+        deliver = await delivery.chosen(body, request)
         job = await service.prepare(
             "image_generation", body, record_of(scope), request.state.principal
         )
@@ -155,9 +155,9 @@ def create_api(
         With a mask, only its transparent parts change.
         """
         edit = await read_edit(request, config.gateway.unknown_fields)
-        deliver = await delivery.chosen(edit.fields, request)
         scope = request.scope
         service = models.choose(edit.fields.model, record_of(scope)).service
+        deliver = await delivery.chosen(edit.fields, request)
         job = await service.prepare(
             "image_edit",
             edit.fields,

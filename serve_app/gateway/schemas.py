@@ -225,7 +225,8 @@ class ModelSummary(BaseModel):
     owned_by: str = Field("diffusion-serve", description="Always `diffusion-serve`.")
     state: ModelState = Field(
         description="`running`: a replica can generate. `starting`: none can yet. `at_zero`: there "
-        "is no replica, and a request starts one. `failed`: the last start failed."
+        "is no replica, and a request starts one. `failed`: the last start failed. `unknown`: Ray "
+        "Serve has not reported the replicas to this gateway yet."
     )
     max_pixels: int = Field(description="Largest width times height.")
     max_side: int = Field(description="Largest width and height, in pixels.")

@@ -43,7 +43,6 @@ class Tracing:
     """Makes the spans of a gateway's requests."""
 
     def __init__(self, config: AppConfig, provider: TracerProvider) -> None:
-        self._model = config.model.id
         self._log_prompts = config.gateway.log_prompts
         self.provider = provider
         self._tracer = provider.get_tracer("serve_app", __version__)
@@ -81,7 +80,7 @@ class Tracing:
 
         The record gets it, for the answer, the log and the engine.
         """
-        return RequestTrace(self._tracer, scope, record, self._model, self._log_prompts)
+        return RequestTrace(self._tracer, scope, record, self._log_prompts)
 
     async def _serve(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         record = scope.get("state", {}).get("record")
@@ -115,7 +114,6 @@ class RequestTrace:
         tracer: trace.Tracer,
         scope: Scope,
         record: RequestRecord,
-        model: str,
         log_prompts: bool,
     ) -> None:
         self._tracer = tracer
@@ -139,7 +137,7 @@ class RequestTrace:
                 "url.scheme": scope.get("scheme", "http"),
                 "network.protocol.version": scope.get("http_version", "1.1"),
                 "user_agent.original": headers.get("user-agent", "")[:200],
-                "gen_ai.request.model": model,
+                "gen_ai.request.model": record.model,
                 "gen_ai.output.type": "image",
                 "diffusion_serve.request_id": record.request_id,
             },
@@ -160,8 +158,7 @@ class RequestTrace:
             return
         record, span = self._record, self._server
         self._ended_s = record.age_s
-        if record.model:  # it may have been chosen since the start
-            span.set_attribute("gen_ai.request.model", record.model)
+        span.set_attribute("gen_ai.request.model", record.model)  # chosen since the start
         span.set_attribute("diffusion_serve.key", record.principal)
         span.set_attribute("diffusion_serve.outcome", record.outcome)
         if record.images:

@@ -59,7 +59,7 @@ LABELS = {
     "phase": "phase of a start: `load`, `certify`, `preview`, `schedulers`, `measure`, `compile`",
     "diffusion_serve_sharing": "mode: `batched`, `interleaved`, `sequential`; the metric is 1 "
     "for the mode in use",
-    "deployment": "`Generator`, or `Generator-<id>` of several models; `Gateway`",
+    "deployment": "`Generator`, or `Generator-<id>` with `models`; `Gateway`",
     "answer": "`answered`: in this response; `silent`: running, and did not report",
     "version": "version of diffusion-serve",
     "node": "host name of the machine; in Kubernetes, that of the pod",

@@ -7,9 +7,10 @@ from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
-ModelState = Literal["running", "starting", "at_zero", "failed"]
+ModelState = Literal["running", "starting", "at_zero", "failed", "unknown"]
 """State of a model's replicas together: ``running`` if one runs, ``failed`` if none runs and the
-last start failed, ``at_zero`` if there is none because no request needs one."""
+last start failed, ``at_zero`` if there is none because no request needs one, ``unknown`` until
+Serve's controller has reported them once."""
 
 GenerationEvent = Queued | Progress | PartialImage | Timeline | EncodedImage
 

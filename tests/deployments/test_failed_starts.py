@@ -1,14 +1,18 @@
 """Requests for a model whose replicas cannot start."""
 
+import asyncio
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from serve_app.deployments import replicas
+from serve_app.deployments.replicas import Replicas
 from serve_app.errors import Unavailable
 from serve_app.protocol.images import Encoding
 from serve_app.protocol.params import GenerationParams
-from tests.fakes.serve_handle import backend_of
+from tests.fakes.serve_handle import backend_of, no_replicas
 from tests.fakes.serve_status import always, deployment_status, replica
 
 pytestmark = pytest.mark.anyio
@@ -34,8 +38,39 @@ async def test_a_wait_ends_when_no_replica_will_start() -> None:
     with pytest.raises(Unavailable, match="could not be started"):
         await anext(backend.generate(PARAMS, Encoding()))
     assert response.cancelled
-    assert time.monotonic() - started_at < 10
+    assert time.monotonic() - started_at < 60
     assert await backend.state() == "failed"
+
+
+async def test_a_wait_that_ends_by_itself_is_not_ended_again() -> None:
+    """The time of an expiring limit cannot be set."""
+
+    class Late(Replicas):
+        @contextmanager
+        def watched(self, on_given_up: Callable[[], None]) -> Iterator[None]:
+            try:
+                yield
+            finally:
+                on_given_up()
+
+    backend, [response] = backend_of(None, max_hold_s=0.01, known=Late(no_replicas))
+    with pytest.raises(Unavailable, match="no replica was ready"):
+        await backend.describe()
+    assert response.cancelled
+
+
+async def test_a_waiting_request_that_fails_leaves_the_others_waiting(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    known = Replicas(always(deployment_status(target=1, trigger=FAILED)))
+    ended = asyncio.Event()
+
+    def fail() -> None:
+        raise RuntimeError("a mistake")
+
+    with known.watched(fail), known.watched(ended.set):
+        await asyncio.wait_for(ended.wait(), 60)
+    assert "a mistake" in caplog.text
 
 
 async def test_a_request_waits_while_serve_tries_again() -> None:

@@ -45,18 +45,20 @@ def test_a_replica_gets_a_gpu_unless_the_config_says_otherwise() -> None:
 def test_an_assigned_gpu_that_torch_cannot_use_is_explained() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU that torch can use")
-    with pytest.raises(ConfigError, match=r"GPU 0, 3 .*num_gpus of the deployment Generator to 0"):
-        check_assigned_gpus(["0", "3"], "auto")
+    with pytest.raises(
+        ConfigError, match=r"GPU 0, 3 .*num_gpus of the deployment Generator-a to 0"
+    ):
+        check_assigned_gpus(["0", "3"], "auto", "Generator-a")
 
 
 def test_without_an_assigned_gpu_torch_is_not_used() -> None:
-    check_assigned_gpus([], "auto")
+    check_assigned_gpus([], "auto", "Generator")
 
 
 def test_an_unwanted_gpu_is_only_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    check_assigned_gpus(["0", "3"], "cpu")
+    check_assigned_gpus(["0", "3"], "cpu", "Generator")
     assert "GPU 0, 3" in caplog.text
     assert "not used" in caplog.text
 

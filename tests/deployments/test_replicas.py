@@ -1,6 +1,7 @@
 """The observed starts of replicas."""
 
 import pytest
+from ray.exceptions import RayError
 
 from serve_app.deployments.replicas import Replicas
 from tests.fakes.serve_handle import Growing
@@ -63,3 +64,21 @@ def test_the_state_follows_from_the_replicas_and_the_last_start() -> None:
         "at_zero", "starting", "starting", "failed", "failed", "starting", "starting", "running",
         "running", "at_zero",
     ]  # fmt: skip
+
+
+async def test_the_state_is_unknown_until_the_controller_has_answered() -> None:
+    answers = [RayError(), deployment_status(replica("a")), RayError()]
+
+    async def fetch() -> object:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    status = Replicas(fetch)
+    seen = []
+    for _ in range(3):
+        status._refreshed_at = None  # it is old
+        found = await status.refresh()
+        seen.append((found.state, found.running))
+    assert seen == [("unknown", 1), ("running", 1), ("running", 1)]

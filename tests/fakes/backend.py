@@ -7,7 +7,7 @@ from PIL import Image
 
 from serve_app.config.limits import LimitsConfig
 from serve_app.config.models import AppConfig, EngineConfig, ModelConfig
-from serve_app.errors import Overloaded, Unavailable
+from serve_app.errors import DiffusionServeError, Overloaded, Unavailable
 from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.events import DenoiserCalls, GenerationTimings, Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
@@ -71,6 +71,11 @@ class FakeBackend:
         self.error: Exception | None = None
         self.error_in_the_middle: Exception | None = None
         self.ready = True
+        self.not_ready: DiffusionServeError = Unavailable("no replica is ready yet")
+        """What a replica answers that is not ready."""
+        self.answering = asyncio.Event()
+        """Until it is set, no replica says whether it is ready."""
+        self.answering.set()
         self.replicas: ModelState = "running"
         """State of its replicas."""
         self.known: ModelInfo | None = None
@@ -137,8 +142,9 @@ class FakeBackend:
         return self.info
 
     async def check_ready(self) -> None:
+        await self.answering.wait()
         if not self.ready:
-            raise Unavailable("no replica is ready yet")
+            raise self.not_ready
 
     async def state(self) -> ModelState:
         return self.replicas

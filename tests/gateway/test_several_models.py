@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from serve_app.config.models import AppConfig, parse_app_config
-from serve_app.errors import Unavailable
+from serve_app.errors import DeadlineExceeded, Unavailable
+from serve_app.gateway import model_list
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.model_names import ModelNames
 from serve_app.gateway.models import ServedModels
@@ -208,11 +209,42 @@ async def test_a_model_at_zero_keeps_its_description(served: Served) -> None:
     assert (listed["state"], listed["pipeline"]) == ("at_zero", "SomePipeline")
 
 
-async def test_a_running_replica_that_does_not_answer_delays_no_list(served: Served) -> None:
-    served.backends["edits"].ready = False
+async def test_a_running_replica_that_does_not_answer_delays_no_list(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_list, "DESCRIBED_WITHIN_S", 0.01)
+    served.backends["edits"].answering.clear()
     [*_, listed] = (await served.client.get("/v1/models")).json()["data"]
     assert listed["state"] == "running"
     assert "tasks" not in listed
+
+
+async def test_no_list_and_no_probe_acts_on_a_guess(served: Served) -> None:
+    """A call of a model of which nothing is known could start it."""
+    for backend in served.backends.values():
+        backend.replicas = "unknown"
+        backend.answering.clear()
+    listed = (await served.client.get("/v1/models")).json()["data"]
+    assert [one["state"] for one in listed] == ["unknown"] * 3
+    assert "'small' is unknown" in error_of(await served.client.get("/ready"), 503)["message"]
+    served.backends["edits"].replicas = "at_zero"
+    assert (await served.client.get("/ready")).status_code == 200
+
+
+async def test_a_single_model_that_has_described_itself_runs() -> None:
+    async with serving(AppConfig()) as served:
+        served.backends["demo"].replicas = "unknown"
+        [listed] = (await served.client.get("/v1/models")).json()["data"]
+        assert listed["state"] == "running"
+
+
+async def test_a_model_that_does_not_answer_delays_no_probe(served: Served) -> None:
+    small, large, edits = served.backends.values()
+    small.answering.clear()
+    edits.ready, edits.not_ready = False, DeadlineExceeded("too late")
+    assert (await served.client.get("/ready")).status_code == 200
+    large.replicas, small.replicas = "failed", "starting"
+    assert "'edits' is running" in error_of(await served.client.get("/ready"), 503)["message"]
 
 
 @pytest.mark.parametrize(
@@ -258,13 +290,25 @@ async def test_requests_count_for_their_model(served: Served) -> None:
         assert found is not None, "it begins at 0"
         return found
 
-    rows = [("small", "model_not_found"), ("org/large", "completed"), ("edits", "completed")]
+    rows = [
+        ("small", "model_not_found"), ("org/large", "completed"), ("edits", "completed"),
+        ("small", "invalid_value"), ("edits", "invalid_value"),
+    ]  # fmt: skip
     before = [counted(*row) for row in rows]
     body = {"prompt": "x", "size": "64x64"}
     await post(served.client, body | {"model": "org/large"})
     await post(served.client, body | {"model": "other"})
+    wrong = {"model": "edits", "response_format": "url"}
+    error_of(await post(served.client, body | wrong), 400)
+    form = {"data": {"prompt": "x"} | wrong, "files": {"image": PNG}}
+    error_of(await served.client.post("/v1/images/edits", **form), 400)
+    settings = {"override_settings": {"sd_model_checkpoint": "edits"}, "init_images": ["?"]}
+    answer = await served.client.post("/sdapi/v1/img2img", json={"prompt": "x"} | settings)
+    assert answer.status_code == 400, answer.text
+    unknown = {"input": "x", "model": "edits", "tools": []}
+    error_of(await served.client.post("/v1/responses", json=unknown), 400)
     after = [counted(*row) for row in rows]
-    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 0]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 0, 0, 4]
 
 
 def test_a_name_without_a_star_goes_before_a_pattern() -> None:

@@ -4,21 +4,33 @@ import asyncio
 import logging
 import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    Decision,
+    ParentBased,
+    SamplingResult,
+    StaticSampler,
+)
 from opentelemetry.trace import (
+    Link,
+    SpanKind,
     StatusCode,
     TraceFlags,
+    TraceState,
     format_span_id,
     format_trace_id,
 )
+from opentelemetry.util.types import Attributes
 
+from serve_app.config.models import AppConfig, ModelEntry
 from serve_app.errors import GenerationFailed, Overloaded
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
@@ -193,6 +205,28 @@ async def test_an_unsampled_trace_collects_no_timeline(backend: TracedBackend, b
     assert not int(response.headers["traceparent"][-2:], 16) & TraceFlags.SAMPLED
     assert [context.trace for context in backend.contexts] == [""]
     assert gateway.spans == []
+
+
+async def test_a_sampler_sees_the_first_of_several_models(backend: TracedBackend) -> None:
+    seen = []
+
+    class Noting(StaticSampler):
+        def should_sample(
+            self,
+            parent_context: Context | None,
+            trace_id: int,
+            name: str,
+            kind: SpanKind | None = None,
+            attributes: Attributes = None,
+            links: Sequence[Link] | None = None,
+            trace_state: TraceState | None = None,
+        ) -> SamplingResult:
+            seen.append((attributes or {}).get("gen_ai.request.model"))
+            return super().should_sample(parent_context, trace_id, name, kind, attributes, links)
+
+    config = AppConfig(models=(ModelEntry(id="first"),))
+    await Gateway(backend, config, Noting(Decision.DROP)).post(unknown=1)
+    assert seen == ["first"]
 
 
 async def test_without_tracing_there_is_no_trace_header(backend: TracedBackend) -> None:

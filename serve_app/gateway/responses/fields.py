@@ -67,7 +67,7 @@ class ResponsesRequest(BaseModel):
     model: str | None = Field(
         None,
         description="Name of the model, from /v1/models, or one of the server's aliases. Default: "
-        "the served model.",
+        "the first model.",
         examples=["demo"],
     )
     tools: list[dict[str, Any]] = Field(

@@ -106,7 +106,7 @@ class Memory(BaseModel):
 class Options(BaseModel):
     """Settings that clients read."""
 
-    sd_model_checkpoint: str = Field(description="The served model.")
+    sd_model_checkpoint: str = Field(description="The served model, or the first of several.")
     sd_vae: str = Field("Automatic", description="Always `Automatic`.")
     samples_format: str = Field("png", description="Always `png`.")
     CLIP_stop_at_last_layers: int = Field(1, description="Always 1.")

@@ -146,7 +146,7 @@ class SdapiRequest(BaseModel):
     send_images: bool = Field(True, description="Must be true: the server stores no images.")
     override_settings: dict[str, Any] = Field(
         {},
-        description=f"Settings for this request. `{CHECKPOINT}` must name the served model, and "
+        description=f"Settings for this request. `{CHECKPOINT}` names a served model, and "
         f"`{ACCELERATION}` is that of the images API. Settings that would change the image are "
         "rejected.",
         examples=[{}],

@@ -54,7 +54,9 @@ class OptionsUpdate(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    sd_model_checkpoint: str | None = Field(None, description="Must be the served model.")
+    sd_model_checkpoint: str | None = Field(
+        None, description="Must be the served model, or the first of several."
+    )
 
 
 def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -110,13 +112,16 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     running = RunningRequests()
 
     async def generate(
-        request: Request, given: SdapiRequest, images: Sequence[bytes], mask: bytes | None
+        request: Request,
+        chosen: ServedModel,
+        given: SdapiRequest,
+        images: Sequence[bytes] = (),
+        mask: bytes | None = None,
     ) -> answers.GenerationAnswer:
         record = record_of(request.scope)
         inverted = isinstance(given, ImageToImageRequest) and given.inpainting_mask_invert
 
         async def work() -> answers.GenerationAnswer:
-            chosen = choose(given.override_settings, record)
             model = await chosen.backend.describe()
             translated = translate(given, model)
             warnings = (*translated.warnings, *check_checkpoint(given.override_settings))
@@ -143,8 +148,8 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         with renamed():
             return models.names.check(str(name)) if name else ()
 
-    def choose(settings: Mapping[str, Any], record: RequestRecord) -> ServedModel:
-        name = settings.get(CHECKPOINT)
+    def choose(given: SdapiRequest, record: RequestRecord) -> ServedModel:
+        name = given.override_settings.get(CHECKPOINT)
         with renamed():
             return models.choose(str(name) if name else None, record)
 
@@ -156,7 +161,8 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     )
     async def text_to_image(request: Request) -> answers.GenerationAnswer:
         """Generate images from a prompt."""
-        return await generate(request, await read_json(request, TextToImageRequest), (), None)
+        given = await read_json(request, TextToImageRequest)
+        return await generate(request, choose(given, record_of(request.scope)), given)
 
     @router.post(
         "/img2img",
@@ -167,13 +173,14 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     async def image_to_image(request: Request) -> answers.GenerationAnswer:
         """Generate images from a prompt and an input image. With a mask, its white part changes."""
         given = await read_json(request, ImageToImageRequest)
+        chosen = choose(given, record_of(request.scope))
 
         def files() -> tuple[bytes, bytes | None]:
             image = file_of(given.init_images[0], "init_images")
             return image, None if given.mask is None else file_of(given.mask, "mask")
 
         image, mask = await in_image_thread(files)
-        return await generate(request, given, [image], mask)
+        return await generate(request, chosen, given, [image], mask)
 
     @router.get("/options", response_description="Settings.", responses=LIST_ERRORS)
     async def options() -> answers.Options:
