@@ -90,7 +90,7 @@ class Executor:
                 return [error]
             if is_out_of_memory(error):
                 self._metrics.out_of_memory()
-                size = self._cost.lower_cap(batch[0].size, len(batch))
+                size = self._cost.lower_cap(batch[0].work, len(batch))
             failure = repr(error)
         free_memory()
         logger.warning(
@@ -108,12 +108,13 @@ class Executor:
         Infinity in it becomes NaN, because noise schedulers may clip it.
         """
         self.denoiser_calls += 1
-        size, rows = batch[0].size, sum(request.rows for request in batch)
+        size, work = batch[0].size, batch[0].work
+        rows = sum(request.rows for request in batch)
         solo_s = sum(request.entry.step_s for request in batch)
 
         def took(seconds: float, ended_at: float) -> None:
             self._load_tracker.called(solo_s, seconds)
-            self._cost.observe_call(size, rows, len(batch), seconds)
+            self._cost.observe_call(work, rows, len(batch), seconds)
             self._metrics.called(size, len(batch), seconds)
             for request in batch:
                 request.denoised_at = ended_at
@@ -123,7 +124,7 @@ class Executor:
         adapters = batch[0].params.lora
         site, kind = batch[0].call.site, (calls[0].key, adapters, rows) if calls else None
         self._watchdog.begin(
-            Task(site, size, len(batch), self._cost.predict_call(size, rows), kind)
+            Task(site, size, len(batch), self._cost.predict_call(work, rows), kind)
         )
         if calls:
             spec = self.specs[calls[0].call.site]
@@ -147,10 +148,10 @@ class Executor:
             Exception: what the module raises.
         """
         # Copies, not the call itself: its tensors must go as soon as the job goes on.
-        site, size, encoding = request.call.site, request.size, not request.calls
+        site, work, encoding = request.call.site, request.work, not request.calls
 
         def took(seconds: float, _: float) -> None:
-            self._cost.observe_stage(site, size, seconds)
+            self._cost.observe_stage(site, work, seconds)
             if encoding:
                 request.encode_s += seconds
                 self._metrics.encoded(seconds)
@@ -158,8 +159,8 @@ class Executor:
                 request.non_denoiser_s += seconds
                 self._metrics.decoded(seconds)
 
-        predicted_s = self._cost.predict_stage(site, size)
-        self._watchdog.begin(Task(site, size, 1, predicted_s, (site, size)))
+        predicted_s = self._cost.predict_stage(site, work)
+        self._watchdog.begin(Task(site, request.size, 1, predicted_s, (site, work)))
         return self._run(request.call, request.params.lora, took)
 
     # ---- all calls -------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Predictor:
 
     def remaining_s(self, request: "Request") -> float:
         """Predict the work that remains, in solo seconds."""
-        cost, size = self._cost, request.size
+        cost, size = self._cost, request.work
         decode_s = cost.predict_decode(size)
         if request.calls and not request.steps_left:
             return max(0.0, decode_s - request.non_denoiser_s)
@@ -56,7 +56,7 @@ class Predictor:
 
     def step_s(self, request: "Request") -> float:
         """Predict the seconds of its parked denoiser call, alone on the device."""
-        return self._cost.predict_call(request.size, request.rows)
+        return self._cost.predict_call(request.work, request.rows)
 
     def completion_s(self, order: Sequence["Request"]) -> list[float]:
         """Predict the seconds until each request completes, if they run in this order."""
@@ -68,7 +68,7 @@ class Predictor:
         return self._forecast.predict_s(works, works[order.index(request)])
 
     def _work(self, request: "Request") -> Work:
-        cost, size = self._cost, request.size
+        cost, size = self._cost, request.work
         return Work(
             group=(size, request.params.lora) if self.batched else request.number,
             size=size,
@@ -85,7 +85,7 @@ class Predictor:
     def learn_from(self, request: "Request", took_s: float) -> None:
         """Improve later predictions by a request that completed ``took_s`` after its admission."""
         self._cost.observe_request(
-            request.size,
+            request.work,
             request.steps_done,
             request.calls + request.extrapolated,
             request.encode_s,

@@ -91,6 +91,11 @@ class Request:
         return self.params.width, self.params.height
 
     @property
+    def work(self) -> Size:
+        """The size by which its costs are known: `work_of` its parameters."""
+        return work_of(self.params)
+
+    @property
     def steps_left(self) -> int:
         # The pipeline reports how many steps it really runs after the first one.
         return max(0, (self.steps_total or self.params.steps_to_run) - self.steps_done)
@@ -107,6 +112,20 @@ class Request:
             tuple(self.steps),
             tuple(others[:MAX_PEERS]),
         )
+
+
+def work_of(params: GenerationParams) -> Size:
+    """Return the size of an image with as many pixels as the network sees in a step.
+
+    A pipeline without a strength passes whole input images to the network in each step. They count
+    as large as the image, so requests with as many of them are learned together. With a strength,
+    an input image only begins the latents.
+    """
+    assert params.width is not None
+    assert params.height is not None
+    whole = params.image is not None and params.strength is None
+    images = 1 + len(params.more_images) if whole else 0
+    return params.width, params.height * (1 + images)
 
 
 def link_batch_peers(batch: Sequence[Request]) -> None:

@@ -228,7 +228,7 @@ class Runner:
             return
         request.non_denoiser_s += seconds
         if arrived:
-            self._predictor.observe_between(request.size, request.non_denoiser_s)
+            self._predictor.observe_between(request.work, request.non_denoiser_s)
             request.non_denoiser_s = 0.0
 
     def _queue(self, request: Request, call: Call) -> None:

@@ -145,7 +145,7 @@ class Scheduler:
         batch = [self._by_number[one.request] for one in self._policy.choose(now, self)]
         if batch:
             rows = sum(request.rows for request in batch)
-            self._stages.denoiser_called(self._cost.predict_call(batch[0].size, rows))
+            self._stages.denoiser_called(self._cost.predict_call(batch[0].work, rows))
         return batch
 
     # ---- costs, for the policy -------------------------------------------------------------------
@@ -153,13 +153,13 @@ class Scheduler:
     def cap(self, entry: QueueEntry, within_s: float = math.inf) -> int:
         """Return how many calls, that of the entry included, fit in a call of this duration."""
         request = self._by_number[entry.request]
-        cap = self._cost.cap(request.size, request.rows, within_s)
+        cap = self._cost.cap(request.work, request.rows, within_s)
         return self._round_cap(cap) if self._round_cap else cap
 
     def batches(self, entry: QueueEntry) -> BatchCosts:
         """Return the costs of calls for 1, 2, 3… requests like this one."""
         request = self._by_number[entry.request]
-        costs = self._cost.batches(request.size, request.rows)
+        costs = self._cost.batches(request.work, request.rows)
         if self._round_cap is None:
             return costs
         return costs.capped(self._round_cap(len(costs.call_s)))

@@ -62,7 +62,7 @@ class StageQueue:
             return request
         request = min(parked, key=lambda request: request.entry.turn)
         # Unknown stages count as endless, so that one follows each denoiser call.
-        stage_s = self._cost.predict_stage(request.call.site, request.size) or math.inf
+        stage_s = self._cost.predict_stage(request.call.site, request.work) or math.inf
         fits = not self._decoding_s or self._decoding_s + stage_s <= self._call_s
         if not fits and len(parked) < len(runnable):
             return None

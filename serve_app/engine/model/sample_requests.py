@@ -17,7 +17,8 @@ def probe(size: tuple[int, int]) -> GenerationParams:
 
 def sample(pipeline: LoadedPipeline, size: tuple[int, int]) -> GenerationParams:
     """Make a request of two steps, for (width, height), for the pipeline's first task."""
-    return with_input(probe(size), pipeline.tasks[0])
+    task = pipeline.tasks[0]
+    return with_input(probe(size), task, 1.0 if task in pipeline.default_strengths else None)
 
 
 def with_input(

@@ -4,29 +4,24 @@ Results of an earlier start are reused if nothing has changed.
 """
 
 import copy
-import functools
 import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-
-from torch import Tensor
 
 from serve_app.config.models import EngineConfig
 from serve_app.config.speed import SpeedConfig
 from serve_app.engine.batching.axis_json import NotWritable
-from serve_app.engine.batching.batch import BatchSpec, prepare
-from serve_app.engine.batching.rendezvous import Call, Job, Rendezvous
-from serve_app.engine.device import free_memory, is_out_of_memory, memory_meter, release
+from serve_app.engine.batching.rendezvous import Rendezvous
+from serve_app.engine.device import is_out_of_memory, memory_meter
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
 from serve_app.engine.model.noise_schedulers import fewest_steps_of
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.sample_requests import sample
 from serve_app.engine.model.speed import compile_batches
-from serve_app.engine.scheduling.cost import CostModel, Measurement, Size, worthwhile_batch
+from serve_app.engine.request import work_of
+from serve_app.engine.scheduling.cost import CostModel, Measurement, Size
 from serve_app.engine.startup.certification import (
     Certificate,
     certify,
@@ -35,6 +30,7 @@ from serve_app.engine.startup.certification import (
 )
 from serve_app.engine.startup.cold_start import ColdStart
 from serve_app.engine.startup.graph_capture import GraphCapture
+from serve_app.engine.startup.measurement import measure
 from serve_app.engine.startup.memory import MemoryTrend
 from serve_app.engine.startup.noise_scheduler_trials import SchedulerTrials, try_noise_schedulers
 from serve_app.engine.startup.profile import Profile
@@ -43,15 +39,12 @@ from serve_app.engine.startup.profile_folder import (
     profile_name,
     remove_old_profiles,
 )
-from serve_app.engine.startup.runs import Runs, calls_of
+from serve_app.engine.startup.runs import Runs
 from serve_app.engine.startup.task_trials import find_needs
-from serve_app.engine.timer import median_seconds, wait_for_device
 from serve_app.errors import ConfigError
+from serve_app.protocol.params import GenerationParams
 
 logger = logging.getLogger(__name__)
-
-REPEATS = 3
-"""Measured repetitions of a call, after one that is not counted."""
 
 
 def warm_up(
@@ -123,18 +116,20 @@ def _warm_up(
             capture.capture(size, cost.max_batch_size)
         start.ended("compile")
 
-    def measured(size: Size, max_batch_size: int) -> Measurement:
+    def measured(request: GenerationParams, max_batch_size: int) -> Measurement:
         trend = MemoryTrend(memory_meter(pipeline.device))
-        return measure(pipeline, rendezvous, certificate.specs, size, max_batch_size, trend)
+        return measure(pipeline, rendezvous, certificate.specs, request, max_batch_size, trend)
 
-    missing = [size for size in sizes if size not in cost.caps]
+    samples = {size: sample(pipeline, size) for size in sizes}
+    missing = [size for size in sizes if work_of(samples[size]) not in cost.caps]
     for size in missing:
-        cost.measured(size, measured(size, cost.max_batch_size))
-        logger.info("size %dx%d: batches up to %d are worthwhile", *size, cost.caps[size])
+        work = work_of(samples[size])
+        cost.measured(work, measured(samples[size], cost.max_batch_size))
+        logger.info("size %dx%d: batches up to %d are worthwhile", *size, cost.caps[work])
     single = not cost.call_s and config.max_running > 1
     if single:  # single calls, so that the first requests have a deadline
-        size = pipeline.default_size_px
-        cost.measured(size, measured(size, 1), capped=False)
+        request = sample(pipeline, pipeline.default_size_px)
+        cost.measured(work_of(request), measured(request, 1), capped=False)
     if missing or single:
         start.ended("measure")
     if profile is None:
@@ -151,7 +146,8 @@ def _warm_up(
     if speed.compile:
         # Also compile calls that were not measured: those without guidance, and reused sizes.
         for size in sizes or (pipeline.default_size_px,):
-            request, most = sample(pipeline, size), cost.cap(size)
+            request = sample(pipeline, size)
+            most = cost.cap(work_of(request))
             compile_batches(pipeline.generate, rendezvous, certificate.specs, request, most)
         start.ended("compile")
     return certificate, previews, trials
@@ -299,102 +295,3 @@ def _write(
             "sizes": cost.to_json(),
         }
     )
-
-
-def measure(
-    pipeline: LoadedPipeline,
-    rendezvous: Rendezvous,
-    specs: dict[str, BatchSpec],
-    size: Size,
-    max_batch_size: int,
-    trend: MemoryTrend,
-) -> Measurement:
-    """Measure a request of this size, with denoiser calls in batches of 1, 2, 4 … the largest.
-
-    Stops at the first batch size that is not worthwhile or runs out of memory, and at the largest
-    one that ``trend`` predicts to fit.
-    """
-    # The first run is not measured: it may compile or allocate.
-    with _at_denoiser(pipeline, rendezvous, size) as job:
-        _finish(pipeline, rendezvous, job)
-    started_at = time.perf_counter()
-    with _at_denoiser(pipeline, rendezvous, size) as job:
-        wait_for_device()
-        encode_s = time.perf_counter() - started_at
-        call = job.call
-        assert call is not None
-        call_s, out_of_memory = _measure_calls(rendezvous, specs, call, max_batch_size, trend)
-        decode_s = _finish(pipeline, rendezvous, job)
-    return Measurement(call_s, encode_s, decode_s, out_of_memory)
-
-
-@contextmanager
-def _at_denoiser(
-    pipeline: LoadedPipeline, rendezvous: Rendezvous, size: Size
-) -> Iterator[Job[Tensor]]:
-    """Yield a request of two steps, parked at its first denoiser call; end it with the block."""
-    job = Job(functools.partial(pipeline.generate, sample(pipeline, size)))
-    with calls_of(pipeline, job) as calls:
-        for call in calls:
-            if call.site in pipeline.denoisers:
-                yield job
-                return
-            job.resume(rendezvous.forward(call))
-        raise AssertionError("the pipeline called no denoiser")
-
-
-def _finish(pipeline: LoadedPipeline, rendezvous: Rendezvous, job: Job[Tensor]) -> float:
-    """Run to the end; return the seconds from the last denoiser call to the end."""
-    last_at = time.perf_counter()
-    while job.call is not None:
-        output = rendezvous.forward(job.call)
-        if job.call.site in pipeline.denoisers:
-            wait_for_device()
-            last_at = time.perf_counter()
-        job.resume(output)
-    if job.error is not None:
-        raise job.error
-    wait_for_device()
-    return time.perf_counter() - last_at
-
-
-def _measure_calls(
-    rendezvous: Rendezvous,
-    specs: dict[str, BatchSpec],
-    call: Call,
-    max_batch_size: int,
-    trend: MemoryTrend,
-) -> tuple[dict[int, float], bool]:
-    """Return ``{batch size: seconds}``, and True if memory limits it."""
-    measured: dict[int, float] = {}
-    single = prepare(specs, call)
-
-    def seconds(batch: int) -> float:
-        merged = call if single is None else specs[call.site].merge([single] * batch)
-        return _seconds(rendezvous, merged)
-
-    batch = 1
-    while True:
-        fitting = trend.fitting(batch)
-        if fitting in measured:
-            return measured, True
-        try:
-            measured[fitting] = trend.run(fitting, functools.partial(seconds, fitting))
-        except Exception as error:
-            if batch == 1 or not is_out_of_memory(error):
-                raise
-            release(error)
-            free_memory()
-            return measured, True
-        if fitting < batch:
-            return measured, True
-        if single is None or batch == max_batch_size or worthwhile_batch(measured) < batch:
-            return measured, False
-        batch = min(2 * batch, max_batch_size)
-
-
-def _seconds(rendezvous: Rendezvous, call: Call) -> float:
-    """Return the median time of a call; the first run, which may compile, is not counted."""
-    run = functools.partial(rendezvous.forward, call)
-    run()
-    return median_seconds(run, REPEATS)
