@@ -186,12 +186,10 @@ class ImageService:
         model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=principal.priority)
         warnings: tuple[str, ...] = ()
-        check_number(len(images), model)
+        check_number(len(images), mask is not None, model)
         if images:
-            params, warnings = await in_image_thread(
-                functools.partial(
-                    with_images, params, images, mask, mask_reader, model, self._limits
-                )
+            params, warnings = await with_images(
+                params, images, mask, mask_reader, model, self._limits
             )
         else:
             params = params.resolved(model)

@@ -93,6 +93,22 @@ async def test_a_mask_takes_one_image(client: httpx.AsyncClient, backend: FakeBa
     assert "takes at most 1 in a request with a mask" in message
 
 
+async def test_images_are_counted_before_they_are_decoded(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.info = EDITS
+    broken = b"no image"
+    for files, tasks, reason in (
+        (parts(*[broken] * 4), EDITS.tasks, "at most 3 in a request."),
+        (parts(broken, broken, mask=broken), ("image-to-image", "inpainting"), "with a mask."),
+        (parts(broken, mask=broken), EDITS.tasks, "does not support inpainting"),
+        (parts(broken), ("inpainting",), "send a mask, too"),
+        (parts(broken), EDITS.tasks, "cannot be read"),
+    ):
+        backend.info = replace(EDITS, tasks=tasks)
+        assert reason in error_of(await edit(client, files), 400)["message"]
+
+
 async def test_a_prompt_alone_is_sent_to_the_other_route(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
