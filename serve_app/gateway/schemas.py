@@ -71,8 +71,8 @@ class InputTokensDetails(BaseModel):
         description="Tokens of the prompt, counted for each image; 0 for an unknown tokenizer."
     )
     image_tokens: int = Field(
-        description="Squares of 16 x 16 pixels of the input image at the generated size, counted "
-        "for each image."
+        description="Squares of 16 x 16 pixels of the input images, counted for each generated "
+        "image. The first one counts at the generated size, the others as the model reads them."
     )
 
 

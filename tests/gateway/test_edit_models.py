@@ -67,6 +67,17 @@ async def test_several_images_reach_the_engine_in_their_order(
         assert usage["input_tokens_details"]["image_tokens"] == 2 * 16
 
 
+async def test_usage_counts_each_input_image_at_its_own_size(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.info = EDITS
+    files = parts(file_of(halves()), file_of(halves((32, 32))), wide())
+    response = await edit(client, files, size="128x64", n="2")
+    usage = response.json()["usage"]
+    assert usage["input_tokens_details"]["image_tokens"] == 2 * (8 * 4 + 2 * 2 + 8 * 2)
+    assert usage["output_tokens"] == 2 * 8 * 4
+
+
 async def test_the_description_tells_what_a_model_takes(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
