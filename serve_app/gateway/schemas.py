@@ -253,6 +253,9 @@ class ModelObject(ModelSummary):
     )
     quality_steps: dict[Quality, int] = Field(description="Denoising steps of each `quality`.")
     max_input_images: int = Field(description="Most input images of an edit; 0 without edits.")
+    default_strengths: dict[Task, float] = Field(
+        description="`strength` of requests that set none, for each task that takes one."
+    )
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
     schedulers: list[str] = Field(
         description="Noise schedulers for `scheduler`, in at least one task."
