@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -96,15 +97,17 @@ def _look_at_machine(config: Path | None, cpu: bool) -> list["Finding"]:
                 num_gpus=1 if one.num_gpus is None else one.num_gpus,
                 cpu=cpu,
                 deployment=one.deployment,
+                replicas=_least_replicas(one.autoscaling),
             )
             for one in read_generators(config)
         ]
-    place = machine.this_place()
-    first, *others = wanted
-    findings = list(machine.look(first, place))
-    for other in others:
-        findings += machine.look_at_another(other, place)
-    return findings
+    return list(machine.look(wanted, machine.this_place()))
+
+
+def _least_replicas(autoscaling: Mapping[str, Any]) -> int:
+    """Return the replicas that Serve keeps: 1 where the file sets none, or no number."""
+    least = autoscaling.get("min_replicas")
+    return least if isinstance(least, int) else 1
 
 
 def _read_overlay(overlay: Path) -> list[dict[str, Any]]:

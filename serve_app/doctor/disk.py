@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from serve_app.config.models import ModelConfig
@@ -15,37 +16,60 @@ _NEEDED_DISK_BYTES = 10 * 2**30
 its download."""
 
 
-def check_disk(model: ModelConfig) -> Finding:
-    """Check the room for the weights where they will be downloaded."""
-    sources = [model.source, *filter(None, model.components.values())]
-    if all(map(is_path, sources)):
-        rest = "nothing is" if model.layout is not None else "only configurations are"
-        return ok("disk", f"the weights are in {', '.join(sources)}, {rest} downloaded")
+def check_disk(*models: ModelConfig) -> Finding:
+    """Check the room for the weights of models where they will be downloaded, all together."""
+    downloaded = [model for model in models if not all(map(is_path, _sources(model)))]
+    if not downloaded:
+        rest = (
+            "only configurations are"
+            if any(model.layout is None for model in models)
+            else "nothing is"
+        )
+        return ok("disk", f"the weights are in {_named(models)}, {rest} downloaded")
     folder = weights.cache_folder()
-    try:
-        there = weights.read_components(model)
-    except ModelLoadError:  # the row `model` reports it
-        there = None
-    if there is not None:
+    missing = {model.source: model for model in downloaded if not _is_there(model)}
+    if not missing:
         return ok("disk", f"the weights are in the cache, {folder}")
+    names = ", ".join(missing)
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    found = f"{folder} has {gib(free)} free, for {model.source}"
+    found = f"{folder} has {gib(free)} free, for {names}"
     if not os.access(existing, os.W_OK):
         return failed(
             "disk",
-            f"{existing} is not writable, and {model.source} is to be downloaded there",
+            f"{existing} is not writable, and {names} {_verb(missing)} to be downloaded there",
             f"Point HF_HOME to a folder that user {os.getuid()} may write. On Kubernetes set "
             "securityContext.fsGroup of the pod. With Docker, chown the volume.",
         )
-    if free < _NEEDED_DISK_BYTES:
+    needed = len(missing) * _NEEDED_DISK_BYTES
+    if free < needed:
+        least = "even a small model needs" if len(missing) == 1 else "even small models need"
         return failed(
             "disk",
-            f"{found}; even a small model needs {gib(_NEEDED_DISK_BYTES)}",
+            f"{found}; {least} {gib(needed)}",
             "Free space there (`hf cache ls` lists what is cached), or point HF_HOME to a larger "
             "disk. On Kubernetes mount a volume there, as the component `model-cache` does.",
         )
     return ok("disk", f"{found}, whose size is unknown before the download")
+
+
+def _sources(model: ModelConfig) -> list[str]:
+    return [model.source, *filter(None, model.components.values())]
+
+
+def _named(models: Sequence[ModelConfig]) -> str:
+    return ", ".join(dict.fromkeys(source for model in models for source in _sources(model)))
+
+
+def _verb(missing: Collection[str]) -> str:
+    return "is" if len(missing) == 1 else "are"
+
+
+def _is_there(model: ModelConfig) -> bool:
+    try:
+        return weights.read_components(model) is not None
+    except ModelLoadError:  # the row `model` reports it
+        return False
 
 
 _RAY_FULL = 0.95

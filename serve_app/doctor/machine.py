@@ -1,7 +1,7 @@
 """The checks of the machine, or the container, that this runs in."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Wanted:
     """True where no GPU is expected: a laptop, the head, the gateway."""
     deployment: str = GENERATOR
     """Name of the deployment."""
+    replicas: int = 1
+    """Replicas that Serve keeps even without requests; 0 if a request starts the first one."""
 
 
 def this_place() -> Place:
@@ -46,13 +48,31 @@ def this_place() -> Place:
     )
 
 
-def look(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
-    """Run every check, the cheap ones first. ``nvml`` is NVIDIA's library, or a stand-in."""
-    if wanted.cpu:
+def look(wanted: Sequence[Wanted], place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
+    """Run every check, the cheap ones first. Of several models, their own findings name them.
+
+    The memory of a CPU is compared with each model alone.
+
+    Args:
+        wanted: the models that are to run here, at least one.
+        place: the machine or container.
+        nvml: NVIDIA's library, or a stand-in.
+    """
+    cpu = all(one.cpu for one in wanted)
+    if cpu:
         yield ok("gpu", "no GPU is expected (--cpu)")
     else:
         yield from _check_gpus(wanted, place, nvml)
-    yield from _check_memory_and_disk(wanted)
+    here = [one for one in wanted if not (one.cpu and one.num_gpus)]
+    for one in wanted:
+        if one not in here:
+            found = f"{one.model.id} runs on GPUs, which are elsewhere"
+            yield _named(ok("memory", found), one, wanted)
+        elif cpu:
+            for finding in _check_model(one, "memory", read_memory()):
+                yield _named(finding, one, wanted)
+    if here:
+        yield check_disk(*(one.model for one in here))
     yield check_temporary_disk(Path(tempfile.gettempdir()))
     yield check_shared_memory(read_memory()[0], place)
     yield check_packages()
@@ -61,34 +81,14 @@ def look(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
         yield check_probes(place)
 
 
-def look_at_another(wanted: Wanted, place: Place, nvml: Any = pynvml) -> Iterator[Finding]:
-    """Run the checks that depend on the model, after `look` for another one of the same config.
-
-    Each finding names the model. The memory of a CPU is compared with each model alone.
-    """
-    found: list[Finding] = []
-    if not wanted.cpu:
-        try:
-            _, there = gpus.read(nvml)
-        except pynvml.NVMLError:
-            return  # `look` explains it
-        if gpus.check_visible(there, place) is not None:
-            return
-        found = [_check_replica(wanted, there), *_check_gpu_memory(wanted, there)]
-    for finding in (*found, *_check_memory_and_disk(wanted)):
-        yield replace(finding, check=f"{wanted.model.id}: {finding.check}")
+def _named(finding: Finding, one: Wanted, wanted: Sequence[Wanted]) -> Finding:
+    """Name the model in its finding, unless there is no other one."""
+    if len(wanted) == 1:
+        return finding
+    return replace(finding, check=f"{one.model.id}: {finding.check}")
 
 
-def _check_memory_and_disk(wanted: Wanted) -> Iterator[Finding]:
-    if wanted.cpu and wanted.num_gpus:
-        yield ok("memory", f"{wanted.model.id} runs on GPUs, which are elsewhere")
-        return
-    if wanted.cpu:
-        yield from _check_model(wanted, "memory", read_memory())
-    yield check_disk(wanted.model)
-
-
-def _check_gpus(wanted: Wanted, place: Place, nvml: Any) -> Iterator[Finding]:
+def _check_gpus(wanted: Sequence[Wanted], place: Place, nvml: Any) -> Iterator[Finding]:
     try:
         installed, found = gpus.read(nvml)
     except pynvml.NVMLError as error:
@@ -98,13 +98,19 @@ def _check_gpus(wanted: Wanted, place: Place, nvml: Any) -> Iterator[Finding]:
         yield hidden
         return
     yield from (finding for gpu in found for finding in gpus.check_gpu(gpu))
-    yield _check_replica(wanted, found)
+    devices = sum(len(gpu.instances) if gpu.mig else 1 for gpu in found)
+    for one in wanted:
+        yield _named(_check_replica(one, devices), one, wanted)
+    if len(wanted) > 1 or any(one.replicas > 1 for one in wanted):
+        yield _check_replicas_together(wanted, devices, place)
     torch = driver.installed_torch()
     yield driver.check_torch(torch)
     if torch is not None and torch.cuda is not None:
         yield driver.check_driver(installed, torch.cuda)
         yield driver.try_kernel()
-    yield from _check_gpu_memory(wanted, found)
+    for one in wanted:
+        for finding in _check_gpu_memory(one, found):
+            yield _named(finding, one, wanted)
 
 
 def _check_gpu_memory(wanted: Wanted, found: list[Gpu]) -> Iterator[Finding]:
@@ -115,8 +121,7 @@ def _check_gpu_memory(wanted: Wanted, found: list[Gpu]) -> Iterator[Finding]:
         yield from _check_model(wanted, "gpu memory", min(known, default=None))
 
 
-def _check_replica(wanted: Wanted, found: list[Gpu]) -> Finding:
-    devices = sum(len(gpu.instances) if gpu.mig else 1 for gpu in found)
+def _check_replica(wanted: Wanted, devices: int) -> Finding:
     request = f"a replica requests {wanted.num_gpus:g} GPUs, this machine has {devices}"
     setting = f"ray_actor_options.num_gpus of the deployment {wanted.deployment}"
     if wanted.num_gpus == 0:
@@ -139,6 +144,30 @@ def _check_replica(wanted: Wanted, found: list[Gpu]) -> Finding:
             f"Set {setting} to 1: Ray counts shares of a GPU, and enforces none.",
         )
     return ok("replica", request)
+
+
+def _check_replicas_together(wanted: Sequence[Wanted], devices: int, place: Place) -> Finding:
+    """Compare the GPUs of this machine with those of all replicas that Serve keeps."""
+    kept = sum(one.num_gpus * one.replicas for one in wanted)
+    at_once = sum(one.num_gpus * max(1, one.replicas) for one in wanted)
+    here = f"this machine has {devices}"
+    if kept > devices:
+        found = f"the replicas request {kept:g} GPUs together, {here}"
+        advice = (
+            "Serve fewer models or replicas (min_replicas of their autoscaling_config, or 0 for "
+            "models that start with a request), or add GPUs. Replicas without a GPU never start."
+        )
+        if place.environment.get("RAY_ADDRESS"):  # the others may be on its other machines
+            return warning("replicas", found, advice)
+        return failed("replicas", found, advice)
+    if at_once > devices:
+        return warning(
+            "replicas",
+            f"one replica of each model requests {at_once:g} GPUs together, {here}",
+            "Add GPUs if all models must run at once. Otherwise a request waits until another "
+            "model has ended for want of requests, and it may time out before.",
+        )
+    return ok("replicas", f"one replica of each model, or the least number, fits: {here}")
 
 
 def _check_model(wanted: Wanted, check: str, memory: tuple[int, int] | None) -> Iterator[Finding]:

@@ -293,6 +293,7 @@ class Engine:
             Unavailable: If the engine is closing or has stopped.
         """
         resolved = params.resolved(self.info)
+        self._pipeline.check_input_images(resolved)
         with self._lifetime.submission(on_event) as (number, send):
             now = time.perf_counter()
             waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)

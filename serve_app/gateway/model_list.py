@@ -116,6 +116,7 @@ def described(info: ModelInfo, state: ModelState, created: int) -> ModelObject:
         quality_steps=info.quality_steps,
         max_images=limits.max_images,
         max_input_images=info.max_input_images,
+        default_strengths=dict(info.default_strengths),
         max_prompt_chars=limits.max_prompt_chars,
         max_deadline_s=limits.max_deadline_s,
         takes_negative_prompt=info.takes_negative_prompt,

@@ -71,8 +71,8 @@ class InputTokensDetails(BaseModel):
         description="Tokens of the prompt, counted for each image; 0 for an unknown tokenizer."
     )
     image_tokens: int = Field(
-        description="Squares of 16 x 16 pixels of the input image at the generated size, counted "
-        "for each image."
+        description="Squares of 16 x 16 pixels of the input images, counted for each generated "
+        "image. The first one counts at the generated size, the others as the model reads them."
     )
 
 
@@ -254,6 +254,9 @@ class ModelObject(ModelSummary):
     )
     quality_steps: dict[Quality, int] = Field(description="Denoising steps of each `quality`.")
     max_input_images: int = Field(description="Most input images of an edit; 0 without edits.")
+    default_strengths: dict[Task, float] = Field(
+        description="`strength` of requests that set none, for each task that takes one."
+    )
     takes_negative_prompt: bool = Field(description="True if the model supports `negative_prompt`.")
     schedulers: list[str] = Field(
         description="Noise schedulers for `scheduler`, in at least one task."

@@ -113,9 +113,11 @@ class ImageJob:
 
     def usage(self, images: Sequence[EncodedImage]) -> Usage:
         text_tokens = sum(image.prompt_tokens for image in images)
-        one = math.prod(math.ceil(side / TOKEN_PX) for side in (images[0].width, images[0].height))
-        inputs = 1 + len(self.images[0].more_images)
-        image_tokens = inputs * one * len(images) if self.kind == "image_edit" else 0
+        one = _tokens((images[0].width, images[0].height))
+        image_tokens = 0
+        if self.kind == "image_edit":  # the first input image is scaled to the generated size
+            further = sum(_tokens(image.size) for image in self.images[0].more_images)
+            image_tokens = (one + further) * len(images)
         output_tokens = one * len(images)
         return Usage(
             input_tokens=text_tokens + image_tokens,
@@ -139,6 +141,11 @@ def in_base64(job: ImageJob, images: Sequence[EncodedImage]) -> ImagesResponse:
         for image in images
     ]
     return job.answer(ImagesResponse, data, images)
+
+
+def _tokens(size: tuple[int, int]) -> int:
+    """Count the tokens of an image of (width, height)."""
+    return math.prod(math.ceil(side / TOKEN_PX) for side in size)
 
 
 def size_of(image: EncodedImage) -> str:
@@ -186,12 +193,10 @@ class ImageService:
         model = await self._describe_for(body)
         params = replace(self._params(body, model), priority=principal.priority)
         warnings: tuple[str, ...] = ()
-        check_number(len(images), model)
+        check_number(len(images), mask is not None, model)
         if images:
-            params, warnings = await in_image_thread(
-                functools.partial(
-                    with_images, params, images, mask, mask_reader, model, self._limits
-                )
+            params, warnings = await with_images(
+                params, images, mask, mask_reader, model, self._limits
             )
         else:
             params = params.resolved(model)

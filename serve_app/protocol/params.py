@@ -98,6 +98,33 @@ class ModelInfo:
         fewer = self.low_quality_acceleration == "none"
         return {"low": max(1, steps // 2) if fewer else steps, **more}
 
+    def check_images(self, count: int, has_mask: bool) -> None:
+        """Check that the model edits this number of images, of 1 or more, with or without a mask.
+
+        Raises:
+            InvalidRequest: it does not; the message says what to send.
+        """
+        if not has_mask and self.tasks == ("inpainting",):
+            raise InvalidRequest(
+                f"{self.pipeline} changes the part of an image that a mask marks; send a mask, "
+                "too.",
+                "mask_image",
+            )
+        task = "inpainting" if has_mask else "image-to-image"
+        if task not in self.tasks:
+            raise InvalidRequest(
+                f"{self.pipeline} does not support {task}; it supports {', '.join(self.tasks)}.",
+                "mask_image" if has_mask else "image",
+            )
+        most = 1 if has_mask else self.max_input_images
+        if count > most:
+            mask = " with a mask" if has_mask else ""
+            raise InvalidRequest(
+                f"image: {count} images are given; {self.pipeline} takes at most {most} in a "
+                f"request{mask}. Send no more.",
+                "image",
+            )
+
 
 @dataclass(frozen=True)
 class GenerationParams:
@@ -308,20 +335,8 @@ class GenerationParams:
                     "image",
                 )
             return None
-        if self.mask_image is None and model.tasks == ("inpainting",):
-            raise InvalidRequest(
-                f"{model.pipeline} changes the part of an image that a mask marks; send a mask, "
-                "too.",
-                "mask_image",
-            )
-        if self.task not in model.tasks:
-            param = "image" if self.mask_image is None else "mask_image"
-            raise InvalidRequest(
-                f"{model.pipeline} does not support {self.task}; it supports "
-                f"{', '.join(model.tasks)}.",
-                param,
-            )
-        self._check_input_images(model)
+        model.check_images(1 + len(self.more_images), self.mask_image is not None)
+        self._check_pixels(model)
         strength = self.strength
         if strength is not None and self.task not in model.default_strengths:
             raise InvalidRequest(
@@ -338,16 +353,7 @@ class GenerationParams:
             )
         return strength
 
-    def _check_input_images(self, model: ModelInfo) -> None:
-        most = 1 if self.mask_image is not None else model.max_input_images
-        count = 1 + len(self.more_images)
-        if count > most:
-            mask = " with a mask" if self.mask_image is not None else ""
-            raise InvalidRequest(
-                f"image: {count} images are given; {model.pipeline} takes at most {most} in a "
-                f"request{mask}. Send no more.",
-                "image",
-            )
+    def _check_pixels(self, model: ModelInfo) -> None:
         most_pixels = model.limits.max_image_pixels
         images = [("image", self.image), *(("image", image) for image in self.more_images)]
         for name, given in (*images, ("mask_image", self.mask_image)):

@@ -62,7 +62,7 @@ def cuda_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _look(wanted: Wanted, place: Place, nvml: FakeNvml) -> dict[str, Finding]:
-    findings = list(look(wanted, place, nvml))
+    findings = list(look([wanted], place, nvml))
     assert len({finding.check for finding in findings}) == len(findings)
     return {finding.check: finding for finding in findings}
 

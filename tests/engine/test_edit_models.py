@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, Flux2KleinInpaintPipeline
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from serve_app.config.limits import LimitsConfig
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
+from serve_app.engine.model.inspection import check_input_images
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.params import GenerationParams
-from tests.edit_pipelines import EDITS, IN_MEMORY, few_pixels
+from tests.edit_pipelines import EDITS, IN_MEMORY, few_pixels, flux_2_klein
 from tests.engine.engines import TOLERANCE, result_of
 
 ENGINE = EngineConfig(scheduling="fifo", max_batch_size=4, limits=LimitsConfig(max_input_images=2))
@@ -180,6 +181,33 @@ def test_together_equals_alone(
     assert mean > 1.5
     for one, two in combinations(together, 2):
         assert _difference(one, two) > VISIBLE
+
+
+def test_an_image_that_the_pipeline_does_not_take_is_rejected() -> None:
+    """FLUX.2's own call raises, so the request would fail as if the model were broken."""
+    size = size_of("flux-2-klein")
+    call_kwargs = EDITS["flux-2-klein"][1]
+    config = ModelConfig(id="m", device="cpu", default_size_px=size, call_kwargs=call_kwargs)
+    stock = flux_2_klein()
+    small = GenerationParams("a red circle", 1, image=picture("red", (32, 32)))
+    large = replace(small, image=picture("red", size))
+    with Engine(LoadedPipeline(stock, config), config, ENGINE) as engine:
+        for params, reason in (
+            (small, "to 32x32 pixels: Image too small"),
+            (replace(small, width=32, height=64), "to 32x64 pixels: Image too small"),
+            (replace(small, width=640, height=64), "to 640x64 pixels: Aspect ratio too extreme"),
+            (replace(large, more_images=(picture("red", (48, 96)),)), "to 48x96 pixels: Image too"),
+        ):
+            with pytest.raises(InvalidRequest, match=reason):
+                engine.generate(params)
+        for params in (
+            replace(small, image=None, width=32, height=32),
+            replace(small, width=64, height=64),
+        ):
+            assert engine.generate(replace(params, num_inference_steps=2)).pixels.ndim == 3
+    # It has the same image processor, and its call does not use the check.
+    components = {**stock.components, "is_distilled": False}
+    check_input_images(Flux2KleinInpaintPipeline(**components), [picture("red", (32, 32))])
 
 
 def test_a_prompt_alone_is_rejected(config: ModelConfig, pipeline: LoadedPipeline) -> None:

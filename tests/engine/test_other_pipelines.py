@@ -18,7 +18,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from serve_app.config.models import ModelConfig
+from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
@@ -34,9 +34,11 @@ from tests.tiny_pipelines import stable_diffusion
 pytestmark = pytest.mark.usefixtures("reused_starts")
 
 
-def _engine(pipeline: DiffusionPipeline, call_kwargs: dict[str, Any]) -> Engine:
+def _engine(
+    pipeline: DiffusionPipeline, call_kwargs: dict[str, Any], config: EngineConfig | None = None
+) -> Engine:
     model = ModelConfig(id="m", device="cpu", default_size_px=(32, 32), call_kwargs=call_kwargs)
-    return Engine(LoadedPipeline(pipeline, model), model)
+    return Engine(LoadedPipeline(pipeline, model), model, config)
 
 
 @pytest.mark.filterwarnings("ignore:.FluxPosEmbed. is deprecated:FutureWarning")
@@ -169,7 +171,8 @@ def test_a_pipeline_that_needs_a_control_image_is_rejected_at_the_start() -> Non
 
 
 @pytest.mark.filterwarnings("ignore:The configuration file of the vae:FutureWarning")
-def test_an_upscaler_is_rejected_at_the_start() -> None:
+@pytest.mark.parametrize("max_running", [1, 2])
+def test_an_upscaler_is_rejected_at_the_start(max_running: int) -> None:
     """Its images would be larger than any limit of a request allows."""
     parts = stable_diffusion().components
     upscaler = StableDiffusionUpscalePipeline(
@@ -179,7 +182,7 @@ def test_an_upscaler_is_rejected_at_the_start() -> None:
     )
     draw_weights(upscaler)
     with pytest.raises(ModelLoadError, match="Upscalers are not served"):
-        _engine(upscaler, {})
+        _engine(upscaler, {}, EngineConfig(max_running=max_running))
 
 
 def test_a_pipeline_that_writes_prompts_anew_is_rejected() -> None:

@@ -67,6 +67,17 @@ async def test_several_images_reach_the_engine_in_their_order(
         assert usage["input_tokens_details"]["image_tokens"] == 2 * 16
 
 
+async def test_usage_counts_each_input_image_at_its_own_size(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.info = EDITS
+    files = parts(file_of(halves()), file_of(halves((32, 32))), wide())
+    response = await edit(client, files, size="128x64", n="2")
+    usage = response.json()["usage"]
+    assert usage["input_tokens_details"]["image_tokens"] == 2 * (8 * 4 + 2 * 2 + 8 * 2)
+    assert usage["output_tokens"] == 2 * 8 * 4
+
+
 async def test_the_description_tells_what_a_model_takes(
     client: httpx.AsyncClient, backend: FakeBackend
 ) -> None:
@@ -91,6 +102,22 @@ async def test_a_mask_takes_one_image(client: httpx.AsyncClient, backend: FakeBa
     files = parts(file_of(halves()), wide(), mask=file_of(mask_of()))
     message = error_of(await edit(client, files), 400)["message"]
     assert "takes at most 1 in a request with a mask" in message
+
+
+async def test_images_are_counted_before_they_are_decoded(
+    client: httpx.AsyncClient, backend: FakeBackend
+) -> None:
+    backend.info = EDITS
+    broken = b"no image"
+    for files, tasks, reason in (
+        (parts(*[broken] * 4), EDITS.tasks, "at most 3 in a request."),
+        (parts(broken, broken, mask=broken), ("image-to-image", "inpainting"), "with a mask."),
+        (parts(broken, mask=broken), EDITS.tasks, "does not support inpainting"),
+        (parts(broken), ("inpainting",), "send a mask, too"),
+        (parts(broken), EDITS.tasks, "cannot be read"),
+    ):
+        backend.info = replace(EDITS, tasks=tasks)
+        assert reason in error_of(await edit(client, files), 400)["message"]
 
 
 async def test_a_prompt_alone_is_sent_to_the_other_route(

@@ -69,13 +69,13 @@ async def test_an_image_without_a_mask_is_generated_over(
 
 
 async def test_input_tokens_count_at_the_generated_size(client: httpx.AsyncClient) -> None:
-    """Tokens count at the generated size, once for each image, as the API description says."""
+    """Tokens count once for each generated image, as the API description says."""
     answer = (await edit(client, file_of(halves((640, 480))), n="2", size="48x32")).json()
     details = answer["usage"]["input_tokens_details"]
     assert details == {"text_tokens": 2 * 7, "image_tokens": 2 * 3 * 2}
     schemas = (await client.get("/openapi.json")).json()["components"]["schemas"]
     described = schemas["InputTokensDetails"]["properties"]["image_tokens"]["description"]
-    assert "at the generated size, counted for each image" in described
+    assert "input images, counted for each generated image. The first one counts at" in described
 
 
 async def test_the_transparent_part_of_the_mask_is_generated_anew(

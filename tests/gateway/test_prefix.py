@@ -1,14 +1,12 @@
 """The API below a prefix that a reverse proxy removes, that Serve keeps, or both at once."""
 
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import httpx
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect
 
 from serve_app.gateway.auth import KeyRing
@@ -17,8 +15,7 @@ from serve_app.gateway.routes import create_api
 from tests.browser import running_browser
 from tests.fakes.backend import CONFIG, FakeBackend
 from tests.fakes.reverse_proxy import stripping_proxy
-from tests.serve_process import free_port
-from tests.waiting import wait_until
+from tests.gateway.served import served
 
 
 @dataclass(frozen=True)
@@ -36,18 +33,9 @@ class Mounted:
 @contextmanager
 def gateway(route_prefix: str) -> Iterator[str]:
     """Serve the API on a free port; uvicorn prepends ``root_path``, as Serve keeps a prefix."""
-    port = free_port()
     api = create_api(CONFIG, FakeBackend(), KeyRing(None, None))
-    settings = uvicorn.Config(api, port=port, root_path=route_prefix, log_level="warning")
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, name="gateway")
-    thread.start()
-    try:
-        wait_until(lambda: server.started, what="the gateway")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.should_exit = True
-        thread.join()
+    with served(api, route_prefix) as url:
+        yield url
 
 
 @contextmanager

@@ -3,14 +3,15 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from torch import Tensor
 
 from serve_app.engine.model.networks import denoisers_of, networks_of
-from serve_app.errors import ModelLoadError
+from serve_app.errors import InvalidRequest, ModelLoadError
 
 _UNLIMITED = 10_000
 """Token limit from which on a tokenizer states none."""
@@ -76,6 +77,31 @@ def longest_side(pipeline: DiffusionPipeline) -> int | None:
             positions: int = embedding.pos_embed.shape[1]
             sides.append(math.isqrt(positions) * denoiser.config.patch_size * cell)
     return min(sides, default=None)
+
+
+def check_input_images(pipeline: DiffusionPipeline, images: Iterable[Image]) -> None:
+    """Check input images as the pipeline's call does, if it has its image processor check them.
+
+    Of a call that fails, nobody knows if the request is at fault. So the check runs before it.
+
+    Raises:
+        InvalidRequest: the pipeline takes no image of such a size or shape.
+    """
+    name = "check_image_input"
+    code = getattr(inspect.unwrap(type(pipeline).__call__), "__code__", None)
+    check = getattr(getattr(pipeline, "image_processor", None), name, None)
+    # Some pipelines have such a processor, and do not have it check.
+    if check is None or code is None or name not in code.co_names:
+        return
+    for image in images:
+        try:
+            check(image)
+        except ValueError as error:
+            raise InvalidRequest(
+                f"{type(pipeline).__name__} does not take an input image as it is scaled for this "
+                f"request, to {image.width}x{image.height} pixels: {error}.",
+                "image",
+            ) from None
 
 
 def check_pixels(pipeline: str, pixels: object) -> None:

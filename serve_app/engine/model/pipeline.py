@@ -204,6 +204,18 @@ class LoadedPipeline:
         )
         return min(counts["prompt"], limit), (*warnings, *unused)
 
+    def check_input_images(self, params: GenerationParams) -> None:
+        """Check the input images of a resolved request as the pipeline's call would.
+
+        Changes nothing, and may run on any thread.
+
+        Raises:
+            InvalidRequest: the pipeline does not take one of them.
+        """
+        if params.image is not None:
+            images = (params.image, *params.more_images)
+            inspection.check_input_images(self.pipelines[params.task], images)
+
     def generate(
         self,
         params: GenerationParams,

@@ -25,11 +25,11 @@ from serve_app.engine.startup.runs import RecordedCall, Recording, Runs
 from serve_app.engine.startup.task_trials import (
     Unfit,
     certify_tasks,
+    check_size,
     check_turns,
     failed,
     find_needs,
 )
-from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import GenerationParams, Sharing, Task
 
 
@@ -129,7 +129,7 @@ def certify(
     find_needs(runs)
     requests = _requests(pipeline)
     alone = [runs.alone(params) for params in requests]
-    _check_size(pipeline, requests[0], alone[0])
+    check_size(pipeline, requests[0], alone[0])
     try:
         check_turns(runs, requests, alone)
     except Exception as error:
@@ -233,21 +233,6 @@ def _requests(pipeline: LoadedPipeline) -> tuple[GenerationParams, ...]:
         replace(_longer(first, pipeline), seed=4),
     )
     return tuple(with_input(request, pipeline.tasks[0]) for request in requests)
-
-
-def _check_size(pipeline: LoadedPipeline, params: GenerationParams, one: Recording) -> None:
-    """Check that a pipeline that needs an image keeps its size, unlike an upscaler.
-
-    Raises:
-        ModelLoadError: the generated image has another size, which no limit applies to.
-    """
-    height, width = one.image.shape[1:]
-    if "text-to-image" not in pipeline.tasks and (width, height) != (params.width, params.height):
-        raise ModelLoadError(
-            f"{pipeline.class_name} makes {width}x{height} pixels of an input image of "
-            f"{params.width}x{params.height}. Upscalers are not served: use a model that edits "
-            "images."
-        )
 
 
 _LONGER_BY = 48

@@ -1,5 +1,6 @@
-"""Trials of a pipeline's tasks at start-up: what a call needs, and which tasks may share it."""
+"""Trials of a pipeline's tasks at start-up: what a call needs and makes, and which may share it."""
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +10,13 @@ import torch
 from serve_app.engine.batching.axis import NotMergeable
 from serve_app.engine.batching.batch import BatchSpec
 from serve_app.engine.device import is_out_of_memory, release
-from serve_app.engine.model.sample_requests import probe, with_input
+from serve_app.engine.model.noise_schedulers import fewest_steps_of
+from serve_app.engine.model.pipeline import LoadedPipeline
+from serve_app.engine.model.sample_requests import probe, sample, with_input
 from serve_app.engine.startup.comparison import is_constant, relative_l2
 from serve_app.engine.startup.merging import MergingCheck, rounding
 from serve_app.engine.startup.runs import Recording, Runs
+from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import GenerationParams, Task
 
 logger = logging.getLogger(__name__)
@@ -52,6 +56,34 @@ def find_needs(runs: Runs) -> None:
         release(error)
     pipeline.generate(with_input(request, task))
     pipeline.require_image()
+
+
+def generate_once(runs: Runs) -> None:
+    """Generate one image, in two steps or as few as the model's own noise scheduler accepts.
+
+    Raises:
+        ModelLoadError: the pipeline is an upscaler.
+        Exception: the pipeline failed, or the image is not finite.
+    """
+    pipeline = runs.pipeline
+    params = sample(pipeline, pipeline.default_size_px)
+    steps = max(2, fewest_steps_of(copy.deepcopy(pipeline.stock.scheduler)))
+    check_size(pipeline, params, runs.alone(replace(params, num_inference_steps=steps)))
+
+
+def check_size(pipeline: LoadedPipeline, params: GenerationParams, one: Recording) -> None:
+    """Check that a pipeline that needs an image keeps its size, unlike an upscaler.
+
+    Raises:
+        ModelLoadError: the generated image has another size, which no limit applies to.
+    """
+    height, width = one.image.shape[1:]
+    if "text-to-image" not in pipeline.tasks and (width, height) != (params.width, params.height):
+        raise ModelLoadError(
+            f"{pipeline.class_name} makes {width}x{height} pixels of an input image of "
+            f"{params.width}x{params.height}. Upscalers are not served: use a model that edits "
+            "images."
+        )
 
 
 def check_turns(

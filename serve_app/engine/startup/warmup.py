@@ -3,7 +3,6 @@
 Results of an earlier start are reused if nothing has changed.
 """
 
-import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,7 +14,6 @@ from serve_app.engine.batching.axis_json import NotWritable
 from serve_app.engine.batching.rendezvous import Rendezvous
 from serve_app.engine.device import is_out_of_memory, memory_meter
 from serve_app.engine.model.fingerprint import Fingerprint, of_code, of_machine
-from serve_app.engine.model.noise_schedulers import fewest_steps_of
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.previews import PreviewMap
 from serve_app.engine.model.sample_requests import sample
@@ -40,7 +38,7 @@ from serve_app.engine.startup.profile_folder import (
     remove_old_profiles,
 )
 from serve_app.engine.startup.runs import Runs
-from serve_app.engine.startup.task_trials import find_needs
+from serve_app.engine.startup.task_trials import find_needs, generate_once
 from serve_app.errors import ConfigError
 from serve_app.protocol.params import GenerationParams
 
@@ -189,8 +187,9 @@ def _certify_and_fit(
     pipeline: LoadedPipeline, rendezvous: Rendezvous, config: EngineConfig, start: ColdStart
 ) -> tuple[Certificate, PreviewMap | None]:
     if config.max_running == 1:
-        find_needs(Runs(pipeline, rendezvous))
-        _generate_once(pipeline, rendezvous)
+        runs = Runs(pipeline, rendezvous)
+        find_needs(runs)
+        generate_once(runs)
         return certify_without_sharing(pipeline, rendezvous, config.limits.max_input_images), None
     certificate = certify(
         pipeline, rendezvous, config.max_batch_size, config.limits.max_input_images
@@ -206,17 +205,6 @@ def _certify_and_fit(
         certificate = replace(certificate, lasting=False)
     start.ended("preview")
     return certificate, previews
-
-
-def _generate_once(pipeline: LoadedPipeline, rendezvous: Rendezvous) -> None:
-    """Generate one image, in two steps or as few as the model's own noise scheduler accepts.
-
-    Raises:
-        Exception: the pipeline failed, or the image is not finite.
-    """
-    params = sample(pipeline, pipeline.default_size_px)
-    steps = max(2, fewest_steps_of(copy.deepcopy(pipeline.stock.scheduler)))
-    Runs(pipeline, rendezvous).alone(replace(params, num_inference_steps=steps))
 
 
 def startup_fingerprint(pipeline: LoadedPipeline, config: EngineConfig) -> Fingerprint:
@@ -267,7 +255,7 @@ def _reuse(
             logger.warning("%s does not fit and will be replaced: %s", profile.path, reason)
             return None
     else:
-        _generate_once(pipeline, rendezvous)  # fails as a new start does
+        generate_once(Runs(pipeline, rendezvous))  # fails as a new start does
     cost.add_json(kept["sizes"])
     return certificate, previews, trials
 

@@ -4,11 +4,14 @@ import { generate, running } from "./card.js";
 import { byId, form } from "./dom.js";
 import { learnModel } from "./model.js";
 import { readForm } from "./request.js";
+import { missingInput, source } from "./source.js";
 import { blame, clearErrors } from "./validation.js";
 
 form.addEventListener("submit", async (event) => {
   event.preventDefault();
   clearErrors();
+  await source?.shown;
+  const missing = missingInput();
   const wrong = [...form.elements].find((field) => !field.validity.valid);
   if (!form.elements.prompt.value.trim()) {
     blame("prompt", "Describe the image.");
@@ -16,6 +19,9 @@ form.addEventListener("submit", async (event) => {
   } else if (wrong) {
     blame(wrong.name, wrong.validationMessage);
     wrong.focus();
+  } else if (missing) {
+    blame("file", missing.message);
+    missing.field.focus();
   } else {
     generate(await readForm());
   }

@@ -7,13 +7,23 @@ import { call, pause } from "./server.js";
 // Tasks of the model; empty until it is known.
 export let tasks = [];
 
+// Tasks that take a strength.
+export let tasksWithStrength = [];
+
 // True unless the server sends no previews, because it blocks flagged images.
 export let previews = true;
 
-// Name of the model in requests; empty where the server has one model only.
+// Name of the model in requests; empty where the server has one model only, or is not known.
 export let modelName = "";
 
-// Describe the model, and wait while it is loading. Of several, show the first that has run.
+// What the page shows of a model that no replica has described yet, by the state of its replicas.
+const NOT_DESCRIBED = {
+  at_zero: "it starts with the first request",
+  failed: "it could not be started",
+};
+
+// Describe the model, and wait while it is loading. Of several, show the first that has run. Before
+// one has, the first request starts the first model, which is described then.
 export async function learnModel() {
   byId("enter-key").hidden = true;
   for (;;) {
@@ -28,8 +38,9 @@ export async function learnModel() {
         showModel(model);
         return;
       }
-      const states = models.map((one) => `${one.id}: ${one.state}`).join(", ");
-      byId("model").textContent = `No model has run yet (${states}).`;
+      const first = models.find((one) => one.state !== "failed") ?? models[0];
+      modelName = first.id;
+      byId("model").textContent = `${first.id} · ${NOT_DESCRIBED[first.state] ?? "it is loading …"}`;
       await pause(3);
     } catch (error) {
       byId("model").textContent = error.message;
@@ -44,8 +55,12 @@ export async function learnModel() {
 
 byId("enter-key").addEventListener("click", learnModel);
 
+// Whether the model edits images, with a mask or without.
+export const takesImage = () => tasks.some((task) => task !== "text-to-image");
+
 function showModel(model) {
   tasks = model.tasks;
+  tasksWithStrength = Object.keys(model.default_strengths);
   previews = model.safety !== "block";
   byId("model").textContent = `${model.id} · ${model.pipeline}`;
   for (const [width, height] of sizesOf(model)) {
@@ -60,10 +75,17 @@ function showModel(model) {
   byId("negative-field").hidden = !model.takes_negative_prompt;
   byId("scheduler-field").hidden = !model.schedulers.length;
   byId("lora-fields").hidden = !model.loras.length;
-  byId("source").hidden = !tasks.includes("image-to-image");
+  byId("source").hidden = !takesImage();
+  byId("drop").textContent =
+    `${tasks.includes("text-to-image") ? "Start from an image" : "This model needs an image"}: drop, paste or choose one`;
+  byId("strength-field").hidden = !tasksWithStrength.length;
   for (const id of ["mask", "mask-hint", "brush-field", "clear-mask"]) {
     byId(id).hidden = !tasks.includes("inpainting");
   }
+  const optional = tasks.includes("image-to-image");
+  byId("without-mask").textContent = optional
+    ? "Without a mask, the whole image is regenerated."
+    : "This model needs a mask.";
 }
 
 // Square, portrait and landscape sizes, from half to twice the pixels of the model's default.

@@ -1,9 +1,17 @@
 // A request: from the form, to the form, to the server, and as a curl command.
 
 import { addOption, byId, form } from "./dom.js";
-import { modelName, previews } from "./model.js";
+import { modelName, previews, tasksWithStrength } from "./model.js";
 import { call } from "./server.js";
-import { maskFile, removeSource, setStrength, source, startFrom, strength } from "./source.js";
+import {
+  maskFile,
+  removeSource,
+  setStrength,
+  source,
+  startFrom,
+  strength,
+  taskOfSource,
+} from "./source.js";
 
 const TEXTS = ["prompt", "size", "negative_prompt", "scheduler", "acceleration"];
 const NUMBERS = ["num_inference_steps", "guidance_scale", "seed", "strength"];
@@ -16,7 +24,8 @@ export async function readForm() {
     const value = form.elements[name].value;
     if (value !== "") fields[name] = NUMBERS.includes(name) ? Number(value) : value;
   }
-  if (!source || !strength.dataset.touched) delete fields.strength;
+  const takesStrength = tasksWithStrength.includes(taskOfSource());
+  if (!takesStrength || !strength.dataset.touched) delete fields.strength;
   const lora = form.elements.lora.value;
   if (lora) fields.lora = { [lora]: Number(byId("lora-scale").value) };
   return {

@@ -1,7 +1,7 @@
 // The image to start from, and the mask brushed over it.
 
 import { announce, byId } from "./dom.js";
-import { tasks } from "./model.js";
+import { takesImage, tasks } from "./model.js";
 
 const fileInput = byId("file");
 const sourceImage = byId("source-image");
@@ -12,7 +12,7 @@ export const strength = byId("strength");
 export let source = null;
 
 export function startFrom(file, mask = null) {
-  if (!file?.type.startsWith("image/") || !tasks.includes("image-to-image")) return;
+  if (!file?.type.startsWith("image/") || !takesImage()) return;
   URL.revokeObjectURL(sourceImage.src);
   const started = (source = { file, brushed: false });
   sourceImage.src = URL.createObjectURL(file);
@@ -23,6 +23,21 @@ export function startFrom(file, mask = null) {
   });
   byId("drop").hidden = true;
   byId("editor").hidden = false;
+}
+
+// Task of a request with this source.
+export function taskOfSource() {
+  if (!source) return "text-to-image";
+  return source.brushed ? "inpainting" : "image-to-image";
+}
+
+// What the model needs and does not have, or null: {message, field}.
+export function missingInput() {
+  if (!tasks.length || tasks.includes(taskOfSource())) return null;
+  if (!source) return { message: "This model needs an image: drop, paste or choose one.", field: fileInput };
+  return source.brushed
+    ? { message: "This model takes no mask: remove the image, and start from it again.", field: fileInput }
+    : { message: "This model needs a mask: brush over the area to regenerate.", field: maskCanvas };
 }
 
 async function showSource(started, mask) {
