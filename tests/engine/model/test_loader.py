@@ -18,7 +18,7 @@ from serve_app.engine.model.loader import read_pipeline, resolve_device
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ConfigError, ModelLoadError
 from serve_app.protocol.params import GenerationParams
-from tests.tiny_pipelines import FAMILIES
+from tests.tiny_pipelines import FAMILIES, HEIGHT_PX, WIDTH_PX
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -41,8 +41,9 @@ def test_the_sdxl_config_loads_and_generates_an_sdxl(tmp_path: Path) -> None:
     model = parse_app_config(application["args"]).model
     assert model.path == "stabilityai/stable-diffusion-xl-base-1.0"
     assert not model.is_local
-    # A CPU lacks some half-precision kernels; everything else stays as configured.
-    local = model.model_copy(update={"path": str(tmp_path), "dtype": "float32", "device": "cpu"})
+    # A CPU lacks some half-precision kernels, and takes minutes for 1024 pixels a side.
+    small = {"dtype": "float32", "device": "cpu", "default_size_px": (WIDTH_PX, HEIGHT_PX)}
+    local = model.model_copy(update={"path": str(tmp_path), **small})
     pipeline = LoadedPipeline.load(local)
     assert pipeline.class_name == "StableDiffusionXLPipeline"
     with Engine(pipeline, local) as engine:
