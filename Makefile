@@ -8,7 +8,9 @@
 #                  3 minutes on 2 cores
 # make rehearse    the first day on a GPU with tiny models on the CPU, in an environment of its own with
 #                  the versions of another machine: needs Python 3.12, 6 GB of disk and 4 to 8 minutes
-# make test        everything: lint, types, import contract, the site, the English and all tests
+# make test        what each change must pass: lint, types, import contract, the English, and all tests
+#                  but those with the marker `nightly`
+# make nightly     the same with all tests
 
 PYTHON ?= python3
 CONFIG ?= configs/demo.yaml
@@ -17,7 +19,7 @@ HOST ?= 127.0.0.1
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 
-.PHONY: install serve manifests docs english dashboards check rehearse test lint types imports quick-tests tests clean
+.PHONY: install serve manifests docs english dashboards check rehearse test nightly lint types imports quick-tests tests all-tests clean
 
 install: .venv/installed
 
@@ -64,6 +66,8 @@ check: lint types imports docs english quick-tests
 # Without docs: tests/docs/test_site.py builds the site as that does.
 test: lint types imports english tests
 
+nightly: lint types imports english all-tests
+
 lint: install
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
@@ -76,9 +80,12 @@ imports: install
 
 # pyproject.toml declares the markers.
 quick-tests: .venv/tested
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not serve and not slow and not gpu'
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m 'not serve and not slow and not gpu and not nightly'
 
 tests: .venv/tested
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m 'not nightly'
+
+all-tests: .venv/tested
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Not with the project's packages: this shows that the engine runs without Ray and with the versions

@@ -15,6 +15,8 @@ from typing import Any
 os.environ["RAY_AUTH_MODE"] = "disabled"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_DASHBOARD_STARTUP_TIMEOUT_S"] = "300"  # a busy machine is not a failure
+# Ray starts replicas with niceness 15: they would wait for the tests that run at the same time.
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112, it is how Ray spells it
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The profiles of servers that tests start lie there, not in the cache of the user who runs them.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="diffusion-serve-tests-")

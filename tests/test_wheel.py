@@ -83,7 +83,7 @@ def test_the_wheel_serves_the_demo_outside_the_clone(
     with serving(options, program, tmp_path) as running:
         running.wait_until_ready(url)
         body = {"prompt": "a green ring on white", "num_inference_steps": 2}
-        answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=240)
         assert answer.status_code == 200, answer.text
         data = base64.b64decode(answer.json()["data"][0]["b64_json"])
         assert Image.open(io.BytesIO(data)).size == (64, 64)

@@ -7,7 +7,7 @@ from tests.benchmarks.overhead import SHORT, calls_per_step, cheap_pipeline, eng
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.nightly)])
 def test_a_step_costs_no_more_among_many_requests(batch: int) -> None:
     with engine_on(cheap_pipeline(), batch) as engine:
         with_engine(engine, 64, SHORT)

@@ -28,7 +28,7 @@ def test_the_installed_program_generates_an_image_with_a_progress_bar(tmp_path: 
     done = subprocess.run(
         [PROGRAM, "infer", "--prompt", "a red circle on a blue background", "--seed", "1",
          "--steps", "20", "--output", output],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=480, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "seed 1" in done.stdout

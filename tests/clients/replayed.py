@@ -35,7 +35,7 @@ class Replayed:
         return ""
 
     def make(self, url: str, calls: Sequence[str]) -> Outcomes:
-        with httpx.Client(base_url=url, timeout=60) as client:
+        with httpx.Client(base_url=url, timeout=240) as client:
             return {name: _outcome(self.calls[name](client)) for name in calls or self.calls}
 
 

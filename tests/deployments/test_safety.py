@@ -58,7 +58,7 @@ def client_of(engine: Engine, safety: Safety) -> httpx.AsyncClient:
 
 async def generate(engine: Engine, safety: Safety, **fields: Any) -> httpx.Response:
     async with client_of(engine, safety) as client:
-        return await client.post("/v1/images/generations", json=BODY | fields, timeout=60)
+        return await client.post("/v1/images/generations", json=BODY | fields, timeout=240)
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -167,7 +167,7 @@ async def test_an_edit_is_checked(start: Start, tmp_path: Path) -> None:
             "/v1/images/edits",
             data={"prompt": "a red circle", "seed": "1", "num_inference_steps": "4"},
             files={"image": ("a.png", file.read_bytes())},
-            timeout=60,
+            timeout=240,
         )
     [image] = response.json()["data"]
     assert image["safety"] == {"flagged": True}

@@ -37,7 +37,10 @@ IN_CI = pytest.mark.skipif(
 def _marks(page: Page) -> list[pytest.MarkDecorator]:
     starts = page.needs_server or any(block.starts_server for block in page.blocks)
     kind = pytest.mark.serve if starts else pytest.mark.slow
-    return [kind, *([IN_CI] if page.path == "README.md" else [])]
+    # A server for one page takes as long as many tests. README's starts, and runs for each change.
+    own = any(block.starts_server for block in page.blocks) and page.path != "README.md"
+    nightly = [pytest.mark.nightly] if own else []
+    return [kind, *nightly, *([IN_CI] if page.path == "README.md" else [])]
 
 
 RUN = [

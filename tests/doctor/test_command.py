@@ -24,7 +24,7 @@ without_gpu = pytest.mark.skipif(this_place().device_files, reason="this machine
 def _doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [PROGRAM, "doctor", *arguments],
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=480, check=False,
         env=os.environ | environment,
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_neither_torch_nor_ray_is_waited_for() -> None:
         "cli(['doctor'])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=480, check=False
     )
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "set()"
@@ -82,7 +82,7 @@ def test_a_cluster_is_found_through_kubeconfig(api: FakeApi, tmp_path: Path) -> 
     assert mended.returncode == 0, mended.stdout
     piped = subprocess.run(
         [PROGRAM, "doctor", "--cluster", "--overlay", "-"], input=manifest.read_text(),
-        capture_output=True, text=True, timeout=120, check=False,
+        capture_output=True, text=True, timeout=480, check=False,
         env=os.environ | {"KUBECONFIG": str(api.kubeconfig(tmp_path))},
     )  # fmt: skip
     assert piped.stdout == mended.stdout

@@ -98,7 +98,7 @@ class Cluster:
 
     def deploy(self, config: dict[str, Any]) -> None:
         """Deploy through REST, as ``serve deploy`` and KubeRay do."""
-        answer = httpx.put(f"{self.dashboard}/api/serve/applications/", json=config, timeout=60)
+        answer = httpx.put(f"{self.dashboard}/api/serve/applications/", json=config, timeout=240)
         assert answer.status_code == 200, answer.text
 
     def snapshot(self) -> Snapshot:

@@ -52,7 +52,7 @@ def ring(color: str) -> bytes:
 
 def test_the_client_edits_with_one_image_and_with_two(url: str) -> None:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=3)
-    [model] = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    [model] = httpx.get(f"{url}/v1/models", timeout=240).json()["data"]
     assert model["batching"] == "on", model["batching_note"]
     assert model["tasks"] == ["text-to-image", "image-to-image"]
     assert model["max_input_images"] == 2

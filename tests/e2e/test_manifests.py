@@ -38,7 +38,7 @@ def test_the_embedded_config_serves_an_image() -> None:
         answer = httpx.post(
             f"{url}/v1/images/generations",
             json={"prompt": "a red circle on a blue background", "seed": 1},
-            timeout=60,
+            timeout=240,
         )
         assert answer.status_code == 200, answer.text
         data = base64.b64decode(answer.json()["data"][0]["b64_json"])

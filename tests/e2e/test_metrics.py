@@ -71,7 +71,7 @@ def scrape(url: str) -> Scraped:
 
 def generate(url: str, **body: Any) -> tuple[httpx.Response, float]:
     """Return the response and how long its client waited for it."""
-    with httpx.Client(base_url=url, timeout=120) as client:
+    with httpx.Client(base_url=url, timeout=480) as client:
         client.get("/health")  # opening the connection is not the server's time
         started_at = perf_counter()
         response = client.post("/v1/images/generations", json={"prompt": "a red circle"} | body)
@@ -116,7 +116,7 @@ def test_exemplars_in_openmetrics_name_a_request(server: Server) -> None:
         f"{server.url}/v1/images/generations",
         json={"prompt": "x", "num_inference_steps": 2},
         headers={"x-request-id": "find-me"},
-        timeout=60,
+        timeout=240,
     )
     response = httpx.get(
         f"{server.url}/metrics", headers={"accept": "application/openmetrics-text"}, timeout=20

@@ -22,7 +22,7 @@ def test_an_image_that_is_not_finite_is_a_500_and_counts_as_failed(tmp_path: Pat
     config = demo_config(free_port())
     [application] = config["applications"]
     application["args"]["model"]["loras"] = {"ink": str(tmp_path / ADAPTER_FILE)}
-    with serving_config(config) as url, httpx.Client(base_url=url, timeout=120) as client:
+    with serving_config(config) as url, httpx.Client(base_url=url, timeout=480) as client:
         path, bad = "/v1/images/generations", BODY | {"lora": {"ink": 1.0}}
         before = scrape(url)
         response = client.post(path, json=bad | {"n": 2})

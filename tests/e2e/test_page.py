@@ -89,7 +89,7 @@ def test_the_copied_command_generates_the_same_image(
     expect(page.locator(".card .state")).to_have_text("Copied.")
     command = page.evaluate("navigator.clipboard.readText()")
     done = subprocess.run(
-        ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
+        ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=240
     )
     [data] = json.loads(done.stdout)["data"]
     again = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["b64_json"]))).convert("RGB"))

@@ -62,7 +62,7 @@ def served() -> Iterator[Served]:
         base = f"{url}/sdapi/v1"
         with (
             connected(running.ray_address),
-            httpx.Client(base_url=base, auth=("user", "sk-tavern"), timeout=120) as client,
+            httpx.Client(base_url=base, auth=("user", "sk-tavern"), timeout=480) as client,
         ):
             generator = serve.get_deployment_handle("Generator", "diffusion-serve")
             yield Served(url, client, generator)
@@ -148,7 +148,7 @@ def test_progress_moves_and_an_interrupt_frees_the_slot_within_a_step(served: Se
         wait_until(lambda: served.progress()["state"]["sampling_steps"], what="the request")
         wait_until(moved, what="the progress to move", every_s=0.0)
         assert served.post("/interrupt", {}).json() == {}
-        response = answer.result(timeout=60)
+        response = answer.result(timeout=240)
     assert response.status_code == 499, response.text
     assert "interrupt" in response.json()["detail"]
     assert seen == sorted(seen)

@@ -75,7 +75,7 @@ def default_steps(url: str) -> dict[str, int | None]:
 
 
 def generate(url: str, **fields: object) -> httpx.Response:
-    return httpx.post(f"{url}/v1/images/generations", json=SMALL | fields, timeout=120)
+    return httpx.post(f"{url}/v1/images/generations", json=SMALL | fields, timeout=480)
 
 
 def test_each_request_reaches_its_model_and_a_broken_one_harms_none(url: str) -> None:

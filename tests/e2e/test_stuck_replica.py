@@ -29,7 +29,7 @@ def _stream(url: str, seed: int) -> list[str]:
     """Generate an image; return its events, with the data of the last one."""
     body = {"prompt": "a red cross on cyan", "seed": seed, "num_inference_steps": 60}
     more = {"size": "64x64", "stream": True, "partial_images": 2}
-    response = httpx.post(f"{url}/v1/images/generations", json=body | more, timeout=120)
+    response = httpx.post(f"{url}/v1/images/generations", json=body | more, timeout=480)
     assert response.status_code == 200, response.text
     return [line for line in response.text.splitlines() if line.startswith("event: ")]
 
@@ -63,7 +63,7 @@ def test_the_requests_of_a_replica_that_hangs_move_and_it_is_replaced(
             wait_until(lambda: not hang.exists(), what="a replica to hang")
             hung_at = time.monotonic()
             for answer in answers:
-                assert answer.result(timeout=120) == expected
+                assert answer.result(timeout=480) == expected
             answered_s = time.monotonic() - hung_at
             wait_until(
                 lambda: len(_replicas() - before) == 1, deadline_s=60, what="another replica"

@@ -78,7 +78,7 @@ def run() -> Iterator[Run]:
         try:
             url = f"http://127.0.0.1:{port}"
             running.wait_until_ready(url)
-            with httpx.Client(base_url=url, timeout=60) as client:
+            with httpx.Client(base_url=url, timeout=240) as client:
                 used = _use(client, collector)
             running.process.send_signal(signal.SIGINT)  # as Ctrl-C does: Serve ends its replicas
             running.process.wait(60)

@@ -66,7 +66,7 @@ def together(
     for index, request in enumerate(requests):
         engine.submit(request, report(index))
     submitted.set()
-    images = [result_of([end.get(timeout=60)]).pixels for end in ends]
+    images = [result_of([end.get(timeout=240)]).pixels for end in ends]
     after = engine.stats()
     calls = after.denoiser_calls - before.denoiser_calls
     return images, (after.steps - before.steps) / calls
@@ -106,7 +106,7 @@ def submitted(
     """Submit; return the number, the first event, and a queue of the others."""
     inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
     number = engine.submit(request, inbox.put, context)
-    return number, inbox.get(timeout=30), inbox
+    return number, inbox.get(timeout=120), inbox
 
 
 def rejected(event: Event) -> Overloaded:

@@ -87,18 +87,18 @@ def test_locate_reports_the_position_or_the_progress(demo_pipeline: LoadedPipeli
         for number, inbox in enumerate(events):
             request = params(num_inference_steps=100, deadline_s=100.0 + number)
             numbers.append(engine.submit(request, inbox.put))
-            places.append(inbox.get(timeout=30))
+            places.append(inbox.get(timeout=120))
             if inbox is events[0]:
-                assert isinstance(inbox.get(timeout=30), Progress)  # it runs
+                assert isinstance(inbox.get(timeout=120), Progress)  # it runs
         assert [place.position for place in places if isinstance(place, Queued)] == [0, 0, 1]
         for number in numbers:
             engine.locate(number)
         told: Event = Progress(0, 100)
         while isinstance(told, Progress) and told.eta_s is None:
-            told = events[0].get(timeout=30)
+            told = events[0].get(timeout=120)
         assert isinstance(told, Progress)
         assert told.total_steps == 100
-        second, third = events[1].get(timeout=30), events[2].get(timeout=30)
+        second, third = events[1].get(timeout=120), events[2].get(timeout=30)
         assert isinstance(second, Queued)
         assert isinstance(third, Queued)
         assert (second.position, third.position) == (0, 1)

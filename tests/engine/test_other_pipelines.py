@@ -92,8 +92,8 @@ def test_a_video_that_is_cancelled_while_it_decodes_leaves_nothing_behind(name: 
                 ended.put(event)
 
         number = engine.submit(first, on_event)
-        assert isinstance(ended.get(timeout=30), Queued)
-        assert isinstance(ended.get(timeout=30), Failed)
+        assert isinstance(ended.get(timeout=120), Queued)
+        assert isinstance(ended.get(timeout=120), Failed)
         assert largest_difference([separate], [engine.generate(second).pixels]) <= 1e-5
 
 

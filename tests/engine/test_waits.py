@@ -23,6 +23,7 @@ from serve_app.protocol.params import GenerationParams, Task
 from tests.engine.device_engines import device_of_engines, placed
 from tests.engine.engines import TOLERANCE, largest_difference, result_of
 from tests.fakes.async_device import AsyncDevice
+from tests.nightly import nightly_but
 from tests.tiny_pipelines import CALL_KWARGS, FAMILIES, HEIGHT_PX, WIDTH_PX
 from tests.waiting import wait_until
 
@@ -200,7 +201,7 @@ def test_nothing_waits_with_a_scheduler_that_draws_noise(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", nightly_but(("flux", "pixart-sigma"), FAMILIES))
 def test_no_family_waits_between_two_denoiser_calls(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

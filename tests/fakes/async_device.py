@@ -9,7 +9,7 @@ and only waiting for the device, and the work of the host, let time pass.
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 NAME = "asyncdevice"
 """Type of the device, as `torch.device` knows it."""
@@ -152,9 +151,9 @@ class AsyncDevice:
     def run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """Run one operation of torch, and note whether it would wait."""
         name = operation._schema.name
-        values = (*args, *kwargs.values())
-        used = any(isinstance(value, DeviceTensor) for value in tree_iter(values))
-        there = used or _is_here(kwargs.get("device"))
+        given = list(_tensors((*args, *kwargs.values())))
+        on_device = [value for value in given if isinstance(value, DeviceTensor)]
+        there = bool(on_device) or _is_here(kwargs.get("device"))
         self.work(self.launch_s if there else self.compute_s)
         if operation is aten.is_pinned.default:
             return self._is_pinned(args[0])
@@ -164,8 +163,6 @@ class AsyncDevice:
             return self._to_copy(*args, **kwargs)
         if name == "aten::copy_":
             return self._copy(*args, **kwargs)
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, Tensor)]
-        on_device = [value for value in given if isinstance(value, DeviceTensor)]
         if on_device and name in _WAITING and not kwargs.get("output_size"):
             self._note(name)
         if name in _INDEXING:
@@ -175,12 +172,13 @@ class AsyncDevice:
         pinned, target = kwargs.pop("pin_memory", False), kwargs.get("device")
         if target is not None:
             kwargs = kwargs | {"device": "cpu"}
-        output = operation(*tree_map(_values, args), **tree_map(_values, kwargs))
+        plain = {key: _changed(_values, value) for key, value in kwargs.items()}
+        output = operation(*_changed(_values, args), **plain)
         if pinned:
             return self._pin(output)
         placed = bool(on_device) if target is None else _is_here(target)
         same = {id(value.values): value for value in on_device}
-        return tree_map(lambda value: _wrapped(value, same), output) if placed else output
+        return _changed(lambda value: _wrapped(value, same), output) if placed else output
 
     def _to_copy(self, source: Tensor, **kwargs: Any) -> Tensor:
         target = torch.device(kwargs.pop("device", None) or source.device)
@@ -302,6 +300,21 @@ def _is_here(device: Any) -> bool:
 
 def _is_torchs(filename: str) -> bool:
     return "/torch/" in filename or filename == __file__
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
+def _changed(change: Callable[[Any], Any], value: Any) -> Any:
+    """Change each value of an operation. torch's `tree_map` took half of the time of a test."""
+    if isinstance(value, list | tuple):
+        return type(value)([_changed(change, one) for one in value])
+    return change(value)
 
 
 def _values(value: Any) -> Any:

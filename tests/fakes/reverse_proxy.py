@@ -28,7 +28,7 @@ def stripping_proxy(prefix: str, upstream: str) -> Iterator[str]:
             url = upstream + (path if path.startswith("/") else f"/{path}")
             headers = {name: value for name, value in self.headers.items() if name != "Host"}
             answer = httpx.request(
-                self.command, url, content=self.body(), headers=headers, timeout=60
+                self.command, url, content=self.body(), headers=headers, timeout=240
             )
             self.send_response(answer.status_code)
             for name, value in answer.headers.multi_items():

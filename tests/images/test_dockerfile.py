@@ -47,7 +47,7 @@ def _environment() -> dict[str, str]:
 
 def _lint(path: Path) -> subprocess.CompletedProcess[str]:
     command = [HADOLINT, "--no-color", path]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "model.Dockerfile"])

@@ -30,6 +30,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # README's installation runs for each change
 def test_the_pinned_dependencies_are_all_that_the_package_imports(
     folder: Path, report: Callable[[str], None]
 ) -> None:

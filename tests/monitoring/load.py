@@ -98,12 +98,12 @@ class MixedLoad:
     def _solo_s(self) -> float:
         """Measure the solo seconds by the server's clock."""
         body = {"prompt": "a red circle", "seed": 0, "num_inference_steps": STEPS}
-        answer = httpx.post(f"{self._url}/v1/images/generations", json=body, timeout=120)
+        answer = httpx.post(f"{self._url}/v1/images/generations", json=body, timeout=480)
         timings = answer.raise_for_status().json()["timings"]
         return float(timings["encode_s"] + timings["denoise_s"] + timings["decode_s"])
 
     def _run(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=120) as client:
+        with httpx.Client(base_url=self._url, timeout=480) as client:
             while not self._over.is_set():
                 with self._lock:
                     body = next(self._kinds)

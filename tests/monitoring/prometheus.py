@@ -30,7 +30,7 @@ class Prometheus:
 
     def get(self, path: str, **params: Any) -> Any:
         """Return an answer of its API; fail with its message on an error."""
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
+        answer = httpx.get(f"{self.url}/api/v1/{path}", params=params, timeout=120)
         assert answer.status_code == 200, f"{params}: {answer.text}"
         return answer.json()["data"]
 

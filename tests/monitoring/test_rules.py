@@ -32,7 +32,7 @@ ALERTS = alerts()
 
 def promtool(*arguments: str | Path) -> str:
     done = subprocess.run(
-        ["promtool", *arguments], capture_output=True, text=True, check=False, timeout=60
+        ["promtool", *arguments], capture_output=True, text=True, check=False, timeout=240
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -44,13 +44,13 @@ class Submitted:
         """Return the events up to the first of this kind."""
         received: list[Event] = []
         while not received or not isinstance(received[-1], kind):
-            received.append(self._events.get(timeout=60))
+            received.append(self._events.get(timeout=240))
         return received
 
     def to_the_end(self) -> tuple[list[Timeline], Completed | Failed]:
         received: list[Event] = []
         while not received or not isinstance(received[-1], Completed | Failed):
-            received.append(self._events.get(timeout=60))
+            received.append(self._events.get(timeout=240))
         timelines = [event for event in received if isinstance(event, Timeline)]
         last = received[-1]
         assert isinstance(last, Completed | Failed)

@@ -269,7 +269,7 @@ def test_diffusers_remarks_on_checkers_are_left_out(tmp_path: Path, checked: boo
         [sys.executable, "-c", LOAD, str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=480,
         check=True,
     )
     assert done.stdout.strip() == ("SafetyVerdict(flagged=True)" if checked else "None")

@@ -269,7 +269,14 @@ def test_every_family_has_something_to_compile(
 
 
 @pytest.mark.parametrize(
-    "build", [FAMILIES["stable-diffusion"], FAMILIES["sdxl"], pag, animatediff]
+    "build",
+    [
+        FAMILIES["stable-diffusion"],
+        *(
+            pytest.param(build, marks=pytest.mark.nightly)
+            for build in (FAMILIES["sdxl"], pag, animatediff)
+        ),
+    ],
 )
 def test_a_unet_is_one_graph_and_generates_the_same(
     build: Callable[[], DiffusionPipeline], monkeypatch: pytest.MonkeyPatch

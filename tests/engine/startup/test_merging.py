@@ -37,7 +37,7 @@ RIGHT: dict[str, Family] = {
 DTYPES = [
     torch.float32,
     pytest.param(torch.bfloat16, marks=pytest.mark.slow),
-    pytest.param(torch.float16, marks=pytest.mark.slow),
+    pytest.param(torch.float16, marks=[pytest.mark.slow, pytest.mark.nightly]),
 ]
 
 ON_CPU = torch.device("cpu")
@@ -100,10 +100,12 @@ def test_right_families_are_batched(
     ("family", "dtype"),
     [
         ("stable-diffusion", torch.float32),
-        pytest.param("stable-diffusion", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(
+            "stable-diffusion", torch.bfloat16, marks=[pytest.mark.slow, pytest.mark.nightly]
+        ),
         ("flux", torch.float32),
         pytest.param("flux", torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("flux", torch.float16, marks=pytest.mark.slow),
+        pytest.param("flux", torch.float16, marks=[pytest.mark.slow, pytest.mark.nightly]),
     ],
 )
 @pytest.mark.parametrize("fault", SPOILT)
