@@ -13,11 +13,12 @@ from playwright.sync_api import Browser, Page
 
 from tests.browser import running_browser
 from tests.fakes.http_server import serving
+from tests.nightly import nightly_but
 from tools.docs.blocks import ROOT
 
 pytestmark = pytest.mark.slow
 
-SIZES = {"desktop": (1280, 860), "phone": (390, 844)}
+WIDTHS = {"desktop": (1280, 860), "phone": (390, 844)}
 
 OVERFLOWING = """
 () => {
@@ -87,20 +88,23 @@ def _listen(page: Page, url: str) -> list[str]:
     return problems
 
 
-def test_every_page_fits_the_screen_without_errors(browser: Browser, site: Path, url: str) -> None:
-    page = browser.new_page()
+@pytest.mark.parametrize("screen", nightly_but(("phone",), WIDTHS))
+def test_every_page_fits_the_screen_without_errors(
+    browser: Browser, site: Path, url: str, screen: str
+) -> None:
+    width, height = WIDTHS[screen]
+    context = browser.new_context(viewport={"width": width, "height": height})
+    page = context.new_page()
     problems = _listen(page, url)
     paths = sorted(path.relative_to(site).as_posix() for path in site.rglob("index.html"))
     assert len(paths) > 20
     for path in paths:
         page.goto(f"{url}/{path.removesuffix('index.html')}")
-        for screen, (width, height) in SIZES.items():
-            page.set_viewport_size({"width": width, "height": height})
-            wide = page.evaluate(OVERFLOWING)
-            problems += [f"{path} on a {screen}: {one}" for one in wide]
-            if path == "index.html" and (folder := os.environ.get("SCREENSHOTS")):
-                page.screenshot(path=Path(folder) / f"site-{screen}.png")
-    page.close()
+        problems += [f"{path}: {wide}" for wide in page.evaluate(OVERFLOWING)]
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.goto(url)
+        page.screenshot(path=Path(folder) / f"site-{screen}.png")
+    context.close()
     assert problems == []
 
 

@@ -325,9 +325,13 @@ def test_a_disconnect_does_not_affect_other_requests(server: Server, generator: 
 
             quitter = asyncio.create_task(post(99, 200))
             others = [asyncio.create_task(post(seed, 60)) for seed in range(4)]
-            await asyncio.to_thread(
-                wait_until, lambda: _stats(generator).running == 5, what="all five requests to run"
-            )
+
+            def all_run() -> bool:
+                answered = [other.result() for other in others if other.done()]
+                assert not answered, f"answered before all five ran: {answered}"
+                return _stats(generator).running == 5
+
+            await asyncio.to_thread(wait_until, all_run, what="all five requests to run")
             quitter.cancel()
             return await asyncio.gather(*others)
 
