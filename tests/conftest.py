@@ -9,6 +9,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,14 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
 
-LONG_FIRST = ("slow", "serve")
+LONG_FIRST = ("serve", "slow")
 """Markers in the order in which files with them run. Files without any fill the last minutes."""
 
 ONE_SERVER = {
     f"tests/e2e/test_{name}.py"
     for name in ("doctor", "metrics", "page", "page_edits", "page_errors", "router", "serve")
 }
-"""Files whose fixture ``server`` is the same: one worker runs them all, so it starts once."""
+"""Files whose fixture ``server`` is the same. They run one after another, so it starts once."""
 
 MEASURED = pytest.StashKey[list[str]]()
 
@@ -62,10 +63,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[MEASURED] = []
 
 
+@cache
+def starts_ray(file: str) -> bool:
+    """Return whether tests of a file, which is relative to the repository, start Ray clusters."""
+    return "pytest.mark.serve" in Path(__file__).parents[1].joinpath(file).read_text()
+
+
 def work_unit(node_id: str) -> str:
-    """Return what one worker runs without a break: a file, or all files of `ONE_SERVER`."""
+    """Return what one worker runs without a break: a file, or all files that start Ray clusters.
+
+    Two clusters that start on two cores at the same time may miss the time limits of Ray.
+    """
     file = node_id.split("::")[0]
-    return "tests/e2e with the shared server" if file in ONE_SERVER else file
+    return "tests that start Ray clusters" if starts_ray(file) else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -88,18 +98,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     that installs everything or starts a server.
     """
     sizes = Counter(work_unit(item.nodeid) for item in items)
-    lengths = Counter(str(item.path) for item in items)
-    ranks = dict.fromkeys(sizes, -1)
+    lengths = Counter(item.nodeid.split("::")[0] for item in items)
+    ranks = dict.fromkeys(sizes, len(LONG_FIRST))
     for item in items:
         marks = {mark.name for mark in item.iter_markers()}
         for name in marks & {*LONG_FIRST} if "gpu" not in marks else ():
             unit = work_unit(item.nodeid)
-            ranks[unit] = max(ranks[unit], LONG_FIRST.index(name))
+            ranks[unit] = min(ranks[unit], LONG_FIRST.index(name))
 
-    def place(item: pytest.Item) -> tuple[int, int, str, int, str]:
-        unit, file = work_unit(item.nodeid), str(item.path)
-        rank = ranks[unit] if ranks[unit] >= 0 else len(LONG_FIRST)
-        return rank, -sizes[unit], unit, -lengths[file], file
+    def place(item: pytest.Item) -> tuple[int, int, str, int, int, str]:
+        file = item.nodeid.split("::")[0]
+        unit = work_unit(file)
+        # The shared server is idle while other files of its folder run: they run before it starts.
+        last = 1 + (file in ONE_SERVER) if file.startswith("tests/e2e/") else 0
+        return ranks[unit], -sizes[unit], unit, last, -lengths[file], file
 
     items.sort(key=place)
 

@@ -13,6 +13,7 @@ from tests.waiting import wait_until
 pytestmark = pytest.mark.serve
 
 HOLD_S = 2.0
+DEADLINE_S = 400.0
 LONG = {"prompt": "a red circle", "size": "128x128", "num_inference_steps": 300, "seed": 1}
 
 
@@ -21,7 +22,7 @@ def config(port: int, cpus: float) -> dict[str, object]:
     [application] = content["applications"]
     application["args"]["gateway"] = {"max_hold_s": HOLD_S}
     engine = application["args"].setdefault("engine", {})
-    engine.setdefault("limits", {})["max_steps"] = 300
+    engine.setdefault("limits", {}).update(max_steps=300, max_deadline_s=DEADLINE_S)
     engine["max_backlog_s"] = 600.0  # a slow machine predicts a long time for two of them
     gateway = {"name": "Gateway", "ray_actor_options": {"num_cpus": cpus}}
     application["deployments"] = [*application.get("deployments", []), gateway]
@@ -60,8 +61,8 @@ def test_generations_longer_than_the_limit_are_not_cut() -> None:
 
         def generate(stream: bool) -> tuple[float, httpx.Response]:
             began_at = time.monotonic()
-            body = LONG | {"stream": stream, "deadline_s": 400}
-            answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=400)
+            body = LONG | {"stream": stream, "deadline_s": DEADLINE_S}
+            answer = httpx.post(f"{url}/v1/images/generations", json=body, timeout=DEADLINE_S)
             return time.monotonic() - began_at, answer
 
         for took_s, answer in pool.map(generate, (False, True)):

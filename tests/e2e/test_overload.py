@@ -59,8 +59,11 @@ def test_a_rejected_request_that_retries_at_the_returned_time_is_admitted(
             retries: list[int] = []
             # The client waits by itself, and raises the error of its last try.
             while retries.count(1) < 2 and len(retries) < 60:
-                answer = polite.images.with_raw_response.generate(prompt="x", extra_body=body())
-                retries.append(answer.retries_taken)
+                try:
+                    answer = polite.images.with_raw_response.generate(prompt="x", extra_body=body())
+                    retries.append(answer.retries_taken)
+                except openai.RateLimitError:  # a machine that has just become much slower
+                    retries.append(1 + polite.max_retries)
         finally:
             enough.set()
         rejected = [code for one in others for code in one.result()]
