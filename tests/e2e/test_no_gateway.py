@@ -12,9 +12,9 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.serve
 
-HOLD_S = 2.0
+HOLD_S = 1.0
 DEADLINE_S = 400.0
-LONG = {"prompt": "a red circle", "size": "128x128", "num_inference_steps": 300, "seed": 1}
+LONG = {"prompt": "a red circle", "size": "128x128", "num_inference_steps": 150, "seed": 1}
 
 
 def config(port: int, cpus: float) -> dict[str, object]:
