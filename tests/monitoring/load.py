@@ -18,12 +18,8 @@ CLIENTS = 3
 
 STEPS = 10
 
-LEAST_PAUSE_S = 1.0
-"""Least pause of a client between two requests."""
-
-PAUSE = 5.0
-"""Pause in multiples of the solo seconds: the load is less than two replicas can serve, also on a
-slow machine."""
+PAUSE_S = 1.0
+"""Pause of a client between two requests: the load is less than two replicas can serve."""
 
 TIGHT = 1.25
 """Deadline in multiples of the solo seconds: an idle replica meets it, and others reject it."""
@@ -81,7 +77,6 @@ class MixedLoad:
     def __init__(self, url: str) -> None:
         self._url = url
         self._kinds: Iterator[dict[str, Any]] = iter(())
-        self._pause_s = LEAST_PAUSE_S
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._pool = concurrent.futures.ThreadPoolExecutor(CLIENTS)
@@ -90,9 +85,7 @@ class MixedLoad:
         """Number of requests by outcome: a status, or "hung up"."""
 
     def __enter__(self) -> "MixedLoad":
-        solo_s = self._solo_s()
-        self._pause_s = max(LEAST_PAUSE_S, PAUSE * solo_s)
-        self._kinds = _kinds(solo_s, self.outcomes)
+        self._kinds = _kinds(self._solo_s(), self.outcomes)
         self._clients = [self._pool.submit(self._run) for _ in range(CLIENTS)]
         return self
 
@@ -117,4 +110,4 @@ class MixedLoad:
                 outcome = _ask(client, body)
                 with self._lock:
                     self.outcomes[outcome] += 1
-                self._over.wait(self._pause_s)
+                self._over.wait(PAUSE_S)
