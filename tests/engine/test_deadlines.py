@@ -20,9 +20,12 @@ from tests.waiting import wait_until
 
 pytestmark = pytest.mark.usefixtures("reused_starts")
 
+ROOM = EngineConfig(max_backlog_s=1000.0)
+"""A queue that is not full, even where a slow machine predicts long times."""
+
 
 def test_a_deadline_that_cannot_be_met_is_rejected(demo_pipeline: LoadedPipeline) -> None:
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, ROOM) as engine:
         long_s = measured(engine)
         numbers = [submitted(engine, params(num_inference_steps=100))[0] for _ in range(2)]
         short = params(num_inference_steps=50)
@@ -44,7 +47,7 @@ def test_a_deadline_that_cannot_be_met_is_rejected(demo_pipeline: LoadedPipeline
 def test_an_infeasible_deadline_is_an_invalid_request(
     demo_pipeline: LoadedPipeline,
 ) -> None:
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, ROOM) as engine:
         long_s = measured(engine)
         before = engine.replica_load()
         _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=long_s / 4))
@@ -60,7 +63,7 @@ def test_an_infeasible_deadline_is_an_invalid_request(
 def test_no_later_request_makes_an_earlier_one_miss_its_deadline(
     demo_pipeline: LoadedPipeline,
 ) -> None:
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, ROOM) as engine:
         long_s = measured(engine)
         _, event, _ = submitted(engine, params(num_inference_steps=100, deadline_s=1.5 * long_s))
         assert isinstance(event, Queued)
@@ -147,7 +150,7 @@ def test_siblings_that_cannot_be_done_in_time_are_rejected(
 def test_rejections_name_reserved_and_low_priority_work(
     demo_pipeline: LoadedPipeline,
 ) -> None:
-    with Engine(demo_pipeline, DEMO, EngineConfig(max_backlog_s=1000.0)) as engine:
+    with Engine(demo_pipeline, DEMO, ROOM) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100)
         submitted(engine, long)
@@ -170,7 +173,7 @@ def test_rejections_name_reserved_and_low_priority_work(
 
 
 def test_time_on_the_way_counts_for_the_deadline(demo_pipeline: LoadedPipeline) -> None:
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, ROOM) as engine:
         long_s = measured(engine)
         long = params(num_inference_steps=100, deadline_s=2 * long_s)
         rejected(submitted(engine, long, RequestContext(sent_at=time.time() - 1.8 * long_s))[1])
@@ -186,7 +189,7 @@ def test_low_priority_work_yields_at_the_next_step_and_fills_idle_time(
     demo_pipeline: LoadedPipeline,
 ) -> None:
     """It does not slow the others either."""
-    with Engine(demo_pipeline, DEMO) as engine:
+    with Engine(demo_pipeline, DEMO, ROOM) as engine:
         measured(engine)
         batch = params(num_inference_steps=100, width=96, height=96, priority="batch")
         held = [hold(engine, replace(batch, seed=seed)) for seed in range(3)]
