@@ -5,25 +5,20 @@ gateway, so with its own counters alone they would seem to jump.
 """
 
 import asyncio
-import logging
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import RayError
-from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from serve_app import __version__
-from serve_app.deployments.ray_compat import call_all_replicas
+from serve_app.deployments.broadcast import Answers, ask_all
 from serve_app.deployments.replicas import Replicas
 from serve_app.metrics.application import REPLICAS, SCRAPE, SCRAPED, TARGET_REPLICAS
 from serve_app.metrics.export import Report, report
 from serve_app.metrics.gateway import GATEWAY_INFO
-
-logger = logging.getLogger(__name__)
 
 ANSWER_WITHIN_S = 3.0
 """Time for each replica: less than Prometheus's timeout of 10 s, and enough for one under load."""
@@ -72,7 +67,8 @@ class Scraper:
     async def _gather(self) -> Sequence[Report]:
         started_at = time.perf_counter()
         gateways, *generators = await asyncio.gather(
-            _collect(self._gateway), *(_collect_model(model) for model in self._models)
+            _reports(self._gateway),
+            *(_collect_model(model) for model in self._models),
         )
         # Its own report is made here: Serve may not count this replica as running yet.
         own = self.own()
@@ -85,15 +81,13 @@ class Scraper:
         return [report("application", None), own, *others.values(), *engines]
 
 
-@dataclass(frozen=True)
-class _Answers:
-    answered: list[Report]
-    called: int
+async def _reports(deployment: DeploymentHandle[Any]) -> Answers[Report]:
+    return await ask_all(deployment, "metrics", Report, ANSWER_WITHIN_S)
 
 
-async def _collect_model(model: WatchedModel) -> _Answers:
+async def _collect_model(model: WatchedModel) -> Answers[Report]:
     """Call every running replica of a model, and set its metrics of the application."""
-    status, answers = await asyncio.gather(model.replicas.refresh(), _collect(model.generator))
+    status, answers = await asyncio.gather(model.replicas.refresh(), _reports(model.generator))
     for state, count in status.states.items():
         REPLICAS.labels(model.id, state).set(count)
     TARGET_REPLICAS.labels(model.id).set(status.target)
@@ -106,25 +100,3 @@ def _count(model: str, deployment: DeploymentHandle[Any], answered: int, silent:
     name = deployment.deployment_name
     SCRAPED.labels(model, name, "answered").set(answered)
     SCRAPED.labels(model, name, "silent").set(silent)
-
-
-async def _collect(deployment: DeploymentHandle[Any]) -> _Answers:
-    """Call every running replica, each with its own time limit."""
-    try:
-        async with asyncio.timeout(ANSWER_WITHIN_S):
-            results = await call_all_replicas(deployment, "metrics")
-    except (RayServeException, TimeoutError):
-        return _Answers([], 0)  # it has no replica
-    answers = await asyncio.gather(*map(_answer, results))
-    return _Answers([one for one in answers if one is not None], len(answers))
-
-
-async def _answer(result: Any) -> Report | None:
-    try:
-        async with asyncio.timeout(ANSWER_WITHIN_S):
-            answer: Report = await result.get_async()
-            return answer
-    except (RayError, RayServeException, TimeoutError) as error:
-        logger.warning("a replica does not report its metrics: %r", error)
-        result.cancel()
-        return None

@@ -1,4 +1,4 @@
-"""The store of images. No other module imports obstore, and only servers with storage this one.
+"""The store of images. Only servers with storage import this module.
 
 Requests to a store run in obstore's threads, not in the event loop, and each is bounded in time.
 """
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError
-from obstore.store import LocalStore, S3Store
+from obstore.exceptions import PermissionDeniedError
+from obstore.store import GCSStore, LocalStore, S3Store
 
+from serve_app.buckets import FAILURES, open_bucket, reason_of
 from serve_app.config.storage import StorageConfig
 from serve_app.errors import ConfigError, StorageAway
 from serve_app.gateway.storage.names import ImageName
@@ -35,7 +36,6 @@ AWAY_FOR_S = 2.0
 PROBE = "write-check"
 """Key of an empty object that shows whether the store takes any. No image has such a name."""
 
-_FAILURES = (BaseError, OSError)  # a timeout is an OSError
 _ABSENT = (FileNotFoundError, PermissionDeniedError)
 """How a read fails without an image: S3 forbids it unless the credentials may list the bucket."""
 
@@ -53,7 +53,7 @@ class ImageStore:
         self._signs = config.presigned
         try:
             self._store = _opened(config)
-        except (*_FAILURES, ValueError) as error:
+        except (*FAILURES, ValueError) as error:
             raise ConfigError(
                 f"gateway.storage.url is {config.url!r}, which cannot be used: {reason_of(error)}"
             ) from None
@@ -146,7 +146,7 @@ class ImageStore:
         try:
             async with asyncio.timeout(within_s):
                 yield
-        except _FAILURES as error:
+        except FAILURES as error:
             logged.failed(error)
             raise _unavailable() from None
         logged.worked()
@@ -189,7 +189,7 @@ async def _problem_with_bucket(config: StorageConfig) -> str | None:
             store = _opened(config)
             await obstore.put_async(store, PROBE, b"", use_multipart=False)
             await obstore.head_async(store, PROBE)
-    except (*_FAILURES, ValueError) as error:
+    except (*FAILURES, ValueError) as error:
         return reason_of(error)
     return None
 
@@ -199,13 +199,6 @@ def cache_control(seconds: int) -> str:
     return f"private, max-age={seconds}, immutable"
 
 
-def reason_of(error: Exception) -> str:
-    """Say in a line what went wrong."""
-    first, *_ = str(error).splitlines() or [""]
-    unnamed = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
-    return first[:500] or unnamed
-
-
 def _unavailable() -> StorageAway:
     return StorageAway(
         "the storage of images cannot be used now; try again later, or send response_format: "
@@ -213,18 +206,8 @@ def _unavailable() -> StorageAway:
     )
 
 
-def _opened(config: StorageConfig) -> S3Store | LocalStore:
+def _opened(config: StorageConfig) -> S3Store | GCSStore | LocalStore:
     assert config.url is not None
     if config.folder is not None:
         return LocalStore(config.folder, mkdir=True)
-    seconds = timedelta(seconds=1)
-    return S3Store.from_url(
-        config.url,
-        # Without TLS only where the environment names such an endpoint.
-        client_options={
-            "allow_http": True,
-            "connect_timeout": 3 * seconds,
-            "timeout": WITHIN_S * seconds,
-        },
-        retry_config={"max_retries": 2, "retry_timeout": WITHIN_S / 2 * seconds},
-    )
+    return open_bucket(config.url, WITHIN_S)

@@ -1,68 +1,19 @@
-"""An S3 server that checks signatures, a folder, and gateways that store images in them."""
+"""Gateways that store images in a bucket or in a folder."""
 
-import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from nanio.app import build_app
-from nanio.auth.credentials import StaticCredentialResolver
-from nanio.config import Settings
 
 from serve_app.config.models import AppConfig
 from serve_app.config.storage import StorageConfig
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from tests.fakes.backend import CONFIG, FakeBackend
-from tests.serve_process import free_port
-from tests.waiting import wait_until
-
-
-@dataclass(frozen=True)
-class S3Server:
-    """An S3 server with one user; a bucket is a folder of ``buckets``."""
-
-    endpoint: str
-    buckets: Path
-
-
-@pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    buckets, port = tmp_path_factory.mktemp("buckets"), free_port()
-    users = StaticCredentialResolver({"the-user": "the-secret"})
-    app = build_app(Settings(data_dir=buckets, credentials=users))
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, name="S3")
-    thread.start()
-    try:
-        wait_until(lambda: server.started, what="the S3 server")
-        yield S3Server(f"http://127.0.0.1:{port}", buckets)
-    finally:
-        server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture
-def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
-    """The S3 server, with its address and credentials in the environment."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "the-user")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
-    return s3_server
-
-
-@pytest.fixture
-def bucket(s3: S3Server) -> str:
-    """The URL of a place in a new bucket."""
-    name = f"bucket-{len(list(s3.buckets.iterdir()))}"
-    (s3.buckets / name).mkdir()
-    return f"s3://{name}/some/prefix"
+from tests.s3 import bucket, s3, s3_server  # noqa: F401  (fixtures)
 
 
 @pytest.fixture(params=["s3", "file"])

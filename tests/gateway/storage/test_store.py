@@ -16,7 +16,8 @@ from serve_app.gateway.storage.names import ImageName
 from serve_app.protocol.backend import GenerationEvent
 from tests.fakes.backend import FakeBackend
 from tests.gateway.conftest import error_of, post
-from tests.gateway.storage.conftest import S3Server, config_with, gateway, linked
+from tests.gateway.storage.conftest import config_with, gateway, linked
+from tests.s3 import S3Server
 
 pytestmark = pytest.mark.anyio
 
