@@ -7,6 +7,7 @@
     │   ├── ContentPolicyViolation      400  content_policy_violation
     │   ├── ModelNotFound               404  model_not_found
     │   ├── LoraNotFound                404  lora_not_found
+    │   ├── InvalidLora                 400  invalid_lora        its file, or for another model
     │   ├── ImageNotFound               404  image_not_found     its link has expired, or never was
     │   ├── BodyTooLarge                413  body_too_large
     │   ├── UnsupportedEncoding         415  unsupported_encoding
@@ -16,7 +17,8 @@
     ├── RateLimited                     429  rate_limit_exceeded one key's limit; try again later
     ├── Overloaded                      429  overloaded          every key's; try again later
     ├── Unavailable                     503  unavailable         try again later
-    │   └── StorageAway                 503  storage_unavailable only requests for links
+    │   ├── StorageAway                 503  storage_unavailable only requests for links
+    │   └── LoraSourceAway              503  lora_source_unavailable
     ├── DeadlineExceeded                504  deadline_exceeded
     ├── Cancelled                       499  cancelled           the client went away
     ├── GenerationFailed                500  generation_failed   only this request
@@ -80,6 +82,12 @@ class LoraNotFound(InvalidRequest):
 
     status = 404
     code = "lora_not_found"
+
+
+class InvalidLora(InvalidRequest):
+    """The request names a LoRA adapter whose file cannot be used, or was made for another model."""
+
+    code = "invalid_lora"
 
 
 class ImageNotFound(InvalidRequest):
@@ -173,6 +181,12 @@ class StorageAway(Unavailable):
     """The storage of images takes or returns none now."""
 
     code = "storage_unavailable"
+
+
+class LoraSourceAway(Unavailable):
+    """The place of the LoRA adapters does not answer now."""
+
+    code = "lora_source_unavailable"
 
 
 class Cancelled(DiffusionServeError):

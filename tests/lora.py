@@ -1,5 +1,6 @@
 """LoRA adapters of the demo model, in the files that a training script writes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,6 +32,21 @@ def save_adapter(folder: Path, seed: int, text_encoder: bool = False, rank: int 
         )
         layers["text_encoder_lora_layers"] = get_peft_model_state_dict(pipeline.text_encoder)
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
+
+
+def save_adapters(folder: Path, names: Sequence[str], rank: int = 4) -> None:
+    """Write ``NAME.safetensors`` of random weights for each name into the folder."""
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO_MODEL_DIR)
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        config = LoraConfig(r=rank, init_lora_weights=False, target_modules=layers)
+        pipeline.unet.add_adapter(config, f"adapter_{seed}")
+        weights = get_peft_model_state_dict(pipeline.unet, adapter_name=f"adapter_{seed}")
+        pipeline.unet.delete_adapters(f"adapter_{seed}")
+        StableDiffusionPipeline.save_lora_weights(
+            folder, unet_lora_layers=weights, weight_name=f"{name}.safetensors"
+        )
 
 
 def spoil_adapter(folder: Path, value: float) -> None:

@@ -170,6 +170,17 @@ def test_another_policy_is_named() -> None:
         ({"loras": {"ink": "me/loras/ink.bin"}}, "only .safetensors"),
         ({"lora_folder": "~/loras", "speed": {"compile": True}}, "exclude each other"),
         ({"lora_folder": "~/loras", "speed": {"quantize": "int8"}}, "exclude each other"),
+        ({"lora_source": "loras"}, "a folder that starts with"),
+        ({"lora_source": "https://example.com/loras"}, "a folder that starts with"),
+        ({"lora_source": "s3:///loras"}, "names no bucket"),
+        ({"lora_source": "s3://bucket/a/../b"}, "without '..'"),
+        ({"lora_source": "s3://me:secret@bucket/a"}, "leave out user"),
+        ({"lora_source": []}, "empty list"),
+        ({"lora_source": ["styles"]}, "owner/name"),
+        ({"lora_source": ["*/styles"]}, "owner/name"),
+        ({"lora_source": ["me/styles/ink"]}, "owner/name"),
+        ({"lora_source": "/loras", "speed": {"compile": True}}, "exclude each other"),
+        ({"lora_source": "/loras", "speed": {"offload": "model"}}, "moves weights"),
         (
             {"lora_folder": "~/l", "call_kwargs": {"cross_attention_kwargs": {"scale": 1}}},
             "requests name their scales",
@@ -177,8 +188,16 @@ def test_another_policy_is_named() -> None:
     ],
 )
 def test_unusable_adapters_are_rejected(model: dict[str, object], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as raised:
         parse_app_config({"model": model})
+    assert "secret" not in str(raised.value)
+
+
+def test_there_is_room_for_the_adapters_of_one_request() -> None:
+    engine = {"max_loaded_loras": 2, "limits": {"max_loras": 3}}
+    assert parse_app_config({"engine": engine})  # no source, no room needed
+    with pytest.raises(ConfigError, match="max_loaded_loras is 2"):
+        parse_app_config({"model": {"lora_source": "/loras"}, "engine": engine})
 
 
 @pytest.mark.parametrize(

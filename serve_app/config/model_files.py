@@ -52,6 +52,19 @@ def find_loras(model: ModelConfig) -> dict[str, str]:
     return found
 
 
+def check_lora_source(model: ModelConfig) -> None:
+    """Check that the folder of `model.lora_source` exists, if it is a folder.
+
+    Raises:
+        ModelLoadError: if it does not.
+    """
+    folder = model.lora_source_folder
+    if folder is not None and not folder.is_dir():
+        raise ModelLoadError(
+            f"model.lora_source: the folder {folder} does not exist. Make it, or correct the path."
+        )
+
+
 def find_model(name: str) -> ModelConfig:
     """Return the configuration of ``demo``, of a folder, or of a repository of the hub.
 
@@ -96,6 +109,7 @@ def check_model_folder(model: ModelConfig) -> None:
         for source in find_loras(model).values():
             if is_path(source):
                 read_header(Path(source).expanduser())
+        check_lora_source(model)
         _check_sources(model)
     except OSError as error:
         raise ModelLoadError(

@@ -9,7 +9,6 @@ from pydantic import (
     Field,
     JsonValue,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import ErrorDetails
@@ -17,15 +16,15 @@ from pydantic_core import ErrorDetails
 from serve_app.config.deployment_names import GENERATOR, generator_names
 from serve_app.config.gateway import GatewayConfig
 from serve_app.config.limits import LimitsConfig
+from serve_app.config.loras import LoraConfig
 from serve_app.config.section import Section
-from serve_app.config.source import SourceConfig, is_path
 from serve_app.config.speed import AccelerationConfig, SpeedConfig
 from serve_app.errors import ConfigError
 
 Side = Annotated[int, Field(ge=8, le=16_384)]
 
 
-class ModelConfig(SourceConfig):
+class ModelConfig(LoraConfig):
     """The model, its source, its precision and its device."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
@@ -57,59 +56,20 @@ class ModelConfig(SourceConfig):
         description="Additional arguments of every pipeline call, by name, such as "
         "`max_sequence_length`. Default: none.",
     )
-    loras: dict[str, str] = Field(
-        default_factory=dict,
-        description="LoRA adapters that requests may use, by name. Each source is a .safetensors "
-        "file (starts with '/', '.' or '~') or a repository on the Hugging Face hub "
-        "(owner/name or owner/name/file).",
-    )
-    lora_folder: str | None = Field(
-        None,
-        description="Folder of further LoRA adapters: every .safetensors file below it. An "
-        "adapter's name is its path in the folder without the suffix.",
-    )
-    partial_loras: bool = Field(
-        False,
-        description="Also load adapters of which only a part fits the model. `/v1/models` names "
-        "them.",
-    )
     speed: SpeedConfig = SpeedConfig()
     acceleration: AccelerationConfig = AccelerationConfig()
 
-    @field_validator("loras")
-    @classmethod
-    def _adapters_have_an_owner(cls, loras: dict[str, str]) -> dict[str, str]:
-        for name, source in loras.items():
-            if not is_path(source) and "/" not in source.strip("/"):
-                raise ValueError(
-                    f"model.loras.{name} is {source!r}: write a path that starts with '/', '.' or "
-                    "'~', or a repository as owner/name"
-                )
-            if source.count("/") > 1 and not source.endswith(".safetensors"):
-                raise ValueError(
-                    f"model.loras.{name} is {source!r}: only .safetensors files are loaded"
-                )
-        return loras
-
     @model_validator(mode="after")
     def _adapters_fit_the_rest(self) -> "ModelConfig":
-        if not (self.loras or self.lora_folder):
-            return self
-        for name in ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs"):
-            given = self.call_kwargs.get(name)
-            if isinstance(given, dict) and "scale" in given:
-                raise ValueError(
-                    f"model.call_kwargs.{name}.scale scales the adapters of all requests: leave it "
-                    "out, requests name their scales"
-                )
+        speed = self.speed
+        if self.lora_source is not None and speed.offload != "none":
+            raise ValueError(
+                "model.speed.offload moves weights while model.lora_source adds some: set one of "
+                "them only, or name the adapters in model.loras"
+            )
         # A switch of adapters would compile again, and 8-bit layers take no adapters.
-        options = {"compile": self.speed.compile, "quantize": self.speed.quantize != "none"}
-        for option, enabled in options.items():
-            if enabled:
-                raise ValueError(
-                    f"model.speed.{option} and LoRA adapters exclude each other: set one of them "
-                    "only"
-                )
+        options = {"compile": speed.compile, "quantize": speed.quantize != "none"}
+        self.check_loras_exclude(self.call_kwargs, options)
         return self
 
     @model_validator(mode="after")
@@ -192,6 +152,17 @@ class EngineConfig(Section):
     )
     prompt_cache_mib: int = Field(
         128, ge=0, description="Device memory for encoded prompts of earlier requests, in MiB."
+    )
+    max_loaded_loras: int = Field(
+        16,
+        ge=1,
+        description="Most LoRA adapters of `model.lora_source` in memory at a time. One that was "
+        "not used for the longest time makes room for a new one.",
+    )
+    loaded_loras_mib: int = Field(
+        2048,
+        ge=1,
+        description="Device memory for the LoRA adapters of `model.lora_source`, in MiB.",
     )
     limits: LimitsConfig = LimitsConfig()
 
@@ -326,8 +297,13 @@ class AppConfig(Section):
         # The model's own defaults are checked when it is loaded.
         for index, model in enumerate(self.models or (self.model,)):
             where = f"models.{index}" if self.models else "model"
-            engine = model.engine if isinstance(model, ModelEntry) else None
-            steps, limits = model.default_steps, (engine or self.engine).limits
+            engine = (model.engine if isinstance(model, ModelEntry) else None) or self.engine
+            steps, limits = model.default_steps, engine.limits
+            if model.lora_source is not None and engine.max_loaded_loras < limits.max_loras:
+                raise ValueError(
+                    f"engine.max_loaded_loras is {engine.max_loaded_loras}, and a request may name "
+                    f"engine.limits.max_loras, {limits.max_loras}: allow at least as many"
+                )
             if steps is not None and steps > limits.max_steps:
                 raise ValueError(
                     f"{where}.default_steps is {steps}, over engine.limits.max_steps, "

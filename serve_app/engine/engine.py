@@ -20,7 +20,8 @@ from serve_app.engine.admission import AdmissionControl
 from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor
 from serve_app.engine.lifetime import Lifetime
-from serve_app.engine.metrics import EngineMetrics, State
+from serve_app.engine.loras.on_demand import LorasOnDemand, new_on_demand
+from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.prompt_cache import PromptCache
 from serve_app.engine.model.speed import compiled, compiling, largest_bucket
@@ -69,6 +70,8 @@ class Engine:
     """Measured costs. Only the engine's thread changes it."""
     metrics: EngineMetrics
     """Prometheus metrics of this engine."""
+    loras: LorasOnDemand | None
+    """Adapters on demand, if the model has a source of them."""
     prompts: PromptCache
     """Encoded prompts of earlier requests. Only the engine's thread changes it."""
 
@@ -125,6 +128,9 @@ class Engine:
         )
 
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        post, fail = self._commands.put, self._runner.fail_waiting
+        self.loras = new_on_demand(pipeline, model, self._config, self.metrics, post, fail)
+        self._scheduler.loras = None if self.loras is None else self.loras.cache
         threading.Thread(target=self._run, name="engine", daemon=True).start()
         self._lifetime.wait_for_start()
         if self._lifetime.cause is not None:
@@ -132,7 +138,7 @@ class Engine:
         report_start(self.info, self.cold_start, self.metrics, self._config.max_running > 1)
         self.metrics.runs_on(self.info.device, gpu_uuid(pipeline.device))
         memory = memory_reader(pipeline.device)
-        self.metrics.watch(self.replica_load, self._count, self._watchdog.share, memory)
+        self.metrics.watch(self.replica_load, self._runner.count, self._watchdog.share, memory)
 
     @classmethod
     def load(
@@ -178,6 +184,8 @@ class Engine:
                 self._drop_all()
             finally:
                 self._watchdog.stop()
+                if self.loras is not None:
+                    self.loras.close()
                 self._executor.close()
                 self._lifetime.end()
 
@@ -228,10 +236,10 @@ class Engine:
     # ---- commands --------------------------------------------------------------------------------
 
     def _wait_for_work(self) -> bool:
-        """Return at once if requests are here, else wait for a command; ``False`` to end."""
-        while not self._scheduler.waiting and not self._scheduler.running:
+        """Return at once if a request can run, else wait for a command; ``False`` to end."""
+        while self._scheduler.is_idle:
             self._executor.wait_idle()
-            if self._lifetime.closing and self._commands.empty():
+            if self._lifetime.closing and self._commands.empty() and not self._scheduler.waiting:
                 return False
             command = self._commands.get()
             self._executor.work_arrived()
@@ -286,18 +294,20 @@ class Engine:
         ``on_event`` receives each event on a thread of the engine: it must return at once. The last
         event is `Completed` or `Failed`. Reading the image of a `Completed` raises `NotFinite` if
         the model's output is NaN or infinite. A rejected request has one event: `Failed` with
-        `Overloaded`, or with `InvalidRequest` if its deadline is far too short.
+        `Overloaded`, or with `InvalidRequest` if its deadline is far too short. Waits for the
+        source of adapters on demand, unless `loras.find` has found them shortly before.
 
         Raises:
             InvalidRequest: If a parameter is out of its range, or the model does not support it.
-            Unavailable: If the engine is closing or has stopped.
+            Unavailable: If the engine is closing or has stopped, or the source does not answer.
         """
         resolved = params.resolved(self.info)
         self._pipeline.check_input_images(resolved)
+        files = () if self.loras is None else self.loras.find(resolved.lora)
         with self._lifetime.submission(on_event) as (number, send):
             now = time.perf_counter()
             waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)
-            request = Request(number, resolved, context, send, now, waited_s)
+            request = Request(number, resolved, context, send, now, waited_s, files)
             self._commands.put(lambda: self._accept(request))
         return number
 
@@ -361,14 +371,6 @@ class Engine:
     def replica_load(self) -> ReplicaLoad:
         """Return the load that the scaling policy reads. Takes microseconds."""
         return self._load_tracker.load(time.perf_counter())
-
-    def _count(self, state: State) -> int:
-        """Count requests. Of the running ones, those in the last denoiser call are "running"."""
-        if state == "queued":
-            return len(self._scheduler.waiting)
-        running = len(self._scheduler.running)
-        in_call = min(self._executor.in_call, running)
-        return in_call if state == "running" else running - in_call
 
     def check(self) -> None:
         """Raise `Unavailable` if the engine has stopped, or if its thread is stuck in a call."""

@@ -26,7 +26,13 @@ from serve_app.metrics.engine import (
     FORECAST_ERROR,
     IMAGES,
     IMAGES_FLAGGED,
+    LORA_BYTES,
+    LORA_EVICTIONS,
+    LORA_HITS,
+    LORA_LOAD_SECONDS,
+    LORA_LOADS,
     LORA_SWITCHES,
+    LORAS_LOADED,
     OUT_OF_MEMORY,
     PIXELS,
     PREVIEWS,
@@ -40,6 +46,7 @@ from serve_app.metrics.engine import (
     STUCK,
     THROUGHPUT,
     UTILIZATION,
+    LoraResult,
     Memory,
 )
 from serve_app.metrics.labels import size_label
@@ -79,6 +86,14 @@ class EngineMetrics:
         self._pixels = PIXELS.labels(model)
         self._previews = PREVIEWS.labels(model)
         self._lora_switches = LORA_SWITCHES.labels(model)
+        self._lora_hits = LORA_HITS.labels(model)
+        self._lora_loads = {
+            result: LORA_LOADS.labels(model, result) for result in get_args(LoraResult)
+        }
+        self._lora_load_seconds = LORA_LOAD_SECONDS.labels(model)
+        self._lora_evictions = LORA_EVICTIONS.labels(model)
+        self._loras_loaded = LORAS_LOADED.labels(model)
+        self._lora_bytes = LORA_BYTES.labels(model)
         self._out_of_memory = OUT_OF_MEMORY.labels(model)
         self._rejections = {
             reason: REJECTIONS.labels(model, reason) for reason in get_args(RejectionReason)
@@ -190,6 +205,23 @@ class EngineMetrics:
 
     def switched_adapters(self) -> None:
         self._lora_switches.inc()
+
+    def found_loras(self, count: int) -> None:
+        """Count adapters on demand that a request found in memory."""
+        self._lora_hits.inc(count)
+
+    def loaded_lora(self, result: LoraResult, seconds: float) -> None:
+        """Count the end of a load of an adapter on demand. Any thread may call it."""
+        self._lora_loads[result].inc()
+        self._lora_load_seconds.observe(seconds)
+
+    def evicted_lora(self) -> None:
+        self._lora_evictions.inc()
+
+    def holds_loras(self, count: int, size_bytes: int) -> None:
+        """Report the adapters on demand in memory."""
+        self._loras_loaded.set(count)
+        self._lora_bytes.set(size_bytes)
 
     def out_of_memory(self) -> None:
         self._out_of_memory.inc()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, takewhile
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,6 +18,9 @@ from serve_app.protocol.events import MAX_PEERS, Step, Timeline
 from serve_app.protocol.params import GenerationParams, RequestContext
 from serve_app.protocol.safety import SafetyVerdict
 
+if TYPE_CHECKING:  # its package counts loads in the metrics of requests
+    from serve_app.engine.loras.source import AdapterFile
+
 
 @dataclass(eq=False)
 class Request:
@@ -30,6 +34,8 @@ class Request:
     """Arrival at this engine, by `time.perf_counter`, as all times here."""
     waited_s: float = 0.0
     """Seconds on its way here, by the clocks of two machines. Only its deadline uses them."""
+    lora_files: "tuple[AdapterFile, ...]" = ()
+    """Files of its adapters on demand."""
     entry: QueueEntry = field(init=False)
     """The request as the scheduling policies see it. Admission sets its deadline and its work."""
     accepted_at: float = 0.0

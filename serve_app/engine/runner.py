@@ -18,7 +18,7 @@ from serve_app.engine.batching.rendezvous import Call, Job
 from serve_app.engine.batching.transfers import NonBlockingCopies
 from serve_app.engine.device import check_device, free_memory, is_out_of_memory, release
 from serve_app.engine.executor import Executor
-from serve_app.engine.metrics import EngineMetrics
+from serve_app.engine.metrics import EngineMetrics, State
 from serve_app.engine.model.call_hooks import report_timesteps
 from serve_app.engine.model.finite import FiniteCheck
 from serve_app.engine.model.pipeline import LoadedPipeline
@@ -136,6 +136,11 @@ class Runner:
             request.job.kill()
         self._note(request, what)
         self._end(request, Failed(error))
+
+    def fail_waiting(self, number: int, error: DiffusionServeError) -> None:
+        """End a request that cannot start, unless it has ended."""
+        if request := self._scheduler.get(number):
+            self.drop(request, "failed", error)
 
     def report(self, request: Request, what: RequestEvent, event: Event) -> None:
         """Log what happened to a request, and send the event."""
@@ -341,6 +346,14 @@ class Runner:
             self._queue(waiting, waiting.call)
 
     # ---- reports ---------------------------------------------------------------------------------
+
+    def count(self, state: State) -> int:
+        """Count requests. Of the running ones, those in the last denoiser call are "running"."""
+        if state == "queued":
+            return len(self._scheduler.waiting)
+        running = len(self._scheduler.running)
+        in_call = min(self._executor.in_call, running)
+        return in_call if state == "running" else running - in_call
 
     def _note(self, request: Request, what: RequestEvent) -> None:
         self._log.note(self._executor.denoiser_calls, request.number, what)

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from serve_app.engine.loras.cache import LoraCache
 from serve_app.engine.scheduling.batch_costs import BatchCosts
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import Yielding
@@ -29,6 +30,9 @@ class Scheduler:
     max_running: int = 1
     """Most requests that run at a time. The engine sets it after the certification."""
 
+    loras: LoraCache | None = None
+    """The adapters on demand, without which a request does not start. The engine sets it."""
+
     def __init__(
         self, policy: RankedPolicy, cost: CostModel, round_cap: Callable[[int], int] | None = None
     ) -> None:
@@ -41,6 +45,7 @@ class Scheduler:
         self._policy = Yielding(policy)
         self._cost = cost
         self._round_cap = round_cap
+        self._no_room_at = -1
 
     # ---- requests that come and go ---------------------------------------------------------------
 
@@ -74,6 +79,8 @@ class Scheduler:
         self._stages.discard(request)
         if request in self._waiting_for_memory:
             self._waiting_for_memory.remove(request)
+        if self.loras is not None:
+            self.loras.release(request.number)
         self.withdraw(request)
 
     def order(self, request: "Request", now: float) -> "list[Request]":
@@ -100,12 +107,52 @@ class Scheduler:
             # Low-priority requests keep their slots for as long as interactive ones need the
             # device, so they may fill only half of the slots.
             by_entry = {entry: one for entry, one in by_entry.items() if not entry.low_priority}
+        if self.loras is not None:
+            by_entry = self._with_adapters(self.loras, by_entry, now)
         if not by_entry:
             return None
         request = by_entry[self._policy.first(list(by_entry), now)]
+        if self.loras is not None:
+            self.loras.hold(request.number, request.lora_files)
         self.waiting.remove(request)
         self.running.append(request)
         return request
+
+    def _with_adapters(
+        self, loras: LoraCache, by_entry: "dict[QueueEntry, Request]", now: float
+    ) -> "dict[QueueEntry, Request]":
+        """Return the requests whose adapters are in memory, and have those of others loaded.
+
+        Requests get adapters in the order in which they would start, until no room is left.
+        """
+        others = [
+            entry
+            for entry, one in by_entry.items()
+            if one.lora_files and not loras.holds(one.number)
+        ]
+        while others and self._no_room_at != loras.changes:
+            request = by_entry[self._policy.first(others, now)]
+            others.remove(request.entry)
+            if not loras.hold(request.number, request.lora_files):
+                self._no_room_at = loras.changes
+        return {
+            entry: one
+            for entry, one in by_entry.items()
+            if loras.is_ready(one.number, one.lora_files)
+        }
+
+    @property
+    def is_idle(self) -> bool:
+        """True if nothing can run: there is no request, or all wait for adapters to be loaded."""
+        loras = self.loras
+        if self.running or loras is None:
+            return not (self.running or self.waiting)
+        may_find_room = self._no_room_at != loras.changes
+        return not any(
+            loras.is_ready(one.number, one.lora_files)
+            or (may_find_room and not loras.holds(one.number))
+            for one in self.waiting
+        )
 
     def park_at_denoiser(self, request: "Request") -> None:
         """Queue its denoiser call. Its entry's key, remaining work and step time are set."""

@@ -162,6 +162,52 @@ LORA_SWITCHES = Counter(
     registry=ENGINE,
 )
 
+LORA_HITS = Counter(
+    "diffusion_serve_lora_hits_total",
+    "LoRA adapters on demand that a request found in memory.",
+    ["model"],
+    registry=ENGINE,
+)
+
+LoraResult = Literal["loaded", "not_found", "invalid", "failed"]
+"""``invalid``: the file cannot be used for the model. ``failed``: it could not be read."""
+
+LORA_LOADS = Counter(
+    "diffusion_serve_lora_loads_total",
+    "Loads of LoRA adapters on demand, by result.",
+    ["model", "result"],
+    registry=ENGINE,
+)
+
+LORA_LOAD_SECONDS = Histogram(
+    "diffusion_serve_lora_load_seconds",
+    "Duration of a load of a LoRA adapter on demand, from its source into memory.",
+    ["model"],
+    buckets=(0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    registry=ENGINE,
+)
+
+LORA_EVICTIONS = Counter(
+    "diffusion_serve_lora_evictions_total",
+    "LoRA adapters on demand that were removed from memory to make room.",
+    ["model"],
+    registry=ENGINE,
+)
+
+LORAS_LOADED = Gauge(
+    "diffusion_serve_loras_loaded",
+    "LoRA adapters on demand in memory.",
+    ["model"],
+    registry=ENGINE,
+)
+
+LORA_BYTES = Gauge(
+    "diffusion_serve_lora_bytes",
+    "Memory of the LoRA adapters on demand, including those that are being loaded.",
+    ["model"],
+    registry=ENGINE,
+)
+
 OUT_OF_MEMORY = Counter(
     "diffusion_serve_out_of_memory_total",
     "Network calls that ran out of device memory; most are retried.",

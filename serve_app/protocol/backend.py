@@ -5,6 +5,7 @@ from typing import Literal, Protocol
 
 from serve_app.protocol.events import Progress, Queued, Timeline
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
+from serve_app.protocol.loras import LoraStatus
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
 ModelState = Literal["running", "starting", "at_zero", "failed", "unknown"]
@@ -53,6 +54,14 @@ class GenerationBackend(Protocol):
 
     async def state(self) -> ModelState:
         """Return the state of the replicas, without starting or waiting for one."""
+        ...
+
+    async def loras(self) -> tuple[LoraStatus, ...]:
+        """List the LoRA adapters, as the running replicas know them, without starting one.
+
+        Raises:
+            LoraSourceAway: replicas run, and none could list them.
+        """
         ...
 
     @property

@@ -71,9 +71,11 @@ class ModelInfo:
     fewest_steps: Mapping[str, int]
     """Least number of steps of each noise scheduler."""
     loras: tuple[str, ...]
-    """Names of the LoRA adapters that are loaded."""
+    """Names of the LoRA adapters that the start loaded."""
     partial_loras: Mapping[str, str]
     """Adapters that fit the model only in part, with the share that is used."""
+    loras_on_demand: bool
+    """True if requests may name others, which are loaded then."""
     sharing: Sharing
     """Result of the certification at start-up."""
     sharing_difference: float | None
@@ -300,7 +302,7 @@ class GenerationParams:
         return replace(self, preview_steps=tuple(sorted(after - {0, steps})))
 
     def _check_lora(self, model: ModelInfo) -> None:
-        if self.lora and not model.loras:
+        if self.lora and not (model.loras or model.loras_on_demand):
             raise LoraNotFound("this server has no LoRA adapters; leave lora out.", "lora")
         if len(self.lora) > model.limits.max_loras:
             raise InvalidRequest(
@@ -311,7 +313,7 @@ class GenerationParams:
         if len({name for name, _ in self.lora}) != len(self.lora):
             raise InvalidRequest("lora names an adapter twice; name each once.", "lora")
         for name, scale in self.lora:
-            if name not in model.loras:
+            if name not in model.loras and not model.loras_on_demand:
                 raise LoraNotFound(
                     f"no LoRA adapter {name[:100]!r} here; there are {', '.join(model.loras)}.",
                     "lora",

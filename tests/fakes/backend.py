@@ -11,6 +11,7 @@ from serve_app.errors import DiffusionServeError, Overloaded, Unavailable
 from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.events import DenoiserCalls, GenerationTimings, Progress, Queued
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
+from serve_app.protocol.loras import LoraStatus
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
 LIMITS = LimitsConfig(
@@ -48,6 +49,7 @@ INFO = ModelInfo(
     fewest_steps={"euler": 1, "ddim": 1},
     loras=("pixel", "ink"),
     partial_loras={"ink": "2 of its 4 tensors are used"},
+    loras_on_demand=False,
     sharing="batched",
     sharing_difference=1e-6,
     sharing_psnr_db=130.0,
@@ -79,6 +81,8 @@ class FakeBackend:
         self.replicas: ModelState = "running"
         """State of its replicas."""
         self.known: ModelInfo | None = None
+        self.adapters: tuple[LoraStatus, ...] = ()
+        """LoRA adapters of its replicas."""
         self.overloaded = False
         self.timings = GenerationTimings(0.25, 0.0625, 1.0, 0.125)
         """Reported timings."""
@@ -145,6 +149,9 @@ class FakeBackend:
         await self.answering.wait()
         if not self.ready:
             raise self.not_ready
+
+    async def loras(self) -> tuple[LoraStatus, ...]:
+        return self.adapters
 
     async def state(self) -> ModelState:
         return self.replicas

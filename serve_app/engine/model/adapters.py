@@ -1,43 +1,48 @@
-"""LoRA adapters: loaded once, switched between calls.
+"""The LoRA adapters in the networks of a pipeline, switched between calls.
 
 The active adapters are a property of the shared networks. So only requests with the same adapters
 at the same scales may share a call; see `AdapterSet`.
+
+Adapters of the start are loaded into the networks themselves. An adapter on demand is loaded into
+a `twin` of the networks, on any thread and in its own time, while calls go on. The thread of the
+networks then moves its layers over, which takes milliseconds.
 """
 
-import logging
-import warnings
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from serve_app.config.source import is_path
-from serve_app.engine.model.weights import name_keys
+from serve_app.engine.model.lora_files import load_lora, lora_layers
+from serve_app.engine.model.networks import networks_of
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import AdapterSet
 
-if TYPE_CHECKING:
-    from serve_app.engine.model.lora_coverage import LoraCoverage
 
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter whose layers are in no network yet."""
 
-logger = logging.getLogger(__name__)
+    key: str
+    """Its name in the layers."""
+    layers: tuple[tuple[str, str, Any], ...]
+    """Each layer with the name of its component and its path in it."""
+    size_bytes: int
+    """Size of its tensors in memory."""
 
 
 class Adapters:
     """The adapters in the networks of one pipeline; used by the thread that runs them.
 
     Attributes:
-        names: names of all adapters.
-        partial: for each adapter that fits only in part, the share of it that is used.
+        names: names of the adapters of the start.
+        partial: for each of them that fits only in part, the share of it that is used.
     """
 
     def __init__(
-        self,
-        pipeline: Any,
-        networks: Collection[nn.Module],
-        loras: Mapping[str, str],
-        allow_partial: bool = False,
+        self, pipeline: Any, loras: Mapping[str, str], allow_partial: bool = False
     ) -> None:
         """Load ``loras`` into the pipeline's networks, and switch all of them off.
 
@@ -46,62 +51,19 @@ class Adapters:
         """
         self.names = tuple(loras)
         self.partial: dict[str, str] = {}
+        self._networks: dict[str, nn.Module] = networks_of(pipeline)
         self._keys = {name: f"lora_{index}" for index, name in enumerate(loras)}
         self._layers: list[Any] = []
         self._active: AdapterSet = ()
         if not loras:
             return
-        if not hasattr(pipeline, "load_lora_weights"):
-            raise ModelLoadError(
-                f"model.loras: {type(pipeline).__name__} takes no LoRA adapters. Remove them."
-            )
-        # diffusers warns of each adapter that does not change the text encoder.
-        logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
-        # These import peft, which is slow and rarely needed.
-        from serve_app.engine.model.lora_coverage import cover, expected_tensors, wrong_shapes
-
+        check_takes_loras(pipeline, "model.loras")
         for name, source in loras.items():
-            expected: dict[str, Tensor] = {}
-            try:
-                expected = expected_tensors(pipeline, _located(source))
-                with warnings.catch_warnings(action="ignore"):  # for each adapter after the first
-                    pipeline.load_lora_weights(
-                        **_located(source), adapter_name=self._keys[name], use_safetensors=True
-                    )
-            except Exception as error:
-                shapes = name_keys(wrong_shapes(pipeline, expected))
-                reason = f"it was trained for another model: {shapes}" if shapes else error
-                raise ModelLoadError(
-                    f"model.loras: {name!r} cannot be loaded from {source}: "
-                    f"{type(error).__name__}: {reason}"
-                ) from error
-            coverage = cover(pipeline, expected, self._keys[name])
             what = f"model.loras: {name!r} ({source})"
-            share = _used_share(what, type(pipeline).__name__, coverage, allow_partial)
+            share = load_lora(pipeline, what, source, self._keys[name], allow_partial)
             if share:
                 self.partial[name] = share
-        changed = [
-            name
-            for name in ("_transformer_norm_layers", "_overwritten_params")
-            for network in networks
-            if getattr(network, name, None)
-        ]
-        if changed:
-            raise ModelLoadError(
-                "model.loras: an adapter changes the model itself, even for requests without it "
-                "(a control LoRA of Flux does). Serve it as a separate model."
-            )
-        from peft.tuners.tuners_utils import BaseTunerLayer  # slow to import and rarely needed
-
-        for network in networks:
-            for layer in network.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    self._layers.append(layer)
-                    # The file may have another dtype than the model. Packed weights have bytes.
-                    dtype = layer.weight.dtype
-                    dtype = dtype if dtype.is_floating_point else pipeline.dtype
-                    for part in layer.adapter_layer_names:
-                        getattr(layer, part).to(dtype).requires_grad_(False)
+        self._layers = [layer for _, _, layer in lora_layers(pipeline)]
         self._set(())
 
     @property
@@ -124,6 +86,32 @@ class Adapters:
         self._set(wanted)
         return True
 
+    def attach(self, name: str, adapter: LoadedAdapter) -> None:
+        """Move the layers of a loaded adapter into the networks. It is not active."""
+        for component, path, layer in adapter.layers:
+            where, _, child = path.rpartition(".")
+            parent = self._networks[component].get_submodule(where)
+            present = _of_same_kind(parent._modules[child], layer)
+            if present is None:
+                layer.base_layer = parent._modules[child]
+                parent._modules[child] = layer
+                self._layers.append(layer)
+            else:
+                _move(adapter.key, layer, present)
+        self._keys[name] = adapter.key
+        self._set(self._active)
+
+    def keys(self, adapters: AdapterSet) -> AdapterSet:
+        """Return the same adapters by names that no later content of a file has."""
+        return tuple((self._keys[name], scale) for name, scale in adapters)
+
+    def detach(self, name: str) -> None:
+        """Remove an adapter from the networks. Its layers stay, without it."""
+        self._set(())
+        key = self._keys.pop(name)
+        for layer in self._layers:
+            layer.delete_adapter(key)
+
     def _set(self, wanted: AdapterSet) -> None:
         keys = [self._keys[name] for name, _ in wanted]
         for layer in self._layers:
@@ -134,46 +122,91 @@ class Adapters:
         self._active = wanted
 
 
-def _used_share(what: str, pipeline: str, coverage: "LoraCoverage", allow_partial: bool) -> str:
-    """Return the used share of an adapter that fits only in part, or an empty text.
+def check_takes_loras(pipeline: Any, setting: str) -> None:
+    """Raise `ModelLoadError` if diffusers has no adapters for this class of pipelines."""
+    if not hasattr(pipeline, "load_lora_weights"):
+        raise ModelLoadError(
+            f"{setting}: {type(pipeline).__name__} takes no LoRA adapters. Remove it."
+        )
+
+
+def prepare_loads() -> None:
+    """Import what loads need, which takes a second. The first one would hold up calls with it."""
+    import serve_app.engine.model.lora_coverage  # noqa: F401, it imports peft
+
+
+def load_adapter(
+    pipeline: Any, what: str, source: str, key: str, allow_partial: bool
+) -> LoadedAdapter:
+    """Load a file for the networks of a pipeline, without changing them.
+
+    May run on any thread, beside calls of the pipeline. ``what`` names the adapter in messages.
 
     Raises:
-        ModelLoadError: the adapter fits not at all, is incomplete, or may not be partial.
+        ModelLoadError: it cannot be loaded, or does not fit.
     """
-    remedy = f"Use an adapter that was trained for this {pipeline}"
-    count = len(coverage.used) + len(coverage.unused)
-    if not coverage.used:
-        raise ModelLoadError(
-            f"{what} would change nothing: none of its {count} tensors fits the model. Its keys "
-            f"are {name_keys(coverage.unused) or '(none)'}. Keys that fit begin with "
-            f"{' or '.join(f'{part}.' for part in coverage.parts)}. {remedy}."
-        )
-    if coverage.unfilled:
-        raise ModelLoadError(
-            f"{what} is incomplete: {len(coverage.unfilled)} tensors of the layers that it changes "
-            f"are missing: {name_keys(coverage.unfilled)}. Copy or download the file again."
-        )
-    if not coverage.unused:
-        return ""
-    share = f"{len(coverage.used)} of its {count} tensors are used"
-    if not allow_partial:
-        raise ModelLoadError(
-            f"{what} fits the model only in part: {share}. No layer takes "
-            f"{name_keys(coverage.unused)}. {remedy}, or set model.partial_loras to true."
-        )
-    logger.warning("%s fits only in part: %s", what, share)
-    return share
+    copied = twin(pipeline)
+    load_lora(copied, what, source, key, allow_partial)
+    layers = tuple(lora_layers(copied))
+    tensors = {
+        id(tensor): tensor.numel() * tensor.element_size()
+        for _, _, layer in layers
+        for part in layer.adapter_layer_names
+        for tensor in getattr(layer, part).parameters()
+    }
+    return LoadedAdapter(key, layers, sum(tensors.values()))
 
 
-def _located(source: str) -> dict[str, str]:
-    """Return diffusers' arguments for a source: a folder or repository, and maybe a file."""
-    if is_path(source):
-        # Not resolved: in the hub's cache only the link has the name; its target is a hash.
-        path = Path(source).expanduser().absolute()
-        where, file = str(path.parent), path.name
-    else:
-        owner, name, *rest = source.split("/", 2)
-        where, file = f"{owner}/{name}", "".join(rest)
-    return {"pretrained_model_name_or_path_or_dict": where} | (
-        {"weight_name": file} if file else {}
-    )
+def twin(pipeline: Any) -> Any:
+    """Copy a pipeline with networks whose modules are new, without adapters, on the same weights.
+
+    Only the networks that may have adapters are copied.
+    """
+    copied = copy.copy(pipeline)
+    networks = networks_of(pipeline)
+    for name in pipeline._lora_loadable_modules:
+        if name in networks:
+            vars(copied)[name] = _copied(networks[name], {})
+    return copied
+
+
+def _copied(module: Any, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    while hasattr(module, "adapter_layer_names"):
+        module = module.base_layer
+    if module in copies:  # at two places
+        return copies[module]
+    new: nn.Module = object.__new__(type(module))
+    copies[module] = new
+    # The thread of the calls may change a dict meanwhile, so each is copied in one step.
+    attributes = dict(vars(module))
+    # This one is not called: calls of the original may park.
+    for name in ("forward", "peft_config", "_hf_peft_config_loaded"):
+        attributes.pop(name, None)
+    for name in ("_parameters", "_buffers"):
+        attributes[name] = dict(attributes[name])
+    attributes["_modules"] = {
+        name: None if child is None else _copied(child, copies)
+        for name, child in dict(attributes["_modules"]).items()
+    }
+    vars(new).update(attributes)
+    return new
+
+
+def _of_same_kind(module: Any, layer: Any) -> Any | None:
+    """Return the layer with adapters at a place that can take those of ``layer``, if there is one.
+
+    Layers of two kinds, such as LoRA and LoKr, are one in the other.
+    """
+    while hasattr(module, "adapter_layer_names"):
+        if type(module) is type(layer):
+            return module
+        module = module.base_layer
+    return None
+
+
+def _move(key: str, layer: Any, present: Any) -> None:
+    """Move one adapter from a layer to another layer of the same module."""
+    for name in (*layer.adapter_layer_names, *layer.other_param_names, "lora_variant"):
+        values = getattr(layer, name, {})
+        if key in values:
+            getattr(present, name)[key] = values[key]

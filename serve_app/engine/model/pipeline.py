@@ -89,9 +89,7 @@ class LoadedPipeline:
         self.acceleration = config.acceleration
         self.class_name = type(pipeline).__name__
         networks = networks_of(pipeline)
-        self.adapters = Adapters(
-            pipeline, networks.values(), find_loras(config), config.partial_loras
-        )
+        self.adapters = Adapters(pipeline, find_loras(config), config.partial_loras)
         self.pipelines = pipelines_by_task(pipeline)
         self.tasks: tuple[Task, ...] = tuple(self.pipelines)
         self.own_image_task = own_image_task(pipeline)
@@ -275,7 +273,7 @@ class LoadedPipeline:
         if on_latents is not None:
             report_latents(pipeline.scheduler, on_latents)
         if prompt_cache is not None and hasattr(pipeline, "encode_prompt"):
-            cache_prompts(pipeline, prompt_cache, params.lora)
+            cache_prompts(pipeline, prompt_cache, self.adapters.keys(params.lora))
         self.adapters.switch(params.lora)
         # Some networks draw from torch's own generator. Requests that take turns would draw from it
         # in any order, so the certification has them run one after another.

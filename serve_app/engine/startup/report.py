@@ -52,6 +52,7 @@ def describe_model(
         fewest_steps={name: pipeline.fewest_steps[name] for name in offered},
         loras=pipeline.adapters.names,
         partial_loras=pipeline.adapters.partial,
+        loras_on_demand=model.lora_source is not None,
         sharing=certificate.sharing,
         sharing_difference=certificate.difference,
         sharing_psnr_db=certificate.psnr_db,

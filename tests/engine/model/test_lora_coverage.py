@@ -16,7 +16,6 @@ from serve_app.config.models import ModelConfig
 from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.engine.engine import Engine
 from serve_app.engine.model.adapters import Adapters
-from serve_app.engine.model.networks import networks_of
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.errors import ModelLoadError
 from serve_app.protocol.params import GenerationParams
@@ -260,7 +259,7 @@ def test_adapters_of_each_family_fit(tmp_path: Path, family: str) -> None:
 
 
 def _adapters(pipeline: DiffusionPipeline, source: dict[str, str]) -> Adapters:
-    return Adapters(pipeline, networks_of(pipeline).values(), source)
+    return Adapters(pipeline, source)
 
 
 def _adapter(network: nn.Module, layers: list[str]) -> Weights:
