@@ -12,11 +12,19 @@ from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from serve_app.deployments.broadcast import ask_all
 from serve_app.deployments.replicas import REFRESH_EVERY_S, Replicas, ReplicaStatus
-from serve_app.errors import DeadlineExceeded, DiffusionServeError, Overloaded, Unavailable
+from serve_app.errors import (
+    DeadlineExceeded,
+    DiffusionServeError,
+    LoraSourceAway,
+    Overloaded,
+    Unavailable,
+)
 from serve_app.metrics.gateway import WAITING_FOR_REPLICA
 from serve_app.protocol.backend import GenerationEvent, ModelState
 from serve_app.protocol.images import Encoding, PartialImage
+from serve_app.protocol.loras import LoraList, LoraStatus, status_of
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 
 REPLICA_ATTEMPTS = 3
@@ -26,6 +34,9 @@ STOPPING_S = 2.0
 """Time from the last answer of a replica that is stopping until it is gone."""
 
 HEALTH_TIMEOUT_S = 2.0
+
+LISTED_WITHIN_S = 10.0
+"""Time in which a replica lists its LoRA adapters."""
 
 MAX_WAITING = 1_024
 """Requests of one gateway for one model that wait for a replica that is starting. As many again may
@@ -236,6 +247,19 @@ class ServeBackend:
     async def state(self) -> ModelState:
         """Return the state of the replicas, as Serve's controller knows it."""
         return (await self._replicas.refresh()).state
+
+    async def loras(self) -> tuple[LoraStatus, ...]:
+        """List the LoRA adapters, as the running replicas know them, without starting one.
+
+        Raises:
+            LoraSourceAway: replicas run, and none could list them in time.
+        """
+        if not (await self._replicas.refresh()).running:
+            return ()
+        answers = await ask_all(self._generator, "loras", LoraList, LISTED_WITHIN_S)
+        if answers.called and not answers.answered:
+            raise LoraSourceAway("no replica could list its LoRA adapters; try again later.")
+        return status_of(answers.answered)
 
     @property
     def known(self) -> ModelInfo | None:

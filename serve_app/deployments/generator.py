@@ -18,7 +18,7 @@ import torch
 from ray import serve
 
 from serve_app.config.models import AppConfig
-from serve_app.deployments.router import ShortestOfSeveral
+from serve_app.deployments.router import AdapterRouter
 from serve_app.engine.engine import Engine
 from serve_app.engine.stats import EngineStats
 from serve_app.errors import ConfigError, NotFinite
@@ -34,6 +34,7 @@ from serve_app.protocol.events import (
     Timeline,
 )
 from serve_app.protocol.images import EncodedImage, Encoding, PartialImage
+from serve_app.protocol.loras import LoraInfo, LoraList
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
 from serve_app.serve_log import log_through_serve
 
@@ -142,7 +143,7 @@ def _encode_result(
     max_ongoing_requests=256,
     max_queued_requests=1_024,
     max_constructor_retry_count=2,
-    request_router_config={"request_router_class": ShortestOfSeveral},
+    request_router_config={"request_router_class": AdapterRouter},
 )
 class Generator:
     """Generates images. Methods run on the replica's event loop, the engine on its own thread."""
@@ -184,6 +185,7 @@ class Generator:
 
         Raises:
             Overloaded: in place of the first event, if the request is rejected.
+            LoraNotFound: in place of the first event, if there is no adapter of a name.
             NotFinite: in place of the image, if the model's output is NaN or infinite.
             DiffusionServeError: if the engine raised it.
         """
@@ -194,6 +196,9 @@ class Generator:
             if progress or not isinstance(event, Progress):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        if params.lora and (on_demand := self._engine.loras) is not None:
+            # On a thread, because the source of the adapters may take its time.
+            await loop.run_in_executor(on_demand.lookups, on_demand.find, params.lora)
         submitted_at = time.perf_counter()
         number = self._engine.submit(params, on_event, context)
 
@@ -267,6 +272,18 @@ class Generator:
         """
         self._engine.check()
         return self._engine.info
+
+    async def loras(self) -> LoraList:
+        """List the LoRA adapters that requests may name, and whether they are in memory here.
+
+        Raises:
+            LoraSourceAway: if the source of those on demand does not answer.
+        """
+        at_start = tuple(LoraInfo(name, True, False) for name in self._engine.info.loras)
+        if (on_demand := self._engine.loras) is None:
+            return LoraList(at_start)
+        loop = asyncio.get_running_loop()
+        return LoraList((*at_start, *await loop.run_in_executor(on_demand.lookups, on_demand.list)))
 
     async def stats(self) -> EngineStats:
         """Return a snapshot of the engine, for debugging."""

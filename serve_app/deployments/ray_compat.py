@@ -3,7 +3,8 @@
 Read these places again in Ray's source before a new minor version of Ray is allowed. Besides them,
 Serve calls `Gateway.__serve_build_asgi_app__`, `Generator.record_autoscaling_stats` and
 `Generator.check_health` by name, and both ``__del__`` methods when a replica stops. Its
-proxies call `GatewayRouter._choose_replica_for_request` until a replica accepts the request.
+proxies call `GatewayRouter._choose_replica_for_request` until a replica accepts the request. The
+routing tasks of `AdapterRouter` call its `_get_pending_request_matching_metadata`.
 """
 
 from ipaddress import ip_address

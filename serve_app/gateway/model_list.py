@@ -126,6 +126,7 @@ def described(info: ModelInfo, state: ModelState, created: int) -> ModelObject:
         },
         loras=list(info.loras),
         partial_loras=dict(info.partial_loras),
+        loras_on_demand=info.loras_on_demand,
         max_loras=limits.max_loras,
         safety=info.safety,
         safety_checker=info.safety_checker,

@@ -19,6 +19,7 @@ from serve_app.gateway.body_limit import BodyLimit
 from serve_app.gateway.disconnects import while_connected
 from serve_app.gateway.errors import add_error_handlers, documented
 from serve_app.gateway.exposition import Gather, exposition, gather_own
+from serve_app.gateway.lora_list import add_loras
 from serve_app.gateway.model_list import add_models
 from serve_app.gateway.models import ServedModels
 from serve_app.gateway.openapi import (
@@ -172,6 +173,7 @@ def create_api(
         return await respond(request, service, job, deliver)
 
     add_models(api, models)
+    add_loras(api, models)
 
     @api.head("/health", include_in_schema=False)
     @api.get("/health", response_description="The gateway runs.", tags=["health"])

@@ -265,8 +265,11 @@ class ModelObject(ModelSummary):
         description="Noise schedulers that failed their trial: the reason for each task in which "
         "they are not offered. `default` is the model's own."
     )
-    loras: list[str] = Field(description="LoRA adapters for `lora`.")
+    loras: list[str] = Field(description="LoRA adapters for `lora` that the start loaded.")
     partial_loras: dict[str, str] = Field(description="Adapters that fit in part: the used share.")
+    loras_on_demand: bool = Field(
+        description="True if `lora` may name others, which `GET /v1/loras` lists."
+    )
     safety: Safety = Field(
         description="Treatment of images that the safety checker flags: `flag` names them in the "
         "response, `block` fails the request, `off` checks none."
@@ -305,6 +308,25 @@ class SeveralModels(BaseModel):
         description="The models, the default one first. A model that no replica has loaded yet has "
         "only the fields of its configuration."
     )
+
+
+class LoraObject(BaseModel):
+    """A LoRA adapter that requests may name."""
+
+    id: str = Field(description="Name of the adapter, for `lora`.")
+    object: Literal["lora"] = Field("lora", description="Always `lora`.")
+    model: str = Field(description="Name of the model that it changes.")
+    on_demand: bool = Field(
+        description="True if a request loads it; false if the start of a replica does."
+    )
+    replicas: int = Field(description="Number of running replicas that have it in memory.")
+
+
+class LoraObjects(BaseModel):
+    """The response of ``GET /v1/loras``."""
+
+    object: Literal["list"] = Field("list", description="Always `list`.")
+    data: list[LoraObject] = Field(description="The adapters of all models that are running.")
 
 
 class Health(BaseModel):

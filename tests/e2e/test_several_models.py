@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from serve_app.config.source import DEMO_MODEL_DIR
+from tests.lora import save_adapters
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
 
@@ -33,12 +35,12 @@ def broken_folder(path: Path) -> Path:
     return path
 
 
-def several(port: int, broken: Path) -> dict[str, Any]:
+def several(port: int, broken: Path, loras: Path) -> dict[str, Any]:
     config = demo_config(port)
     [application] = config["applications"]
     application["args"] = {
         "models": [
-            {"id": "demo", "default_steps": 20},
+            {"id": "demo", "default_steps": 20, "lora_source": str(loras)},
             {"id": "quick", "path": str(DEMO_MODEL_DIR), "default_steps": FEW_STEPS},
             {"id": "org/broken", "path": str(broken)},
         ],
@@ -57,7 +59,10 @@ def several(port: int, broken: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     broken = broken_folder(tmp_path_factory.mktemp("models") / "broken")
-    with serving_config(several(free_port(), broken)) as url:
+    loras = tmp_path_factory.mktemp("loras")
+    save_adapters(loras / "styles", ["ink", "oil"])
+    (loras / "damaged.safetensors").write_bytes(b"nothing")
+    with serving_config(several(free_port(), broken, loras)) as url:
         yield url
 
 
@@ -123,3 +128,41 @@ def test_each_request_reaches_its_model_and_a_broken_one_harms_none(url: str) ->
             f'diffusion_serve_scraped_replicas{{answer="answered",deployment="{deployment}",'
             f'model="{model}"}} {running}.0'
         ) in metrics
+
+
+def test_adapters_are_loaded_when_a_request_names_them(url: str) -> None:
+    wait_until(
+        lambda: states(url)["demo"] == "running", deadline_s=180, every_s=0.5, what="the model"
+    )
+
+    def adapters() -> dict[str, int]:
+        response = httpx.get(f"{url}/v1/loras", params={"model": "demo"}, timeout=60)
+        assert response.status_code == 200, response.text
+        return {one["id"]: one["replicas"] for one in response.json()["data"]}
+
+    assert adapters() == {"damaged": 0, "styles/ink": 0, "styles/oil": 0}
+    images = {}
+    for name in ("styles/ink", "styles/oil", "styles/ink", None):
+        response = generate(url, num_inference_steps=6, lora=name)
+        assert response.status_code == 200, response.text
+        [image] = response.json()["data"]
+        assert images.setdefault(name, image) == image
+    assert len({image["b64_json"] for image in images.values()}) == 3
+    assert adapters() == {"damaged": 0, "styles/ink": 1, "styles/oil": 1}
+
+    for name, status, code in (
+        ("styles/none", 404, "lora_not_found"),
+        ("../styles/ink", 404, "lora_not_found"),
+        ("damaged", 400, "invalid_lora"),
+        ("damaged", 400, "invalid_lora"),
+    ):
+        response = generate(url, lora=name)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert response.json()["error"]["param"] == "lora"
+    metrics = httpx.get(f"{url}/metrics", timeout=20).text
+    for name, count in (
+        ('loads_total{model="demo",replica="[^"]+",result="loaded"}', 2),
+        ('loads_total{model="demo",replica="[^"]+",result="invalid"}', 1),
+        ('hits_total{model="demo",replica="[^"]+"}', 1),
+    ):
+        assert re.search(f"^diffusion_serve_lora_{name} {count}.0$", metrics, re.M), name

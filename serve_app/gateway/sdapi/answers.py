@@ -171,9 +171,9 @@ def schedulers(model: ModelInfo) -> list[SchedulerItem]:
     return [own, *(SchedulerItem(name=name, label=label) for name, label in offered)]
 
 
-def loras(model: ModelInfo) -> list[LoraItem]:
+def loras(names: Iterable[str]) -> list[LoraItem]:
     """List the LoRA adapters."""
-    return [LoraItem(name=name, alias=name, path=name, metadata={}) for name in model.loras]
+    return [LoraItem(name=name, alias=name, path=name, metadata={}) for name in names]
 
 
 def models(ids: Iterable[str]) -> list[ModelItem]:

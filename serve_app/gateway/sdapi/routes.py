@@ -88,7 +88,6 @@ KEY_ERRORS = _errors(401, 403, 429)
 LISTS: tuple[tuple[str, str, Any, Callable[[ModelInfo], Any]], ...] = (
     ("/samplers", "Samplers of the model.", list[SamplerItem], answers.samplers),
     ("/schedulers", "Spacings of noise levels.", list[SchedulerItem], answers.schedulers),
-    ("/loras", "LoRA adapters of the model.", list[LoraItem], answers.loras),
 )
 """Paths of lists that follow the model: the description, the type and the content."""
 
@@ -235,6 +234,14 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
 
     async def fixed(content: Any) -> Any:
         return content
+
+    @router.get("/loras", response_description="LoRA adapters of the model.", responses=LIST_ERRORS)
+    async def loras() -> list[LoraItem]:
+        """List the LoRA adapters, those on demand too."""
+        backend = models.default.backend
+        model = await backend.describe()
+        listed = await backend.loras() if model.loras_on_demand else ()
+        return answers.loras([one.name for one in listed] or model.loras)
 
     lists = [(*row, described, LIST_ERRORS) for row in LISTS]
     constants = [(*row, fixed, KEY_ERRORS) for row in FIXED]

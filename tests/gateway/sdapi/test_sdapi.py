@@ -1,6 +1,7 @@
 """AUTOMATIC1111's API: its clients get images, and what cannot be honoured is named."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from serve_app.gateway.sdapi.fields import (
     REJECTED,
     SETTINGS,
 )
+from serve_app.protocol.loras import LoraStatus
 from tests.fakes.backend import INFO
 from tests.gateway.sdapi.clients import OPEN_WEBUI, SILLYTAVERN, TEXT_TO_IMAGE
 from tests.gateway.sdapi.gateway import SMALL, Backend, answered, client_of, rejected, warnings_of
@@ -66,7 +68,7 @@ async def test_open_webui_reads_options_changes_the_model_and_sends_all_of_them_
     assert warnings_of(await answered(client, **OPEN_WEBUI)) == ""
 
 
-async def test_sillytavern_finds_its_lists(client: httpx.AsyncClient) -> None:
+async def test_sillytavern_finds_its_lists(client: httpx.AsyncClient, backend: Backend) -> None:
     async def names(path: str, field: str = "name") -> list[str]:
         return [item[field] for item in (await client.get(path)).json()]
 
@@ -76,6 +78,9 @@ async def test_sillytavern_finds_its_lists(client: httpx.AsyncClient) -> None:
     for path in ("/latent-upscale-modes", "/sd-vae", "/sd-modules"):
         assert await names(path) == []
     assert await names("/loras") == ["pixel", "ink"]
+    backend.info = replace(backend.info, loras_on_demand=True)
+    backend.adapters = (LoraStatus("pixel", False, 1), LoraStatus("styles/oil", True, 0))
+    assert await names("/loras") == ["pixel", "styles/oil"]
     assert (await client.get("/embeddings")).json() == {"loaded": {}, "skipped": {}}
     assert (await client.get("/memory")).json().keys() == {"ram", "cuda"}
     idle = (await client.get("/progress?skip_current_image=true")).json()
