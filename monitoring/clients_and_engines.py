@@ -186,6 +186,12 @@ ENGINE = Dashboard(
             (rate("out_of_memory_total"), "out of memory"),
         ),
         panel(
+            "LoRA adapters on demand, per second",
+            (rate("lora_loads_total", "result"), "loads: {{result}}"),
+            (rate("lora_hits_total"), "found in memory"),
+            (rate("lora_evictions_total"), "removed from memory"),
+        ),
+        panel(
             "Replicas, by sharing mode",
             (total("sharing", "diffusion_serve_sharing"), "{{diffusion_serve_sharing}}"),
             (total("sharing_limited"), "batched, only for prompts of the same length"),
