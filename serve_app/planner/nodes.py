@@ -94,6 +94,10 @@ class NodePool:
             self._count(payer, now, nodes=-1)
         del self._idle[:idled]
 
+    def pay(self, tenant: Tenant, now: float) -> None:
+        """Bring the sums of a tenant and of the pool up to date."""
+        self._count(tenant.usage, now)
+
     def _serve_waiting(self, now: float) -> None:
         while self._waiting and (self._idle or self.usage.nodes < self._limit):
             replica, tenant = self._waiting.popleft()

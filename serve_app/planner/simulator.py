@@ -108,7 +108,7 @@ class Simulator:
 
     def end(self, now: float) -> SimulationOutcome:
         """Return the result. The nodes are paid until now."""
-        self.usage.change(now)
+        self._pool.pay(self, now)
         self._outcome.gpu_s = self.usage.gpu_s
         self._outcome.gpu_wait_s = self.usage.waited_s
         return self._outcome
