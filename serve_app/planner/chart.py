@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from serve_app.planner.cluster import Sample
 from serve_app.planner.comparison import NAMES, Row, cheapest, front
@@ -52,7 +53,7 @@ def draw_models(rows: Sequence[ModelRow], gpus: int | None, title: str, path: Pa
         axes.axhline(gpus, color="0.3", linestyle=":", label="GPUs of the pool")
     axes.set(xlabel="minutes", ylabel="replicas", title="Replicas that run", ylim=(0, None))
     axes.margins(x=0)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
