@@ -9,9 +9,11 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from serve_app.planner.cluster import Sample
 from serve_app.planner.comparison import NAMES, Row, cheapest, front
+from serve_app.planner.several_models import ModelRow
 
 COLORS = {"work": "tab:blue", "count": "tab:orange", "fixed": "tab:gray"}
 
@@ -28,6 +30,31 @@ def draw(rows: Sequence[Row], slo_share: float, title: str, path: Path) -> None:
     _draw_backlog(axes[1][0], with_curve or rows[:1])
     _draw_front(axes[0][1], rows, slo_share)
     _draw_bars(axes[1][1], with_curve or rows[:1])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_models(rows: Sequence[ModelRow], gpus: int | None, title: str, path: Path) -> None:
+    """Draw the replicas of several models over time, stacked, as a PNG file.
+
+    ``rows``: those of the models, without that of the pool. ``gpus``: the size of the pool.
+    """
+    figure, axes = plt.subplots(figsize=(13, 5), layout="constrained")
+    figure.suptitle(title)
+    minutes = [sample.at_s / 60 for sample in rows[0].curve]
+    axes.stackplot(
+        minutes,
+        [[sample.running for sample in row.curve] for row in rows],
+        labels=[row.label for row in rows],
+        step="post",
+        alpha=0.7,
+    )
+    if gpus is not None:
+        axes.axhline(gpus, color="0.3", linestyle=":", label="GPUs of the pool")
+    axes.set(xlabel="minutes", ylabel="replicas", title="Replicas that run", ylim=(0, None))
+    axes.margins(x=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

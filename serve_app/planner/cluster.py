@@ -57,6 +57,8 @@ class SimulationOutcome:
     rejected: int = 0
     gpu_s: float = 0.0
     """Paid node time, from request to return."""
+    gpu_wait_s: float = 0.0
+    """Time during which a replica waited for a GPU of the shared pool."""
     work_s: float = 0.0
     """Solo seconds of all requests."""
     lost_replicas: int = 0

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 from serve_app.autoscaling.policy import ScalingParams
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.policies import new_policy
-from serve_app.errors import ConfigError
 from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
 from serve_app.planner.inputs import Family
+from serve_app.planner.nodes import NodePool
 from serve_app.planner.replica import costs as costs_of
 from serve_app.planner.scalers import ByCount, ByWork, Fixed, Scaler
 from serve_app.planner.serve_policy import QueueParams
@@ -98,23 +97,26 @@ class Scenario:
 
     def simulate(self, candidate: Candidate) -> Row:
         """Simulate a candidate on all traces, and average the results."""
-        outcomes = [
-            Simulator(
-                trace,
-                self.costs,
-                partial(new_policy, self.scheduling, self.cluster.slo_scale),
-                candidate.scaler(),
-                replace(self.cluster, seed=self.cluster.seed + number),
-                candidate.initial_replicas,
-            ).run()
-            for number, trace in enumerate(self.traces)
-        ]
+        outcomes = [self.simulator(candidate, number).run() for number in range(len(self.traces))]
         return _row(candidate, outcomes)
+
+    def simulator(
+        self, candidate: Candidate, number: int = 0, pool: NodePool | None = None
+    ) -> Simulator:
+        """Build the simulator of a candidate on one of the traces."""
+        return Simulator(
+            self.traces[number],
+            self.costs,
+            partial(new_policy, self.scheduling, self.cluster.slo_scale),
+            candidate.scaler(),
+            replace(self.cluster, seed=self.cluster.seed + number),
+            candidate.initial_replicas,
+            pool,
+        )
 
 
 def _row(candidate: Candidate, outcomes: Sequence[SimulationOutcome]) -> Row:
-    waits_s = [wait_s for outcome in outcomes for wait_s in outcome.waits_s] or [0.0, 0.0]
-    cuts = statistics.quantiles(waits_s, n=20, method="inclusive")
+    p50_s, p95_s = wait_quantiles(outcomes)
     requests = max(1, sum(outcome.requests for outcome in outcomes))
     samples = outcomes[0].samples
     return Row(
@@ -124,8 +126,8 @@ def _row(candidate: Candidate, outcomes: Sequence[SimulationOutcome]) -> Row:
         sum(outcome.rejected for outcome in outcomes) / requests,
         statistics.mean(outcome.gpu_hours for outcome in outcomes),
         statistics.mean(outcome.work_s / 3_600 for outcome in outcomes),
-        cuts[9],
-        cuts[18],
+        p50_s,
+        p95_s,
         max((s.running for o in outcomes for s in o.samples), default=candidate.initial_replicas),
         statistics.mean(outcome.scale_ups for outcome in outcomes),
         sum(outcome.lost_replicas for outcome in outcomes),
@@ -133,15 +135,13 @@ def _row(candidate: Candidate, outcomes: Sequence[SimulationOutcome]) -> Row:
     )
 
 
-def drawing() -> Callable[[Sequence[Row], float, str, Path], None]:
-    """Import the function that draws a chart. Raises `ConfigError` without matplotlib."""
-    try:
-        from serve_app.planner.chart import draw
-    except ImportError:
-        raise ConfigError(
-            "--chart needs matplotlib: pip install 'diffusion-serve[plan]'."
-        ) from None
-    return draw
+def wait_quantiles(outcomes: Sequence[SimulationOutcome]) -> tuple[float, float]:
+    """Return the 50th and the 95th percentile of the waits of all requests, in seconds."""
+    waits_s = [wait_s for outcome in outcomes for wait_s in outcome.waits_s]
+    if len(waits_s) < 2:  # too few for `statistics.quantiles`
+        return sum(waits_s), sum(waits_s)
+    cuts = statistics.quantiles(waits_s, n=20, method="inclusive")
+    return cuts[9], cuts[18]
 
 
 def candidates(

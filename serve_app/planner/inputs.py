@@ -1,8 +1,9 @@
-"""Reads the planner's inputs: step times, the scaling config, arrivals and policy names."""
+"""Reads the planner's inputs: options by model, step times, scaling, arrivals and policy names."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,73 @@ from serve_app.planner.trace import Trace, drawn, parse_mix, poisson, read_arriv
 
 Family = Literal["work", "count", "fixed"]
 """This project's policy, Ray Serve's default one, or a fixed size."""
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """The values of one model in the options that take ``[NAME=]VALUE``."""
+
+    costs: Path
+    trace: Path | None
+    rate: float | None
+    """Requests per second, where there is no trace."""
+    mix: str | None
+    mix_at_end: str | None
+    calls_per_step: float
+
+
+def model_inputs(
+    model: str, known: Sequence[str], options: Mapping[str, Sequence[str]]
+) -> ModelInputs:
+    """Choose a model's values from the options ``--costs``, ``--trace``, and so on.
+
+    Raises:
+        ConfigError: if a value is missing, given twice, wrong, or for a model that is not known.
+    """
+    own = {option: _own(option, values, model, known) for option, values in options.items()}
+    costs, trace, rate = own["--costs"], own["--trace"], own["--rate"]
+    if costs is None:
+        raise ConfigError(
+            f"model {model!r} has no step times: add --costs {model}=FILE, or --costs FILE for all "
+            "models."
+        )
+    if (trace is None) == (rate is None):
+        raise ConfigError(f"model {model!r}: give either --trace or --rate, and not both.")
+    return ModelInputs(
+        Path(costs),
+        None if trace is None else Path(trace),
+        None if rate is None else _positive("--rate", rate),
+        own["--mix"],
+        own["--mix-at-end"],
+        _positive("--calls-per-step", own["--calls-per-step"] or "1"),
+    )
+
+
+def _own(option: str, values: Sequence[str], model: str, known: Sequence[str]) -> str | None:
+    """Return the value of a model: that of ``NAME=VALUE``, else the one for all models."""
+    found: dict[str | None, str] = {}
+    for value in values:
+        first, equals, rest = value.partition("=")
+        name, text = (first, rest) if equals else (None, value)
+        if name is not None and name not in known:
+            raise ConfigError(
+                f"{option} {value} is for a model {name!r}; the config has "
+                f"{', '.join(map(repr, known))}."
+            )
+        if name in found:
+            raise ConfigError(f"{option} has two values for {name or 'all models'}: leave one out.")
+        found[name] = text
+    return found.get(model, found.get(None))
+
+
+def _positive(option: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{option} must be over 0; it is {text!r}.")
+    return value
 
 
 def read_costs(path: Path, max_batch_size: int) -> CostModel:
@@ -81,6 +149,11 @@ def not_simulated(path: Path, model: str | None = None) -> list[str]:
         for name in ("downscale_to_zero_delay_s", "upscaling_factor", "downscaling_factor")
         if name in autoscaling
     ]
+    if generator.num_gpus not in (None, 1):
+        notes.append(
+            f"ray_actor_options.num_gpus of {generator.deployment} is {generator.num_gpus:g}. The "
+            "planner counts one GPU for each replica."
+        )
     return notes
 
 
@@ -89,21 +162,13 @@ def _bounds(autoscaling: Mapping[str, Any]) -> tuple[Any, Any]:
     return fewest, most
 
 
-def arrivals(
-    path: Path | None,
-    rate: float | None,
-    duration_s: float,
-    mix: str | None,
-    mix_at_end: str | None,
-    stretch: float,
-    share: float,
-    seed: int,
-) -> Trace:
-    """Read arrivals from a file, or draw them at a steady rate.
+def arrivals(own: ModelInputs, duration_s: float, stretch: float, share: float, seed: int) -> Trace:
+    """Read arrivals of a model from its file, or draw them at its rate.
 
     Raises:
         ConfigError: if the file is wrong, or the kinds of requests are unknown.
     """
+    path, rate, mix, mix_at_end = own.trace, own.rate, own.mix, own.mix_at_end
     kinds = None
     if path is not None:
         at_s, kinds = read_arrivals(path, stretch, share, seed)

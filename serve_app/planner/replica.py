@@ -77,15 +77,13 @@ class SimulatedReplica:
     """One engine in simulated time."""
 
     __slots__ = (
-        "batch", "begins_at", "by_number", "extra_s", "node_at", "number", "policy", "ready_at",
-        "running", "saved_s", "step_s", "steps", "throughput", "turn", "waiting", "work_s",
+        "batch", "begins_at", "by_number", "extra_s", "node_at", "policy", "running", "saved_s",
+        "step_s", "steps", "throughput", "turn", "waiting", "work_s",
     )  # fmt: skip
 
-    def __init__(self, number: int, node_at: float, ready_at: float, policy: RankedPolicy) -> None:
-        self.number = number
+    def __init__(self, policy: RankedPolicy, node_at: float = math.inf) -> None:
         self.node_at = node_at
-        """Time at which its node is ready."""
-        self.ready_at = ready_at
+        """Time at which its node is ready; infinite until it has one."""
         self.policy = policy
         self.by_number: dict[int, SimulatedRequest] = {}
         self.waiting: list[SimulatedRequest] = []

@@ -5,21 +5,21 @@ scaling policy gets the data that Serve would pass to it, with the same delay.
 
 Simplifications: text encoding is part of a request's first step, decoding of its last. The
 scheduler decides, and throughput is measured, after half a second of steps or at an arrival, not
-after every step. Predictions are exact. Arrival rate and mean work are measured for the whole
-cluster. Rejected clients do not retry.
+after every step. Predictions are exact. Arrival rate and mean work are measured for all
+replicas of a model. Rejected clients do not retry.
 """
 
 import heapq
 import math
-from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
 from random import Random
 
 from serve_app.engine.scheduling.cost import CostModel
 from serve_app.engine.scheduling.queue import RankedPolicy
 from serve_app.planner.cluster import ClusterParams, Sample, SimulationOutcome
+from serve_app.planner.nodes import NodePool, Usage
 from serve_app.planner.replica import SimulatedReplica, SimulatedRequest, costs
 from serve_app.planner.scalers import ClusterView, Scaler
 from serve_app.planner.trace import Trace
@@ -30,7 +30,7 @@ RATE_WINDOW_S = 30.0
 
 
 class Simulator:
-    """The replay of one trace under one scaling policy."""
+    """The replay of one trace under one scaling policy, on nodes of its own or of a shared pool."""
 
     def __init__(
         self,
@@ -40,7 +40,10 @@ class Simulator:
         scaler: Scaler,
         params: ClusterParams,
         initial_replicas: int,
+        pool: NodePool | None = None,
     ) -> None:
+        self.usage = Usage()
+        self._pool = NodePool(params) if pool is None else pool
         self._trace = trace
         self._costs = costs(model, trace.kinds)
         self._scheduler = scheduler
@@ -48,15 +51,11 @@ class Simulator:
         self._params = params
         self._rng = Random(params.seed)
         self._random = self._rng.random
-        self._numbers = count()
-        self._events: list[tuple[float, int, int, SimulatedReplica | None]] = []
+        self._events: list[tuple[float, int, int, SimulatedReplica]] = []
         self._order = count()
         self._up: list[SimulatedReplica] = []
         self._starting: list[SimulatedReplica] = []
         self._leaving: set[SimulatedReplica] = set()
-        self._nodes = 0
-        self._idle_nodes: list[float] = []  # idle since, or ready at; sorted
-        self._paid_at = 0.0
         self._waiting: deque[SimulatedRequest] = deque()
         self._outstanding = 0
         self._target = initial_replicas
@@ -64,50 +63,69 @@ class Simulator:
         self._offered: deque[tuple[float, float]] = deque()
         self._offered_s = 0.0
         self._mean_work_s = 0.0
+        self._index = 0  # of the next arrival
+        self._arrival_at = trace.at_s[0] if trace.at_s else math.inf
+        self._report_at = params.report_every_s
+        self._pool.add_ready(self, initial_replicas)
         for _ in range(initial_replicas):
-            self._nodes += 1
-            self._up.append(SimulatedReplica(next(self._numbers), 0.0, 0.0, scheduler()))
+            self._up.append(SimulatedReplica(scheduler(), node_at=0.0))
+
+    @property
+    def is_busy(self) -> bool:
+        """True until all requests are done."""
+        return self._arrival_at < math.inf or self._outstanding > 0
+
+    @property
+    def next_at(self) -> float:
+        """Time of the next arrival, event or report."""
+        event_at = self._events[0][0] if self._events else math.inf
+        return min(self._arrival_at, event_at, self._report_at)
 
     def run(self) -> SimulationOutcome:
         """Run until all requests are done. The cluster is paid until then."""
-        at_s, kinds, total = self._trace.at_s, self._trace.kinds, len(self._trace.at_s)
-        slo_scale = self._params.slo_scale
-        events, table = self._events, self._costs
-        report_s = self._params.report_every_s
-        next_report = report_s
-        index = 0
-        outcome = self._outcome
-        next_arrival = at_s[0] if total else math.inf
         now = 0.0
-        while index < total or self._outstanding:
-            next_event = events[0][0] if events else math.inf
-            if next_arrival <= next_event and next_arrival <= next_report:
-                now = next_arrival
-                kind = kinds[index]
-                cost = table[kind]
-                request = SimulatedRequest(now, kind, cost, slo_scale, index)
-                index += 1
-                next_arrival = at_s[index] if index < total else math.inf
-                outcome.work_s += cost.solo_s
-                self._offered.append((now, cost.solo_s))
-                self._offered_s += cost.solo_s
-                self._outstanding += 1
-                self._send(request, now)
-            elif next_event <= next_report:
-                now, _, turn, replica = heapq.heappop(events)
-                assert replica is not None
-                if turn < 0:
-                    self._ready(replica, now)
-                elif turn == replica.turn and replica.batch:
-                    self._end_steps(replica, now)
-            else:
-                now = next_report
-                next_report += report_s
-                self._report(now)
-        self._pay(now)
-        return outcome
+        while self.is_busy:
+            now = self.step()
+        return self.end(now)
+
+    def step(self) -> float:
+        """Process the next arrival, event or report. Return its time."""
+        arrival_at, report_at = self._arrival_at, self._report_at
+        event_at = self._events[0][0] if self._events else math.inf
+        if arrival_at <= event_at and arrival_at <= report_at:
+            self._arrive(arrival_at)
+            return arrival_at
+        if event_at <= report_at:
+            _, _, turn, replica = heapq.heappop(self._events)
+            if turn < 0:
+                self._ready(replica, event_at)
+            elif turn == replica.turn and replica.batch:
+                self._end_steps(replica, event_at)
+            return event_at
+        self._report_at += self._params.report_every_s
+        self._report(report_at)
+        return report_at
+
+    def end(self, now: float) -> SimulationOutcome:
+        """Return the result. The nodes are paid until now."""
+        self._pool.pay(self, now)
+        self._outcome.gpu_s = self.usage.gpu_s
+        self._outcome.gpu_wait_s = self.usage.waited_s
+        return self._outcome
 
     # ---- requests --------------------------------------------------------------------------------
+
+    def _arrive(self, now: float) -> None:
+        at_s, index = self._trace.at_s, self._index
+        kind = self._trace.kinds[index]
+        cost = self._costs[kind]
+        self._index += 1
+        self._arrival_at = at_s[index + 1] if index + 1 < len(at_s) else math.inf
+        self._outcome.work_s += cost.solo_s
+        self._offered.append((now, cost.solo_s))
+        self._offered_s += cost.solo_s
+        self._outstanding += 1
+        self._send(SimulatedRequest(now, kind, cost, self._params.slo_scale, index), now)
 
     def _send(self, request: SimulatedRequest, now: float) -> None:
         up = self._up
@@ -240,12 +258,11 @@ class Simulator:
             replica.work_s = 0.0
             if replica in self._leaving:
                 self._leaving.discard(replica)
-                self._free_node(replica, now)
+                self._pool.release(replica, self, now)
 
     # ---- machines --------------------------------------------------------------------------------
 
     def _report(self, now: float) -> None:
-        self._pay(now)
         while self._offered and self._offered[0][0] < now - RATE_WINDOW_S:
             self._offered_s -= self._offered.popleft()[1]
         if self._offered:
@@ -253,9 +270,7 @@ class Simulator:
             self._mean_work_s += 0.1 * (mean_s - self._mean_work_s)
         self._send_waiting(now)
         self._fail(now)
-        idled = bisect_right(self._idle_nodes, now - self._params.node_idle_s)
-        del self._idle_nodes[:idled]
-        self._nodes -= idled
+        self._pool.return_idle(now)
         up = self._up
         rate = self._offered_s / min(RATE_WINDOW_S, max(1.0, now)) / max(1, len(up))
         loads = [
@@ -278,7 +293,7 @@ class Simulator:
                 rate * len(up),
                 len(up),
                 self._target,
-                self._nodes,
+                self.usage.nodes,
                 sum(load.backlog_s for load in loads),
                 term,
             )
@@ -292,29 +307,19 @@ class Simulator:
             self._start(now)
         while len(self._up) + len(self._starting) > target:
             if self._starting:
-                self._free_node(self._starting.pop(), now)
+                self._pool.release(self._starting.pop(), self, now)
             else:
                 self._leave(self._up.pop(), now)
 
     def _start(self, now: float) -> None:
-        node_at = self._node_at(now)
-        ready_at = max(now, node_at) + self._params.replica_start_s
-        replica = SimulatedReplica(next(self._numbers), node_at, ready_at, self._scheduler())
+        replica = SimulatedReplica(self._scheduler())
         self._starting.append(replica)
-        heapq.heappush(self._events, (replica.ready_at, next(self._order), -1, replica))
+        self._pool.request(replica, self, now)
 
-    def _node_at(self, now: float) -> float:
-        """Return the time at which a node is ready for a replica: the most recently idle node, a
-        booting node without a replica, or a new one."""
-        if not self._idle_nodes:
-            self._nodes += 1
-            return now + self._params.node_start_s
-        there = bisect_right(self._idle_nodes, now)
-        return self._idle_nodes.pop(max(0, there - 1))
-
-    def _free_node(self, replica: SimulatedReplica, now: float) -> None:
-        """Return a node to the idle ones. It may still be booting."""
-        insort(self._idle_nodes, max(now, replica.node_at))
+    def place(self, replica: SimulatedReplica, now: float) -> None:
+        """Start a replica on its node. The pool calls this."""
+        ready_at = max(now, replica.node_at) + self._params.replica_start_s
+        heapq.heappush(self._events, (ready_at, next(self._order), -1, replica))
 
     def _ready(self, replica: SimulatedReplica, now: float) -> None:
         if replica not in self._starting:
@@ -328,7 +333,7 @@ class Simulator:
         if replica.by_number:
             self._leaving.add(replica)
         else:
-            self._free_node(replica, now)
+            self._pool.release(replica, self, now)
 
     def _fail(self, now: float) -> None:
         each = self._params.failures_per_hour * self._params.report_every_s / 3_600
@@ -336,7 +341,7 @@ class Simulator:
             return
         for replica in [one for one in self._up if self._random() < each]:
             self._up.remove(replica)
-            self._nodes -= 1
+            self._pool.lose(self, now)
             self._outcome.lost_replicas += 1
             replica.turn += 1
             replica.batch = []
@@ -344,6 +349,13 @@ class Simulator:
                 request.restart(now)
                 self._send(request, now)
 
-    def _pay(self, now: float) -> None:
-        self._outcome.gpu_s += self._nodes * (now - self._paid_at)
-        self._paid_at = now
+
+def run_together(simulators: Sequence[Simulator]) -> list[SimulationOutcome]:
+    """Run simulators that share a pool of nodes until the requests of all are done.
+
+    Until then, all of them scale and pay. Of two at the same time, the first goes first.
+    """
+    now = 0.0
+    while any(one.is_busy for one in simulators):
+        now = min(simulators, key=lambda one: one.next_at).step()
+    return [one.end(now) for one in simulators]

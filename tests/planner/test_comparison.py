@@ -104,6 +104,17 @@ def test_a_mix_does_not_override_the_kinds_of_a_file(tmp_path: Path) -> None:
         assert "leave out --mix and --mix-at-end" in said
 
 
+def test_one_request_is_planned(tmp_path: Path) -> None:
+    """Both percentiles are its own time."""
+    trace = tmp_path / "trace.csv"
+    trace.write_text("at_s,size,steps\n0,1024x1024,25\n")
+    output = tmp_path / "plan.json"
+    code, said = plan("--trace", trace, "--policy", "configured", "--output", output)
+    assert code == 0, said
+    [ours] = json.loads(output.read_text())["rows"]
+    assert ours["p50_s"] == ours["p95_s"] == pytest.approx(3_600 * ours["work_hours"])
+
+
 def test_counts_by_the_hour_are_planned(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     trace.write_text(",hour,invocations\n0,0,100000\n1,1,200000\n")
@@ -152,6 +163,9 @@ def test_settings_that_are_not_simulated_are_reported(tmp_path: Path) -> None:
     code, text = said(shipped.replace(late, late + "          upscaling_factor: 0.5\n"))
     assert code == 0
     assert "autoscaling_config.upscaling_factor is not simulated" in text
+    code, text = said(shipped.replace("num_gpus: 1", "num_gpus: 2"))
+    assert code == 0
+    assert "ray_actor_options.num_gpus of Generator is 2. The planner counts one GPU" in text
     code, text = said(shipped.replace(late, ""))
     assert code == 2
     assert "autoscaling_config.upscale_delay_s is 30.0, Serve's default" in text
