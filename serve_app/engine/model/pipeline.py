@@ -164,7 +164,7 @@ class LoadedPipeline:
         covers the pipeline's class and config, each component as it is in memory with its
         adapters, and the model's config. Takes as long as reading the weights from memory once.
         """
-        others = {"id", "device", "acceleration"}
+        others = {"id", "device", "acceleration", "lora_source"}
         model = self._config.model_dump(mode="json", exclude=others)
         module = type(self.stock).__module__
         return {
