@@ -71,7 +71,7 @@ class ContentPolicyViolation(InvalidRequest):
 
 
 class ModelNotFound(InvalidRequest):
-    """The request names a model that this server does not serve."""
+    """The request names a model that this server does not serve, or that its key may not use."""
 
     status = 404
     code = "model_not_found"

@@ -57,7 +57,8 @@ def check_serve_file(path: Path, name: object = None) -> list[str]:
             )
     for application in read_serve_config(path):
         check_models(application)
-        KeyRing(application.gateway.keys_file, keys_in_environment())
+        keys = KeyRing(application.gateway.keys_file, keys_in_environment())
+        warnings += (f"{name or path}: {text}" for text in keys.unknown_models(application.ids))
         warnings += _storage_warnings(application.gateway.storage, name or path)
     return warnings
 

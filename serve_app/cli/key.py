@@ -23,6 +23,10 @@ def key(
             help="Requests of 'batch' run when no interactive request can. Default: 'interactive'."
         ),
     ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(help="Model that it may use; repeat the option for more. Default: all."),
+    ] = None,
 ) -> None:
     """Make an API key.
 
@@ -35,6 +39,7 @@ def key(
         "requests_per_minute": requests_per_minute,
         "max_concurrent": max_concurrent,
         "priority": priority,
+        "models": model or None,
     }
     given = {field: value for field, value in fields.items() if value is not None}
     entry = yaml.safe_dump(

@@ -68,7 +68,7 @@ class Gateway:
         peers: DeploymentHandle[Any] = handle_to(context.deployment, context.app_name)
         name = context.replica_id.unique_id
         self._scraper = Scraper(name, peers, watched)
-        self._keys = KeyRing(config.gateway.keys_file, keys_in_environment())
+        self._keys = KeyRing(config.gateway.keys_file, keys_in_environment(), config.ids)
         if not self._keys and (host := address_beyond_loopback()):
             logger.warning(OPEN_TO_ALL, host)
         self._tracing = _tracing(config, name) if config.gateway.tracing else None

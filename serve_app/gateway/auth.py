@@ -1,4 +1,4 @@
-"""API keys, stored by their hashes, with a name and limits each."""
+"""API keys, stored by their hashes, with a name, limits and models each."""
 
 import base64
 import contextlib
@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -54,6 +54,11 @@ class ApiKey(BaseModel):
     priority: Priority = Field(
         "interactive", description="'batch': its requests run when no interactive request can."
     )
+    models: Annotated[tuple[str, ...], Field(min_length=1)] | None = Field(
+        None,
+        description="Models that it may use, by their `id`. To its requests there are no others, "
+        "and those that name none go to the first one. Default: all models.",
+    )
 
 
 class Principal(NamedTuple):
@@ -61,11 +66,15 @@ class Principal(NamedTuple):
 
     name: str
     priority: Priority
+    models: tuple[str, ...] | None = None
+    """Models that it may use, by their ids; ``None`` for all."""
 
 
 def principal_of(key: ApiKey | None) -> Principal:
     """Return the principal of a key, or `ANONYMOUS` without one."""
-    return Principal(ANONYMOUS, "interactive") if key is None else Principal(key.name, key.priority)
+    if key is None:
+        return Principal(ANONYMOUS, "interactive")
+    return Principal(key.name, key.priority, key.models)
 
 
 def digest(key: str) -> str:
@@ -116,8 +125,8 @@ def parse_keys(text: str, source: str) -> list[ApiKey]:
         where = ".".join(str(part) for part in problem["loc"]) or "the whole"
         raise ConfigError(
             f"{source}: {where}: {problem['msg']}. It must be a list of entries with name, sha256, "
-            "and optionally requests_per_minute, max_concurrent and priority; `diffusion-serve "
-            "key` makes them."
+            "and optionally requests_per_minute, max_concurrent, priority and models; "
+            "`diffusion-serve key` makes them."
         ) from None
     return keys
 
@@ -133,14 +142,22 @@ def _check_distinct(keys: Sequence[ApiKey]) -> None:
 class KeyRing:
     """The keys of one gateway replica. Without any, every request is admitted."""
 
-    def __init__(self, path: Path | None, environment: str | None) -> None:
-        """Read the keys; ``environment`` has entries beside those of the file.
+    def __init__(
+        self, path: Path | None, environment: str | None, models: Sequence[str] | None = None
+    ) -> None:
+        """Read the keys.
+
+        Args:
+            path: the file.
+            environment: entries beside those of the file.
+            models: ids of the server's models; it logs the names in entries that are no such id.
 
         Raises:
             ConfigError: if entries are wrong, or the file cannot be read.
         """
         self._path = path
         self._environment = environment or ""
+        self._models = models
         self._version: tuple[float, int] | None = None
         self._checked_at = -math.inf
         self._keys: list[ApiKey] = []
@@ -195,6 +212,19 @@ class KeyRing:
     def leave(self, name: str) -> None:
         self._running[name] -= 1
 
+    def unknown_models(self, here: Sequence[str]) -> Iterator[str]:
+        """Yield a warning for each key that names models that are not here.
+
+        They are no error: servers may share a file, and models come and go while the file stays.
+        """
+        for key in self._keys:
+            unknown = [name for name in key.models or () if name not in here]
+            if unknown:
+                yield (
+                    f"the API key {key.name!r} may use {', '.join(map(repr, unknown))}, and there "
+                    f"is no model with this id: the ids are {', '.join(map(repr, here))}."
+                )
+
     def _find(self, authorization: str | None) -> ApiKey:
         presented = digest(_key_in(authorization))
         found = None
@@ -233,6 +263,9 @@ class KeyRing:
             keys += parse_keys(text, str(self._path))
         _check_distinct(keys)
         self._keys = keys
+        if self._models is not None:
+            for warning in self.unknown_models(self._models):
+                logger.warning("%s", warning)
 
 
 class KeyGuard:
@@ -274,7 +307,8 @@ class KeyGuard:
                 )
             key = self._keys.recognise(authorization)
             record = record_of(scope)
-            record.principal, record.priority = principal_of(key)
+            known = principal_of(key)
+            record.principal, record.priority = known.name, known.priority
             principal = self._keys.enter(key)
         except DiffusionServeError as error:
             await problem_of(error, scope).response()(scope, receive, send)

@@ -4,7 +4,7 @@ import asyncio
 import time
 from typing import Annotated
 
-from fastapi import FastAPI, Path
+from fastapi import FastAPI, Path, Request
 
 from serve_app.errors import Overloaded, Unavailable
 from serve_app.gateway.errors import documented
@@ -49,9 +49,10 @@ def add_models(api: FastAPI, models: ServedModels) -> None:
         responses=documented(401, 403, 429, 503),
         tags=["models"],
     )
-    async def list_models() -> ModelList | SeveralModels:
-        """List the models. The first one serves requests that name none."""
-        return answer.model_validate({"data": await asyncio.gather(*map(shown, models))})
+    async def list_models(request: Request) -> ModelList | SeveralModels:
+        """List the models that the key may use. The first one serves requests that name none."""
+        allowed = models.of(request.state.principal)
+        return answer.model_validate({"data": await asyncio.gather(*map(shown, allowed))})
 
     # Model names from the hub have a slash.
     @api.get(
@@ -62,10 +63,11 @@ def add_models(api: FastAPI, models: ServedModels) -> None:
         tags=["models"],
     )
     async def retrieve_model(
+        request: Request,
         model: Annotated[str, Path(description="Name of the model; it may contain slashes.")],
     ) -> ModelSummary:
         """Return the options and limits of a model."""
-        return await shown(models.find(model))
+        return await shown(models.of(request.state.principal).find(model))
 
 
 async def _known(model: ServedModel, state: ModelState) -> ModelInfo | None:

@@ -1,5 +1,6 @@
 """The names by which clients may ask for a model."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from serve_app.config.models import AppConfig
@@ -9,10 +10,27 @@ from serve_app.errors import ModelNotFound
 class ModelNames:
     """The names of the models, their aliases, and others if any name is accepted."""
 
-    def __init__(self, config: AppConfig) -> None:
-        self._ids = config.ids
-        self._aliases = config.gateway.model_aliases
+    def __init__(self, config: AppConfig, ids: Sequence[str]) -> None:
+        """Keep the names of the models with these ids; the others are as if they were not here."""
+        aliases = config.gateway.model_aliases.items()
+        self._ids = ids
+        self._aliases = {alias: model for alias, model in aliases if model in ids}
         self._any = config.gateway.any_model
+
+    @property
+    def default(self) -> str:
+        """The id of the model of requests that name none.
+
+        Raises:
+            ModelNotFound: if there is no model, because the request's key may use none of them.
+        """
+        if not self._ids:
+            raise ModelNotFound(
+                "this API key may use no model of this server; the server's operator can correct "
+                "'models' of its entry.",
+                "model",
+            )
+        return self._ids[0]
 
     def check(self, name: str) -> tuple[str, ...]:
         """Return a warning if the name is only accepted as every name is.
@@ -37,8 +55,8 @@ class ModelNames:
         found = self._known(name)
         if found is not None:
             return found
-        if self._any:
-            return self._ids[0]
+        if self._any or not self._ids:
+            return self.default
         here = ", ".join(map(repr, self._ids))
         aliases = f", also as {', '.join(map(repr, self._aliases))}" if self._aliases else ""
         are = "is" if len(self._ids) == 1 else "are"

@@ -1,15 +1,17 @@
 """The models behind this gateway, and how a request finds its own.
 
-Each model has a backend and an `ImageService`, which know no other model.
+Each model has a backend and an `ImageService`, which know no other model. To a request whose key
+may use some of the models only, the others are as if they were not here.
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from serve_app.config.limits import LimitsConfig
 from serve_app.config.models import AppConfig
 from serve_app.errors import DiffusionServeError, Unavailable
+from serve_app.gateway.auth import Principal
 from serve_app.gateway.model_names import ModelNames
 from serve_app.gateway.requests_log import RequestRecord
 from serve_app.gateway.service import ImageService
@@ -32,11 +34,17 @@ class ServedModel:
 
 
 class ServedModels:
-    """The models of one gateway replica, the default one first."""
+    """The models of one gateway replica, or those that a key may use, the default one first."""
 
-    def __init__(
-        self, config: AppConfig, backends: GenerationBackend | Sequence[GenerationBackend]
-    ) -> None:
+    def __init__(self, config: AppConfig, models: Iterable[ServedModel]) -> None:
+        self._config = config
+        self._models = {one.id: one for one in models}
+        self.names = ModelNames(config, tuple(self._models))
+
+    @classmethod
+    def create(
+        cls, config: AppConfig, backends: GenerationBackend | Sequence[GenerationBackend]
+    ) -> "ServedModels":
         """Make a service for each model.
 
         Args:
@@ -44,11 +52,23 @@ class ServedModels:
             backends: one backend for each model, in the order of the configuration.
         """
         several = backends if isinstance(backends, Sequence) else [backends]
-        self.names = ModelNames(config)
-        self._models = {
-            one.model.id: ServedModel(one, backend, ImageService(one, backend))
-            for one, backend in zip(config.each_model(), several, strict=True)
-        }
+        return cls(
+            config,
+            (
+                ServedModel(one, backend, ImageService(one, backend))
+                for one, backend in zip(config.each_model(), several, strict=True)
+            ),
+        )
+
+    def of(self, principal: Principal) -> "ServedModels":
+        """Return the models that the key of a request may use, in the order of its entry.
+
+        Names that this server does not have are left out, so that there may be none.
+        """
+        if principal.models is None:
+            return self
+        allowed = (self._models.get(name) for name in principal.models)
+        return ServedModels(self._config, (one for one in allowed if one is not None))
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())
@@ -58,8 +78,12 @@ class ServedModels:
 
     @property
     def default(self) -> ServedModel:
-        """The model of requests that name none."""
-        return next(iter(self))
+        """The model of requests that name none.
+
+        Raises:
+            ModelNotFound: if there is none.
+        """
+        return self._models[self.names.default]
 
     @property
     def limits(self) -> LimitsConfig:
@@ -83,12 +107,13 @@ class ServedModels:
     def choose(self, name: str | None, record: RequestRecord) -> ServedModel:
         """Return the model of a request, and note it in the record.
 
-        The service of the only model checks the name itself, after the request's other fields.
+        On a server with one model, its service checks the name, after the request's other fields.
 
         Raises:
             ModelNotFound: naming the models that are here.
         """
-        chosen = self.default if name is None or len(self) == 1 else self.find(name)
+        single = len(self._config.ids) == 1
+        chosen = self.default if name is None or single else self.find(name)
         record.model = chosen.id
         return chosen
 

@@ -36,9 +36,10 @@ _FILE = {"type": "string", "format": "binary"}
 
 def described(config: AppConfig) -> str:
     """Write the description's introduction."""
-    models = ", ".join(f"`{name}`" for name in config.ids)
+    # The description needs no key, and a key may not see all of several models.
+    models = "models of `/v1/models`" if config.models else f"model `{config.model.id}`"
     return (
-        f"Generates images with the {'models' if config.models else 'model'} {models}. The API is "
+        f"Generates images with the {models}. The API is "
         "OpenAI's images API: use any of its clients, with this server's address and `/v1` as base "
         "URL.\n\n"
         "If the server has API keys, send one as `Authorization: Bearer KEY`. Every error has the "

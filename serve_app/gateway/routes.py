@@ -75,7 +75,7 @@ def create_api(
         gather: returns the reports for ``/metrics``.
         traced: middleware that traces requests, if they are traced.
     """
-    models = ServedModels(config, backends)
+    models = ServedModels.create(config, backends)
     limits = models.limits
     delivery = Delivery(config)
     answer = ImagesResponse if delivery.store is None else ImagesResponse | LinksResponse
@@ -100,7 +100,7 @@ def create_api(
         models=config.ids,
         paths=(GENERATIONS, EDITS, RESPONSES, *sdapi),
         log_prompts=config.gateway.log_prompts,
-        principals=keys.principals,
+        principals=[(known.name, known.priority) for known in keys.principals],
     )
     if origins:
         # The outermost: a browser asks first, without a key, and reads no error without headers.
@@ -133,8 +133,9 @@ def create_api(
         """Generate images from a prompt."""
         body, ignored = await read_generation(request, config.gateway.unknown_fields)
         scope = request.scope
-        service = models.choose(body.model, record_of(scope)).service
-        deliver = await delivery.chosen(body, request)
+        model = models.of(request.state.principal).choose(body.model, record_of(scope))
+        service = model.service
+        deliver = await delivery.chosen(body, request, model.id)
         job = await service.prepare(
             "image_generation", body, record_of(scope), request.state.principal
         )
@@ -157,8 +158,9 @@ def create_api(
         """
         edit = await read_edit(request, config.gateway.unknown_fields)
         scope = request.scope
-        service = models.choose(edit.fields.model, record_of(scope)).service
-        deliver = await delivery.chosen(edit.fields, request)
+        model = models.of(request.state.principal).choose(edit.fields.model, record_of(scope))
+        service = model.service
+        deliver = await delivery.chosen(edit.fields, request, model.id)
         job = await service.prepare(
             "image_edit",
             edit.fields,

@@ -159,7 +159,7 @@ class ImageService:
     def __init__(self, config: AppConfig, backend: GenerationBackend) -> None:
         self._config = config
         self._limits = config.engine.limits
-        self._names = ModelNames(config)
+        self._names = ModelNames(config, config.ids)
         self._backend = backend
         self._queue_full = REJECTIONS.labels(config.model.id, "queue")
         self._reservations: dict[Priority, RetryReservations] = {

@@ -6,6 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from serve_app.cli import cli
+from serve_app.gateway.auth import digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,6 +29,16 @@ def test_the_file_of_keys_is_checked(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["check", str(config)])
     assert done.exit_code == 2
     assert "/no/keys.yaml cannot be read" in done.output
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        f"- {{name: app, sha256: {digest('a')}, models: [demo, other]}}\n"
+        f"- {{name: all, sha256: {digest('b')}}}\n"
+    )
+    config.write_text(config.read_text().replace("/no/keys.yaml", str(keys)))
+    done = CliRunner().invoke(cli, ["check", str(config)])
+    assert done.exit_code == 0
+    [warning] = done.stderr.splitlines()
+    assert "the API key 'app' may use 'other', and there is no model with this id" in warning
 
 
 def test_scaling_parameters_are_checked(tmp_path: Path) -> None:

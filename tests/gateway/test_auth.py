@@ -261,6 +261,8 @@ async def test_other_sites_may_not_use_a_server_without_keys(backend: FakeBacken
         (PLAIN + PLAIN, "two API keys have the name 'plain'"),
         (PLAIN + PLAIN.replace("plain", "other"), "sha256"),
         (f"- {{name: a, sha256: {digest('x')}, requests_per_minute: 0}}", "requests_per_minute"),
+        (f"- {{name: a, sha256: {digest('x')}, models: small}}", "0.models"),
+        (f"- {{name: a, sha256: {digest('x')}, models: []}}", "0.models"),
         ("- [", "line"),
     ],
 )

@@ -27,6 +27,21 @@ TWO = parse_app_config(
     }
 )
 
+LARGE = replace(
+    INFO,
+    id="org/large",
+    pipeline="LargePipeline",
+    default_width=128,
+    default_height=128,
+    default_steps=30,
+    takes_negative_prompt=False,
+    tasks=("text-to-image",),
+    default_strengths={},
+    noise_schedulers=("euler",),
+    loras=(),
+    limits=LIMITS.model_copy(update={"max_steps": 40}),
+)
+
 Open = Callable[..., Page]
 
 
@@ -181,3 +196,83 @@ def test_a_failed_model_is_not_the_first_one(open_page: Open) -> None:
     expect(page.locator(DONE)).to_have_count(1)
     assert small.received == []
     assert len(large.received) == 1
+
+
+def options_of(page: Page, select: str) -> list[str]:
+    return page.locator(f"{select} option").all_text_contents()
+
+
+def test_the_form_follows_the_chosen_model(open_page: Open) -> None:
+    small, large = FakeBackend(), FakeBackend()
+    small.info, large.info = replace(INFO, id="small"), LARGE
+    page = ready(open_page(small, large, config=TWO))
+    assert options_of(page, "#model-choice") == ["small · running", "org/large · running"]
+    assert options_of(page, "#scheduler") == ["model default", "euler", "ddim"]
+    assert options_of(page, "#lora") == ["none", "pixel", "ink"]
+    page.click("#more summary")
+    page.fill("#negative_prompt", "rain")
+    page.select_option("#scheduler", "ddim")
+    page.select_option("#lora", "ink")
+    page.select_option("#size", "64x64")
+    choose_image(page)
+
+    page.select_option("#model-choice", "org/large")
+    expect(page.locator("#model")).to_have_text("org/large · LargePipeline")
+    for hidden in ("#negative_prompt", "#lora", "#source"):
+        expect(page.locator(hidden)).to_be_hidden()
+    assert options_of(page, "#scheduler") == ["model default", "euler"]
+    assert "128 × 128" in options_of(page, "#size")  # noqa: RUF001
+    assert page.get_attribute("#num_inference_steps", "placeholder") == "30"
+    generate(page, "a star", steps=41)
+    expect(page.locator("#num_inference_steps-wrong")).to_be_visible()
+    generate(page, "a star", steps=40)
+    expect(page.locator(DONE)).to_have_count(1)
+    expect(page.locator(".facts").first).to_contain_text("org/large · 128 × 128")  # noqa: RUF001
+    [params] = large.received
+    assert (params.task, params.negative_prompt, params.noise_scheduler, params.lora) == (
+        "text-to-image", None, None, (),
+    )  # fmt: skip
+
+    page.select_option("#model-choice", "small")
+    generate(page, "a circle", steps=41)
+    expect(page.locator(DONE)).to_have_count(2)
+    [params] = small.received
+    assert (params.task, params.negative_prompt) == ("image-to-image", "rain")
+
+    page.locator(".card", has_text="a star").get_by_role("button", name="Use these").click()
+    expect(page.locator("#model-choice")).to_have_value("org/large")
+    page.locator(".card", has_text="a circle").get_by_role("button", name="Run again").click()
+    expect(page.locator(DONE)).to_have_count(3)
+    assert (len(small.received), len(large.received)) == (2, 1)
+    expect(page.locator("#model-choice")).to_have_value("org/large")
+
+
+def test_the_choice_shows_states_and_stays_until_its_model_has_started(open_page: Open) -> None:
+    small, large = FakeBackend(), FromZero("org/large")
+    small.info = replace(INFO, id="small")
+    page = ready(open_page(small, large, config=TWO))
+    assert options_of(page, "#model-choice") == ["small · running", "org/large · at zero"]
+    page.select_option("#model-choice", "org/large")
+    expect(page.locator("#model")).to_have_text("org/large · it starts with the first request")
+    assert options_of(page, "#size") == ["auto"]
+    assert large.described_for == []
+    generate(page, "a star")
+    expect(page.locator(DONE)).to_have_count(1)
+    ready(page)
+    expect(page.locator("#model")).to_have_text("org/large · SomePipeline")
+    assert options_of(page, "#model-choice") == ["small · running", "org/large · running"]
+    small.replicas = "failed"
+    page.focus("#model-choice")
+    expect(page.locator("#model-choice option").first).to_have_text("small · failed")
+    expect(page.locator("#model-choice")).to_have_value("org/large")
+    assert (small.received, len(large.received)) == ([], 1)
+
+
+def test_a_single_model_has_no_choice(open_page: Open) -> None:
+    backend = FakeBackend()
+    page = ready(open_page(backend))
+    expect(page.locator("#model-choice")).to_be_hidden()
+    with page.expect_request("**/v1/images/generations") as sent:
+        generate(page, "a star")
+    assert "model" not in sent.value.post_data_json
+    expect(page.locator(DONE)).to_have_count(1)

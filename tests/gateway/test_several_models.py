@@ -65,11 +65,11 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(config: AppConfig) -> AsyncIterator[Served]:
+async def serving(config: AppConfig, keys: str | None = None) -> AsyncIterator[Served]:
     backends = {name: FakeBackend() for name in config.ids}
     for one in config.each_model():
         backends[one.model.id].info = replace(INFO, id=one.model.id, limits=one.engine.limits)
-    api = create_api(config, list(backends.values()), KeyRing(None, None))
+    api = create_api(config, list(backends.values()), KeyRing(None, keys))
     transport = httpx.ASGITransport(api, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as session:
         yield Served(session, backends)
@@ -312,14 +312,15 @@ async def test_requests_count_for_their_model(served: Served) -> None:
 
 
 def test_a_name_without_a_star_goes_before_a_pattern() -> None:
-    names = ModelNames(config_of())
+    config = config_of()
+    names = ModelNames(config, config.ids)
     assert [names.resolve(name) for name in ("dall-e-2", "dall-e-3")] == ["small", "org/large"]
 
 
 def test_the_widest_limits_hold_before_the_model_is_known() -> None:
     config = config_of()
-    models = ServedModels(config, [FakeBackend() for _ in config.ids])
+    models = ServedModels.create(config, [FakeBackend() for _ in config.ids])
     limits = models.limits
     assert (limits.max_steps, limits.max_images, limits.max_pixels) == (80, 4, LIMITS.max_pixels)
     single = AppConfig()
-    assert ServedModels(single, FakeBackend()).limits == single.engine.limits
+    assert ServedModels.create(single, FakeBackend()).limits == single.engine.limits

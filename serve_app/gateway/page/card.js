@@ -64,8 +64,9 @@ class Card {
     const steps = this.part("progress").max;
     fields.seed = event.seed;
     const total = event.timings.total_s.toFixed(1);
+    const model = fields.model ? `${fields.model} · ` : ""; // of several
     this.part(".facts").textContent =
-      `${event.size.replace("x", " × ")} · ${steps} steps · seed ${event.seed} · ${total} s`;
+      `${model}${event.size.replace("x", " × ")} · ${steps} steps · seed ${event.seed} · ${total} s`;
     const warnings = this.part(".warnings");
     for (const text of event.warnings) {
       warnings.append(Object.assign(document.createElement("li"), { textContent: text }));

@@ -27,3 +27,11 @@ export async function copy(text) {
 export function addOption(select, value, text = value) {
   select.append(new Option(text, value));
 }
+
+// Offer values after the first option, which is the default. A chosen one stays if it is offered.
+export function offer(select, values, textOf = (value) => value) {
+  const chosen = select.value;
+  select.length = 1;
+  for (const value of values) addOption(select, value, textOf(value));
+  select.value = values.includes(chosen) ? chosen : "";
+}

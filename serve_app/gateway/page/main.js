@@ -2,8 +2,8 @@
 
 import { generate, running } from "./card.js";
 import { byId, form } from "./dom.js";
-import { learnModel } from "./model.js";
-import { readForm } from "./request.js";
+import { learnModels } from "./model.js";
+import { readForm, unused } from "./request.js";
 import { missingInput, source } from "./source.js";
 import { blame, clearErrors } from "./validation.js";
 
@@ -12,7 +12,7 @@ form.addEventListener("submit", async (event) => {
   clearErrors();
   await source?.shown;
   const missing = missingInput();
-  const wrong = [...form.elements].find((field) => !field.validity.valid);
+  const wrong = [...form.elements].find((field) => !unused(field) && !field.validity.valid);
   if (!form.elements.prompt.value.trim()) {
     blame("prompt", "Describe the image.");
     form.elements.prompt.focus();
@@ -32,4 +32,4 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape" && !byId("key-dialog").open) running.at(-1)?.abort.abort();
 });
 
-learnModel();
+learnModels();

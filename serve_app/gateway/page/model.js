@@ -1,8 +1,17 @@
-// The served model: its name, and the fields of the form that depend on it.
+// The models: the choice of one, and the fields of the form that depend on it.
 
-import { addOption, byId } from "./dom.js";
+import { byId, offer } from "./dom.js";
 import { KeyDeclined } from "./errors.js";
 import { call, pause } from "./server.js";
+
+// The choice; hidden and without options where there is one model.
+const choice = byId("model-choice");
+
+// The models as the server last listed them.
+let models = [];
+
+// The model that the form follows; of one that no replica has described yet, its name, state and limits.
+let shown = {};
 
 // Tasks of the model; empty until it is known.
 export let tasks = [];
@@ -13,8 +22,8 @@ export let tasksWithStrength = [];
 // True unless the server sends no previews, because it blocks flagged images.
 export let previews = true;
 
-// Name of the model in requests; empty where the server has one model only, or is not known.
-export let modelName = "";
+// States for which the choice has words of its own.
+const STATES = { at_zero: "at zero" };
 
 // What the page shows of a model that no replica has described yet, by the state of its replicas.
 const NOT_DESCRIBED = {
@@ -22,59 +31,100 @@ const NOT_DESCRIBED = {
   failed: "it could not be started",
 };
 
-// Describe the model, and wait while it is loading. Of several, show the first that has run. Before
-// one has, the first request starts the first model, which is described then.
-export async function learnModel() {
+const chosenModel = () => models.find((one) => one.id === choice.value) ?? models[0];
+
+let learning = null;
+// List the models, again and again until the chosen one is described. The first choice is the first
+// one that has run, or else the first one that did not fail.
+export function learnModels() {
+  learning ??= learn().finally(() => {
+    learning = null;
+  });
+  return learning;
+}
+
+async function learn() {
   byId("enter-key").hidden = true;
   for (;;) {
     try {
       const response = await call("v1/models", {}, () => {
         byId("model").textContent = "The model is loading …";
       });
-      const { data: models } = await response.json();
-      const model = models.find((one) => one.tasks);
-      if (model) {
-        modelName = models.length > 1 ? model.id : "";
-        showModel(model);
-        return;
-      }
-      const first = models.find((one) => one.state !== "failed") ?? models[0];
-      modelName = first.id;
-      byId("model").textContent = `${first.id} · ${NOT_DESCRIBED[first.state] ?? "it is loading …"}`;
-      await pause(3);
+      models = (await response.json()).data;
+      listModels();
+      if (models.length) showChosen();
+      else byId("model").textContent = "This API key may use no model of this server.";
+      if (chosenModel()?.tasks) return;
     } catch (error) {
       byId("model").textContent = error.message;
       if (error instanceof KeyDeclined) {
         byId("enter-key").hidden = false;
         return;
       }
-      await pause(3);
     }
+    await pause(3);
   }
 }
 
-byId("enter-key").addEventListener("click", learnModel);
+byId("enter-key").addEventListener("click", learnModels);
+
+// Write the models and their states into the choice. What is chosen stays, if it is still there.
+function listModels() {
+  const several = models.length > 1 ? models : [];
+  const before = choice.value;
+  for (const option of [...choice.options]) {
+    if (!several.some(({ id }) => id === option.value)) option.remove();
+  }
+  for (const { id, state } of several) {
+    const option = optionOf(id) ?? choice.appendChild(new Option("", id));
+    option.text = `${id} · ${STATES[state] ?? state}`;
+  }
+  byId("model-field").hidden = !several.length;
+  if (several.length && !optionOf(before)) {
+    const working = several.find((one) => one.tasks) ?? several.find((one) => one.state !== "failed");
+    choice.value = (working ?? several[0]).id;
+  }
+}
+
+const optionOf = (id) => [...choice.options].find((option) => option.value === id);
+
+// Choose a model by its name, unless it is not in the list.
+export function chooseModel(name) {
+  if (!optionOf(name)) return;
+  choice.value = name;
+  showChosen();
+  learnModels();
+}
+
+choice.addEventListener("change", () => chooseModel(choice.value));
+choice.addEventListener("focus", learnModels); // for the states
 
 // Whether the model edits images, with a mask or without.
 export const takesImage = () => tasks.some((task) => task !== "text-to-image");
 
-function showModel(model) {
-  tasks = model.tasks;
-  tasksWithStrength = Object.keys(model.default_strengths);
+function showChosen() {
+  const model = chosenModel();
+  const what = model.pipeline ?? NOT_DESCRIBED[model.state] ?? "it is loading …";
+  byId("model").textContent = `${model.id} · ${what}`;
+  // A list that adds nothing leaves the form as it is.
+  if (model.id !== shown.id || (model.tasks && !shown.tasks)) showForm(model);
+}
+
+function showForm(model) {
+  shown = model;
+  tasks = model.tasks ?? [];
+  tasksWithStrength = Object.keys(model.default_strengths ?? {});
   previews = model.safety !== "block";
-  byId("model").textContent = `${model.id} · ${model.pipeline}`;
-  for (const [width, height] of sizesOf(model)) {
-    addOption(byId("size"), `${width}x${height}`, `${width} × ${height}`);
-  }
+  offer(byId("size"), model.tasks ? sizesOf(model) : [], (size) => size.replace("x", " × "));
   const steps = byId("num_inference_steps");
   steps.max = model.max_steps;
-  steps.placeholder = model.default_steps;
+  steps.placeholder = model.default_steps ?? "";
   byId("prompt").maxLength = model.max_prompt_chars;
-  for (const name of model.schedulers) addOption(byId("scheduler"), name);
-  for (const name of model.loras) addOption(byId("lora"), name);
-  byId("negative-field").hidden = !model.takes_negative_prompt;
-  byId("scheduler-field").hidden = !model.schedulers.length;
-  byId("lora-fields").hidden = !model.loras.length;
+  offer(byId("scheduler"), model.schedulers ?? []);
+  offer(byId("lora"), model.loras ?? []);
+  byId("negative-field").hidden = model.takes_negative_prompt === false;
+  byId("scheduler-field").hidden = !model.schedulers?.length;
+  byId("lora-fields").hidden = !model.loras?.length;
   byId("source").hidden = !takesImage();
   byId("drop").textContent =
     `${tasks.includes("text-to-image") ? "Start from an image" : "This model needs an image"}: drop, paste or choose one`;
@@ -99,5 +149,5 @@ function sizesOf(model) {
     }
   }
   const fits = ([w, h]) => w * h <= model.max_pixels && Math.max(w, h) <= model.max_side;
-  return [...new Map(sizes.filter(fits).map((size) => [size.join("x"), size])).values()];
+  return [...new Set(sizes.filter(fits).map((size) => size.join("x")))];
 }

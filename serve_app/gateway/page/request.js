@@ -1,48 +1,54 @@
 // A request: from the form, to the form, to the server, and as a curl command.
 
 import { addOption, byId, form } from "./dom.js";
-import { modelName, previews, tasksWithStrength } from "./model.js";
+import { chooseModel, previews, tasksWithStrength } from "./model.js";
 import { call } from "./server.js";
 import {
   maskFile,
   removeSource,
   setStrength,
   source,
+  sourceInUse,
   startFrom,
   strength,
   taskOfSource,
 } from "./source.js";
 
-const TEXTS = ["prompt", "size", "negative_prompt", "scheduler", "acceleration"];
+const TEXTS = ["model", "prompt", "size", "negative_prompt", "scheduler", "acceleration"];
 const NUMBERS = ["num_inference_steps", "guidance_scale", "seed", "strength"];
+
+// Whether the chosen model has no use for a field, which keeps its value for another model.
+export const unused = (field) => Boolean(field.closest("[hidden]"));
 
 // Return {fields, image, mask}: all that generates the same image again, except a random seed.
 export async function readForm() {
   await source?.shown;
-  const fields = modelName ? { model: modelName } : {};
+  const fields = {};
   for (const name of [...TEXTS, ...NUMBERS]) {
-    const value = form.elements[name].value;
-    if (value !== "") fields[name] = NUMBERS.includes(name) ? Number(value) : value;
+    const { value } = form.elements[name];
+    if (value !== "" && !unused(form.elements[name])) fields[name] = NUMBERS.includes(name) ? Number(value) : value;
   }
   const takesStrength = tasksWithStrength.includes(taskOfSource());
   if (!takesStrength || !strength.dataset.touched) delete fields.strength;
   const lora = form.elements.lora.value;
   if (lora) fields.lora = { [lora]: Number(byId("lora-scale").value) };
+  const used = sourceInUse();
   return {
     fields,
-    image: source?.file ?? null,
-    mask: source?.brushed ? await maskFile() : null,
+    image: used?.file ?? null,
+    mask: used?.brushed ? await maskFile() : null,
   };
 }
 
 // Fill in the form from a request.
 export function fillForm({ fields, image, mask }) {
+  chooseModel(fields.model);
   for (const name of [...TEXTS, ...NUMBERS]) {
     const field = form.elements[name];
     if (name === "size" && ![...field.options].some((option) => option.value === fields.size)) {
       if (fields.size) addOption(field, fields.size, fields.size.replace("x", " × "));
     }
-    if (name !== "strength") field.value = fields[name] ?? "";
+    if (!["model", "strength"].includes(name)) field.value = fields[name] ?? "";
   }
   if (image) startFrom(image, mask);
   else removeSource();

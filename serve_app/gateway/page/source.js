@@ -25,9 +25,12 @@ export function startFrom(file, mask = null) {
   byId("editor").hidden = false;
 }
 
+// The source, unless the chosen model takes none; then it waits for another model.
+export const sourceInUse = () => (takesImage() ? source : null);
+
 // Task of a request with this source.
 export function taskOfSource() {
-  if (!source) return "text-to-image";
+  if (!sourceInUse()) return "text-to-image";
   return source.brushed ? "inpainting" : "image-to-image";
 }
 

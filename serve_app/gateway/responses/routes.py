@@ -40,11 +40,12 @@ def add_responses(api: FastAPI, config: AppConfig, models: ServedModels) -> None
     async def create_response(request: Request) -> Response | ResponseObject:
         """Generate an image by OpenAI's Responses API, with the tool `image_generation`."""
         given = await read_json(request, ResponsesRequest, each_once=True)
-        model = models.choose(given.model, record_of(request.scope))
+        allowed = models.of(request.state.principal)
+        model = allowed.choose(given.model, record_of(request.scope))
         translation = translate(given, config.gateway.unknown_fields)
         warnings = [*translation.warnings, *query_warnings(request)]
         if given.model is not None:
-            warnings += models.names.check(given.model)
+            warnings += allowed.names.check(given.model)
         service = model.service
         images: list[bytes] = []
         mask: bytes | None = None

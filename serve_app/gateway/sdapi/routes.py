@@ -18,7 +18,7 @@ from serve_app.gateway.errors import documented
 from serve_app.gateway.input_images import in_image_thread, read_white_mask
 from serve_app.gateway.models import ServedModel, ServedModels
 from serve_app.gateway.parsing import read_json
-from serve_app.gateway.requests_log import RequestRecord, record_of
+from serve_app.gateway.requests_log import record_of
 from serve_app.gateway.sdapi import answers
 from serve_app.gateway.sdapi.answers import (
     Embeddings,
@@ -82,7 +82,7 @@ def _body(model: type[BaseModel], limits: LimitsConfig | None = None) -> dict[st
 
 
 GENERATION_ERRORS = _errors(400, 401, 403, 404, 408, 413, 415, 429, 499, 500, 503, 504)
-LIST_ERRORS = _errors(401, 403, 429, 503)
+LIST_ERRORS = _errors(401, 403, 404, 429, 503)
 KEY_ERRORS = _errors(401, 403, 429)
 
 LISTS: tuple[tuple[str, str, Any, Callable[[ModelInfo], Any]], ...] = (
@@ -123,7 +123,7 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         async def work() -> answers.GenerationAnswer:
             model = await chosen.backend.describe()
             translated = translate(given, model)
-            warnings = (*translated.warnings, *check_checkpoint(given.override_settings))
+            warnings = (*translated.warnings, *check_checkpoint(request, given.override_settings))
             with renamed():
                 job = await chosen.service.prepare(
                     "image_edit" if images else "image_generation",
@@ -142,15 +142,18 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
 
         return await while_connected(request, running.run(record, work))
 
-    def check_checkpoint(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    def allowed(request: Request) -> ServedModels:
+        return models.of(request.state.principal)
+
+    def check_checkpoint(request: Request, settings: Mapping[str, Any]) -> tuple[str, ...]:
         name = settings.get(CHECKPOINT)
         with renamed():
-            return models.names.check(str(name)) if name else ()
+            return allowed(request).names.check(str(name)) if name else ()
 
-    def choose(given: SdapiRequest, record: RequestRecord) -> ServedModel:
+    def choose(request: Request, given: SdapiRequest) -> ServedModel:
         name = given.override_settings.get(CHECKPOINT)
         with renamed():
-            return models.choose(str(name) if name else None, record)
+            return allowed(request).choose(str(name) if name else None, record_of(request.scope))
 
     @router.post(
         "/txt2img",
@@ -161,7 +164,7 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     async def text_to_image(request: Request) -> answers.GenerationAnswer:
         """Generate images from a prompt."""
         given = await read_json(request, TextToImageRequest)
-        return await generate(request, choose(given, record_of(request.scope)), given)
+        return await generate(request, choose(request, given), given)
 
     @router.post(
         "/img2img",
@@ -172,7 +175,7 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     async def image_to_image(request: Request) -> answers.GenerationAnswer:
         """Generate images from a prompt and an input image. With a mask, its white part changes."""
         given = await read_json(request, ImageToImageRequest)
-        chosen = choose(given, record_of(request.scope))
+        chosen = choose(request, given)
 
         def files() -> tuple[bytes, bytes | None]:
             image = file_of(given.init_images[0], "init_images")
@@ -182,9 +185,9 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         return await generate(request, chosen, given, [image], mask)
 
     @router.get("/options", response_description="Settings.", responses=LIST_ERRORS)
-    async def options() -> answers.Options:
+    async def options(request: Request) -> answers.Options:
         """Return the settings that clients read."""
-        return answers.Options(sd_model_checkpoint=models.default.id)
+        return answers.Options(sd_model_checkpoint=allowed(request).default.id)
 
     @router.get(
         "/sd-models",
@@ -193,10 +196,10 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         name="sd-models",
         summary=CHECKPOINTS,
     )
-    async def checkpoints() -> list[ModelItem]:
+    async def checkpoints(request: Request) -> list[ModelItem]:
         if len(models) == 1:
             await models.default.backend.describe()  # clients wait for it here
-        return answers.models(one.id for one in models)
+        return answers.models(one.id for one in allowed(request))
 
     @router.post(
         "/options",
@@ -208,12 +211,13 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         """Accept the settings that hold anyway. No setting changes."""
         given = await read_json(request, OptionsUpdate)
         checkpoint = given.sd_model_checkpoint
-        check_checkpoint({CHECKPOINT: checkpoint})
-        if checkpoint and models.find(checkpoint) is not models.default:
+        check_checkpoint(request, {CHECKPOINT: checkpoint})
+        found = allowed(request)
+        if checkpoint and found.find(checkpoint) is not found.default:
             raise InvalidRequest(
                 f"{CHECKPOINT} is {checkpoint[:100]!r}, and no setting is kept here. Name the "
                 f"model in override_settings.{CHECKPOINT} of each request; those without it go to "
-                f"{models.default.id!r}.",
+                f"{found.default.id!r}.",
                 CHECKPOINT,
             )
         check_settings(given.model_extra or {})
@@ -229,8 +233,8 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         running.interrupt(request.state.principal.name)
         return {}
 
-    async def described(listed: Callable[[ModelInfo], Any]) -> Any:
-        return listed(await models.default.backend.describe())
+    async def described(listed: Callable[[ModelInfo], Any], request: Request) -> Any:
+        return listed(await allowed(request).default.backend.describe())
 
     async def fixed(content: Any) -> Any:
         return content

@@ -41,21 +41,20 @@ class Delivery:
             ConfigError: if there cannot be such a store.
         """
         self._config = config.gateway.storage
-        self._model = config.ids[0]
         self.store: ImageStore | None = None
         if self._config.url is not None:
             from serve_app.gateway.storage import store  # an optional dependency
 
             self.store = store.ImageStore(self._config)
 
-    async def chosen(self, body: ImageRequest, request: Request) -> Deliver:
-        """Return how to answer this request.
+    async def chosen(self, body: ImageRequest, request: Request, model: str) -> Deliver:
+        """Return how to answer this request for the model of this id.
 
         Raises:
             InvalidRequest: if it asks for links that it cannot get.
             StorageAway: if it asks for links, and the store is away.
         """
-        if not self._wants_links(body):
+        if not self._wants_links(body, model):
             return inline
         if self.store is None:
             raise InvalidRequest(
@@ -74,10 +73,10 @@ class Delivery:
         base = self._config.public_url or str(request.base_url).rstrip("/")
         return _Links(self.store, self._config.ttl_s, base + FILES).answer
 
-    def _wants_links(self, body: ImageRequest) -> bool:
+    def _wants_links(self, body: ImageRequest, model: str) -> bool:
         if body.response_format is not None:
             return body.response_format == "url"
-        name = body.model or self._model
+        name = body.model or model
         return not body.stream and any(
             fnmatchcase(name, wanted) for wanted in self._config.default_for
         )
