@@ -63,7 +63,7 @@ def _check_replicas(service: Object) -> Iterator[Finding]:
         if not one.groups:
             yield failed(
                 f"{check} of {one.deployment}",
-                f"no group of pods has {one.wanted}, so its replicas would wait for ever",
+                f"no group of pods has {one.wanted}, so its replicas would wait forever",
                 f"Correct ray_actor_options of {one.deployment} in the Serve config, or the "
                 "`labels` of the worker group for it.",
             )

@@ -2,7 +2,7 @@
 
 Ray compares the labels of a node with the deployment's ``label_selector``. KubeRay gives a node the
 ``labels`` of its group, and Ray's autoscaler knows them before there is a node. A replica that no
-group can take waits for ever. Pure: reads a RayService as the API returns it.
+group can take waits forever. Pure: reads a RayService as the API returns it.
 """
 
 import re
