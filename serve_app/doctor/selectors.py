@@ -20,14 +20,11 @@ from serve_app.doctor.serve_config import applications, deployments
 NO_GATEWAY = {"diffusion-serve/gateway": "no"}
 """Labels of a worker group without gateways."""
 
-_BY_CODE: dict[bool, Mapping[str, Any]] = {
-    False: {"num_gpus": 1, "num_cpus": 1},
-    True: {
-        "num_cpus": 0.5,
-        "label_selector": {name: f"!{value}" for name, value in NO_GATEWAY.items()},
-    },
+# `ray_actor_options` of the code, as far as they choose a node.
+_GENERATOR_OPTIONS: Mapping[str, Any] = {"num_gpus": 1}
+_GATEWAY_OPTIONS: Mapping[str, Any] = {
+    "label_selector": {name: f"!{value}" for name, value in NO_GATEWAY.items()}
 }
-"""``ray_actor_options`` of the code, of a generator and of the gateway."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +55,8 @@ def placed(service: Object) -> Iterator[Placed]:
         config, given = parse_app_config(application.get("args") or {}), deployments(application)
         for name in (*config.generators, GATEWAY):
             # Options of the config replace all of the code's.
-            options = mapping(given.get(name)).get("ray_actor_options")
-            actor = mapping(options) or _BY_CODE[name == GATEWAY]
+            actor = mapping(mapping(given.get(name)).get("ray_actor_options"))
+            actor = actor or (_GATEWAY_OPTIONS if name == GATEWAY else _GENERATOR_OPTIONS)
             selector = {
                 str(label): str(value)
                 for label, value in mapping(actor.get("label_selector")).items()
