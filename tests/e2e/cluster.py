@@ -135,8 +135,8 @@ class Cluster:
     def labels_below(self, deployment: str) -> list[dict[str, str]]:
         """Return the labels of the node of each of the deployment's replicas."""
         serve = self._get("/api/serve/applications/")["applications"]["diffusion-serve"]
-        nodes = self._get("/nodes?view=summary")["data"]["summary"]
-        labels = {node["raylet"]["nodeId"]: node["raylet"]["labels"] for node in nodes}
+        nodes = self._get("/api/v0/nodes")["data"]["result"]["result"]
+        labels = {node["node_id"]: node["labels"] for node in nodes}
         replicas = serve["deployments"][deployment]["replicas"]
         return [labels[replica["node_id"]] for replica in replicas]
 
