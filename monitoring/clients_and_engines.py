@@ -61,18 +61,17 @@ SERVICE = Dashboard(
             "Rejected images, and waiting requests",
             (rate("rejections_total", "reason"), "rejected images: {{reason}}"),
             (
-                "sum(diffusion_serve_requests_waiting_for_replica * on (replica) group_left () "
-                f"max by (replica) (diffusion_serve_gateway_info{{{MODEL}}}))",
-                "requests that wait for a starting replica",
+                total("requests_waiting_for_replica", "model"),
+                "{{model}}: requests that wait for a starting replica",
             ),
             description="Engines reject by `deadline` and `backlog`; `queue` is Serve's own queue. "
             "A rejected request may still be admitted by another replica.",
         ),
         panel(
             "Request duration",
-            (quantile(0.5, "request_seconds"), "p50"),
-            (quantile(0.95, "request_seconds"), "p95"),
-            (quantile(0.99, "request_seconds"), "p99"),
+            (quantile(0.5, "request_seconds", "model"), "{{model}}: p50"),
+            (quantile(0.95, "request_seconds", "model"), "{{model}}: p95"),
+            (quantile(0.99, "request_seconds", "model"), "{{model}}: p99"),
             unit="s",
         ),
         panel(
@@ -87,14 +86,17 @@ SERVICE = Dashboard(
         ),
         panel(
             "Time to the first preview",
-            (quantile(0.5, "first_partial_seconds"), "p50"),
-            (quantile(0.95, "first_partial_seconds"), "p95"),
+            (quantile(0.5, "first_partial_seconds", "model"), "{{model}}: p50"),
+            (quantile(0.95, "first_partial_seconds", "model"), "{{model}}: p95"),
             unit="s",
         ),
         panel(
             "Late, rejected or failed attempts",
             *(
-                (f"model:diffusion_serve_missed:ratio_rate{window}{{{MODEL}}}", window)
+                (
+                    f"model:diffusion_serve_missed:ratio_rate{window}{{{MODEL}}}",
+                    f"{{{{model}}}}: {window}",
+                )
                 for window in ("5m", "1h", "6h")
             ),
             unit="percentunit",
@@ -131,8 +133,8 @@ ENGINE = Dashboard(
         ),
         panel(
             "Step time, by image size",
-            (quantile(0.5, "step_seconds", "size"), "{{size}}: p50"),
-            (quantile(0.95, "step_seconds", "size"), "{{size}}: p95"),
+            (quantile(0.5, "step_seconds", "model", "size"), "{{model}} {{size}}: p50"),
+            (quantile(0.95, "step_seconds", "model", "size"), "{{model}} {{size}}: p95"),
             unit="s",
         ),
         panel(
@@ -162,8 +164,8 @@ ENGINE = Dashboard(
         panel("Pixels per second", (rate("pixels_total"), "pixels"), unit="short"),
         panel(
             "Prediction error of durations",
-            (quantile(0.5, "forecast_error_ratio"), "p50"),
-            (quantile(0.95, "forecast_error_ratio"), "p95"),
+            (quantile(0.5, "forecast_error_ratio", "model"), "{{model}}: p50"),
+            (quantile(0.95, "forecast_error_ratio", "model"), "{{model}}: p95"),
             unit="percentunit",
         ),
         panel(
@@ -205,7 +207,7 @@ ENGINE = Dashboard(
         panel(
             "Process memory",
             (
-                "process_resident_memory_bytes * on (replica) group_left () "
+                "process_resident_memory_bytes * on (replica) group_left () max by (replica) "
                 f"(diffusion_serve_engine_info{{{MODEL}}} "
                 f"or diffusion_serve_gateway_info{{{MODEL}}})",
                 "{{replica}}",

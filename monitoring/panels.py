@@ -20,7 +20,12 @@ def _on_gpus(labels: str = "") -> str:
 APPLICATION = ("ray_io_cluster", "application", "deployment")
 """Labels that identify a deployment in Ray's series, besides the namespace."""
 
-WHOSE = "{{application}} {{ray_io_cluster}}"
+WHOSE = "{{application}} {{deployment}} {{ray_io_cluster}}"
+
+# Ray's series have no model. The gateways' do not depend on one.
+_OF_OTHER_MODELS = (
+    f'diffusion_serve_scraped_replicas{{{NAMESPACE}, model!~"$model", deployment!="Gateway"}}'
+)
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,17 @@ def rate(counter: str, *labels: str) -> str:
     return sum_by(f"rate(diffusion_serve_{counter}{{{MODEL}}}[{RATE}])", *labels)
 
 
+def of_deployments(series: str) -> str:
+    """Return Ray's series without the deployments of models that are not selected.
+
+    While no gateway reports whose a deployment is, it is shown.
+    """
+    same = "on (namespace, ray_io_cluster, deployment)"
+    return f"{series}{{{NAMESPACE}}} unless {same} {_OF_OTHER_MODELS}"
+
+
 def serve_counts(counter: str) -> str:
-    return sum_by(f"ray_serve_{counter}{{{NAMESPACE}}}", *APPLICATION)
+    return sum_by(of_deployments(f"ray_serve_{counter}"), *APPLICATION)
 
 
 def quantile(share: float, histogram: str, *labels: str) -> str:
@@ -86,9 +100,9 @@ def quantile(share: float, histogram: str, *labels: str) -> str:
 
 
 def policy(gauge: str, *labels: str) -> str:
-    """Aggregate by application: Ray's series have no model."""
+    """Aggregate a gauge of the policy by deployment."""
     by = ", ".join((*APPLICATION, *labels))
-    return f"max by ({by}) (ray_diffusion_serve_autoscaling_{gauge}{{{NAMESPACE}}})"
+    return f"max by ({by}) ({of_deployments(f'ray_diffusion_serve_autoscaling_{gauge}')})"
 
 
 def of_gpu(field: str) -> str:

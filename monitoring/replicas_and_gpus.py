@@ -8,6 +8,7 @@ from monitoring.panels import (
     WHOSE,
     Dashboard,
     Query,
+    of_deployments,
     of_gpu,
     panel,
     policy,
@@ -48,8 +49,8 @@ SCALING = Dashboard(
         ),
         panel(
             "Arriving work and throughput",
-            (total("arriving_work_ratio"), "arriving work"),
-            (total("throughput_ratio"), "throughput of the running replicas"),
+            (total("arriving_work_ratio", "model"), "{{model}}: arriving work"),
+            (total("throughput_ratio", "model"), "{{model}}: throughput of the running replicas"),
             unit="s",
             description="Solo seconds of work per second.",
         ),
@@ -84,16 +85,17 @@ SCALING = Dashboard(
                 f"{WHOSE}: total, as the policy assumes",
             ),
             (
-                f"max by (phase) (diffusion_serve_cold_start_seconds{{{MODEL}}})",
-                "{{phase}}, slowest replica",
+                f"max by (model, phase) (diffusion_serve_cold_start_seconds{{{MODEL}}})",
+                "{{model}}: {{phase}}, slowest replica",
             ),
             unit="s",
         ),
         panel(
             "Deployment status",
             (
-                f"min by ({', '.join(APPLICATION)}) (ray_serve_deployment_status{{{NAMESPACE}}})",
-                f"{WHOSE} {{{{deployment}}}}",
+                f"min by ({', '.join(APPLICATION)}) "
+                f"({of_deployments('ray_serve_deployment_status')})",
+                WHOSE,
             ),
             description="Serve's status: 1 deploy failed, 2 unhealthy, 3 updating, 4 upscaling, "
             "5 downscaling, 6 healthy.",
@@ -102,11 +104,11 @@ SCALING = Dashboard(
             "Replicas that became ready, and that ended",
             (
                 serve_counts("replica_startup_latency_ms_count"),
-                f"{WHOSE} {{{{deployment}}}}: ready",
+                f"{WHOSE}: ready",
             ),
             (
                 serve_counts("replica_shutdown_duration_ms_count"),
-                f"{WHOSE} {{{{deployment}}}}: ended",
+                f"{WHOSE}: ended",
             ),
             description="Counts since Serve's controller started. A replica that fails to start "
             "counts as ended.",

@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from serve_app.app import build
+    from serve_app.app import build, build_openai_app
     from serve_app.config.models import EngineConfig, ModelConfig
     from serve_app.engine.engine import Engine
     from serve_app.protocol.params import GenerationParams
@@ -29,6 +29,7 @@ __all__ = [
     "ModelConfig",
     "__version__",
     "build",
+    "build_openai_app",
 ]
 
 _MODULES = {
@@ -37,6 +38,7 @@ _MODULES = {
     "GenerationParams": "serve_app.protocol.params",
     "ModelConfig": "serve_app.config.models",
     "build": "serve_app.app",
+    "build_openai_app": "serve_app.app",
 }
 
 

@@ -1,10 +1,13 @@
 """The application as Serve builds it, without running it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from serve_app.app import build
+from serve_app.app import build, build_openai_app
+from serve_app.config.openai_app import DeployedModel, OpenAIAppConfig
+from serve_app.config.serve_file import WORK_POLICY
 from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.deadlines import GRACE_S
 from serve_app.errors import ConfigError
@@ -60,3 +63,57 @@ def test_one_wrong_folder_of_several_does_not_take_the_others_down(
     assert f"model 'b': {tmp_path}" in caplog.text
     with pytest.raises(ConfigError, match="model 'b': "):
         build({"models": [wrong, {"id": "c", "path": str(tmp_path)}]})
+
+
+ON_CPU = {"num_gpus": 0, "num_cpus": 0.5}
+
+
+def test_options_of_a_deployment_stand_beside_its_model() -> None:
+    """As a dict or as objects. What is not given is as a config file without it has it."""
+    scaled = {"ray_actor_options": ON_CPU, "autoscaling_config": {"min_replicas": 0}}
+    ingress = {"num_replicas": 2, "graceful_shutdown_timeout_s": 5.0}
+    models = [{"id": "demo"}, {"id": "b", "path": str(DEMO_MODEL_DIR), "deployment_config": scaled}]
+    objects = OpenAIAppConfig(
+        models=tuple(DeployedModel.model_validate(one) for one in models),
+        ingress_deployment_config=ingress,
+    )
+    for args in (objects, {"models": models, "ingress_deployment_config": ingress}):
+        gateway = build_openai_app(args)._bound_deployment
+        [plain] = build({"models": [{"id": "demo"}]})._bound_deployment.init_args[1:]
+        first, second = (one._bound_deployment for one in gateway.init_args[1:])
+        assert first.ray_actor_options == plain._bound_deployment.ray_actor_options
+        assert (second.name, second.ray_actor_options) == ("Generator-b", ON_CPU)
+        scaling = second._deployment_config.autoscaling_config
+        assert (scaling.min_replicas, scaling.max_replicas) == (0, 1)
+        assert first._deployment_config.autoscaling_config is None
+        assert gateway.num_replicas == 2
+        assert gateway._deployment_config.graceful_shutdown_timeout_s == 5.0
+        assert second._deployment_config.graceful_shutdown_timeout_s == 600 + GRACE_S
+
+
+POLICY = {"policy": {"policy_function": WORK_POLICY}}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ray_actor_options": {"num_gpu": 1}}, "'Generator-demo': .*'num_gpu'"),
+        ({"num_replica": 2}, "'Generator-demo': .*'num_replica'"),
+        ({"name": "x"}, "'Generator-demo': .*'name'"),
+        ({"autoscaling_config": {"min_replicas": 3}}, "must be greater than or equal to min_rep"),
+        ({"autoscaling_config": POLICY}, "upscale_delay_s is 30"),
+    ],
+)
+def test_a_wrong_option_of_a_deployment_is_an_error(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_openai_app({"models": [{"id": "demo", "deployment_config": options}]})
+
+
+def test_options_of_deployments_are_not_for_the_args_of_a_config_file() -> None:
+    models = [{"id": "demo", "deployment_config": {}}]
+    with pytest.raises(ConfigError, match=r"models\.0\.deployment_config: unknown key"):
+        build({"models": models})
+    with pytest.raises(ConfigError, match=r"models\.0\.x: unknown key; .*deployment_config"):
+        build_openai_app({"models": [{"id": "demo", "x": 1}]})
+    with pytest.raises(ConfigError, match="models: Field required"):
+        build_openai_app({"model": {"id": "demo"}})

@@ -17,6 +17,7 @@ def top(
             f"{API_KEY_VARIABLE}."
         ),
     ] = None,
+    model: Annotated[str | None, typer.Option(help="Model to show. Default: all of them.")] = None,
     every: Annotated[float, typer.Option(min=0.2, help="Seconds between two frames.")] = 1.0,
     once: Annotated[
         bool, typer.Option("--once", help="Print one frame, of --every seconds, and exit.")
@@ -29,7 +30,7 @@ def top(
         from serve_app.top import Server, watch
 
         server = Server.at(url, key or api_key_in_environment() or None)
-        watch(server, Console(markup=False, emoji=False, highlight=False), every, once)
+        watch(server, Console(markup=False, emoji=False, highlight=False), every, once, model)
     except DiffusionServeError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

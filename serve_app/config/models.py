@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -312,6 +312,9 @@ class AppConfig(Section):
         return self
 
 
+_Config = TypeVar("_Config", bound=AppConfig)
+
+
 def _names_one_of(wanted: str, names: Iterable[str]) -> bool:
     """Return whether an entry of ``gateway.storage.default_for`` means one of these names."""
     return wanted == "*" or any(fnmatchcase(wanted, known) for known in names)
@@ -338,16 +341,21 @@ def parse_app_config(value: object) -> AppConfig:
     Raises:
         ConfigError: naming each wrong key, its value and the rule.
     """
+    return parse_as(AppConfig, value)
+
+
+def parse_as(kind: type[_Config], value: object) -> _Config:
+    """Validate arguments as `parse_app_config`, also those of a kind with more keys."""
     try:
-        return AppConfig.model_validate(value)
+        return kind.model_validate(value)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [_explain(problem, kind) for problem in error.errors()]
         raise ConfigError(
             "the application's configuration is wrong:\n" + "\n".join(lines)
         ) from None
 
 
-def _explain(problem: ErrorDetails) -> str:
+def _explain(problem: ErrorDetails, known: type[BaseModel]) -> str:
     *parents, key = problem["loc"] or ("args",)
     where = ".".join(map(str, (*parents, key)))
     if problem["type"] == "value_error":
@@ -355,7 +363,6 @@ def _explain(problem: ErrorDetails) -> str:
         return f"  {entry}{problem['msg'].removeprefix('Value error, ')}"
     if problem["type"] != "extra_forbidden":
         return f"  {where}: {problem['msg']} (given: {problem['input']!r})"
-    known: type[BaseModel] = AppConfig
     for parent in parents:
         if isinstance(parent, str):  # else the index of an entry
             known = _section(known.model_fields[parent].annotation)

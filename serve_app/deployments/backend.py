@@ -74,18 +74,23 @@ class ServeBackend:
 
     def __init__(
         self,
+        model: str,
         generator: DeploymentHandle[Any],
         max_hold_s: float,
         max_deadline_s: float,
         replicas: Replicas,
     ) -> None:
-        """Set the limits: how long a request may wait for a replica, and then be generated."""
+        """Set the limits: how long a request may wait for a replica, and then be generated.
+
+        ``model`` is the name in the API, which is a label of metrics.
+        """
         self._generator = generator
         self._max_hold_s = max_hold_s
         self._max_deadline_s = max_deadline_s
         self._replicas = replicas
         self._info: ModelInfo | None = None
         self._waiting = 0
+        self._waiting_gauge = WAITING_FOR_REPLICA.labels(model)
 
     # ---- generating ------------------------------------------------------------------------------
 
@@ -219,12 +224,12 @@ class ServeBackend:
     @contextmanager
     def _counted_as_waiting(self) -> Iterator[None]:
         self._waiting += 1
-        WAITING_FOR_REPLICA.inc()  # other models' requests count as well
+        self._waiting_gauge.inc()
         try:
             yield
         finally:
             self._waiting -= 1
-            WAITING_FOR_REPLICA.dec()
+            self._waiting_gauge.dec()
 
     # ---- describing ------------------------------------------------------------------------------
 

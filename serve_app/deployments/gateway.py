@@ -58,6 +58,7 @@ class Gateway:
         ]
         self._backends = [
             ServeBackend(
+                model.id,
                 model.generator,
                 config.gateway.max_hold_s,
                 one.engine.limits.max_deadline_s,

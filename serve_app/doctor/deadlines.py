@@ -10,21 +10,16 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import yaml
-
 from serve_app.config.deployment_names import GATEWAY
 from serve_app.config.models import parse_app_config
-from serve_app.config.serve_file import IMPORT_PATH
 from serve_app.deadlines import graceful_shutdown_timeouts_s, longest_requests_s
 from serve_app.doctor.kube import Object
-from serve_app.doctor.operator_rules.rule import Node, RayCluster, mapping, mappings
+from serve_app.doctor.operator_rules.rule import Node, RayCluster, mapping
+from serve_app.doctor.selectors import placed
+from serve_app.doctor.serve_config import FIELD, applications, deployments
 from serve_app.errors import ConfigError
 
 DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-NO_GATEWAY = {"diffusion-serve/gateway": "no"}
-"""Labels of a worker group without gateways."""
-
-_CONFIG = "spec.serveConfigV2"
 _DELAY = "spec.rayClusterDeletionDelaySeconds"
 _DRAIN_S, _POD_GRACE_S, _DELAY_S = 30.0, 30.0, 60.0
 """Defaults of Ray, Kubernetes and KubeRay."""
@@ -65,12 +60,7 @@ def chains(service: Object) -> list[Chain]:
     Raises:
         ConfigError: if this project's Serve config is missing, or it or a duration is wrong.
     """
-    cluster = RayCluster(
-        mapping(mapping(service.get("spec")).get("rayClusterConfig")),
-        "spec.rayClusterConfig",
-        {},
-        frozenset(),
-    )
+    cluster = RayCluster.of_service(service)
     delay_s = mapping(service.get("spec")).get("rayClusterDeletionDelaySeconds")
     delay = Link(
         "the deletion delay",
@@ -80,13 +70,12 @@ def chains(service: Object) -> list[Chain]:
         "upgrade's switch the old Ray cluster still has requests.",
     )
     found = []
-    for application in _applications(service):
-        for name, request, grace in _replicas(application):
-            for group in cluster.groups:
-                labels = mapping(group.spec.get("labels"))
-                if name == "Gateway" and NO_GATEWAY.items() <= labels.items():
-                    continue
-                found.append((request, grace, *_pod(group), delay))
+    places = [set(one.groups) for one in placed(service)]
+    links = [one for application in applications(service) for one in _replicas(application)]
+    for (request, grace), names in zip(links, places, strict=True):
+        found += [
+            (request, grace, *_pod(group), delay) for group in cluster.groups if group.path in names
+        ]
     return [*found, _pod(cluster.head)]
 
 
@@ -114,37 +103,17 @@ def as_text(chain: Chain) -> str:
     )
 
 
-def _applications(service: Object) -> list[Mapping[str, Any]]:
-    text = mapping(service.get("spec")).get("serveConfigV2") or ""
-    try:
-        content = mapping(yaml.safe_load(str(text)))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{_CONFIG} is not YAML: {error}") from None
-    ours = [
-        one
-        for one in mappings(content.get("applications"))
-        if one.get("import_path") == IMPORT_PATH
-    ]
-    if not ours:
-        raise ConfigError(
-            f"{_CONFIG} has no application with import_path {IMPORT_PATH!r}: copy one of configs/ "
-            "into it by `replacements`."
-        )
-    return ours
-
-
-def _replicas(application: Mapping[str, Any]) -> Iterator[tuple[str, Link, Link]]:
-    """Yield each deployment's name, longest request and grace of its replicas."""
+def _replicas(application: Mapping[str, Any]) -> Iterator[tuple[Link, Link]]:
+    """Yield each deployment's longest request and grace of its replicas, ordered as `placed`."""
     config = parse_app_config(application.get("args") or {})
     longest_s, graces_s = longest_requests_s(config), graceful_shutdown_timeouts_s(config)
-    overrides = {one.get("name"): one for one in mappings(application.get("deployments"))}
+    overrides = deployments(application)
     for name, seconds in longest_s.items():
         limits = "max_hold_s and max_deadline_s" if name == GATEWAY else "max_deadline_s"
-        field = f"{_CONFIG}: graceful_shutdown_timeout_s of {name}"
+        field = f"{FIELD}: graceful_shutdown_timeout_s of {name}"
         given = mapping(overrides.get(name)).get("graceful_shutdown_timeout_s", graces_s[name])
         yield (
-            name,
-            Link(f"the longest request ({limits})", f"{_CONFIG}: {limits}", seconds),
+            Link(f"the longest request ({limits})", f"{FIELD}: {limits}", seconds),
             Link(
                 f"graceful_shutdown_timeout_s of {name}",
                 field,

@@ -53,6 +53,7 @@ FIRST_PARTIAL = Histogram(
 WAITING_FOR_REPLICA = Gauge(
     "diffusion_serve_requests_waiting_for_replica",
     "Rejected requests that wait in this gateway replica for a starting generator replica.",
+    ["model"],
     registry=GATEWAY,
 )
 

@@ -44,7 +44,8 @@ from serve_app.top.snapshot import WINDOW_S, Snapshot
 UNKNOWN = "-"
 
 WIDE = 110
-"""Terminal width, in columns, from which the node of each replica is displayed."""
+"""Terminal width, in columns, from which the node of each replica is displayed, and its model
+if there are several."""
 
 
 def _number(value: float | None) -> str:
@@ -86,12 +87,28 @@ def _rates(snapshot: Snapshot, label: str, metric: MetricWrapperBase) -> str:
     )
 
 
+def _models(snapshot: Snapshot) -> list[str]:
+    return list(snapshot.now.by("model", TARGET_REPLICAS))
+
+
 def _replicas(snapshot: Snapshot) -> str:
-    states = snapshot.now.by("state", REPLICAS)
+    """Format the replicas; with several models, a line for each."""
+    models = _models(snapshot)
+    lines = [_replicas_of(snapshot, model) for model in models]
+    if len(models) > 1:
+        lines = [f"{model}: {line}" for model, line in zip(models, lines, strict=True)]
+    return "\n".join(lines)
+
+
+def _replicas_of(snapshot: Snapshot, model: str) -> str:
+    states = snapshot.now.by("state", REPLICAS, model=model)
     words = [f"{states.pop('running', 0.0):.0f} running"]
     words += [f"{count:.0f} {state}" for state, count in states.items() if count]
-    text = f"{', '.join(words)}; target {_count(snapshot.now.total(TARGET_REPLICAS))}"
-    starts = snapshot.now.by("replica", COLD_START)
+    target = snapshot.now.total(TARGET_REPLICAS, model=model)
+    text = f"{', '.join(words)}; target {_count(target)}"
+    if waiting := snapshot.now.total(WAITING_FOR_REPLICA, model=model):
+        text += f"; {waiting:.0f} requests wait for a replica to start"
+    starts = snapshot.now.by("replica", COLD_START, model=model)
     if starts:
         longest = max(starts, key=lambda replica: (starts[replica], replica))
         phases = snapshot.now.by("phase", COLD_START, replica=longest)
@@ -105,11 +122,7 @@ def _waits(snapshot: Snapshot) -> str:
         half, most = (_wait(snapshot.rose.quantile(q, metric, **labels)) for q in (0.5, 0.95))
         return f"p50 {half}, p95 {most}"
 
-    waiting = snapshot.now.total(WAITING_FOR_REPLICA) or 0
-    return (
-        f"queue {quantiles(REQUEST_PART, part='queue')}; total {quantiles(REQUEST)}"
-        + f"; {waiting:.0f} waiting for a replica to start" * (waiting > 0)
-    )
+    return f"queue {quantiles(REQUEST_PART, part='queue')}; total {quantiles(REQUEST)}"
 
 
 def _requests(snapshot: Snapshot) -> str:
@@ -166,7 +179,10 @@ def _problems(snapshot: Snapshot) -> Iterator[str]:
 
 
 def _answering(snapshot: Snapshot) -> list[str]:
-    return sorted(snapshot.now.by("replica", ENGINE_INFO))
+    """Return the replicas that report, those of one model after the other."""
+    found = (labels for labels, _ in snapshot.now.where(ENGINE_INFO))
+    named = sorted((labels.get("model", UNKNOWN), labels["replica"]) for labels in found)
+    return [replica for _, replica in named]
 
 
 def _is_stuck(snapshot: Snapshot, replica: str) -> bool:
@@ -227,12 +243,15 @@ def _table(snapshot: Snapshot, width: int, lines: int | None) -> Table:
     for head in HEADS:
         table.add_column(head, justify="right", no_wrap=True)
     wide = width >= WIDE
+    several = len(_models(snapshot)) > 1
+    if wide and several:
+        table.add_column("MODEL", no_wrap=True, overflow="ellipsis")
     if wide:
         table.add_column("NODE", no_wrap=True, overflow="ellipsis")
     others = [
-        Text(f"{count:.0f} {state}", "yellow")
-        for state, count in snapshot.now.by("state", REPLICAS).items()
-        if count and state not in ("running", "stopped")
+        Text(f"{count:.0f} {of['state']}" + f" of {of['model']}" * several, "yellow")
+        for of, count in snapshot.now.where(REPLICAS)
+        if count and of["state"] not in ("running", "stopped")
     ]
     if silent := _silent_generators(snapshot):
         others.append(Text(f"{silent:.0f} silent", "bold red"))
@@ -243,8 +262,9 @@ def _table(snapshot: Snapshot, width: int, lines: int | None) -> Table:
         others.insert(0, Text(f"{len(replicas) - shown} more"))
     for replica in replicas[:shown]:
         [where, *_] = (labels for labels, _ in snapshot.now.where(ENGINE_INFO, replica=replica))
-        place = " ".join(where.get(label, "") for label in ("node", "device", "gpu"))
-        table.add_row(*_row(snapshot, replica), *([place] if wide else []))
+        model = [where.get("model", UNKNOWN)] if wide and several else []
+        place = [" ".join(where.get(it, "") for it in ("node", "device", "gpu"))] if wide else []
+        table.add_row(*_row(snapshot, replica), *model, *place)
     for other in others:
         table.add_row(other)
     return table
@@ -264,7 +284,7 @@ def frame(
         **snapshot.now.by("version", ENGINE_INFO),
     }
     title = Text(no_wrap=True, overflow="ellipsis")
-    title.append(", ".join(snapshot.now.by("model", TARGET_REPLICAS)), "bold")
+    title.append(", ".join(_models(snapshot)), "bold")
     title.append(f" at {server.url}  {' '.join(sorted(versions))}  {clock}  ")
     title.append(f"last {snapshot.seconds:.0f} s" if snapshot.seconds else "measuring", "dim")
     parts = Table.grid(padding=(0, 2, 0, 0))

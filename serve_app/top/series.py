@@ -55,6 +55,26 @@ class Series:
             sums[found.get(label, "")] = sums.get(found.get(label, ""), 0.0) + value
         return sums
 
+    def of_model(self, model: str) -> "Series":
+        """Return the series of one model, and those that belong to none.
+
+        Raises:
+            ConfigError: if the server has no such model.
+        """
+        known = self.by("model", TARGET_REPLICAS)
+        if model not in known:
+            raise ConfigError(
+                f"the server has no model {model!r}: it has {', '.join(map(repr, known))}."
+            )
+        return Series(
+            {
+                name: {
+                    key: it for key, it in values.items() if dict(key).get("model", model) == model
+                }
+                for name, values in self.series.items()
+            }
+        )
+
     def quantile(self, q: float, metric: MetricWrapperBase, /, **labels: str) -> float | None:
         """Return a quantile over all histograms with these labels; None without observations."""
         buckets = self.by("le", metric, "_bucket", **labels)

@@ -10,18 +10,28 @@ from rich.live import Live
 
 from serve_app.errors import ConfigError, InvalidKey, Unavailable
 from serve_app.top.screen import frame
+from serve_app.top.series import Series
 from serve_app.top.server import Server
 from serve_app.top.snapshot import History
 
 
-def watch(server: Server, console: Console, every_s: float, once: bool) -> None:
-    """Display frames until Ctrl-C. Errors of `Server.scrape` are raised before the first frame and
-    displayed afterwards."""
+def watch(
+    server: Server, console: Console, every_s: float, once: bool, model: str | None = None
+) -> None:
+    """Display frames until Ctrl-C, of all models or of one.
+
+    Errors of `Server.scrape`, and the `ConfigError` for an unknown model, are raised before the
+    first frame and displayed afterwards.
+    """
+
+    def scrape() -> Series:
+        return server.scrape() if model is None else server.scrape().of_model(model)
+
     history = History()
-    snapshot, clock = history.add(time.monotonic(), server.scrape()), _clock()
+    snapshot, clock = history.add(time.monotonic(), scrape()), _clock()
     if once:
         time.sleep(every_s)
-        snapshot = history.add(time.monotonic(), server.scrape())
+        snapshot = history.add(time.monotonic(), scrape())
         console.print(frame(server, snapshot, _clock(), console))
         return
     notice = ""
@@ -31,7 +41,7 @@ def watch(server: Server, console: Console, every_s: float, once: bool) -> None:
             show(frame(server, snapshot, clock, console, height, notice))
             time.sleep(every_s)
             try:
-                snapshot, clock = history.add(time.monotonic(), server.scrape()), _clock()
+                snapshot, clock = history.add(time.monotonic(), scrape()), _clock()
                 notice = ""
             except (Unavailable, InvalidKey, ConfigError) as error:
                 history.clear()

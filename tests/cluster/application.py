@@ -18,20 +18,22 @@ class Deployed:
     cpus: Decimal
     min_replicas: int
     max_replicas: int
+    selector: dict[str, str]
+    """Labels of the Ray nodes for its replicas."""
 
 
 def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
     """Return the first application and its deployments, by name."""
     [written] = manifests.serve["applications"]
     gateway = build(written.get("args", {}))._bound_deployment
-    [generator] = [
+    generators = [
         argument._bound_deployment
         for argument in gateway.init_args
         if hasattr(argument, "_bound_deployment")
     ]
     overrides = {one["name"]: one for one in written.get("deployments", [])}
     deployed = {}
-    for code in (gateway, generator):
+    for code in (gateway, *generators):
         given = overrides.get(code.name, {})
         actor = given.get("ray_actor_options") or code.ray_actor_options
         scaling = given.get("autoscaling_config") or {}
@@ -46,6 +48,7 @@ def application(manifests: Manifests) -> tuple[AppConfig, dict[str, Deployed]]:
             Decimal(str(actor.get("num_cpus", 1))),
             scaling.get("min_replicas", fixed),
             scaling.get("max_replicas", fixed),
+            actor.get("label_selector") or {},
         )
     return parse_app_config(written.get("args", {})), deployed
 

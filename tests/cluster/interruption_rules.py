@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from serve_app.doctor.deadlines import NO_GATEWAY, Link, chains, misorders
+from serve_app.doctor.deadlines import Link, chains, misorders
+from serve_app.doctor.selectors import NO_GATEWAY
 from tests.cluster.application import application, config_file
 from tests.cluster.manifests import Manifests
 

@@ -15,14 +15,15 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app import __version__
 from serve_app.autoscaling.params import read_scaling_params
+from serve_app.config.deployment_names import GATEWAY
 from serve_app.config.models import parse_app_config
 from serve_app.config.serve_file import policy_kwargs
-from serve_app.doctor.deadlines import NO_GATEWAY
 from serve_app.doctor.placement import untolerated
+from serve_app.doctor.selectors import NO_GATEWAY, placed, selects
 from serve_app.errors import ConfigError
-from tests.cluster.application import application, config_file
+from tests.cluster.application import Deployed, application, config_file
 from tests.cluster.interruption_rules import budgets_select_pods, graces_are_in_order
-from tests.cluster.manifests import Manifests
+from tests.cluster.manifests import Document, Manifests
 from tests.cluster.network_rules import (
     neighbours_are_reached,
     ports_have_one_name,
@@ -108,37 +109,58 @@ def serve_is_reached(manifests: Manifests) -> Iterator[str]:
 
 
 def gpus_suffice(manifests: Manifests) -> Iterator[str]:
-    _, deployed = application(manifests)
-    generator, gateway = deployed["Generator"], deployed["Gateway"]
-    file = config_file(manifests)
-    field = "spec.serveConfigV2: max_replicas of Generator"
-    if not generator.gpus:
-        return
-    there = Decimal(0)
-    for group in manifests.worker_groups:
-        name, pod = group["groupName"], worker(manifests, group["groupName"])
-        if not (gpus := gpus_of(pod)):
-            continue
-        fitting = gpus // generator.gpus
-        there += fitting * group["maxReplicas"]
-        cpu = parse_quantity(pod.spec["containers"][0]["resources"]["requests"]["cpu"])
-        wanted = fitting * generator.cpus + gateway.cpus
-        if cpu < wanted:
-            file = manifests.written_in(pod, "workerGroupSpecs", "cpu")
+    config, deployed = application(manifests)
+    gateway = deployed[GATEWAY]
+    for name in config.generators:
+        generator = deployed[name]
+        there = Decimal(0)
+        for group in _groups_with_gpus(manifests, generator) if generator.gpus else ():
+            pod = worker(manifests, group["groupName"])
+            fitting = gpus_of(pod) // generator.gpus
+            there += fitting * group["maxReplicas"]
+            cpu = parse_quantity(pod.spec["containers"][0]["resources"]["requests"]["cpu"])
+            wanted = fitting * generator.cpus + gateway.cpus
+            if cpu < wanted:
+                file = manifests.written_in(pod, "workerGroupSpecs", "cpu")
+                yield (
+                    f"{group_path(group['groupName'], 'template')}: requests.cpu is {cpu}, and "
+                    f"{fitting} replicas of {name} and a gateway need {wanted} ({file})"
+                )
+        if generator.gpus and generator.max_replicas > there:
             yield (
-                f"{group_path(name, 'template')}: requests.cpu is {cpu}, and {fitting} replicas "
-                f"and a gateway need {wanted} ({file})"
+                f"RayService/diffusion-serve: spec.serveConfigV2: max_replicas of {name} is "
+                f"{generator.max_replicas} ({config_file(manifests)}), and the worker groups' "
+                f"maxReplicas bring GPUs for {there} "
+                f"({manifests.written_in(manifests.service, 'maxReplicas')})"
             )
-    if generator.max_replicas > there:
+
+
+def _groups_with_gpus(manifests: Manifests, generator: Deployed) -> list[Document]:
+    """Return the worker groups with GPUs that can take the generator's replicas."""
+    return [
+        group
+        for group in manifests.worker_groups
+        if gpus_of(worker(manifests, group["groupName"]))
+        and selects(generator.selector, group.get("labels", {}))
+    ]
+
+
+def pinned_replicas_have_one_group(manifests: Manifests) -> Iterator[str]:
+    """Of each deployment, and of one with a label selector of its own no more than one."""
+    for one in placed(manifests.service):
+        pinned = one.deployment != GATEWAY and one.selector
+        if len(one.groups) == 1 or (one.groups and not pinned):
+            continue
+        names = " and ".join(path.rpartition(".")[2] for path in one.groups) or "no group"
+        file = manifests.written_in(manifests.service, *(one.selector or ["groupName"]))
         yield (
-            f"RayService/diffusion-serve: {field} is {generator.max_replicas} ({file}), and the "
-            f"worker groups' maxReplicas bring GPUs for {there} "
-            f"({manifests.written_in(manifests.service, 'maxReplicas')})"
+            f"RayService/diffusion-serve: spec.serveConfigV2: {one.deployment} wants {one.wanted} "
+            f"({config_file(manifests)}), which {names} has: make it one ({file})"
         )
 
 
 def groups_have_room(manifests: Manifests) -> Iterator[str]:
-    _, deployed = application(manifests)
+    config, deployed = application(manifests)
     for group in manifests.worker_groups:
         least, most = group["minReplicas"], group["maxReplicas"]
         if least > most:
@@ -161,14 +183,17 @@ def groups_have_room(manifests: Manifests) -> Iterator[str]:
                 f"{group_path(group['groupName'], 'rayStartParams')}.num-gpus is set, and its "
                 f"pods have no GPU ({manifests.written_in(manifests.service, 'num-gpus')})"
             )
-    generator = deployed["Generator"]
-    if with_gpu and not any(group["minReplicas"] for group in with_gpu) and generator.min_replicas:
-        file = manifests.written_in(manifests.service, "minReplicas")
-        yield (
-            f"RayService/diffusion-serve: spec.serveConfigV2: min_replicas of Generator is "
-            f"{generator.min_replicas} ({config_file(manifests)}), so the worker groups with "
-            f"GPUs, whose minReplicas is 0 ({file}), never get empty"
-        )
+    for name in config.generators:
+        generator = deployed[name]
+        its_groups = _groups_with_gpus(manifests, generator)
+        floor = any(group["minReplicas"] for group in its_groups)
+        if its_groups and not floor and generator.min_replicas:
+            file = manifests.written_in(manifests.service, "minReplicas")
+            yield (
+                f"RayService/diffusion-serve: spec.serveConfigV2: min_replicas of {name} is "
+                f"{generator.min_replicas} ({config_file(manifests)}), so the worker groups with "
+                f"GPUs, whose minReplicas is 0 ({file}), never get empty"
+            )
 
 
 def requests_equal_limits(manifests: Manifests) -> Iterator[str]:
@@ -262,6 +287,7 @@ RULES: list[Rule] = [
     the_operator_accepts,
     serve_is_reached,
     gpus_suffice,
+    pinned_replicas_have_one_group,
     groups_have_room,
     graces_are_in_order,
     requests_equal_limits,

@@ -39,8 +39,9 @@ pytestmark = pytest.mark.anyio
 PARAMS = GenerationParams("x", 1)
 
 
-def waiting_for_replica() -> float | None:
-    return GATEWAY.get_sample_value("diffusion_serve_requests_waiting_for_replica")
+def waiting_for_replica(model: str = "demo") -> float | None:
+    name = "diffusion_serve_requests_waiting_for_replica"
+    return GATEWAY.get_sample_value(name, {"model": model})
 
 
 async def events_of(backend: ServeBackend, params: GenerationParams = PARAMS) -> list[Any]:
@@ -204,12 +205,14 @@ OVERLOADED = raised_by_replica(Overloaded("full.", None, 40.0, 8.0))
 
 
 async def test_a_rejected_request_waits_for_a_starting_replica(growing: Growing) -> None:
+    """It counts for its model only."""
+    backend_of(model="other")
     backend, responses = backend_of(OVERLOADED, "image", status=growing)
     task = asyncio.ensure_future(generate(backend))
     while growing.calls < 5:
         await asyncio.sleep(0)
     assert not task.done()
-    assert waiting_for_replica() == 1
+    assert (waiting_for_replica(), waiting_for_replica("other")) == (1, 0)
     growing.grown = True
     assert await task == "image"
     assert waiting_for_replica() == 0

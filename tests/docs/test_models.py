@@ -61,7 +61,7 @@ def test_the_sizes_are_those_of_the_counted_networks() -> None:
 
 def test_every_config_of_a_published_model_has_a_row_and_a_twin() -> None:
     names = [model["config"] for model in read_models()["models"]]
-    assert {*names, "demo"} == {path.stem for path in SERVE_CONFIGS}
+    assert {*names, "demo", "several-models"} == {path.stem for path in SERVE_CONFIGS}
     assert names == list(TWINS)
 
 

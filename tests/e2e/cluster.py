@@ -7,7 +7,7 @@ GPU. It ends a raylet without a replica. Only the GPUs are not real.
 import contextlib
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -25,10 +25,31 @@ HEAD_NODE_ID = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000"
 PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 
 
+GPU_NODES = {
+    # As in cluster/components/scale-to-zero: a gateway would keep the node.
+    "gpu": {"ray.io/accelerator-type": "L4", "diffusion-serve/gateway": "no"},
+}
+"""Labels of the nodes of each group, where a test needs one group only."""
+
+
 def autoscaling_config(
-    gcs_address: str, nodes: int, idle_minutes: float, cpus: int
+    gcs_address: str,
+    nodes: int,
+    idle_minutes: float,
+    cpus: int,
+    groups: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
     """Return the configuration of Ray's autoscaler, which requires every key."""
+    kinds = {
+        name: {
+            "resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100 * 2**20},
+            "labels": dict(labels),
+            "node_config": {},
+            "min_workers": 0,
+            "max_workers": nodes,
+        }
+        for name, labels in groups.items()
+    }
     return {
         "cluster_name": "fake",
         "max_workers": nodes,
@@ -47,14 +68,7 @@ def autoscaling_config(
         "head_node_type": "ray.head.default",
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": cpus}, "node_config": {}, "max_workers": 0},
-            "gpu": {
-                "resources": {"CPU": 4, "GPU": 1, "object_store_memory": 100 * 2**20},
-                # As in cluster/components/scale-to-zero: a gateway would keep the node.
-                "labels": {"ray.io/accelerator-type": "L4", "diffusion-serve/gateway": "no"},
-                "node_config": {},
-                "min_workers": 0,
-                "max_workers": nodes,
-            },
+            **kinds,
         },
         "docker": {},
         "auth": {},
@@ -118,6 +132,14 @@ class Cluster:
             status=serve.get("status", "NONE"),
         )
 
+    def labels_below(self, deployment: str) -> list[dict[str, str]]:
+        """Return the labels of the node of each of the deployment's replicas."""
+        serve = self._get("/api/serve/applications/")["applications"]["diffusion-serve"]
+        nodes = self._get("/api/v0/nodes")["data"]["result"]["result"]
+        labels = {node["node_id"]: node["labels"] for node in nodes}
+        replicas = serve["deployments"][deployment]["replicas"]
+        return [labels[replica["node_id"]] for replica in replicas]
+
     def _get(self, path: str) -> Any:
         answer = httpx.get(f"{self.dashboard}{path}", timeout=20)
         assert answer.status_code == 200, answer.text
@@ -134,16 +156,22 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def start_cluster(nodes: int, idle_minutes: float = 0.2, cpus: int = 1) -> Iterator[Cluster]:
+def start_cluster(
+    nodes: int,
+    idle_minutes: float = 0.2,
+    cpus: int = 1,
+    groups: Mapping[str, Mapping[str, str]] = GPU_NODES,
+) -> Iterator[Cluster]:
     """Start a cluster of at most ``nodes`` nodes, each with one GPU and four CPUs.
 
     A node ends after ``idle_minutes`` without work. ``cpus`` is the number of CPUs of the head.
+    ``groups`` are the labels of the nodes of each group.
     """
     folder = new_folder()
     gcs, dashboard, agent, agent_grpc, client, metrics, runtime_env = free_ports(7)
     address = f"{get_node_ip_address()}:{gcs}"
     config = folder / "autoscaling.json"
-    config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes, cpus)))
+    config.write_text(json.dumps(autoscaling_config(address, nodes, idle_minutes, cpus, groups)))
     variables = {
         "RAY_FAKE_CLUSTER": "1",
         "RAY_enable_autoscaler_v2": "1",

@@ -246,9 +246,8 @@ def test_a_rejection_by_the_engine_keeps_its_type_through_ray(generator: Any) ->
     params = GenerationParams("x", 1, width=60, height=64)
 
     async def generate() -> None:
-        async for _ in ServeBackend(generator, 60.0, 60.0, Replicas.of(generator)).generate(
-            params, Encoding()
-        ):
+        backend = ServeBackend("demo", generator, 60.0, 60.0, Replicas.of(generator))
+        async for _ in backend.generate(params, Encoding()):
             pass
 
     with pytest.raises(InvalidRequest, match="multiples of 8") as caught:

@@ -58,6 +58,7 @@ def backend_of(
     max_hold_s: float = 120.0,
     max_deadline_s: float = 60.0,
     known: Replicas | None = None,
+    model: str = "demo",
 ) -> tuple[ServeBackend, list[Response]]:
     """Make a backend whose handle gives these answers, one or several for each call.
 
@@ -74,7 +75,8 @@ def backend_of(
 
     method = SimpleNamespace(remote=answer)
     handle: Any = SimpleNamespace(generate=method, describe=method, options=lambda stream: handle)
-    return ServeBackend(handle, max_hold_s, max_deadline_s, known or Replicas(status)), responses
+    replicas = known or Replicas(status)
+    return ServeBackend(model, handle, max_hold_s, max_deadline_s, replicas), responses
 
 
 def raised_by_replica(error: Exception) -> Exception:

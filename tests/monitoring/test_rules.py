@@ -192,3 +192,72 @@ def test_gpus_are_joined_with_the_replicas_on_them(
     path = tmp_path / "join.yaml"
     path.write_text(yaml.safe_dump({"tests": [checks]}))
     promtool("test", "rules", path)
+
+
+QUICK = "Generator-quick"
+
+SEVERAL = {
+    'diffusion_serve_gateway_info{model="demo", replica="gw"}': 1,
+    'diffusion_serve_gateway_info{model="quick", replica="gw"}': 1,
+    'process_resident_memory_bytes{replica="gw"}': 7,
+    **{
+        f'diffusion_serve_scraped_replicas{{{of}, answer="{answer}"}}': 0
+        for of in (
+            'model="demo", deployment="Gateway"',
+            'model="demo", deployment="Generator-demo"',
+            f'model="quick", deployment="{QUICK}"',
+        )
+        for answer in ("answered", "silent")
+    },
+    **{
+        f'ray_serve_deployment_status{{application="a", deployment="{name}"}}': 6
+        for name in ("Gateway", "Generator-demo", QUICK)
+    },
+    **{
+        f'diffusion_serve_requests_waiting_for_replica{{model="{model}", replica="gw"}}': number
+        for model, number in (("demo", 2), ("quick", 3))
+    },
+}
+"""Series of an application with two models, and a value of each."""
+
+
+@pytest.mark.parametrize(
+    ("title", "model", "samples"),
+    [
+        ("Process memory", ".*", {'{replica="gw"}': 7}),
+        (
+            "Deployment status",
+            "quick",
+            {f'{{application="a", deployment="{name}"}}': 6 for name in ("Gateway", QUICK)},
+        ),
+        (
+            "Deployment status",
+            ".*",
+            {
+                f'{{application="a", deployment="{name}"}}': 6
+                for name in ("Gateway", "Generator-demo", QUICK)
+            },
+        ),
+        ("Rejected images, and waiting requests", "quick", {'{model="quick"}': 3}),
+        (
+            "Rejected images, and waiting requests",
+            ".*",
+            {'{model="demo"}': 2, '{model="quick"}': 3},
+        ),
+    ],
+)
+def test_dashboards_tell_models_apart(
+    tmp_path: Path, title: str, model: str, samples: dict[str, float]
+) -> None:
+    [panel] = [panel for one in DASHBOARDS for panel in one.panels if panel.title == title]
+    check = {
+        "expr": panel.queries[-1].expr.replace("$namespace", ".*").replace("$model", model),
+        "eval_time": "3m",
+        "exp_samples": [{"labels": labels, "value": value} for labels, value in samples.items()],
+    }
+    series = [{"series": name, "values": f"{value}x5"} for name, value in SEVERAL.items()]
+    path = tmp_path / "several.yaml"
+    path.write_text(
+        yaml.safe_dump({"tests": [{"input_series": series, "promql_expr_test": [check]}]})
+    )
+    promtool("test", "rules", path)

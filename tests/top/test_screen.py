@@ -4,9 +4,11 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from serve_app.errors import ConfigError
 from serve_app.top import Server
 from serve_app.top.screen import frame
-from serve_app.top.snapshot import Snapshot
+from serve_app.top.series import parse
+from serve_app.top.snapshot import History, Snapshot
 from tests.top.scrapes import AFTER, BEFORE, snapshots
 
 FRAME = """\
@@ -71,6 +73,39 @@ def test_a_wide_terminal_displays_the_nodes() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+QUICK = """
+diffusion_serve_target_replicas{model="quick"} 2.0
+diffusion_serve_replicas{model="quick",state="running"} 1.0
+diffusion_serve_replicas{model="quick",state="starting"} 1.0
+diffusion_serve_scraped_replicas{answer="silent",deployment="Generator-quick",model="quick"} 1.0
+diffusion_serve_engine_info{device="cpu",gpu="",model="quick",node="c",replica="q1",version="0.1.0"} 1.0
+diffusion_serve_requests_waiting_for_replica{model="quick",replica="gw"} 4
+diffusion_serve_cold_start_seconds{model="quick",phase="certify",replica="q1"} 20.0
+"""  # noqa: E501
+
+
+def test_several_models_are_told_apart() -> None:
+    snapshot = snapshots(BEFORE + QUICK, AFTER + QUICK)
+    text = " ".join(render(snapshot, width=120).split())
+    assert text.startswith("demo, quick at ")
+    assert "demo: 2 running, 1 starting; target 3; cold start 13.0 s, most of it load" in text
+    waiting = "target 2; 4 requests wait for a replica to start; cold start 20.0 s"
+    assert f"quick: 1 running, 1 starting; {waiting}, most of it certify" in text
+    assert re.search(r"MEMORY MODEL NODE r1 .* demo a cuda GPU-1 r2 .* demo b .* quick c cpu", text)
+    assert text.endswith("1 starting of demo 1 starting of quick 1 silent")
+    assert max(map(len, render(snapshot).splitlines())) <= 80
+
+
+def test_one_of_several_models_looks_as_if_it_were_alone() -> None:
+    """Of the gateways' series, which have all models, only its own are counted."""
+    history = History()
+    for at_s, text in ((0.0, BEFORE), (10.0, AFTER)):
+        snapshot = history.add(at_s, parse(text + QUICK).of_model("demo"))
+    assert render(snapshot) == FRAME
+    with pytest.raises(ConfigError, match="no model 'x': it has 'demo', 'quick'"):
+        parse(AFTER + QUICK).of_model("x")
+
+
 def test_without_a_replica() -> None:
     waiting = (
         'diffusion_serve_target_replicas{model="demo"} 0\n'
@@ -103,7 +138,7 @@ diffusion_serve_sharing{diffusion_serve_sharing="interleaved",replica="r1"} 1
 diffusion_serve_sharing{diffusion_serve_sharing="batched",replica="r2"} 1
 diffusion_serve_out_of_memory_total{replica="r1"} 3
 diffusion_serve_engine_stall_seconds_sum{replica="r1"} 1.5
-diffusion_serve_requests_waiting_for_replica{replica="gw"} 4
+diffusion_serve_requests_waiting_for_replica{model="demo",replica="gw"} 4
 diffusion_serve_engine_requests{model="demo",replica="r2",state="parked"} 1.0
 """
     silent = AFTER.replace('deployment="Generator",model="demo"} 0', 'deployment="Generator"} 1')
@@ -114,7 +149,7 @@ diffusion_serve_engine_requests{model="demo",replica="r2",state="parked"} 1.0
     assert re.search(r"^r2 +no step ", text, re.MULTILINE)
     assert "network calls that ran out of device memory: 3" in text
     assert "engines had requests and made no network call for 1.5 s" in text
-    assert "4 waiting for a replica" in " ".join(text.split())
+    assert "4 requests wait for a replica to start" in " ".join(text.split())
     assert "1 silent" in text.splitlines()
     assert "Problem" not in render(snapshots(BEFORE, AFTER))  # nor without the sharing metric
 

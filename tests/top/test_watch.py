@@ -6,7 +6,7 @@ import itertools
 import pytest
 from rich.console import Console
 
-from serve_app.errors import Unavailable
+from serve_app.errors import ConfigError, Unavailable
 from serve_app.top.series import Series, parse
 from serve_app.top.server import Server
 from serve_app.top.watch import watch
@@ -27,11 +27,11 @@ class Scripted(Server):
         return parse(answer)
 
 
-def watched(*answers: str | BaseException, once: bool = False) -> str:
+def watched(*answers: str | BaseException, once: bool = False, model: str | None = None) -> str:
     """Return everything that is drawn, as text."""
     console = Console(file=io.StringIO(), width=120)
     try:
-        watch(Scripted(answers), console, 0.0, once)
+        watch(Scripted(answers), console, 0.0, once, model)
     except KeyboardInterrupt:
         assert not once
     assert isinstance(console.file, io.StringIO)
@@ -52,6 +52,13 @@ def test_an_error_keeps_the_last_frame_and_is_shown_until_the_server_answers() -
 def test_an_error_before_the_first_frame_is_raised() -> None:
     with pytest.raises(Unavailable):
         watched(Unavailable("the server does not answer."))
+
+
+def test_an_unknown_model_is_an_error_at_once_and_a_notice_later() -> None:
+    with pytest.raises(ConfigError, match="no model 'x'"):
+        watched(AFTER, model="x")
+    gone = AFTER.replace('model="demo"', 'model="x"')
+    assert watched(AFTER, gone, model="demo").count("has no model 'demo': it has 'x'.") == 1
 
 
 def test_once_draws_one_frame() -> None:

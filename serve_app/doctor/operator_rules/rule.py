@@ -48,6 +48,11 @@ class Node:
     def variables_path(self) -> str:
         return f"{self.pod_path}.containers[0].env"
 
+    @property
+    def labels(self) -> dict[str, str]:
+        """Labels of the Ray node."""
+        return {str(name): str(it) for name, it in mapping(self.spec.get("labels")).items()}
+
 
 @dataclass(frozen=True)
 class RayCluster:
@@ -59,6 +64,12 @@ class RayCluster:
     annotations: Mapping[str, Any]
     gates: frozenset[str]
     """Feature gates that are on in the operator."""
+
+    @classmethod
+    def of_service(cls, service: Object) -> "RayCluster":
+        """Return the RayCluster that a RayService describes, as far as its pods are concerned."""
+        spec = mapping(mapping(service.get("spec")).get("rayClusterConfig"))
+        return cls(spec, "spec.rayClusterConfig", {}, frozenset())
 
     @property
     def head(self) -> Node:
