@@ -7,7 +7,7 @@ and its further arguments. Only the weights, and with them the size, are small.
 import base64
 import io
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
 from serve_app.protocol.params import GenerationParams
-from tests import more_pipelines, tiny_flux2, tiny_pipelines
+from tests import edit_pipelines, more_pipelines, tiny_flux2, tiny_pipelines
 from tests.deployments.test_generator import Replica
+from tests.edit_pipelines import IN_MEMORY, few_pixels
 from tests.engine.engines import TOLERANCE
 from tests.serve_configs import FOLDER
 from tests.tiny_networks import HEIGHT_PX, WIDTH_PX
@@ -46,10 +47,27 @@ ROUNDED = 0.51 / 255
 
 @dataclass(frozen=True)
 class Twin:
-    """A tiny pipeline in place of a published model."""
+    """A tiny pipeline in place of a published model.
+
+    Attributes:
+        build: builds the pipeline.
+        size_px: width and height of its images.
+        edits: True for a model whose requests have an input image.
+        call_kwargs: further call arguments, where one sets the size.
+    """
 
     build: Callable[[], DiffusionPipeline]
     size_px: tuple[int, int] = (WIDTH_PX, HEIGHT_PX)
+    edits: bool = False
+    call_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Image.Image | None:
+        """The input image of a request: a gradient of the size of the result."""
+        if not self.edits:
+            return None
+        gradient = Image.linear_gradient("L").resize(self.size_px)
+        return Image.merge("RGB", (gradient, gradient.rotate(180), gradient))
 
 
 def sdxl_turbo() -> DiffusionPipeline:
@@ -76,9 +94,16 @@ TWINS: dict[str, Twin] = {
     "sd35-large": Twin(tiny_pipelines.sd3),
     "flux-schnell": Twin(more_pipelines.flux_schnell),
     "flux-dev": Twin(tiny_pipelines.flux),
+    # The pipeline scales each image to as many pixels as its call names.
+    "flux-kontext": Twin(
+        more_pipelines.kontext,
+        edits=True,
+        call_kwargs={"max_area": WIDTH_PX * HEIGHT_PX, "_auto_resize": False},
+    ),
     "flux2-klein": Twin(tiny_flux2.flux2_klein, (64, 64)),
     "z-image-turbo": Twin(more_pipelines.z_image),
     "qwen-image": Twin(tiny_pipelines.qwen_image),
+    "qwen-image-edit": Twin(edit_pipelines.qwen_image_edit, edits=True),
     # These two choose among the sizes of their training, so their cells are those of the model.
     "sana": Twin(sana, (512, 512)),
     "pixart-sigma": Twin(lambda: tiny_pipelines.pixart_sigma(vae_blocks=4), (256, 256)),
@@ -94,55 +119,71 @@ def twin_config(name: str, folder: Path) -> AppConfig:
         "device": "cpu",
         "dtype": "float32",
         "default_size_px": list(TWINS[name].size_px),
+        "call_kwargs": arguments["model"].get("call_kwargs", {}) | TWINS[name].call_kwargs,
     }
     return parse_app_config(arguments)
 
 
-def stock_image(folder: Path, config: AppConfig) -> torch.Tensor:
+def stock_image(pipeline: DiffusionPipeline, config: AppConfig) -> torch.Tensor:
     """Return what diffusers generates for the arguments of the config."""
     model = config.model
-    pipeline = DiffusionPipeline.from_pretrained(folder, variant=model.variant)
     pipeline.set_progress_bar_config(disable=True)
-    guidance: dict[str, Any] = {"guidance_scale": model.default_guidance_scale}
-    if type(pipeline).__name__ == "QwenImagePipeline":  # as its card calls it
-        guidance = {"true_cfg_scale": model.default_guidance_scale, "negative_prompt": " "}
+    given: dict[str, Any] = {"guidance_scale": model.default_guidance_scale}
+    if type(pipeline).__name__.startswith("QwenImage"):  # as its card calls it
+        given = {"true_cfg_scale": model.default_guidance_scale, "negative_prompt": " "}
+    if (image := TWINS[model.id].image) is not None:
+        given["image"] = image
     assert model.default_size_px is not None
     width, height = model.default_size_px
-    image: torch.Tensor = pipeline(
+    pixels: torch.Tensor = pipeline(
         prompt=PROMPT,
         width=width,
         height=height,
         num_inference_steps=model.default_steps,
         generator=torch.Generator().manual_seed(SEED),
         output_type="pt",
-        **guidance,
+        **given,
         **model.call_kwargs,
     ).images[0]
-    return image
+    return pixels
 
 
 async def image_of_the_api(config: AppConfig, engine: Engine) -> torch.Tensor:
-    """Request an image that sets nothing but the prompt and the seed."""
+    """Send a request with a prompt, a seed and, to an edit model, an image: nothing else is set."""
     api = create_api(config, Replica(engine), KeyRing(None, None))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(api), base_url="http://test"
     ) as client:
-        body = {"model": config.model.id, "prompt": PROMPT, "seed": SEED}
-        response = await client.post("/v1/images/generations", json=body)
+        body: dict[str, Any] = {"model": config.model.id, "prompt": PROMPT, "seed": SEED}
+        path = "/v1/images/generations"
+        if (image := TWINS[config.model.id].image) is not None:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            data = base64.b64encode(file.getvalue()).decode()
+            body["images"] = [{"image_url": f"data:image/png;base64,{data}"}]
+            path = "/v1/images/edits"
+        response = await client.post(path, json=body)
     assert response.status_code == 200, response.text
-    file = io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"]))
-    return torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1) / 255
+    result = io.BytesIO(base64.b64decode(response.json()["data"][0]["b64_json"]))
+    return torch.from_numpy(np.asarray(Image.open(result)).copy()).permute(2, 0, 1) / 255
 
 
 @pytest.mark.parametrize("name", TWINS)
 def test_a_twin_is_certified_and_served(name: str, tmp_path: Path) -> None:
+    twin = TWINS[name]
     variant = twin_config(name, tmp_path).model.variant
-    TWINS[name].build().save_pretrained(tmp_path, variant=variant)
+    if name not in IN_MEMORY:
+        twin.build().save_pretrained(tmp_path, variant=variant)
     config = twin_config(name, tmp_path)
-    with Engine(LoadedPipeline.load(config.model), config.model, config.engine) as engine:
+    if name in IN_MEMORY:
+        stock, loaded = twin.build(), LoadedPipeline(twin.build(), config.model)
+    else:
+        stock = DiffusionPipeline.from_pretrained(tmp_path, variant=variant)
+        loaded = LoadedPipeline.load(config.model)
+    with few_pixels(), Engine(loaded, config.model, config.engine) as engine:
         assert engine.info.sharing == "batched", engine.info.sharing_note
-        image = engine.generate(GenerationParams(PROMPT, SEED)).pixels
+        image = engine.generate(GenerationParams(PROMPT, SEED, image=twin.image)).pixels
         served = anyio.run(image_of_the_api, config, engine)
-    expected = stock_image(tmp_path, config)
+        expected = stock_image(stock, config)
     assert (image - expected).abs().max() <= TOLERANCE
     assert (served - expected).abs().max() <= ROUNDED
