@@ -1,8 +1,6 @@
 """Several models in one application, on a real Ray cluster: one of them cannot be loaded."""
 
 import base64
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import httpx
 import pytest
 
 from serve_app.config.source import DEMO_MODEL_DIR
+from tests.broken_model import broken_folder
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
 
@@ -18,19 +17,6 @@ pytestmark = pytest.mark.serve
 
 FEW_STEPS = 4
 SMALL = {"prompt": "a red circle on a blue background", "seed": 1}
-
-
-def broken_folder(path: Path) -> Path:
-    """Copy the demo with a configuration that does not fit the shapes of its weights.
-
-    Only a replica finds that: the checks before a start do not build networks.
-    """
-    shutil.copytree(DEMO_MODEL_DIR, path)
-    config = path / "unet" / "config.json"
-    content = json.loads(config.read_text())
-    content["cross_attention_dim"] *= 2
-    config.write_text(json.dumps(content))
-    return path
 
 
 def several(port: int, broken: Path) -> dict[str, Any]:
