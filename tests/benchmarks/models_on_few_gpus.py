@@ -10,7 +10,6 @@ generates without a server.
 import json
 import os
 import statistics
-import sys
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 import typer
 
+from serve_app.autoscaling.policy import ScalingParams
 from tests.benchmarks.engine import hardware
 from tests.e2e.model_rotation import (
     DEPLOYMENTS,
@@ -32,8 +32,8 @@ from tests.e2e.model_rotation import (
     seconds,
 )
 
-MAX_HOLD_S = 300.0
-"""The default of ``gateway.max_hold_s``."""
+MAX_HOLD_S = 450.0
+"""The wait after which a request fails: more than by default, for machines with few cores."""
 
 COLORS = {"waiting": "lightgrey", "starting": "tab:orange", "running": "tab:blue"}
 """Colors of the phases in the chart."""
@@ -153,15 +153,16 @@ def main(
 ) -> None:
     """Print the requests of each run."""
     runs = []
-    for value in hold_s or [3.0, 30.0]:
+    hold_s = hold_s or [ScalingParams().hold_s]
+    for value in hold_s:
         runs.append(run(turns, value))
         typer.echo(show(runs[-1]))
     if chart is not None:
         draw(runs, chart)
     if output is not None:
-        arguments = " ".join(sys.argv[1:])
+        options = " ".join([*(f"--hold-s {value:g}" for value in hold_s), f"--turns {turns}"])
         result = {
-            "command": f"python -m tests.benchmarks.models_on_few_gpus {arguments}".strip(),
+            "command": f"python -m tests.benchmarks.models_on_few_gpus {options}",
             "hardware": hardware(torch.device("cpu")) | {"ray": version("ray")},
             "load_average": [round(load, 2) for load in os.getloadavg()],
             "nodes": NODES,

@@ -170,10 +170,10 @@ class Rotation:
 
 
 def rotate(folder: Path, turns: int, hold_s: float, max_hold_s: float) -> Rotation:
-    """Request the first two models and the broken one at once, then ``turns`` times all in turn.
+    """Request the first two models at once, then the broken one, then ``turns`` times all in turn.
 
     A turn begins with the model that has no GPU. Each of its requests is sent when the one before
-    is answered.
+    is answered. The broken model waits for a GPU, too.
     """
     models, port = saved_models(folder), free_port()
     url = f"http://127.0.0.1:{port}"
@@ -185,13 +185,13 @@ def rotate(folder: Path, turns: int, hold_s: float, max_hold_s: float) -> Rotati
         cluster.deploy(rotation_config(port, models, hold_s, max_hold_s))
         watch.wait(lambda seen: seen.status == "RUNNING", 120, "the gateway")
         begun = len(watch.snapshots) - 1
-        broken = pool.submit(send, url, BROKEN, 0)
         first = [pool.submit(generate, url, model, 0) for model in (DEMO, SDXL)]
         answers = [request.result() for request in first]
-        failed = broken.result()
+        broken = pool.submit(send, url, BROKEN, 0)
         for turn in range(turns):
             answers += [generate(url, model, turn + 1) for model in (EDIT, DEMO, SDXL)]
         watch.wait(lambda seen: phase(seen, SDXL) == "running", 30, "the last model")
+        failed = broken.result()
         listed = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
     states = {model["id"]: model["state"] for model in listed}
     return Rotation(models, answers, failed, states, watch.snapshots[begun:])

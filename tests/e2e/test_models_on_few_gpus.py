@@ -25,8 +25,8 @@ pytestmark = pytest.mark.serve
 
 HOLD_S = 3
 
-MAX_HOLD_S = 150
-"""Most seconds that a request waits. An idle model must be gone by then, and the other started."""
+MAX_HOLD_S = 450
+"""Most seconds that a request waits: enough for a slow machine, and not for Serve's own 600."""
 
 
 def test_an_idle_model_gives_its_gpu_to_one_that_waits(
