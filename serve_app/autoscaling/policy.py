@@ -147,12 +147,13 @@ def decide(load: Load, params: ScalingParams, state: PolicyState) -> tuple[Decis
     A surplus is removed when nothing larger was needed for ``hold_s``, or for a third of a cold
     start if that is longer: a replica that is removed too early costs another cold start, and late
     requests. For the same reason, a replica that noise alone would request again is no surplus,
-    unless the load clearly falls. The start of a first replica is not cancelled when no request
-    waits any more: clients return when it is ready.
+    unless the load clearly falls. Idle replicas are a surplus, whatever arrived before: another
+    model may wait for the GPU. The start of a first replica is not cancelled when no request waits
+    any more: clients return when it is ready.
     """
     state = _observed(load, params, state)
     cold_start_s = _cold_start(load, params, state)
-    rate = _forecast(params, state, cold_start_s)
+    rate = 0.0 if _is_idle(load) else _forecast(params, state, cold_start_s)
     waiting_s = _waiting(load, params, state)
     by_arrivals = _for_arrivals(rate, params)
     by_backlog = _for_backlog(load, params, state, rate, waiting_s, cold_start_s)
@@ -298,6 +299,16 @@ def _known_start(params: ScalingParams, state: PolicyState) -> float:
 def _oldest_start_s(load: Load, state: PolicyState) -> float:
     """Return the age of the oldest start in progress; 0 without one."""
     return load.at_s - state.starts[0].at_s if state.starts else 0.0
+
+
+def _is_idle(load: Load) -> bool:
+    """Tell if no replica has work, and none was offered any in the window of its report.
+
+    The average of earlier arrivals would keep the last replica, and its GPU, for minutes.
+    """
+    return len(load.reports) >= load.running and not any(
+        report.arrival_rate or report.backlog_s for report in load.reports
+    )
 
 
 def _forecast(params: ScalingParams, state: PolicyState, cold_start_s: float) -> float:

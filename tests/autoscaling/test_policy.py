@@ -258,6 +258,28 @@ def test_to_zero_and_from_zero() -> None:
     assert decision.term == "backlog"
 
 
+@pytest.mark.parametrize("busy", [0.01, 0.3, 2.7])
+def test_an_idle_model_is_at_zero_after_its_hold_time(busy: float) -> None:
+    """Its GPU may be what another model waits for; an average would keep it for minutes."""
+    cluster = Cluster(replace(PARAMS, min_replicas=0, smoothing_s=75.0, hold_s=30.0), 1)
+    for _ in range(600):
+        cluster.step(busy)
+    assert cluster.target >= 1
+    for _ in range(30):
+        cluster.step(0.0)
+        assert cluster.target >= 1
+    for _ in range(2):
+        cluster.step(0.0)
+    assert cluster.target == 0
+
+
+def test_a_replica_with_work_is_not_idle_although_nothing_arrives() -> None:
+    cluster = Cluster(replace(PARAMS, min_replicas=0, hold_s=0.0), 1)
+    for _ in range(300):
+        cluster.step(0.0, backlog_s=5.0)
+        assert cluster.target == 1
+
+
 def test_the_start_of_a_first_replica_is_not_cancelled_when_no_request_waits() -> None:
     """A client that retries at its Retry-After finds the replica, kept like a surplus."""
     params = replace(PARAMS, min_replicas=0, hold_s=10.0, cold_start_s=100.0)

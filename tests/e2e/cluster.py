@@ -7,15 +7,17 @@ GPU. It ends a raylet without a replica. Only the GPUs are not real.
 import contextlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 from ray.util import get_node_ip_address
 
+from serve_app.config.deployment_names import GENERATOR
 from tests.serve_process import BIN, RayProcess, free_ports, new_folder, scaled_demo
 from tests.waiting import wait_until
 
@@ -86,18 +88,39 @@ def autoscaling_config(
     }
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """The cluster and the generator at one moment."""
+class Replicas(NamedTuple):
+    """The replicas of a deployment at one moment."""
 
-    nodes: int
-    """Number of nodes with a (fake) GPU."""
+    waiting: int
+    """Replicas that wait for a node with a free GPU."""
+    starting: int
+    """Replicas that start on a node."""
     running: int
     """Replicas that can generate."""
     target: int
     """Target number of replicas of Serve."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The cluster and the generators at one moment."""
+
+    nodes: int
+    """Number of nodes with a (fake) GPU."""
+    generators: Mapping[str, Replicas]
+    """The replicas of each generator, by the name of its deployment."""
     status: str
     """Status of the application."""
+
+    @property
+    def running(self) -> int:
+        """Replicas of all generators that can generate."""
+        return sum(one.running for one in self.generators.values())
+
+    @property
+    def target(self) -> int:
+        """Target number of replicas of all generators."""
+        return sum(one.target for one in self.generators.values())
 
 
 @dataclass(frozen=True)
@@ -118,8 +141,6 @@ class Cluster:
     def snapshot(self) -> Snapshot:
         """Read the current state from Serve's and Ray's REST APIs."""
         serve = self._get("/api/serve/applications/")["applications"].get("diffusion-serve", {})
-        generator = serve.get("deployments", {}).get("Generator", {})
-        replicas = generator.get("replicas", [])
         nodes = self._get("/nodes?view=summary")["data"]["summary"]
         return Snapshot(
             nodes=sum(
@@ -127,8 +148,11 @@ class Cluster:
                 and node["raylet"].get("resourcesTotal", {}).get("GPU", 0) > 0
                 for node in nodes
             ),
-            running=sum(replica["state"] == "RUNNING" for replica in replicas),
-            target=generator.get("target_num_replicas") or 0,
+            generators={
+                name: _replicas(deployment)
+                for name, deployment in serve.get("deployments", {}).items()
+                if name.startswith(GENERATOR)
+            },
             status=serve.get("status", "NONE"),
         )
 
@@ -153,6 +177,20 @@ class Cluster:
         """Return the log files of Ray's processes that match the pattern."""
         folder = self.head.folder / "ray" / "session_latest" / "logs"
         return "\n".join(path.read_text(errors="replace") for path in sorted(folder.glob(pattern)))
+
+
+def _replicas(deployment: Mapping[str, Any]) -> Replicas:
+    """Count the replicas of a deployment as Serve's REST API describes it."""
+    states = Counter(
+        "WAITING" if one["state"] == "STARTING" and one.get("node_id") is None else one["state"]
+        for one in deployment.get("replicas", [])
+    )
+    return Replicas(
+        states["WAITING"],
+        states["STARTING"],
+        states["RUNNING"],
+        deployment.get("target_num_replicas") or 0,
+    )
 
 
 @contextlib.contextmanager

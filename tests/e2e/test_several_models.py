@@ -1,9 +1,7 @@
 """Several models in one application, on a real Ray cluster: one of them cannot be loaded."""
 
 import base64
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import httpx
 import pytest
 
 from serve_app.config.source import DEMO_MODEL_DIR
+from tests.broken_model import broken_folder
 from tests.lora import save_adapters
 from tests.serve_process import demo_config, free_port, serving_config
 from tests.waiting import wait_until
@@ -20,19 +19,6 @@ pytestmark = pytest.mark.serve
 
 FEW_STEPS = 4
 SMALL = {"prompt": "a red circle on a blue background", "seed": 1}
-
-
-def broken_folder(path: Path) -> Path:
-    """Copy the demo with a configuration that does not fit the shapes of its weights.
-
-    Only a replica finds that: the checks before a start do not build networks.
-    """
-    shutil.copytree(DEMO_MODEL_DIR, path)
-    config = path / "unet" / "config.json"
-    content = json.loads(config.read_text())
-    content["cross_attention_dim"] *= 2
-    config.write_text(json.dumps(content))
-    return path
 
 
 def several(port: int, broken: Path, loras: Path) -> dict[str, Any]:
