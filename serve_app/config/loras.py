@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, field_validator
 
+from serve_app.config.addresses import check_store
 from serve_app.config.source import SourceConfig, is_path
 
 BUCKETS = ("s3://", "gs://")
@@ -138,16 +138,7 @@ def _check_repositories(patterns: tuple[str, ...]) -> None:
 
 
 def _check_bucket(url: str) -> None:
-    parts = urlsplit(url)
-    if parts.query or parts.fragment or parts.username is not None:
-        raise ValueError(
-            "model.lora_source: leave out user, '?' and '#' of the address. Credentials belong "
-            "into the environment"
-        )
-    if not parts.netloc:
-        raise ValueError(f"model.lora_source is {url!r}, which names no bucket")
-    if ".." in unquote(parts.path).split("/"):
-        raise ValueError(f"model.lora_source is {url!r}: write it without '..'")
+    check_store("model.lora_source", url)
     if find_spec("obstore") is None:
         raise ValueError(
             f"model.lora_source is {url!r}, which needs the package obstore: pip install "

@@ -6,6 +6,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from serve_app.config.addresses import check_store, without_password
 from serve_app.config.section import Section
 
 LONGEST_PRESIGNED_S = 7 * 24 * 3600
@@ -54,26 +55,18 @@ class StorageConfig(Section):
     def _url_names_a_place(cls, url: str | None) -> str | None:
         if url is None:
             return url
-        parts = urlsplit(url)
         if not url.startswith(("s3://", "file://")):
             raise ValueError(
-                f"gateway.storage.url is {_without_password(url)!r}: it must begin with s3:// or "
+                f"gateway.storage.url is {without_password(url)!r}: it must begin with s3:// or "
                 "file://"
             )
-        if parts.query or parts.fragment or parts.username is not None:
-            raise ValueError(
-                f"gateway.storage.url is {_without_password(url)!r}: leave out user, '?' and '#'. "
-                "Credentials belong into the environment"
-            )
+        check_store("gateway.storage.url", url)
+        parts = urlsplit(url)
         if parts.scheme == "file" and (parts.netloc or len(parts.path) < 2):
             raise ValueError(
                 f"gateway.storage.url is {url!r}: write a folder with an absolute path, as in "
                 "file:///srv/images"
             )
-        if parts.scheme != "file" and not parts.netloc:
-            raise ValueError(f"gateway.storage.url is {url!r}, which names no bucket")
-        if ".." in unquote(parts.path).split("/"):
-            raise ValueError(f"gateway.storage.url is {url!r}: write it without '..'")
         return url
 
     @field_validator("public_url")
@@ -85,7 +78,7 @@ class StorageConfig(Section):
         extra = parts.query or parts.fragment or parts.username is not None
         if parts.scheme not in ("http", "https") or not parts.hostname or extra:
             raise ValueError(
-                f"gateway.storage.public_url is {_without_password(url)!r}: write "
+                f"gateway.storage.public_url is {without_password(url)!r}: write "
                 "https://HOST or https://HOST/PATH"
             )
         return url.rstrip("/")
@@ -122,9 +115,3 @@ class StorageConfig(Section):
         if self.url is None or not self.url.startswith("file:"):
             return None
         return Path(unquote(urlsplit(self.url).path))
-
-
-def _without_password(url: str) -> str:
-    """Return a URL as messages may show it."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()

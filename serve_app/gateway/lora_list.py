@@ -3,7 +3,7 @@
 import asyncio
 from typing import Annotated
 
-from fastapi import FastAPI, Query
+from fastapi import FastAPI, Query, Request
 
 from serve_app.gateway.errors import documented
 from serve_app.gateway.models import ServedModel, ServedModels
@@ -20,12 +20,14 @@ def add_loras(api: FastAPI, models: ServedModels) -> None:
         tags=["models"],
     )
     async def list_loras(
+        request: Request,
         model: Annotated[
             str | None, Query(description="Name of one model. Default: all of them.")
         ] = None,
     ) -> LoraObjects:
-        """List the LoRA adapters that requests may name, of the models that are running."""
-        chosen = list(models) if model is None else [models.find(model)]
+        """List the LoRA adapters that requests may name, of the key's models that are running."""
+        allowed = models.of(request.state.principal)
+        chosen = list(allowed) if model is None else [allowed.find(model)]
         found = await asyncio.gather(*map(_adapters, chosen))
         return LoraObjects(data=[adapter for adapters in found for adapter in adapters])
 

@@ -7,6 +7,7 @@ from serve_app.errors import LoraSourceAway
 from serve_app.protocol.loras import LoraInfo, LoraList, LoraStatus, status_of
 from tests.fakes.backend import FakeBackend
 from tests.gateway.conftest import error_of
+from tests.gateway.test_key_models import served_to
 from tests.gateway.test_several_models import config_of, serving
 
 pytestmark = pytest.mark.anyio
@@ -54,6 +55,16 @@ async def test_a_list_of_several_models_may_be_of_one() -> None:
             assert [one["model"] for one in data] == models
         response = await gateway.client.get("/v1/loras?model=none")
         assert error_of(response, 404)["code"] == "model_not_found"
+
+
+async def test_a_key_sees_the_adapters_of_its_models() -> None:
+    async with served_to("one") as gateway:
+        for backend in gateway.backends.values():
+            backend.adapters = ADAPTERS
+        data = (await gateway.client.get("/v1/loras")).json()["data"]
+        assert {one["model"] for one in data} == {"small"}
+        other = await gateway.client.get("/v1/loras?model=org/large")
+        assert error_of(other, 404)["code"] == "model_not_found"
 
 
 async def test_a_source_that_is_away_is_a_503(

@@ -10,6 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 from serve_app.config.models import AppConfig, parse_app_config
 from serve_app.gateway.auth import KeyRing
 from serve_app.gateway.routes import create_api
+from serve_app.protocol.loras import LoraStatus
 from serve_app.protocol.params import ModelInfo
 from tests.browser import running_browser
 from tests.e2e.page import DONE, generate, ready
@@ -245,6 +246,19 @@ def test_the_form_follows_the_chosen_model(open_page: Open) -> None:
     expect(page.locator(DONE)).to_have_count(3)
     assert (len(small.received), len(large.received)) == (2, 1)
     expect(page.locator("#model-choice")).to_have_value("org/large")
+
+
+def test_adapters_on_demand_are_offered(open_page: Open) -> None:
+    backend = FakeBackend()
+    backend.info = replace(INFO, loras=(), partial_loras={}, loras_on_demand=True)
+    backend.adapters = (LoraStatus("ink", True, 1), LoraStatus("styles/oil", True, 0))
+    page = ready(open_page(backend))
+    page.click("#more summary")
+    expect(page.locator("#lora option")).to_have_text(["none", "ink", "styles/oil"])
+    page.select_option("#lora", "styles/oil")
+    generate(page, "a star")
+    expect(page.locator(DONE)).to_have_count(1)
+    assert [params.lora for params in backend.received] == [(("styles/oil", 1.0),)]
 
 
 def test_the_choice_shows_states_and_stays_until_its_model_has_started(open_page: Open) -> None:

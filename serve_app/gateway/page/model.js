@@ -110,6 +110,22 @@ function showChosen() {
   if (model.id !== shown.id || (model.tasks && !shown.tasks)) showForm(model);
 }
 
+// Offer the model's adapters, those on demand too.
+async function offerAdapters(model) {
+  let names = model.loras ?? [];
+  if (model.loras_on_demand) {
+    try {
+      const response = await call(`v1/loras?model=${encodeURIComponent(model.id)}`, {});
+      names = (await response.json()).data.map(({ id }) => id);
+    } catch (error) {
+      console.warn(error); // those of the start are offered
+    }
+    if (shown !== model) return; // another model was chosen meanwhile
+  }
+  offer(byId("lora"), names);
+  byId("lora-fields").hidden = !names.length;
+}
+
 function showForm(model) {
   shown = model;
   tasks = model.tasks ?? [];
@@ -121,10 +137,9 @@ function showForm(model) {
   steps.placeholder = model.default_steps ?? "";
   byId("prompt").maxLength = model.max_prompt_chars;
   offer(byId("scheduler"), model.schedulers ?? []);
-  offer(byId("lora"), model.loras ?? []);
+  offerAdapters(model);
   byId("negative-field").hidden = model.takes_negative_prompt === false;
   byId("scheduler-field").hidden = !model.schedulers?.length;
-  byId("lora-fields").hidden = !model.loras?.length;
   byId("source").hidden = !takesImage();
   byId("drop").textContent =
     `${tasks.includes("text-to-image") ? "Start from an image" : "This model needs an image"}: drop, paste or choose one`;

@@ -240,9 +240,9 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
         return content
 
     @router.get("/loras", response_description="LoRA adapters of the model.", responses=LIST_ERRORS)
-    async def loras() -> list[LoraItem]:
+    async def loras(request: Request) -> list[LoraItem]:
         """List the LoRA adapters, those on demand too."""
-        backend = models.default.backend
+        backend = allowed(request).default.backend
         model = await backend.describe()
         listed = await backend.loras() if model.loras_on_demand else ()
         return answers.loras([one.name for one in listed] or model.loras)
