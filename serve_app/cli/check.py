@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from serve_app.config.environment import keys_in_environment
+from serve_app.config.models import ModelConfig
 from serve_app.config.prechecks import check_models
 from serve_app.config.serve_file import (
     foreign_policy,
@@ -14,7 +15,10 @@ from serve_app.config.serve_file import (
     read_serve_config,
 )
 from serve_app.config.storage import StorageConfig
-from serve_app.errors import ConfigError
+from serve_app.errors import ConfigError, LoraSourceAway
+
+BUCKET_WITHIN_S = 3.0
+"""Time for a bucket to list its adapters."""
 
 
 def check(
@@ -60,7 +64,24 @@ def check_serve_file(path: Path, name: object = None) -> list[str]:
         keys = KeyRing(application.gateway.keys_file, keys_in_environment())
         warnings += (f"{name or path}: {text}" for text in keys.unknown_models(application.ids))
         warnings += _storage_warnings(application.gateway.storage, name or path)
+        for one in application.each_model():
+            warnings += _lora_warnings(one.model, name or path)
     return warnings
+
+
+def _lora_warnings(model: ModelConfig, name: object) -> list[str]:
+    """Warn of a bucket whose adapters cannot be listed from here."""
+    if model.lora_source_kind != "bucket":
+        return []
+    from serve_app.engine.loras.source import new_source
+
+    source = new_source(model, BUCKET_WITHIN_S)
+    assert source is not None
+    try:
+        source.names()
+    except LoraSourceAway as error:
+        return [f"{name}: model.lora_source is {model.lora_source!r}: {error}"]
+    return []
 
 
 def _storage_warnings(storage: StorageConfig, name: object) -> list[str]:

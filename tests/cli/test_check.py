@@ -99,3 +99,25 @@ def test_a_store_of_images_that_takes_none_is_a_warning(
         assert problem is None or problem in done.stderr
         assert "the-secret" not in done.output
     assert not (tmp_path / "new").exists()
+
+
+def test_a_bucket_of_adapters_that_cannot_be_listed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+    text = (ROOT / "configs" / "demo.yaml").read_text()
+    config = tmp_path / "serve.yaml"
+    for place, exit_code, message in (
+        (tmp_path, 0, ""),
+        ("s3://bucket/loras", 0, "warning: "),
+        (tmp_path / "none", 2, "model.lora_source: the folder"),
+        ("loras", 2, "model.lora_source is 'loras'"),
+    ):
+        config.write_text(text.replace("id: demo", f"id: demo\n        lora_source: '{place}'"))
+        done = CliRunner().invoke(cli, ["check", str(config)])
+        assert done.exit_code == exit_code, done.output
+        assert message in done.stderr
+        assert bool(message) == bool(done.stderr)
+        assert "the-secret" not in done.output

@@ -66,8 +66,8 @@ class LoraSource(Protocol):
         ...
 
 
-def new_source(config: LoraConfig) -> LoraSource | None:
-    """Open the source of a model; ``None`` without one.
+def new_source(config: LoraConfig, within_s: float = WITHIN_S) -> LoraSource | None:
+    """Open the source of a model; ``None`` without one. A bucket has ``within_s`` to answer.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -77,7 +77,7 @@ def new_source(config: LoraConfig) -> LoraSource | None:
             assert config.lora_source_folder is not None
             return _Folder(config.lora_source_folder)
         case "bucket":
-            return _Bucket(str(config.lora_source))
+            return _Bucket(str(config.lora_source), within_s)
         case "hub":
             assert isinstance(config.lora_source, tuple)
             return _Hub(config.lora_source)
@@ -138,13 +138,13 @@ class _Folder:
 class _Bucket:
     """A prefix of a bucket. A file is on this machine only while it is loaded."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, within_s: float) -> None:
         # Only a bucket needs obstore.
         from serve_app.buckets import FAILURES, open_bucket, reason_of
 
         self._failures, self._reason_of = FAILURES, reason_of
         try:
-            self._store = open_bucket(url, WITHIN_S)
+            self._store = open_bucket(url, within_s)
         except (*FAILURES, ValueError) as error:
             raise ConfigError(
                 f"model.lora_source is {url!r}, which cannot be used: {reason_of(error)}"
