@@ -77,13 +77,16 @@ def test_blocking_needs_a_safety_checker(tmp_path: Path) -> None:
     assert CliRunner().invoke(cli, ["check", str(config)]).exit_code == 0
 
 
-def test_a_store_of_images_that_takes_none_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The machines of the server may reach it."""
+@pytest.fixture
+def no_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address of buckets where no server is, and credentials for it."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
+
+
+def test_a_store_of_images_that_takes_none_is_a_warning(tmp_path: Path, no_bucket: None) -> None:
+    """The machines of the server may reach it."""
     text = (ROOT / "configs" / "demo.yaml").read_text()
     config = tmp_path / "serve.yaml"
     for url, problem in (
@@ -102,11 +105,8 @@ def test_a_store_of_images_that_takes_none_is_a_warning(
 
 
 def test_a_bucket_of_adapters_that_cannot_be_listed_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, no_bucket: None
 ) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "user")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "the-secret")
     text = (ROOT / "configs" / "demo.yaml").read_text()
     config = tmp_path / "serve.yaml"
     for place, exit_code, message in (
