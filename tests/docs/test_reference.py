@@ -45,11 +45,10 @@ MOST_WORDS = 25
 
 
 def _row(page: str, name: str) -> str:
-    [row] = [
-        line
-        for line in rendered(f"reference/{page}").splitlines()
-        if line.startswith(f"| `{name}` |")
-    ]
+    """Return the row of a name on a page, outside the section of API key entries."""
+    before, _, after = rendered(f"reference/{page}").partition("\n## API key entries\n")
+    others = before + after.partition("\n## ")[2]
+    [row] = [line for line in others.splitlines() if line.startswith(f"| `{name}` |")]
     return row
 
 

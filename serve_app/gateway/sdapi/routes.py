@@ -236,7 +236,7 @@ def add_sdapi(api: FastAPI, config: AppConfig, models: ServedModels) -> None:
     async def described(listed: Callable[[ModelInfo], Any], request: Request) -> Any:
         return listed(await allowed(request).default.backend.describe())
 
-    async def fixed(content: Any) -> Any:
+    async def fixed(content: Any, _: Request) -> Any:
         return content
 
     @router.get("/loras", response_description="LoRA adapters of the model.", responses=LIST_ERRORS)
