@@ -99,7 +99,6 @@ class LorasOnDemand:
     def close(self) -> None:
         """Begin no more loads."""
         self._loader.close()
-        self.lookups.shutdown(wait=False, cancel_futures=True)
 
 
 def new_on_demand(

@@ -5,6 +5,7 @@ Any thread may use them. Each call may take as long as the place needs to answer
 """
 
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ SUFFIX = ".safetensors"
 MOST_NAMES = 10_000
 """Names that a list has at most."""
 
-_NAME = re.compile(r"[\w.+@-]+(/[\w.+@-]+)*", re.ASCII)
 _LONGEST_NAME = 200
+_ON_THE_HUB = re.compile(r"[\w./-]+", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,15 @@ def not_found(name: str) -> LoraNotFound:
 
 def check_name(name: str) -> None:
     """Raise `LoraNotFound` for a name that no file may have, such as one that leaves the folder."""
-    parts = name.split("/")
-    if len(name) > _LONGEST_NAME or not _NAME.fullmatch(name) or {".", ".."} & set(parts):
+    if not _is_name(name):
         raise not_found(name)
+
+
+def _is_name(name: str) -> bool:
+    wrong = {"", ".", ".."} & set(name.split("/"))
+    # Not every store takes a percent sign for itself.
+    marks = not name.isprintable() or {"\\", "%"} & set(name)
+    return not wrong and not marks and len(name) <= _LONGEST_NAME
 
 
 class _Folder:
@@ -116,6 +123,8 @@ class _Folder:
             raise not_found(name) from None
         except OSError as error:
             raise _away(str(error)) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise not_found(name)
         return AdapterFile(name, status.st_size)
 
     @contextmanager
@@ -226,7 +235,8 @@ class _Hub:
         owner, _, rest = name.partition("/")
         repository, _, file = rest.partition("/")
         full = f"{owner}/{repository}"
-        if not repository or not any(fnmatchcase(full, pattern) for pattern in self._allowed):
+        allowed = any(fnmatchcase(full, pattern) for pattern in self._allowed)
+        if not repository or not allowed or not _ON_THE_HUB.fullmatch(name):
             raise not_found(name)
         if not file:
             return full, f"pytorch_lora_weights{SUFFIX}"  # where diffusers saves adapters
@@ -261,7 +271,7 @@ def _is_file(path: str) -> bool:
 
 
 def _listed(names: Iterator[str] | list[str]) -> list[str]:
-    return sorted(names)[:MOST_NAMES]
+    return sorted(filter(_is_name, names))[:MOST_NAMES]
 
 
 def _away(reason: str) -> LoraSourceAway:

@@ -43,8 +43,10 @@ def fill(folder: Path, *files: str, content: bytes = b"1234") -> None:
 
 def test_a_file_is_found_and_fetched(place: tuple[LoraSource, Path]) -> None:
     source, folder = place
-    fill(folder, "ink.safetensors", "styles/oil.safetensors")
-    for name in ("ink", "styles/oil"):
+    names = ("ink", "styles/oil", "v1.2", "My Style (v2) +#1", "größe")
+    fill(folder, *(f"{name}.safetensors" for name in names), "a%20b.safetensors")
+    assert source.names() == sorted(names)
+    for name in names:
         file = source.find(name)
         assert (file.name, file.size_bytes) == (name, 4)
         with source.fetched(file) as path:
@@ -84,11 +86,12 @@ def test_names_are_paths_without_the_suffix(place: tuple[LoraSource, Path]) -> N
         "i%6Ek",
         "x" * 300,
         "ink/x",
+        "folder",
     ],
 )
 def test_other_names_are_not_found(place: tuple[LoraSource, Path], name: str) -> None:
     source, folder = place
-    fill(folder, "ink.safetensors", "styles/oil.safetensors")
+    fill(folder, "ink.safetensors", "styles/oil.safetensors", "folder.safetensors/ink")
     with pytest.raises(LoraNotFound):
         source.find(name)
 
@@ -168,7 +171,15 @@ def test_an_allowed_repository_is_used(hub: LoraSource, name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["foreign/styles", "artist", "artist/", "../artist/styles", "artist/../foreign/styles", "x/y"],
+    [
+        "foreign/styles",
+        "artist",
+        "artist/",
+        "../artist/styles",
+        "artist/../foreign/styles",
+        "x/y",
+        "artist/a b",
+    ],
 )
 def test_another_repository_is_not_found(hub: LoraSource, name: str) -> None:
     with pytest.raises(LoraNotFound):
