@@ -124,6 +124,7 @@ def charts(folder: Path) -> None:
         ("plan-4to32.png", "planner.png"),
         ("policies.png", "policies.png"),
         ("extrapolation-demo-cpu.png", "extrapolation.png"),
+        ("models-on-few-gpus.png", "models-on-few-gpus.png"),
     ):
         save((results / source).read_bytes(), folder / image)
 

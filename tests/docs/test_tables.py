@@ -159,3 +159,13 @@ def test_the_site_is_rendered_with_strict_lookups() -> None:
     text = (Path(__file__).parents[2] / "mkdocs.yml").read_text()
     assert "on_undefined: strict" in text
     assert "on_error_fail: true" in text
+
+
+def test_the_table_of_few_gpus_has_each_request_of_each_run() -> None:
+    found = cells_of(scaling.few_gpus_table())
+    runs = results("models-on-few-gpus")["runs"]
+    for number, run in enumerate(runs):
+        first = 2 + 3 * number
+        assert [(cells[1], cells[first]) for cells in found] == [
+            (one["model"], f"{one['waited_s']:.1f} s") for one in run["requests"]
+        ]

@@ -48,6 +48,7 @@ def test_the_embedded_config_serves_an_image() -> None:
         assert red > 2 * max(green, blue)
 
 
+@pytest.mark.nightly
 def test_a_request_starts_a_node_of_the_kind_that_its_model_needs() -> None:
     """The models are copies of the demo, and the nodes have the labels of the worker groups."""
     manifests = render(OVERLAYS / "several-models")

@@ -21,7 +21,7 @@ from tests.e2e.model_rotation import (
     seconds,
 )
 
-pytestmark = pytest.mark.serve
+pytestmark = [pytest.mark.serve, pytest.mark.nightly]
 
 HOLD_S = 3
 

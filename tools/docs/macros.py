@@ -46,6 +46,7 @@ MACROS = (
     scaling.routing_table,
     scaling.autoscaling_table,
     scaling.steadiness_table,
+    scaling.few_gpus_table,
     busy_share_table,
     tables.observability_table,
     extrapolation_table,

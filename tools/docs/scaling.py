@@ -2,7 +2,7 @@
 
 from tools.docs.markdown import table
 from tools.docs.results import results
-from tools.docs.tables import NO_BREAK, cheapest, in_time, row, rows_of
+from tools.docs.tables import NO_BREAK, Row, cheapest, in_time, row, rows_of
 
 PLANS = {
     "plan-4to32": "4 to 32 requests/s, stretched 6 times",
@@ -81,3 +81,21 @@ def steadiness_table() -> str:
         for one in results("steadiness")["rows"]
     ]
     return table(["busy replicas", "changes an hour", "without the margin"], rows)
+
+
+def few_gpus_table() -> str:
+    """Show how long each request of a rotation waits for a GPU and a start, by `hold_s`."""
+    runs = results("models-on-few-gpus")["runs"]
+    header = ["", "model"]
+    for run in runs:
+        header += [f"wait for a GPU, `hold_s` {run['hold_s']:g}", "start", "answer after"]
+    rows = [
+        [str(number), requests[0]["model"], *(cell for one in requests for cell in _times(one))]
+        for number, requests in enumerate(zip(*(run["requests"] for run in runs), strict=True), 1)
+    ]
+    return table(header, rows)
+
+
+def _times(request: Row) -> list[str]:
+    answer_s = request["answered_s"] - request["sent_s"]
+    return [f"{value:.1f} s" for value in (request["waited_s"], request["started_s"], answer_s)]
