@@ -52,7 +52,16 @@ LONG_FIRST = ("serve", "slow")
 
 ONE_SERVER = {
     f"tests/e2e/test_{name}.py"
-    for name in ("doctor", "metrics", "page", "page_edits", "page_errors", "router", "serve")
+    for name in (
+        "doctor",
+        "metrics",
+        "openai_app",
+        "page",
+        "page_edits",
+        "page_errors",
+        "router",
+        "serve",
+    )
 }
 """Files whose fixture ``server`` is the same. They run one after another, so it starts once."""
 
