@@ -30,11 +30,10 @@ class LoraConfig(SourceConfig):
     lora_source: str | tuple[str, ...] | None = Field(
         None,
         description="Place of LoRA adapters that are loaded when a request names them: a folder "
-        "(starts with '/', '.' or '~'), or `s3://bucket/prefix` or `gs://bucket/prefix`, which "
-        "need the extra 'storage'. An adapter's name is the path of its .safetensors file in it, "
-        "without the suffix. Or a list of repositories of the Hugging Face hub, such as "
-        "`owner/name` or `owner/*`: an adapter's name is then owner/name, or owner/name/file. "
-        "`engine.max_loaded_loras` bounds those in memory.",
+        "(starts with '/', '.' or '~'), `s3://bucket/prefix` or `gs://bucket/prefix`. An adapter's "
+        "name is the path of its .safetensors file in it, without the suffix. A bucket needs the "
+        "extra 'storage'. Or a list of repositories on the Hugging Face hub, such as `owner/name` "
+        "or `owner/*`: the name is owner/name or owner/name/file.",
     )
     partial_loras: bool = Field(
         False,
