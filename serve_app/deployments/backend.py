@@ -140,8 +140,8 @@ class ServeBackend:
                 return
             except (RayActorError, ObjectLostError):
                 lost += 1  # the replica or its node died
-            except _NotStarted:
-                raise
+            except (_NotStarted, LoraSourceAway):
+                raise  # another attempt would fail in the same way
             except Unavailable as error:
                 lost += 1  # the replica is stopping
                 failure = error

@@ -196,11 +196,12 @@ class Generator:
             if progress or not isinstance(event, Progress):
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
+        files = None
         if params.lora and (on_demand := self._engine.loras) is not None:
             # On a thread, because the source of the adapters may take its time.
-            await loop.run_in_executor(on_demand.lookups, on_demand.find, params.lora)
+            files = await loop.run_in_executor(on_demand.lookups, on_demand.find, params.lora)
         submitted_at = time.perf_counter()
-        number = self._engine.submit(params, on_event, context)
+        number = self._engine.submit(params, on_event, context, files)
 
         def aged(timeline: Timeline) -> Timeline:
             return replace(timeline, age_s=time.perf_counter() - submitted_at)
@@ -283,7 +284,7 @@ class Generator:
         if (on_demand := self._engine.loras) is None:
             return LoraList(at_start)
         loop = asyncio.get_running_loop()
-        return LoraList((*at_start, *await loop.run_in_executor(on_demand.lookups, on_demand.list)))
+        return LoraList((*at_start, *await loop.run_in_executor(on_demand.listing, on_demand.list)))
 
     async def stats(self) -> EngineStats:
         """Return a snapshot of the engine, for debugging."""

@@ -6,7 +6,6 @@ command, is a bug: it ends the engine, all requests fail, and Serve replaces the
 """
 
 import contextlib
-import logging
 import queue
 import threading
 import time
@@ -21,6 +20,7 @@ from serve_app.engine.device import gpu_uuid, memory_reader
 from serve_app.engine.executor import Executor
 from serve_app.engine.lifetime import Lifetime
 from serve_app.engine.loras.on_demand import LorasOnDemand, new_on_demand
+from serve_app.engine.loras.source import AdapterFile
 from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.model.prompt_cache import PromptCache
@@ -45,8 +45,6 @@ from serve_app.errors import Cancelled, GenerationFailed, InvalidRequest, Overlo
 from serve_app.protocol.events import Completed, Event, Failed, GenerationResult
 from serve_app.protocol.load import ReplicaLoad
 from serve_app.protocol.params import INITIAL, GenerationParams, ModelInfo, RequestContext
-
-logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -274,12 +272,7 @@ class Engine:
 
     def _drop_all(self) -> None:
         """Fail all requests. `Unavailable`, not `Cancelled`: the client did not cancel them."""
-        for request in list(self._scheduler.requests):
-            error = Unavailable("the engine has stopped; send the request to another replica.")
-            try:
-                self._runner.drop(request, "failed", error)
-            except Exception:
-                logger.exception("request %d could not be dropped", request.number)
+        self._runner.fail_all("the engine has stopped; send the request to another replica.")
 
     # ---- for all threads -------------------------------------------------------------------------
 
@@ -288,14 +281,15 @@ class Engine:
         params: GenerationParams,
         on_event: EventCallback,
         context: RequestContext = INITIAL,
+        lora_files: tuple[AdapterFile, ...] | None = None,
     ) -> int:
         """Submit a request, and return its number for `cancel` and `locate`.
 
         ``on_event`` receives each event on a thread of the engine: it must return at once. The last
         event is `Completed` or `Failed`. Reading the image of a `Completed` raises `NotFinite` if
         the model's output is NaN or infinite. A rejected request has one event: `Failed` with
-        `Overloaded`, or with `InvalidRequest` if its deadline is far too short. Waits for the
-        source of adapters on demand, unless `loras.find` has found them shortly before.
+        `Overloaded`, or with `InvalidRequest` if its deadline is far too short. ``lora_files`` is
+        the result of `loras.find`, which may wait for the source, and is called here without it.
 
         Raises:
             InvalidRequest: If a parameter is out of its range, or the model does not support it.
@@ -303,11 +297,12 @@ class Engine:
         """
         resolved = params.resolved(self.info)
         self._pipeline.check_input_images(resolved)
-        files = () if self.loras is None else self.loras.find(resolved.lora)
+        if lora_files is None:
+            lora_files = () if self.loras is None else self.loras.find(resolved.lora)
         with self._lifetime.submission(on_event) as (number, send):
             now = time.perf_counter()
             waited_s = 0.0 if context.sent_at is None else max(0.0, time.time() - context.sent_at)
-            request = Request(number, resolved, context, send, now, waited_s, files)
+            request = Request(number, resolved, context, send, now, waited_s, lora_files)
             self._commands.put(lambda: self._accept(request))
         return number
 

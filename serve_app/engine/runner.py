@@ -29,7 +29,12 @@ from serve_app.engine.request import Request
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.scheduling.load import LoadTracker
 from serve_app.engine.stats import EventLog, RequestEvent
-from serve_app.errors import ContentPolicyViolation, DiffusionServeError, GenerationFailed
+from serve_app.errors import (
+    ContentPolicyViolation,
+    DiffusionServeError,
+    GenerationFailed,
+    Unavailable,
+)
 from serve_app.protocol.events import (
     Completed,
     DenoiserCalls,
@@ -141,6 +146,14 @@ class Runner:
         """End a request that cannot start, unless it has ended."""
         if request := self._scheduler.get(number):
             self.drop(request, "failed", error)
+
+    def fail_all(self, reason: str) -> None:
+        """End all requests, so that they are sent to another replica."""
+        for request in list(self._scheduler.requests):
+            try:
+                self.drop(request, "failed", Unavailable(reason))
+            except Exception:
+                logger.exception("request %d could not be dropped", request.number)
 
     def report(self, request: Request, what: RequestEvent, event: Event) -> None:
         """Log what happened to a request, and send the event."""

@@ -45,7 +45,7 @@ class Scheduler:
         self._policy = Yielding(policy)
         self._cost = cost
         self._round_cap = round_cap
-        self._no_room_at = -1
+        self._no_room_at = -1  # the cache's `changes` when there was no room
 
     # ---- requests that come and go ---------------------------------------------------------------
 
@@ -121,9 +121,10 @@ class Scheduler:
     def _with_adapters(
         self, loras: LoraCache, by_entry: "dict[QueueEntry, Request]", now: float
     ) -> "dict[QueueEntry, Request]":
-        """Return the requests whose adapters are in memory, and have those of others loaded.
+        """Return the requests whose adapters are in memory, and begin to load those of the others.
 
-        Requests get adapters in the order in which they would start, until no room is left.
+        Requests get room in the order in which they would start, until none is left. Before them
+        comes the one that found none the last time.
         """
         others = [
             entry
@@ -131,9 +132,11 @@ class Scheduler:
             if one.lora_files and not loras.holds(one.number)
         ]
         while others and self._no_room_at != loras.changes:
-            request = by_entry[self._policy.first(others, now)]
+            first = [one for one in others if one.request == loras.next_for_room] or others
+            request = by_entry[self._policy.first(first, now)]
             others.remove(request.entry)
-            if not loras.hold(request.number, request.lora_files):
+            low_priority = request.entry.low_priority
+            if not loras.hold(request.number, request.lora_files, low_priority):
                 self._no_room_at = loras.changes
         return {
             entry: one

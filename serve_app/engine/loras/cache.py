@@ -39,7 +39,9 @@ class LoraCache:
     """Used by the engine's thread only."""
 
     changes: int = 0
-    """Number of changes after which a request may find room that found none before."""
+    """Counts the events that may make room."""
+    next_for_room: int | None = None
+    """The request that found no room first: no other one gets room before it."""
 
     def __init__(
         self,
@@ -57,7 +59,6 @@ class LoraCache:
         self._metrics = metrics
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the last used one at the end
         self._held: dict[int, tuple[str, ...]] = {}
-        self._first: int | None = None
 
     @property
     def loaded(self) -> frozenset[str]:
@@ -76,24 +77,28 @@ class LoraCache:
         """Return whether a request holds its adapters, here or on their way."""
         return request in self._held
 
-    def hold(self, request: int, files: Sequence[AdapterFile]) -> bool:
+    def hold(self, request: int, files: Sequence[AdapterFile], low_priority: bool = False) -> bool:
         """Hold the adapters of a request, and begin to load those that are not here.
 
         Returns False if there is no room for them yet. Room is made for the first request that
-        finds none; others get none before it.
+        finds none; others get none before it. Low-priority requests may hold theirs for long, as
+        they run when no other request can. So they hold none while half of the places are held.
         """
         if not files or request in self._held:
             return True
-        missing = [file for file in files if file.name not in self._entries]
-        if missing and self._first not in (None, request):
-            return False
         names = tuple(file.name for file in files)
+        if low_priority and self._count_held({*names}) > max(self._max_count // 2, len(names)):
+            return False
+        missing = [file for file in files if file.name not in self._entries]
+        if missing and self.next_for_room not in (None, request):
+            return False
         leaving = any(one in self._entries and self._entries[one].leaving for one in names)
         if leaving or not self._make_room(missing, names):
-            self._first = self._first or request
+            if self.next_for_room is None and not low_priority:
+                self.next_for_room = request
             return False
-        if self._first == request:
-            self._first = None
+        if self.next_for_room == request:
+            self.next_for_room = None
         self._held[request] = names
         for file in missing:
             self._entries[file.name] = _Entry(file.size_bytes)
@@ -107,14 +112,15 @@ class LoraCache:
 
     def release(self, request: int) -> None:
         """Let go of the adapters of a request that has ended."""
-        if self._first == request:
-            self._first = None
+        if self.next_for_room == request:
+            self.next_for_room = None
             self.changes += 1
         for name in self._held.pop(request, ()):
             self.changes += 1
             if (entry := self._entries.get(name)) is not None:
                 entry.holders -= 1
                 self._remove_if_leaving(name, entry)
+        self._keep_to_memory()
 
     # ---- the end of a load -----------------------------------------------------------------------
 
@@ -133,6 +139,10 @@ class LoraCache:
         self._report()
         return []
 
+    def _count_held(self, more: set[str]) -> int:
+        """Count the adapters that are held, together with these."""
+        return len(more.union(*self._held.values()))
+
     # ---- room ------------------------------------------------------------------------------------
 
     def _make_room(self, missing: Sequence[AdapterFile], wanted: Sequence[str]) -> bool:
@@ -142,7 +152,8 @@ class LoraCache:
         count = len(self._entries) + len(missing) - self._max_count
         size = self._size_bytes + sum(file.size_bytes for file in missing) - self._max_bytes
         others = [(name, entry) for name, entry in self._entries.items() if name not in wanted]
-        # The sort keeps the order of their last uses.
+        # First those that leave anyway, then those that can go now, then the others; each in the
+        # order of their last uses.
         others.sort(key=lambda one: (not one[1].leaving, not one[1].removable))
         there_is_room = True
         for name, entry in others:

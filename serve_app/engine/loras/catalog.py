@@ -7,10 +7,10 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from serve_app.engine.loras.source import AdapterFile, LoraSource
-from serve_app.errors import InvalidLora, InvalidRequest, LoraNotFound
+from serve_app.errors import InvalidLora, InvalidRequest, LoraNotFound, LoraSourceAway
 from serve_app.protocol.params import AdapterSet
 
 REMEMBERED_S = 30.0
@@ -22,7 +22,8 @@ LISTED_S = 10.0
 MOST_REMEMBERED = 10_000
 """Answers that are remembered."""
 
-Answer = AdapterFile | InvalidRequest
+Answer = AdapterFile | tuple[type[InvalidRequest], str]
+"""A file, or what is wrong. Not the error itself: that keeps all frames which it has passed."""
 
 
 class LoraCatalog:
@@ -43,7 +44,7 @@ class LoraCatalog:
         self._lock = threading.Lock()
         self._answers: OrderedDict[str, tuple[Answer, float]] = OrderedDict()
         self._listing = threading.Lock()
-        self._names: Sequence[str] = ()
+        self._names: list[str] | str = []  # or why there is no list
         self._listed_until = -math.inf
 
     def find(self, adapters: AdapterSet) -> tuple[AdapterFile, ...]:
@@ -65,25 +66,33 @@ class LoraCatalog:
         return files
 
     def _find(self, name: str) -> AdapterFile:
-        answer = self._remembered(name)
-        if answer is None:
-            try:
-                answer = self._source.find(name)
-            except LoraNotFound as error:
-                answer = error
-            self._remember(name, answer)
-        if isinstance(answer, InvalidRequest):
-            raise answer.with_traceback(None)
+        with self._lock:
+            known, until = self._answers.get(name, (None, -math.inf))
+        answer = known
+        if answer is None or self._clock() >= until:
+            answer = self._ask(name, known)
+        if isinstance(answer, AdapterFile):
+            return answer
+        kind, message = answer
+        raise kind(message, "lora")
+
+    def _ask(self, name: str, known: Answer | None) -> Answer:
+        """Ask the source. While it is away, a file that was there counts as there."""
+        answer: Answer
+        try:
+            answer = self._source.find(name)
+        except LoraNotFound as error:
+            answer = LoraNotFound, error.message
+        except LoraSourceAway:
+            if isinstance(known, AdapterFile):
+                return known
+            raise
+        self._remember(name, answer)
         return answer
 
     def failed(self, name: str, error: InvalidRequest) -> None:
         """Remember that a file cannot be used, or has gone."""
-        self._remember(name, error)
-
-    def _remembered(self, name: str) -> Answer | None:
-        with self._lock:
-            answer, until = self._answers.get(name, (None, 0.0))
-            return answer if self._clock() < until else None
+        self._remember(name, (type(error), error.message))
 
     def _remember(self, name: str, answer: Answer) -> None:
         with self._lock:
@@ -92,7 +101,7 @@ class LoraCatalog:
             while len(self._answers) > MOST_REMEMBERED:
                 self._answers.popitem(last=False)
 
-    def names(self) -> Sequence[str]:
+    def names(self) -> list[str]:
         """List what the source has, as it was `LISTED_S` ago at most. Waits for it.
 
         Raises:
@@ -100,9 +109,15 @@ class LoraCatalog:
         """
         with self._listing:  # one caller asks, the others wait for the answer
             if self._clock() >= self._listed_until:
-                self._names = self._source.names()
+                try:
+                    self._names = self._source.names()
+                except LoraSourceAway as error:
+                    self._names = error.message
                 self._listed_until = self._clock() + LISTED_S
-            return self._names
+            names = self._names
+        if isinstance(names, str):
+            raise LoraSourceAway(names, "lora")
+        return names
 
 
 def _mib(size_bytes: int) -> int:

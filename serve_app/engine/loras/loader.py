@@ -59,15 +59,22 @@ class LoraLoader:
 
     def _run(self, file: AdapterFile, key: str) -> None:
         started_at = time.perf_counter()
-        outcome: Outcome
+        outcome: Outcome | None = None
+        kind: type[DiffusionServeError]
+        # The outcome is made out of the handlers: an error that is raised or made in one keeps the
+        # frames of the load, and with them its tensors.
         try:
             outcome = self._load(file, key)
+        except ModelLoadError as error:
+            kind, message = InvalidLora, error.message
         except DiffusionServeError as error:
-            outcome = error.with_traceback(None)
-            logger.warning("LoRA adapter %s: %s", file.name, error)
+            kind, message = type(error), error.message
         except Exception as error:
             logger.exception("LoRA adapter %s could not be loaded", file.name)
-            outcome = GenerationFailed(f"the LoRA adapter could not be loaded: {error!r}")
+            kind, message = GenerationFailed, f"the LoRA adapter could not be loaded: {error!r}"
+        if outcome is None:
+            logger.warning("LoRA adapter %s: %s", file.name, message)
+            outcome = kind(message, "lora")
         self._metrics.loaded_lora(_result_of(outcome), time.perf_counter() - started_at)
         self._on_end(file.name, outcome)
 
@@ -81,7 +88,8 @@ class LoraLoader:
                     return load_adapter(self._pipeline, what, str(path), key, self._allow_partial)
             except ModelLoadError as error:
                 # Clients need no path of this machine.
-                raise InvalidLora(error.message.replace(str(path), what), "lora") from None
+                error.message = error.message.replace(str(path), what)
+                raise
 
     def close(self) -> None:
         """Begin no more loads."""

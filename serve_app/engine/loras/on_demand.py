@@ -24,7 +24,9 @@ class LorasOnDemand:
 
     cache: LoraCache
     lookups: ThreadPoolExecutor
-    """Threads for `find` and `list`, which wait for the source."""
+    """Threads for `find`, which waits for the source."""
+    listing: ThreadPoolExecutor
+    """The thread for `list`, which may take longer."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class LorasOnDemand:
         max_bytes = config.loaded_loras_mib * 2**20
         self._catalog = LoraCatalog(source, self._at_start, max_bytes)
         self.lookups = ThreadPoolExecutor(LOOKUPS, "lora-lookup")
+        self.listing = ThreadPoolExecutor(1, "lora-list")
         self._loader = LoraLoader(
             pipeline.stock, source, model.partial_loras, metrics, self._load_ended
         )
@@ -92,7 +95,8 @@ class LorasOnDemand:
         def take() -> None:
             for request in self.cache.ended(name, outcome):
                 assert isinstance(outcome, DiffusionServeError)
-                self._fail(request, outcome)
+                # An error for each: one that is raised twice keeps the frames of both requests.
+                self._fail(request, type(outcome)(outcome.message, outcome.param))
 
         self._post(take)
 

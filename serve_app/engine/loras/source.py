@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
@@ -26,6 +27,11 @@ MOST_NAMES = 10_000
 """Names that a list has at most."""
 
 _LONGEST_NAME = 200
+"""In bytes: file systems take 255 for a part of a path."""
+
+MOST_VISITED = 10 * MOST_NAMES
+"""Files of any kind that a list looks at."""
+
 _ON_THE_HUB = re.compile(r"[\w./-]+", re.ASCII)
 
 
@@ -104,7 +110,7 @@ def _is_name(name: str) -> bool:
     wrong = {"", ".", ".."} & set(name.split("/"))
     # Not every store takes a percent sign for itself.
     marks = not name.isprintable() or {"\\", "%"} & set(name)
-    return not wrong and not marks and len(name) <= _LONGEST_NAME
+    return not wrong and not marks and len(name.encode()) <= _LONGEST_NAME
 
 
 class _Folder:
@@ -119,10 +125,10 @@ class _Folder:
             status = self._path(name).stat()
         except (FileNotFoundError, NotADirectoryError):
             if not self._folder.is_dir():
-                raise _away(f"the folder {self._folder} has gone") from None
+                raise _away("its folder has gone") from None
             raise not_found(name) from None
         except OSError as error:
-            raise _away(str(error)) from None
+            raise _away(error.strerror or type(error).__name__) from None
         if not stat.S_ISREG(status.st_mode):
             raise not_found(name)
         return AdapterFile(name, status.st_size)
@@ -134,9 +140,10 @@ class _Folder:
 
     def names(self) -> list[str]:
         try:
-            paths = [path for path in self._folder.rglob(f"*{SUFFIX}") if path.is_file()]
+            visited = islice(self._folder.rglob(f"*{SUFFIX}"), MOST_VISITED)
+            paths = [path for path in visited if path.is_file()]
         except OSError as error:
-            raise _away(str(error)) from None
+            raise _away(error.strerror or type(error).__name__) from None
         names = (path.relative_to(self._folder).with_suffix("").as_posix() for path in paths)
         return _listed(names)
 
@@ -182,10 +189,12 @@ class _Bucket:
         import obstore
 
         found: list[str] = []
+        visited = 0
         with self._translated(""):
             for page in obstore.list(self._store):
                 found += (one["path"].removesuffix(SUFFIX) for one in page if _is_file(one["path"]))
-                if len(found) >= MOST_NAMES:
+                visited += len(page)
+                if len(found) >= MOST_NAMES or visited >= MOST_VISITED:
                     break
         return _listed(found)
 
@@ -245,8 +254,12 @@ class _Hub:
     def _cached(self, name: str) -> Path | None:
         """Return the file if the cache of the hub has it, as it also is without a network."""
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        path = try_to_load_from_cache(*self._located(name))
+        try:
+            path = try_to_load_from_cache(*self._located(name))
+        except HFValidationError:  # no repository can have the name
+            raise not_found(name) from None
         return Path(path) if isinstance(path, str) else None
 
 

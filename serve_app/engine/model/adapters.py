@@ -9,6 +9,7 @@ networks then moves its layers over, which takes milliseconds.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -60,7 +61,8 @@ class Adapters:
         check_takes_loras(pipeline, "model.loras")
         for name, source in loras.items():
             what = f"model.loras: {name!r} ({source})"
-            share = load_lora(pipeline, what, source, self._keys[name], allow_partial)
+            with warnings.catch_warnings(action="ignore"):  # for each adapter after the first
+                share = load_lora(pipeline, what, source, self._keys[name], allow_partial)
             if share:
                 self.partial[name] = share
         self._layers = [layer for _, _, layer in lora_layers(pipeline)]
@@ -102,7 +104,7 @@ class Adapters:
         self._set(self._active)
 
     def keys(self, adapters: AdapterSet) -> AdapterSet:
-        """Return the same adapters by names that no later content of a file has."""
+        """Return the same adapters by keys, which are never used again."""
         return tuple((self._keys[name], scale) for name, scale in adapters)
 
     def detach(self, name: str) -> None:
@@ -148,6 +150,15 @@ def load_adapter(
     copied = twin(pipeline)
     load_lora(copied, what, source, key, allow_partial)
     layers = tuple(lora_layers(copied))
+    networks = networks_of(pipeline)
+    for component, path, _ in layers:
+        try:
+            networks[component].get_submodule(path)
+        except AttributeError:
+            raise ModelLoadError(
+                f"{what} adds the layer {component}.{path} to the model. Serve it as a separate "
+                "model."
+            ) from None
     tensors = {
         id(tensor): tensor.numel() * tensor.element_size()
         for _, _, layer in layers

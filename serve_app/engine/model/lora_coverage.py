@@ -111,6 +111,26 @@ def wrong_shapes(pipeline: Any, expected: Mapping[str, Tensor]) -> list[str]:
     return problems
 
 
+def changes_of_the_model(pipeline: Any, expected: Mapping[str, Tensor]) -> list[str]:
+    """Name what diffusers would write into the model's own weights, or widen, for these tensors."""
+    found: list[str] = []
+    for component, network in networks_of(pipeline).items():
+        layers = dict(network.named_modules())
+        own = {f"{component}.{_short(name)}" for name, _ in network.named_parameters()}
+        found += sorted(own & expected.keys())
+        for key, tensor in expected.items():
+            path, _, role = key.removeprefix(f"{component}.").rpartition(".")
+            # Not the shape of the weight, which may be packed.
+            size = {"lora_A": "in_features", "lora_B": "out_features"}.get(role)
+            if not key.startswith(f"{component}.") or size is None or tensor.ndim != 2:
+                continue
+            most = getattr(layers.get(path), size, None)
+            wide = tensor.shape[1 if role == "lora_A" else 0]
+            if most is not None and wide > most:
+                found.append(f"{key} has {wide} {size}, the layer has {most}")
+    return found
+
+
 def expected_tensors(pipeline: Any, source: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a file under the names that diffusers gives them.
 

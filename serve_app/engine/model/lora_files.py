@@ -1,14 +1,14 @@
 """Loading of one LoRA file into the networks of a pipeline, and the checks of what it changed."""
 
 import logging
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from serve_app.config.source import is_path
+from serve_app.engine.device import is_out_of_memory
 from serve_app.engine.model.networks import networks_of
 from serve_app.engine.model.weights import name_keys
 from serve_app.errors import ModelLoadError
@@ -22,22 +22,31 @@ logger = logging.getLogger(__name__)
 def load_lora(pipeline: Any, what: str, source: str, key: str, allow_partial: bool) -> str:
     """Load a file as the adapter ``key``; return the used share, if it fits only in part.
 
-    Its parts have the dtype of the layers, and no gradients. ``what`` names it in messages.
+    Its parts have the dtype of the layers, and no gradients. ``what`` names it in messages. A file
+    that would change the model's own weights is rejected before it does.
 
     Raises:
-        ModelLoadError: it cannot be loaded or does not fit. The networks may have parts of it.
+        ModelLoadError: it cannot be loaded or does not fit. The networks may have layers of it.
     """
     # diffusers warns of each adapter that does not change the text encoder.
     logging.getLogger("diffusers.loaders").setLevel(logging.ERROR)
     # These import peft, which is slow and rarely needed.
-    from serve_app.engine.model.lora_coverage import cover, expected_tensors, wrong_shapes
+    from serve_app.engine.model.lora_coverage import (
+        changes_of_the_model,
+        cover,
+        expected_tensors,
+        wrong_shapes,
+    )
 
     expected: Mapping[str, Tensor] = {}
     try:
         expected = expected_tensors(pipeline, _located(source))
-        with warnings.catch_warnings(action="ignore"):  # for each adapter after the first
-            pipeline.load_lora_weights(**_located(source), adapter_name=key, use_safetensors=True)
+        if changed := changes_of_the_model(pipeline, expected):
+            raise _changes_the_model(what, changed)
+        pipeline.load_lora_weights(**_located(source), adapter_name=key, use_safetensors=True)
     except Exception as error:
+        if isinstance(error, ModelLoadError) or is_out_of_memory(error):
+            raise
         shapes = name_keys(wrong_shapes(pipeline, expected))
         reason = f"it was trained for another model: {shapes}" if shapes else error
         raise ModelLoadError(
@@ -52,10 +61,7 @@ def load_lora(pipeline: Any, what: str, source: str, key: str, allow_partial: bo
         if getattr(network, name, None)
     ]
     if changed:
-        raise ModelLoadError(
-            f"{what} changes the model itself, even for requests without it (a control LoRA of "
-            "Flux does). Serve it as a separate model."
-        )
+        raise _changes_the_model(what, changed)
     for _, _, layer in lora_layers(pipeline):
         # The file may have another dtype than the model. Packed weights have bytes.
         dtype = layer.weight.dtype
@@ -63,6 +69,14 @@ def load_lora(pipeline: Any, what: str, source: str, key: str, allow_partial: bo
         for part in layer.adapter_layer_names:
             getattr(layer, part).to(dtype).requires_grad_(False)
     return share
+
+
+def _changes_the_model(what: str, changed: Sequence[str]) -> ModelLoadError:
+    return ModelLoadError(
+        f"{what} changes the model itself, even for requests without it (a control LoRA of Flux "
+        f"does), or was trained for another model: {name_keys(changed)}. Serve it as a separate "
+        "model."
+    )
 
 
 def lora_layers(pipeline: Any) -> list[tuple[str, str, Any]]:

@@ -154,6 +154,16 @@ def test_an_adapter_that_nobody_wants_any_more_may_go_once_it_has_come() -> None
     assert loras.loading == ["oil"]
 
 
+def test_low_priority_requests_hold_no_more_than_half_of_the_places() -> None:
+    """They may wait for long, and an interactive request must find room meanwhile."""
+    loras = Loras(room=4)
+    files = [AdapterFile(name, MIB) for name in "abcd"]
+    held = [loras.cache.hold(index, [file], low_priority=True) for index, file in enumerate(files)]
+    assert held == [True, True, False, False]
+    assert loras.cache.hold(9, [AdapterFile("ink", MIB)])
+    assert loras.loading == ["a", "b", "ink"]
+
+
 def test_a_load_that_fails_fails_those_who_wait_for_it() -> None:
     loras = Loras()
     loras.hold(1, "ink")

@@ -1,5 +1,7 @@
 """What is remembered of a source."""
 
+import gc
+import weakref
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -30,6 +32,8 @@ class Source:
 
     def names(self) -> list[str]:
         self.asked.append("names")
+        if self.away:
+            raise LoraSourceAway("it does not answer")
         return sorted(self.files)
 
     def fetched(self, file: AdapterFile) -> AbstractContextManager[Path]:
@@ -95,6 +99,43 @@ def test_a_source_that_is_away_is_asked_again() -> None:
         known.find((("ink", 1.0),))
     source.away = False
     assert known.find((("ink", 1.0),))
+
+
+def test_a_file_that_was_there_counts_as_there_while_the_source_is_away() -> None:
+    """It may be in memory, and else its load fails."""
+    source, clock = Source(ink=MIB), Clock()
+    known = catalog(source, clock)
+    known.find((("ink", 1.0),))
+    source.away, clock.now = True, 2 * REMEMBERED_S
+    assert known.find((("ink", 1.0),)) == (AdapterFile("ink", MIB),)
+
+
+def test_an_error_keeps_nothing_of_the_requests_that_got_it() -> None:
+    known = catalog(Source())
+
+    class Params:
+        """Something that a request has, such as an image."""
+
+    def ask() -> weakref.ref[Params]:
+        params = Params()
+        with pytest.raises(LoraNotFound):
+            known.find((("ink", 1.0),))
+        return weakref.ref(params)
+
+    asked = [ask() for _ in range(3)]
+    gc.collect()
+    assert [one() for one in asked] == [None] * 3
+
+
+def test_a_list_that_fails_is_not_tried_again_at_once() -> None:
+    source, clock = Source(), Clock()
+    known = catalog(source, clock)
+    source.away = True
+    for now, questions in ((0.0, 1), (LISTED_S - 1, 1), (LISTED_S, 2)):
+        clock.now = now
+        with pytest.raises(LoraSourceAway):
+            known.names()
+        assert len(source.asked) == questions
 
 
 def test_adapters_that_are_too_large_together_are_rejected() -> None:

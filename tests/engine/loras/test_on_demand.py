@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from threading import Event
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.loras import loader
+from serve_app.engine.loras.loader import LoraLoader
+from serve_app.engine.loras.source import new_source
+from serve_app.engine.metrics import EngineMetrics
 from serve_app.engine.model.adapters import load_adapter
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
@@ -142,7 +146,7 @@ def test_the_list_says_what_is_in_memory(engine: Engine) -> None:
     [
         ("broken", "has no weights"),
         ("foreign", "would change nothing"),
-        ("wide", "trained for another model"),
+        ("wide", "was trained for another model"),
         ("incomplete", "is incomplete"),
     ],
 )
@@ -158,6 +162,22 @@ def test_a_wrong_file_fails_only_its_requests(engine: Engine, name: str, reason:
     assert isinstance(done, Completed)
     with pytest.raises(InvalidLora, match=reason):  # remembered, before anything is queued
         engine.submit(params(((name, 1.0),)), lambda _: None)
+
+
+def test_an_error_of_a_load_keeps_nothing_of_it(folder: Path, at_start: LoadedPipeline) -> None:
+    """Frames of the load have the file's tensors and a copy of the networks."""
+    source = new_source(config(lora_source=str(folder)))
+    assert source is not None
+    ends: SimpleQueue[object] = SimpleQueue()
+    loading = LoraLoader(
+        at_start.stock, source, False, EngineMetrics("loads"), lambda _, outcome: ends.put(outcome)
+    )
+    for name in ("broken", "wide", "foreign"):
+        loading.load(source.find(name))
+        error = ends.get(timeout=60)
+        assert isinstance(error, InvalidLora)
+        assert error.__traceback__ is error.__context__ is error.__cause__ is None
+    loading.close()
 
 
 @pytest.mark.parametrize("name", ["none", "../ink", "", "styles"])

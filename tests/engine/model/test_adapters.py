@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from serve_app.config.models import ModelConfig
 from serve_app.config.source import DEMO_MODEL_DIR
 from serve_app.engine.engine import Engine
+from serve_app.engine.model.adapters import load_adapter
 from serve_app.engine.model.pipeline import LoadedPipeline
 from serve_app.engine.startup.comparison import largest_difference
 from serve_app.errors import LoraNotFound, ModelLoadError
@@ -21,6 +23,7 @@ from serve_app.protocol.params import GenerationParams
 from tests.conftest import DEMO, FIFO
 from tests.engine.engines import result_of
 from tests.lora import ADAPTER_FILE, save_adapter
+from tests.tiny_pipelines import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +164,28 @@ def test_an_adapter_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load(lora_folder=str(tmp_path / "none"))
     with pytest.raises(ModelLoadError, match="Rename"):
         load(loras={"broken": str(broken)}, lora_folder=str(tmp_path))
+
+
+@pytest.mark.parametrize("change", ["norm", "wide"])
+def test_a_file_that_would_change_the_model_leaves_it_as_it_is(tmp_path: Path, change: str) -> None:
+    """A control LoRA of Flux does both: diffusers writes into weights, and widens a layer."""
+    pipeline = FAMILIES["flux"]()
+    layer = pipeline.transformer.x_embedder
+    inputs = layer.in_features * (2 if change == "wide" else 1)
+    weights = {
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, inputs),
+        "transformer.x_embedder.lora_B.weight": torch.ones(layer.out_features, 2),
+    }
+    if change == "norm":
+        norm = pipeline.transformer.transformer_blocks[0].attn.norm_q.weight
+        weights["transformer.transformer_blocks.0.attn.norm_q.weight"] = 7 * torch.ones_like(norm)
+    save_file(weights, tmp_path / ADAPTER_FILE)
+    config = dict(pipeline.transformer.config)
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    with pytest.raises(ModelLoadError, match="changes the model itself"):
+        load_adapter(pipeline, "the adapter", str(tmp_path / ADAPTER_FILE), "key", True)
+    after = pipeline.transformer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert dict(pipeline.transformer.config) == config
+    assert pipeline.transformer.config.in_channels == config["in_channels"]
