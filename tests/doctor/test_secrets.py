@@ -26,7 +26,8 @@ def _with(**pod: object) -> Object:
 
 def _env(name: str, key: str, **more: bool) -> Object:
     source = {"valueFrom": {"secretKeyRef": {"name": name, "key": key} | more}}
-    return {"containers": [{"name": "w", "env": [{"name": "X"} | source]}]}
+    gpu = {"limits": {"nvidia.com/gpu": 1}}
+    return {"containers": [{"name": "w", "env": [{"name": "X"} | source], "resources": gpu}]}
 
 
 def _needed(*objects: Object) -> set[tuple[str, str | None]]:
