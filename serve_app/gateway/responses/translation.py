@@ -111,8 +111,6 @@ def translate(given: ResponsesRequest, unknown_fields: UnknownFields) -> Transla
             raise InvalidRequest(f"{where}.{name}: {REJECTED[name]}", f"{where}.{name}")
     check_strays(strays, f"{where}.", unknown_fields, ("action", MASK, *sorted(TOOL_FIELDS)))
     known = {name: value for name, value in fields.items() if name in TOOL_FIELDS}
-    if not given.stream and known.pop("partial_images", 0):
-        warnings.append(f"{where}.partial_images has no effect: only a stream has previews.")
     whole = {"prompt": read.prompt, "stream": given.stream, "response_format": "b64_json"}
     whole |= {"safety_identifier": given.safety_identifier, "user": given.user}
     with _renamed(where):
@@ -120,6 +118,9 @@ def translate(given: ResponsesRequest, unknown_fields: UnknownFields) -> Transla
             body = ImageEditRequest.model_validate(known | whole)
         except ValidationError as error:
             raise from_validation(error, ImageEditRequest) from None
+    if body.partial_images and not given.stream:
+        body = body.model_copy(update={"partial_images": 0})
+        warnings.append(f"{where}.partial_images has no effect: only a stream has previews.")
     return Translation(
         body,
         action,

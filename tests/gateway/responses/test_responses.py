@@ -228,6 +228,7 @@ async def test_an_image_and_a_mask_make_an_edit(
         (as_tool(background="transparent"), "tools.0.background", "opaque"),
         (as_tool(output_format="gif"), "tools.0.output_format", "'png'"),
         (as_tool(frame_count=2), "tools.0.frame_count", "animations"),
+        (as_tool(partial_images=[1]), "tools.0.partial_images", "integer"),
         (
             as_tool(partial_images=4) | {"stream": True},
             "tools.0.partial_images",
