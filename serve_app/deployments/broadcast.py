@@ -46,7 +46,7 @@ async def _answer(result: Any, method: str, kind: type[T], within_s: float) -> T
         async with asyncio.timeout(within_s):
             answer = await result.get_async()
     except (RayError, RayServeException, TimeoutError) as error:
-        logger.warning("a replica does not answer to %s: %r", method, error)
+        logger.warning("a replica does not answer: %s: %r", method, error)
         result.cancel()
         return None
     assert isinstance(answer, kind)
