@@ -65,6 +65,7 @@ LABELS = {
     "node": "host name of the machine; in Kubernetes, that of the pod",
     "device": "such as `cpu` or `cuda`",
     "gpu": "UUID of the GPU, as in NVIDIA's tools",
+    "result": "of a load: `loaded`; `not_found`; `invalid`: the file cannot be used; `failed`",
     "application": "Serve's name of the application",
     "term": "deciding term: `min`, `blind`, `hold`, `batch`, `arrivals`, `backlog`, `max`",
     "by": "`arrivals`: arriving work; `backlog`: waiting work",

@@ -206,8 +206,8 @@ def test_the_simulator_draws_as_many_replicas() -> None:
 
 
 def test_serve_accepts_the_router_in_a_config() -> None:
-    config = RequestRouterConfig(request_router_class=ShortestOfSeveral)  # type: ignore[arg-type]
-    assert config.request_router_class == "serve_app.deployments.router.ShortestOfSeveral"
+    config = RequestRouterConfig(request_router_class=AdapterRouter)  # type: ignore[arg-type]
+    assert config.request_router_class == "serve_app.deployments.router.AdapterRouter"
     assert config.get_request_router_class().__name__ == "AdapterRouter"
 
 
