@@ -60,8 +60,7 @@ class ModelInfo:
     tasks: tuple[Task, ...]
     """Supported tasks."""
     max_input_images: int
-    """Most input images of one request without a mask; 0 if the model edits none. A mask takes
-    one image."""
+    """Most input images of a request without a mask; with one, it is 1. 0 if it edits none."""
     default_strengths: Mapping[Task, float]
     """Default strength of each task with an input image."""
     noise_schedulers: tuple[str, ...]

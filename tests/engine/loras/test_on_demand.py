@@ -1,7 +1,6 @@
 """Adapters that are loaded when a request names them, beside the generation of others."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -191,53 +190,45 @@ def test_the_limit_of_a_request_holds(engine: Engine) -> None:
         engine.submit(params(tuple((name, 1.0) for name in NAMES)), lambda _: None)
 
 
-@contextmanager
-def slow_loads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Event]:
-    """Let loads wait for an event."""
+@pytest.fixture
+def waiting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Engine, Event]]:
+    """An engine whose loads wait for an event."""
     go = Event()
 
     def slow(*args: Any) -> Any:
         assert go.wait(60)
         return load_adapter(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(loader, "load_adapter", slow)
+    monkeypatch.setattr(loader, "load_adapter", slow)
+    with Engine.load(config(lora_source=str(folder)), engine_config()) as engine:
         try:
-            yield go
+            yield engine, go
         finally:
             go.set()
 
 
-def test_others_are_generated_while_an_adapter_is_loaded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with (
-        slow_loads(monkeypatch) as go,
-        Engine.load(config(lora_source=str(folder)), engine_config()) as engine,
-    ):
-        events: list[EngineEvent] = []
-        engine.submit(params((("ink", 1.0),)), events.append)
-        assert engine.generate(params()).pixels.isfinite().all()
-        assert [type(event) for event in events] == [Queued]
-        go.set()
-        wait_until(lambda: isinstance(events[-1], Completed), 60, what="the image")
+def test_others_are_generated_while_an_adapter_is_loaded(waiting: tuple[Engine, Event]) -> None:
+    engine, go = waiting
+    events: list[EngineEvent] = []
+    engine.submit(params((("ink", 1.0),)), events.append)
+    assert engine.generate(params()).pixels.isfinite().all()
+    assert [type(event) for event in events] == [Queued]
+    go.set()
+    wait_until(lambda: isinstance(events[-1], Completed), 60, what="the image")
 
 
 def test_a_request_may_be_cancelled_while_its_adapter_is_loaded(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    waiting: tuple[Engine, Event],
 ) -> None:
-    with (
-        slow_loads(monkeypatch) as go,
-        Engine.load(config(lora_source=str(folder)), engine_config()) as engine,
-    ):
-        events: list[EngineEvent] = []
-        engine.cancel(engine.submit(params((("ink", 1.0),)), events.append))
-        wait_until(lambda: events and isinstance(events[-1], Failed), what="the end of the request")
-        last = events[-1]
-        assert isinstance(last, Failed)
-        assert isinstance(last.error, Cancelled)
-        go.set()
-        assert engine.generate(params((("ink", 1.0),))).pixels.isfinite().all()
+    engine, go = waiting
+    events: list[EngineEvent] = []
+    engine.cancel(engine.submit(params((("ink", 1.0),)), events.append))
+    wait_until(lambda: events and isinstance(events[-1], Failed), what="the end of the request")
+    last = events[-1]
+    assert isinstance(last, Failed)
+    assert isinstance(last.error, Cancelled)
+    go.set()
+    assert engine.generate(params((("ink", 1.0),))).pixels.isfinite().all()
 
 
 def test_an_engine_that_closes_loads_what_its_requests_need(folder: Path) -> None:
