@@ -8,6 +8,9 @@ from functools import cached_property
 TOLERANCE = 0.01
 """A larger batch must gain more than this share to be worth the longer call."""
 
+NEARLY = 0.1
+"""Share of the requests per second that a batch without leftovers may lose."""
+
 _TRIED = 2.0
 """How far beyond the largest known batch an unknown one is tried, as a multiple of it."""
 
@@ -21,6 +24,11 @@ class BatchCosts:
     known: float = math.inf
     """Largest batch that was measured. Larger ones are tried, up to twice this size."""
 
+    @property
+    def _limit(self) -> float:
+        """Largest batch to run."""
+        return max(1, math.floor(_TRIED * self.known)) if math.isfinite(self.known) else math.inf
+
     @cached_property
     def best(self) -> tuple[int, ...]:
         """Batch size to run for 1, 2, 3… requests that wait: the most requests per second.
@@ -29,7 +37,7 @@ class BatchCosts:
         """
         best, most = [], 0.0
         size = 1
-        limit = max(1, math.floor(_TRIED * self.known)) if math.isfinite(self.known) else math.inf
+        limit = self._limit
         for waiting, call_s in enumerate(self.call_s, start=1):
             # A larger one is tried while the largest known one still gained.
             if not call_s or (self.known < waiting <= limit and size >= math.floor(self.known)):
@@ -39,9 +47,29 @@ class BatchCosts:
             best.append(size)
         return tuple(best)
 
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Batch size to run for 1, 2, 3… requests that wait: `best`, or all of them.
+
+        The few that `best` leaves over would run in a small batch, after the others. All run
+        together if that takes less time, and serves nearly as many requests per second. So equal
+        clients wait equally long: of eight, two would else wait for six to end.
+        """
+        sizes = []
+        for waiting, size in enumerate(self.best, start=1):
+            left = waiting - size
+            if 0 < left < size and waiting <= self._limit:
+                together_s = self.call_s[waiting - 1]
+                apart_s = self.call_s[size - 1] + self.call_s[left - 1]
+                nearly = self.gain(waiting) >= (1 - NEARLY) * self.gain(size)
+                if nearly and together_s <= (1 - TOLERANCE) * apart_s:
+                    size = waiting
+            sizes.append(size)
+        return tuple(sizes)
+
     def size(self, waiting: int) -> int:
         """Return how many of ``waiting`` requests to run in the next call."""
-        return self.best[min(waiting, len(self.best)) - 1]
+        return self.sizes[min(waiting, len(self.sizes)) - 1]
 
     def within(self, seconds: float) -> int:
         """Return the largest batch whose call takes no longer than this; at least 1."""
@@ -54,8 +82,8 @@ class BatchCosts:
 
     @cached_property
     def pace(self) -> float:
-        """Times as long as alone that a request takes in the best batch."""
-        return self.slowdown(self.best[-1])
+        """Times as long as alone that a request takes in the slowest batch that runs."""
+        return max(map(self.slowdown, set(self.sizes)))
 
     @cached_property
     def best_gain(self) -> float:

@@ -11,17 +11,17 @@ class Patience:
 
     A request's *limit* is its arrival plus ``factor`` times the time that it would need in a plain
     queue: all work that was here before it, one request at a time, and then its own steps at the
-    pace of a full batch. The guard reports a request whose limit would pass if one more call of
-    others ran first, with the work ahead of it still to be done one request at a time.
+    pace of the slowest batch that runs. The guard reports a request whose limit would pass if one
+    more call of others ran first, with the work ahead of it still to be done one request at a time.
 
     If the reported request's elders run then (`OnTime` does that), every limit holds, as long as
     predictions are exact and a call for several requests takes no longer than their calls in turn.
     Proof: let a request's spare time be the time to its limit, less the work of its elders one at a
-    time, less its own work at the pace of a full batch. At its arrival this is not negative. A call
-    for m of its elders takes at most as long as the work that it takes away. A call that includes
-    the request itself takes at most the time that its own step has in a full batch. Any other call
-    runs only if the spare time covers it. So the spare time never falls below zero, and the request
-    ends before its limit, or one call later if a call ran when it arrived.
+    time, less its own work at the pace of the slowest batch. At its arrival this is not negative. A
+    call for m of its elders takes at most as long as the work that it takes away. A call that
+    includes the request itself takes at most the time that its own step has in the slowest batch.
+    Any other call runs only if the spare time covers it. So the spare time never falls below zero,
+    and the request ends before its limit, or one call later if a call ran when it arrived.
     """
 
     def __init__(self, factor: float = 3.0) -> None:

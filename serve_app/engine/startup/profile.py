@@ -15,7 +15,7 @@ from serve_app.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 6
+FORMAT = 7
 """Version of the file format. Another version of this program may use another one."""
 
 _MOST_NAMED = 8

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from serve_app.engine.scheduling.batch_costs import BatchCosts
 from serve_app.engine.scheduling.on_time import OnTime
 from serve_app.engine.scheduling.policies import POLICIES
 from serve_app.engine.scheduling.queue import QueueEntry
@@ -95,6 +96,19 @@ def test_identical_clients_in_a_closed_loop_wait_equally_long(shared: float) -> 
         assert sum(batch_sizes) / len(batch_sizes) > 7  # the batches are full
 
 
+class DemoCosts(FakeCosts):
+    """Costs of the demo model on two cores: batches of six serve the most requests per second."""
+
+    def batches(self, entry: QueueEntry) -> BatchCosts:
+        return BatchCosts([ms / 35 for ms in (35, 49, 68, 87, 103, 119, 139, 165)])
+
+
+def test_of_eight_identical_clients_two_do_not_wait_for_the_other_six() -> None:
+    latencies, batch_sizes = closed_loop(OnTime(), clients=8, costs=DemoCosts(8))
+    assert max(latencies) <= 1.5 * min(latencies)
+    assert sum(batch_sizes) / len(batch_sizes) > 7
+
+
 def closed_loop(
     policy: OnTime, clients: int, costs: FakeCosts, steps: int = 20, count: int = 200
 ) -> tuple[list[float], list[int]]:
@@ -160,6 +174,17 @@ def test_under_saturation_the_fullest_batch_runs_until_another_request_would_be_
     assert leader(deadline_at=20.0) == 0
     assert leader(deadline_at=4.0) == 9  # 2 s of slack, of which 1 s is a reserve
     assert leader(deadline_at=1.0) == 0  # it is lost in any case
+
+
+@pytest.mark.parametrize(("shared", "first"), [(0.5, 9), (0.75, 0)])
+def test_a_request_alone_goes_first_only_if_it_reaches_half_of_the_gain(
+    shared: float, first: int
+) -> None:
+    """Alone it has 0.62 of the gain of a full batch of four, and then 0.44."""
+    late = [QueueEntry(n, -5.0, 10.0, "late", 1.0) for n in range(4)]
+    alone = QueueEntry(9, 4.0, 2.0, "in time", 0.5)
+    policy = parked(OnTime(patience=99.0), [*late, alone])
+    assert policy.choose(0.0, FakeCosts(4, shared))[0].request == first
 
 
 def _poisson(load: float, count: int = 400) -> list[FakeJob]:
