@@ -11,12 +11,6 @@ from serve_app.engine.scheduling.queue import Costs, Group, QueueEntry, RankedPo
 FULL = 0.9
 """Share of the best gain from which a batch counts as full."""
 
-EARLY = 0.5
-"""Share of the best gain that a batch needs to go first under saturation, so that it is in time.
-
-It is the price of a wanted end that nobody named. At 0 more requests are in time, and the device
-serves fewer; at 1 it is the reverse. `tests/benchmarks/policies.py` shows both."""
-
 
 @dataclass(slots=True)
 class _Batch:
@@ -55,9 +49,9 @@ class OnTime(RankedPolicy):
     2. The elders of a request that would else wait much longer than in a plain queue (`Patience`).
     3. While nobody is late: the group of the earliest deadline.
     4. Once somebody is late, the device is saturated. A group goes first if one more call of others
-       would make a request of its batch late, and if the batch reaches `EARLY` of its best gain.
-       Of several, the one that finishes the most requests per second: the rule of Smith (1956,
-       "Various optimizers for single-stage production"), with batches.
+       would make a request of its batch late. Of several, the one that finishes the most requests
+       per second: the rule of Smith (1956, "Various optimizers for single-stage production"), with
+       batches.
     5. Without such a group, throughput decides: the group whose batch is the fullest, up to
        `FULL`, and of those again the one that finishes the most requests per second.
     """
@@ -177,11 +171,7 @@ class OnTime(RankedPolicy):
         if not self._somebody_is_late(now):
             return min(groups, key=lambda group: group.batch.first_at)
         ends_at = now + longest_s
-        urgent = [
-            group
-            for group in groups
-            if group.batch.slack_until < ends_at and group.batch.fill >= EARLY
-        ]
+        urgent = [group for group in groups if group.batch.slack_until < ends_at]
         if urgent:
             return max(urgent, key=lambda group: group.batch.rate)
         return max(groups, key=lambda group: (min(group.batch.fill, FULL), group.batch.rate))

@@ -176,17 +176,6 @@ def test_under_saturation_the_fullest_batch_runs_until_another_request_would_be_
     assert leader(deadline_at=1.0) == 0  # it is lost in any case
 
 
-@pytest.mark.parametrize(("shared", "first"), [(0.5, 9), (0.75, 0)])
-def test_a_request_alone_goes_first_only_if_it_reaches_half_of_the_gain(
-    shared: float, first: int
-) -> None:
-    """Alone it has 0.62 of the gain of a full batch of four, and then 0.44."""
-    late = [QueueEntry(n, -5.0, 10.0, "late", 1.0) for n in range(4)]
-    alone = QueueEntry(9, 4.0, 2.0, "in time", 0.5)
-    policy = parked(OnTime(patience=99.0), [*late, alone])
-    assert policy.choose(0.0, FakeCosts(4, shared))[0].request == first
-
-
 def _poisson(load: float, count: int = 400) -> list[FakeJob]:
     """Return Poisson arrivals in the mix of vLLM-Omni's benchmark.
 
