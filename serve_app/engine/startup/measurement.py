@@ -100,6 +100,10 @@ def _measure_calls(
             return measured, True
         try:
             measured[fitting] = trend.run(fitting, functools.partial(seconds, fitting))
+            if worthwhile_batch(measured) < fitting:
+                # A slow moment of the machine looks the same, and the cap stays, in the profile
+                # too. So compare with the smaller batch in one and the same moment.
+                measured |= {size: seconds(size) for size in sorted(measured)[-2:]}
         except Exception as error:
             if batch == 1 or not is_out_of_memory(error):
                 raise
@@ -108,10 +112,6 @@ def _measure_calls(
             return measured, True
         if fitting < batch:
             return measured, True
-        if worthwhile_batch(measured) < batch:
-            # A slow moment of the machine looks the same, and the cap stays, in the profile too.
-            # So compare with the smaller batch in one and the same moment.
-            measured |= {size: seconds(size) for size in sorted(measured)[-2:]}
         if single is None or batch == max_batch_size or worthwhile_batch(measured) < batch:
             return measured, False
         batch = min(2 * batch, max_batch_size)
