@@ -40,7 +40,7 @@ class OnTime(RankedPolicy):
 
     Requests with the same merge key form a group. Within a group the earliest deadline goes first,
     so requests that are alike end in the order in which they came. A batch has the size that
-    serves the most requests per second (`BatchCosts.best`).
+    serves the most requests per second, and leaves few over (`BatchCosts.sizes`).
 
     Which group runs its batch now, from the strongest rule to the weakest:
 
