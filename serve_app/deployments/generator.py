@@ -1,12 +1,9 @@
 """The GPU deployment: one replica owns one engine and connects it to Ray."""
 
 import asyncio
-import gc
 import itertools
 import logging
 import math
-import os
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -18,8 +15,15 @@ import torch
 from ray import serve
 
 from serve_app.config.models import AppConfig
+from serve_app.deployments.process import (
+    exit_when_lost,
+    freeze_garbage_collector,
+    keep_freed_memory,
+    share_the_interpreter,
+)
 from serve_app.deployments.router import AdapterRouter
 from serve_app.engine.engine import Engine
+from serve_app.engine.model.loader import resolve_device
 from serve_app.engine.stats import EngineStats
 from serve_app.errors import ConfigError, NotFinite
 from serve_app.metrics.export import Report, report
@@ -40,14 +44,8 @@ from serve_app.serve_log import log_through_serve
 
 logger = logging.getLogger(__name__)
 
-FAREWELL_S = 1.0
-"""Time from the end of a failed engine to the end of its process: its requests are told to move."""
-
 PROGRESS_EVERY_S = 0.5
 """Time between two progress events of a waiting request."""
-
-SWITCH_INTERVAL_S = 0.0002
-"""Longest time for which a thread keeps the interpreter while another one waits for it."""
 
 
 def check_assigned_gpus(gpu_ids: list[str], device: str, deployment: str) -> None:
@@ -77,39 +75,6 @@ def check_assigned_gpus(gpu_ids: list[str], device: str, deployment: str) -> Non
         f"Ray assigned GPU {', '.join(gpu_ids)} to this replica, but torch cannot use it. {advice} "
         f"To run without a GPU, set ray_actor_options.num_gpus of the deployment {deployment} to 0."
     )
-
-
-def freeze_garbage_collector() -> None:
-    """Exempt the objects of the start from later garbage collections; call it once it has ended.
-
-    They are more than half a million and they stay. The first full collection would visit them all
-    in the middle of some request: the engine's thread would stop for a third of a second.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def exit_when_lost(engine: Engine) -> None:
-    """Wait for the end of the engine, and end this process if the engine failed or is stuck.
-
-    Serve would call the health check of a living process three times, ten seconds apart, before it
-    sends no more requests here. They would all come here, as nothing runs here, and fail. Then it
-    would wait for the stuck thread, for as long as the longest request may take. The routers avoid
-    a process that has ended at once, and Serve replaces it after its next health check.
-    """
-    if engine.wait_for_loss():
-        time.sleep(FAREWELL_S)
-        logging.shutdown()
-        os._exit(1)  # no other way ends a process with a thread that is stuck in the driver
-
-
-def share_the_interpreter() -> None:
-    """Make threads of this process take turns at the interpreter more often than by default.
-
-    The engine's thread lets go of it in each operation of torch, hundreds of times a step. While
-    the event loop handles a message, each return takes up to one interval, by default 5 ms.
-    """
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 def _encode_preview(preview: Preview, params: GenerationParams, encoding: Encoding) -> bytes:
@@ -157,6 +122,8 @@ class Generator:
         # Mostly imports, unless Ray started the process in advance.
         age_s = time.time() - psutil.Process().create_time()
         logger.info("model %s: loading in a process that is %.1f s old", config.model.id, age_s)
+        if resolve_device(config.model.device).type == "cpu":
+            keep_freed_memory()
         self._engine = Engine.load(config.model, config.engine, config.gateway.safety)
         freeze_garbage_collector()
         # Not a method: the thread must not keep this object alive.

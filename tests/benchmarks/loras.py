@@ -34,7 +34,7 @@ from torch import Tensor
 
 from serve_app.config.models import EngineConfig, ModelConfig
 from serve_app.config.source import DEMO_MODEL_DIR
-from serve_app.deployments.generator import freeze_garbage_collector, share_the_interpreter
+from serve_app.deployments.process import freeze_garbage_collector, share_the_interpreter
 from serve_app.engine.engine import Engine
 from serve_app.engine.executor import Executor
 from serve_app.engine.loras import loader

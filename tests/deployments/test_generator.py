@@ -1,9 +1,7 @@
-import gc
 import itertools
 import logging
 import re
 import time
-import weakref
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,11 +14,7 @@ from torch import nn
 
 from serve_app.config.models import AppConfig
 from serve_app.deployments import generator
-from serve_app.deployments.generator import (
-    Generator,
-    check_assigned_gpus,
-    freeze_garbage_collector,
-)
+from serve_app.deployments.generator import Generator, check_assigned_gpus
 from serve_app.engine import admission, runner, timer
 from serve_app.engine import engine as engine_module
 from serve_app.engine.engine import Engine
@@ -61,26 +55,6 @@ def test_an_unwanted_gpu_is_only_logged(
     check_assigned_gpus(["0", "3"], "cpu", "Generator")
     assert "GPU 0, 3" in caplog.text
     assert "not used" in caplog.text
-
-
-def test_collections_pass_over_the_objects_of_the_start_and_not_over_later_ones() -> None:
-    class Cyclic:
-        def __init__(self) -> None:
-            self.itself = self
-
-    def dropped() -> "weakref.ref[Cyclic]":
-        return weakref.ref(Cyclic())
-
-    of_the_start = dropped()
-    try:
-        freeze_garbage_collector()
-        assert of_the_start() is None, "garbage of the start would be kept for ever"
-        assert gc.get_freeze_count() > 10_000
-        later = dropped()
-        gc.collect()
-        assert later() is None
-    finally:
-        gc.unfreeze()
 
 
 class Replica:

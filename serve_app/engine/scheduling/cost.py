@@ -22,6 +22,12 @@ WORTHWHILE_GAIN = 1.05
 _WEIGHT = 0.1
 """Weight of a new measurement in a smoothed time."""
 
+_OWN_WEIGHT = 0.02
+"""Weight of a new measurement in what tells a batch size from the others of its size."""
+
+_MOST_CHANGE = 2.0
+"""A call that takes more times as long as predicted, or as few, counts as this much."""
+
 _MOST_SIZES = 256
 """Limit of known sizes; more than a start-up can measure."""
 
@@ -112,7 +118,7 @@ class CostModel:
             self._make_room(self.call_s)
         known = self.call_s.setdefault(size, {})
         if not self._is_new(size, known, rows):
-            known[rows] = _mixed(known.get(rows), seconds)
+            _learn(known, rows, seconds)
         fitting, often = self._fitting.get(size, (requests + 1, 0))
         if requests == fitting:
             enough = often + 1 == _RECOVERY_CALLS
@@ -283,8 +289,22 @@ class CostModel:
                 self.caps[width, height] = int(entry["cap"])
 
 
-def _mixed(known: float | None, new: float) -> float:
-    return new if known is None else (1 - _WEIGHT) * known + _WEIGHT * new
+def _learn(known: dict[float, float], rows: float, seconds: float) -> None:
+    """Add a call to the times of one size, by rows.
+
+    A device that gets slower slows batches of all sizes. If only those that run became slower, the
+    others would look like the better ones. So a call changes all times by the same factor, and only
+    slowly the ratios between them, which decide what a batch gains.
+    """
+    if rows in known:
+        change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, seconds / known[rows]))
+        for other in known:
+            known[other] *= _mixed(1.0, change)
+    known[rows] = _mixed(known.get(rows), seconds, _OWN_WEIGHT)
+
+
+def _mixed(known: float | None, new: float, weight: float = _WEIGHT) -> float:
+    return new if known is None else (1 - weight) * known + weight * new
 
 
 def _pixels(size: Size) -> int:

@@ -102,6 +102,29 @@ def test_a_slow_phase_does_not_rule_out_a_batch_of_the_warm_up() -> None:
     assert learn(cost, call_s, waiting=8, calls=1500)[-1] == 8
 
 
+def test_a_device_that_gets_slower_or_faster_still_runs_full_batches() -> None:
+    cost = CostModel(max_batch_size=8)
+    call_s = {size: 0.5 + 0.5 * size for size in range(1, 9)}
+    measured = {size: call_s[size] for size in (1, 2, 4, 8)}
+    cost.measured(SIZE, Measurement(measured, encode_s=0.0, decode_s=0.0))
+    sizes = []
+    for pace in (1.0, 1.5, 1.0, 0.7, 1.2):  # as of a GPU that is too hot, or a shared CPU
+        now_s = {size: pace * seconds for size, seconds in call_s.items()}
+        sizes += learn(cost, now_s, waiting=8, calls=60)
+        assert cost.predict_call(SIZE, 1) == pytest.approx(now_s[1], rel=0.1)
+    assert set(sizes) == {8}
+
+
+def test_what_a_batch_gains_is_learned_from_calls_of_several_sizes() -> None:
+    cost = CostModel(max_batch_size=8)
+    cost.measured(SIZE, Measurement({1: 1.0, 4: 2.5, 8: 4.5}, encode_s=0.0, decode_s=0.0))
+    gains_nothing = {size: 0.5 + 0.5 * size for size in range(1, 5)} | {8: 6.0}
+    for _ in range(100):
+        for waiting in (4, 8):
+            cost.observe_call(SIZE, waiting, waiting, gains_nothing[waiting])
+    assert cost.batches(SIZE).size(8) == 4
+
+
 def test_the_first_call_of_a_batch_size_may_be_slow() -> None:
     """It pays for memory and for the choice of kernels."""
     cost = CostModel(max_batch_size=16)
