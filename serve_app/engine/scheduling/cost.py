@@ -296,8 +296,8 @@ def _learn(known: dict[float, float], rows: float, seconds: float) -> None:
     others would look like the better ones. So a call changes all times by the same factor, and only
     slowly the ratios between them, which decide what a batch gains.
     """
-    if rows in known:
-        change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, seconds / known[rows]))
+    if before := known.get(rows):
+        change = min(_MOST_CHANGE, max(1 / _MOST_CHANGE, seconds / before))
         for other in known:
             known[other] *= _mixed(1.0, change)
     known[rows] = _mixed(known.get(rows), seconds, _OWN_WEIGHT)
